@@ -1,0 +1,1 @@
+"""DetCLIPv2 open-vocabulary detection pre-training in JAX/Flax."""

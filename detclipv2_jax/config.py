@@ -1,0 +1,307 @@
+"""Every configuration key, its unit and its consequence; and the check of a whole configuration.
+
+`configs/*.py` start from `base()`, set values and return it. Sizes that follow from other values
+(batches per epoch, total steps, capacities) are derived in code after command-line overrides, so an
+override always reaches everything that depends on it. `validate` lists all problems at once and touches
+no device and no data.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
+KINDS = ("detection", "grounding", "image_text")
+SELECTIONS = ("classification", "iou", "centerness", "text_sample", "text_batch", "text_batch_centerness")
+MATCHINGS = ("max_size", "one_to_one", "one_to_many")
+SIDES = ("text_to_image", "image_to_text", "bilateral")
+SCOPES = ("device", "global")
+REMATS = ("none", "blocks", "heads", "all")
+DTYPES = ("float32", "bfloat16")
+DEFORMS = ("auto", "gather", "banded")
+IMPLS = ("xla", "pallas")
+SCHEDULES = ("cosine", "constant")
+NONFINITE = ("stop", "skip")
+OBJECTNESS = ("none", "classification", "iou")
+
+
+def model(size: str) -> ConfigDict:
+    """Returns the architecture keys of one size: "nano" (laptops), "swin_t", "swin_s", "swin_b" or "swin_l"."""
+    sizes = {
+        # width, depths, heads, window
+        "nano": (32, (1, 1, 2, 1), (1, 2, 4, 8), 4),
+        "swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
+        "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
+        "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
+        "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+    }
+    if size not in sizes:
+        raise ValueError(f"model size {size!r} is unknown; allowed are {', '.join(sizes)}")
+    embed_dim, depths, num_heads, window = sizes[size]
+    nano = size == "nano"
+    c = ConfigDict()
+    c.dtype = "float32" if nano else "bfloat16"  # compute type; parameters and losses are float32
+    c.remat = "none" if nano else "blocks"  # what is recomputed in the backward pass: none | blocks | heads | all
+    c.embed_dim = 64 if nano else 512  # D: size of region and concept embeddings
+    # Swin Transformer; stages 2-4 feed the pyramid
+    c.swin = ConfigDict()
+    c.swin.embed_dim = embed_dim
+    c.swin.depths = depths
+    c.swin.num_heads = num_heads
+    c.swin.window_size = window
+    c.swin.drop_path_rate = 0.0 if nano else 0.2  # stochastic depth of the last block, linear from 0 (Table 9)
+    # FPN (P3-P7) and the ATSS head shared over its levels
+    c.head = ConfigDict()
+    c.head.channels = 64 if nano else 256  # of the pyramid and of both towers
+    c.head.num_convs = 2 if nano else 4  # 3x3 convolutions in each tower
+    c.head.num_groups = 8 if nano else 32  # of group norm
+    c.head.deformable = True  # modulated deformable layer before the classification tower (Table 3)
+    c.head.deform_impl = "auto"  # auto | gather | banded: how the sampling is computed; same numbers
+    c.head.objectness = "none"  # none | classification | iou: extra head, needed by loss.selection of that name
+    # text tower: CLIP's transformer
+    c.text = ConfigDict()
+    c.text.width = 64 if nano else 512
+    c.text.num_layers = 2 if nano else 12
+    c.text.num_heads = 2 if nano else 8
+    c.text.context_length = 16  # tokens a concept, [SOS] and [EOS] included (Table 9)
+    # logit = scale * f_region . f_text + bias (spec section 9, point 1)
+    c.logit = ConfigDict()
+    c.logit.normalize_regions = nano  # L2-normalise region embeddings too (concept embeddings always are)
+    c.logit.scale = 10.0 if nano else 1.0  # initial value
+    c.logit.learnable_scale = True
+    c.logit.bias = -math.log(99.0)  # initial value: probability 0.01, the focal loss's prior; learnable
+    return c
+
+
+def base() -> ConfigDict:
+    """Returns the configuration with the paper's Swin-T values wherever the paper has one (Table 9)."""
+    c = ConfigDict()
+    c.name = "base"  # without --workdir the run lives in runs/<name>
+    c.seed = 0  # parameters, order of steps, augmentation
+    c.epochs = 12  # passes over every source
+    c.num_steps = 0  # caps the run (steps); 0: all epochs
+    c.model = model("swin_t")
+    c.init_from = ConfigDict()  # start from converted weights or from another run; "" starts from scratch
+    c.init_from.checkpoint = ""  # a workdir of ours: all parameters, step and optimizer start anew
+    c.init_from.swin = ""  # .safetensors written by `detclipv2_jax.convert swin`
+    c.init_from.text = ""  # .safetensors written by `detclipv2_jax.convert clip_text`
+
+    # --- data. A kind without files is left out of the run.
+    for kind in KINDS:
+        d = c[kind] = ConfigDict()
+        d.data = ()  # folders built by `python -m detclipv2_jax.prepare`
+        d.images = ""  # image folder for the raw files below
+        d.batch_size = 6144 if kind == "image_text" else 128  # images a step over all devices
+        d.canvases = ((320, 320),) if kind == "image_text" else (LANDSCAPE, PORTRAIT)  # (height, width) px
+        # the short side is drawn from this range (px), then the long side bounded; aspect ratio is kept
+        d.short_side = (320, 320) if kind == "image_text" else (480, 800)
+        d.long_side = 320 if kind == "image_text" else 1333
+        d.flip_prob = 0.5  # horizontal
+        d.max_examples = 0  # use the first n images of the source; 0: all
+        d.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
+        d.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
+        d.weight = 1.0  # multiplies the number of steps drawn from this kind
+        d.max_bad_share = 0.01  # an error above this share of unusable images or boxes
+        if kind == "image_text":
+            d.pairs = ""  # TSV `image <tab> caption [<tab> JSON list of noun phrases]`
+            d.max_phrases = 8  # noun phrases a caption, beside the caption itself
+        else:
+            d.annotations = ""  # COCO json (detection) or MDETR-style json with tokens_positive (grounding)
+            d.max_boxes = 300 if kind == "detection" else 100  # an image; more are counted and cut, smallest first
+            d.num_concepts = 150 if kind == "detection" else 100  # M: positives + sampled negatives an image
+        d.max_concepts = 0  # rows of the concept table a host; 0: derived so that nothing can overflow
+
+    # a generated world instead of files (data/scenes.py): written once to <workdir>/data, then read like real data
+    c.scenes = ConfigDict()
+    c.scenes.num_detection = 0  # images; all zero: no generated data
+    c.scenes.num_grounding = 0
+    c.scenes.num_image_text = 0
+    c.scenes.num_eval = 0
+    c.scenes.size_px = 128  # width and height of a scene
+    c.scenes.seed = 0
+
+    c.input = ConfigDict()  # how the host reads; changes no value
+    c.input.num_workers = 0  # processes a stream; 0: threads of the main process
+    c.input.num_threads = 2  # a stream, when num_workers is 0
+    c.input.prefetch_batches = 2  # a stream
+
+    # --- losses (spec section 3)
+    c.loss = ConfigDict()
+    c.loss.focal_alpha = 0.25
+    c.loss.focal_gamma = 2.0
+    c.loss.alignment_weight = 1.0
+    c.loss.box_weight = 2.0  # GIoU; detection only
+    c.loss.centerness_weight = 1.0  # detection only
+    c.loss.objectness_weight = 1.0  # only with model.head.objectness
+    c.loss.contrastive_weight = 0.1  # lambda (Table 2f)
+    c.loss.temperature = 0.5  # tau (Table 2e)
+    c.loss.label_smoothing = 0.1
+    c.loss.num_proposals = 100  # k (Table 2d)
+    c.loss.selection = "text_batch"  # Table 2a
+    c.loss.selection_scope = "global"  # device: the paper's per-GPU batch; global: independent of the device count
+    c.loss.selection_pre_nms = 1000  # anchors that enter the selection's NMS
+    c.loss.selection_nms_iou = 0.6
+    c.loss.matching = "one_to_one"  # Table 2b
+    c.loss.matching_temperature = 0.1  # tau_t of one_to_many (Eq. 4); the paper gives no value
+    c.loss.side = "text_to_image"  # Table 2c
+    c.loss.chunk_bytes = 128 << 20  # a device: similarities held at once by the losses; smaller: less memory, slower
+    c.loss.contrastive_impl = "xla"  # xla | pallas (fused kernel for TPU)
+
+    # --- optimizer (Table 9)
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 2.8e-4
+    c.optimizer.schedule = "cosine"  # cosine | constant
+    c.optimizer.warmup_steps = 1000
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.clip_norm = 35.0  # global gradient norm (spec section 9, point 19); 0: no clipping
+    # (regex over the parameter's path, factor on the learning rate, weight decay?): the first match holds and
+    # every parameter must match one
+    c.optimizer.groups = (
+        (r"text_encoder/.*(embedding|bias|scale)$", 0.1, False),
+        (r"text_encoder/.*", 0.1, True),
+        (r".*(bias|relative_position_table|logit_scale|logit_bias|level_scales)$", 1.0, False),
+        (r".*(norm|norm\w+)/scale$", 1.0, False),
+        (r".*", 1.0, True),
+    )
+    c.optimizer.ema_decay = 0.0  # of an exponential moving average used for evaluation; 0: none
+    c.optimizer.accumulate = ConfigDict()  # chunks a step whose gradients are summed exactly; saves memory
+    for kind in KINDS:
+        c.optimizer.accumulate[kind] = 1
+
+    c.mesh = ConfigDict()
+    c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
+
+    # --- evaluation and prediction (spec section 5 and section 9, points 21-22)
+    c.eval = ConfigDict()
+    c.eval.annotations = ""  # COCO json; "" trains without evaluation
+    c.eval.images = ""
+    c.eval.max_examples = 0
+    c.eval.batch_size = 32  # images over all devices
+    c.eval.canvases = (LANDSCAPE, PORTRAIT)
+    c.eval.short_side = 800
+    c.eval.long_side = 1333
+    c.eval.definitions = True  # "name, definition" as in detection training
+    c.eval.dictionary = ""
+    c.eval.max_bad_share = 0.0
+    c.eval.every_steps = 0  # 0: only at the end
+    c.eval.score_threshold = 0.0
+    c.eval.nms_iou = 0.6  # class-wise
+    c.eval.pre_nms = 1000  # (anchor, word) pairs an image that enter NMS
+    c.eval.max_detections = 300
+    c.eval.num_pictures = 8  # images drawn into pictures/
+
+    c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
+    c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
+    c.pictures_every_steps = 0  # training batches and alignments; 0: only at the start and the end
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 1000
+    c.checkpoint.keep = 3
+    return c
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the configuration as JSON text."""
+    return json.dumps(config.to_dict(), indent=1) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the locked configuration that `to_json` wrote."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(entry) for key, entry in value.items()}
+        return tuple(tuples(entry) for entry in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(text))).lock()
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns "key: old -> new" for every key in which two configurations differ."""
+
+    def flat(prefix, value):
+        if isinstance(value, ConfigDict):
+            return {name: leaf for key in value for name, leaf in flat(f"{prefix}.{key}", value[key]).items()}
+        return {prefix[1:]: value}
+
+    a, b = flat("", old), flat("", new)
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
+    ]
+
+
+def validate(config: ConfigDict, *, num_devices: int) -> None:
+    """Raises a ValueError that lists every problem of a configuration; looks at no file and no device."""
+    problems = []
+
+    def value_of(key: str) -> Any:
+        return functools.reduce(lambda value, part: value[part], key.split("."), config)
+
+    def check(ok: bool, key: str, allowed: str) -> None:
+        if not ok:
+            problems.append(f"config.{key} is {value_of(key)!r}; allowed: {allowed}")
+
+    def choice(key: str, allowed: tuple[str, ...]) -> None:
+        check(value_of(key) in allowed, key, " | ".join(allowed))
+
+    choice("model.dtype", DTYPES)
+    choice("model.remat", REMATS)
+    choice("model.head.deform_impl", DEFORMS)
+    choice("model.head.objectness", OBJECTNESS)
+    choice("loss.selection", SELECTIONS)
+    choice("loss.selection_scope", SCOPES)
+    choice("loss.matching", MATCHINGS)
+    choice("loss.side", SIDES)
+    choice("loss.contrastive_impl", IMPLS)
+    choice("optimizer.schedule", SCHEDULES)
+    choice("nonfinite", NONFINITE)
+    for key in ("epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp"):
+        check(value_of(key) >= 1, key, "1 or more")
+    for key in ("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"):
+        check(value_of(key) > 0, key, "above 0")
+    check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", "0 <= value < 1")
+    check(0 <= config.optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= value < 1")
+    if config.loss.selection in OBJECTNESS[1:] and config.model.head.objectness != config.loss.selection:
+        problems.append(
+            f"config.loss.selection is {config.loss.selection!r} but config.model.head.objectness is "
+            f"{config.model.head.objectness!r}; that selection needs the head of the same name"
+        )
+    if config.model.text.width % config.model.text.num_heads:
+        problems.append(
+            f"config.model.text.width {config.model.text.width} must be a multiple of num_heads "
+            f"{config.model.text.num_heads}"
+        )
+    if config.model.head.channels % config.model.head.num_groups:
+        problems.append(
+            f"config.model.head.channels {config.model.head.channels} must be a multiple of num_groups "
+            f"{config.model.head.num_groups}"
+        )
+    if config.mesh.fsdp >= 1 and num_devices % config.mesh.fsdp:
+        problems.append(f"config.mesh.fsdp is {config.mesh.fsdp}; it must divide the number of devices, {num_devices}")
+    for kind in (*KINDS, "eval"):
+        section = config[kind]
+        chunks = 1 if kind == "eval" else config.optimizer.accumulate[kind]
+        if section.batch_size < 1 or chunks < 1 or section.batch_size % (num_devices * chunks):
+            name = "" if kind == "eval" else f" x config.optimizer.accumulate.{kind} {chunks}"
+            parts = num_devices * max(chunks, 1)
+            problems.append(
+                f"config.{kind}.batch_size is {section.batch_size}, which is not divisible by {num_devices} devices"
+                f"{name} = {parts}; the nearest that is: {max(1, round(section.batch_size / parts)) * parts}"
+            )
+        short = section.short_side if kind != "eval" else (section.short_side,) * 2
+        if not 0 < short[0] <= short[1]:
+            problems.append(f"config.{kind}.short_side is {short}; allowed: (smallest, largest) in px")
+        for canvas in section.canvases:
+            if min(canvas) < 1 or any(side % 32 for side in canvas):
+                problems.append(
+                    f"config.{kind}.canvases has {tuple(canvas)}; allowed: (height, width) in multiples of 32, the stride "
+                    "of the backbone"
+                )
+    if problems:
+        raise ValueError(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))

@@ -1,0 +1,265 @@
+"""One host's rows of the n-th global batch of a stream, as a pure function of n.
+
+1. The order of an epoch is a permutation seeded by (seed, stream, epoch); position p of the stream is its example.
+2. Scale, flip and negatives are drawn by a generator seeded by (seed, stream, p).
+3. An image that cannot be used is noted and the next readable example of the stream takes its place.
+4. The concepts of all images are merged into one table; boxes and captions point into it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from detclipv2_jax.data import transforms
+from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text
+from detclipv2_jax.data.schema import Batch, Kind, Record, UnusableError
+from detclipv2_jax.data.sources import Source
+
+_SIDE_WORDS = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand)?\b", re.IGNORECASE)
+
+
+class Skipped(NamedTuple):
+    """An example that could not be used."""
+
+    example: str
+    reason: str
+
+
+class Notes(NamedTuple):
+    """What happened while one batch was made; travels with it from a worker process."""
+
+    counts: collections.Counter[str]
+    skipped: dict[int, Skipped]  # by position among the stream's members
+
+
+class _Example(NamedTuple):
+    """One image that was put on its canvas."""
+
+    record: Record
+    source: int
+    extent: tuple[int, int]
+    size: tuple[int, int]
+    flip: bool
+    rng: np.random.Generator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchMaker:
+    """Makes batches; its only state are caches, and it travels to worker processes."""
+
+    name: str
+    kind: Kind
+    canvas: tuple[int, int]
+    sources: tuple[Source, ...]
+    members: np.ndarray  # int32 [examples of the stream]: positions in the concatenated sources
+    seed: int
+    batch_size: int  # of all hosts
+    process_index: int
+    process_count: int
+    short_side: tuple[int, int]  # range it is drawn from, px
+    long_side: int
+    encoder: Encoder
+    endless: bool = True  # False: every member once, in order, without concepts and boxes
+    flip_prob: float = 0.0
+    max_boxes: int = 0
+    num_captions: int = 0  # m: concepts of a caption, itself included
+    num_concepts: int = 0  # M: positives and sampled negatives of an image
+    capacity: int = 0  # rows of the concept table
+    definitions: bool = False  # encode "name, definition"
+    vocabularies: tuple[Vocabulary, ...] = ()  # of each source: definitions
+    pools: tuple[Pool, ...] = ()  # of each source: negatives
+    _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False)  # permutation by epoch
+
+    @property
+    def _tag(self) -> int:
+        return zlib.crc32(f"{self.seed} {self.name}".encode())
+
+    def _member(self, position: int) -> int:
+        """Returns which member stands at a position of the endless stream."""
+        epoch, at = divmod(position, len(self.members))
+        order = self._orders.get(epoch)
+        if order is None:
+            order = np.arange(len(self.members), dtype=np.int32)
+            np.random.default_rng((self._tag, epoch, 0)).shuffle(order)
+            for old in sorted(tuple(self._orders))[:-1]:  # two epochs stay: a batch may cross from one to the next
+                self._orders.pop(old, None)
+            self._orders[epoch] = order
+        return int(order[at])
+
+    @functools.cached_property
+    def _offsets(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.sources)])
+
+    def make(self, n: int) -> tuple[Batch, Notes]:
+        """Returns this host's rows of global batch n and what is to be said of them."""
+        notes = Notes(collections.Counter(), {})
+        rows = self.batch_size // self.process_count
+        start = n * self.batch_size + self.process_index * rows
+        positions = range(start, start + rows if self.endless else min(start + rows, len(self.members)))
+        image = np.zeros((rows, *self.canvas, 3), np.uint8)
+        examples = [self._read(position, image[row], notes) for row, position in enumerate(positions)]
+        extent, original_size = np.ones((rows, 2), np.int32), np.ones((rows, 2), np.int32)
+        example_id = np.zeros(rows, np.int32)
+        for row, example in enumerate(examples):
+            extent[row], original_size[row] = example.extent, example.size
+            example_id[row] = example.record.example_id
+        scale = (extent / original_size).astype(np.float32)
+
+        table, concepts = self._concepts(examples, notes)
+        boxes, box_mask, box_concepts = self._boxes(rows, examples, scale, concepts, notes)
+        caption_concepts = np.zeros((rows, self.num_captions), np.int32)
+        caption_mask = np.zeros((rows, self.num_captions), bool)
+        if self.num_captions:
+            for row, of_caption in enumerate(concepts):
+                caption_concepts[row, : len(of_caption)] = of_caption
+                caption_mask[row, : len(of_caption)] = True
+        batch = Batch(
+            image=image,
+            extent=extent,
+            scale=scale,
+            original_size=original_size,
+            image_mask=np.arange(rows) < len(examples),
+            example_id=example_id,
+            boxes=boxes,
+            box_mask=box_mask,
+            box_concepts=box_concepts,
+            concept_tokens=table.tokens,
+            concept_mask=table.mask,
+            concept_ids=np.stack([table.ids >> np.uint64(32), table.ids & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32),
+            caption_concepts=caption_concepts,
+            caption_mask=caption_mask,
+        )
+        return batch, notes
+
+    def _read(self, position: int, out: np.ndarray, notes: Notes) -> _Example:
+        """Writes the image at a position of the stream, or the next usable one, to its canvas."""
+        rng = np.random.default_rng((self._tag, position))
+        short_side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
+        wants_flip = bool(rng.random() < self.flip_prob)
+        first = self._member(position) if self.endless else position
+        for i in range(len(self.members) if self.endless else 1):
+            member = (first + i) % len(self.members)
+            index = int(self.members[member])
+            source = int(np.searchsorted(self._offsets, index, side="right")) - 1
+            index -= int(self._offsets[source])
+            try:
+                record = self.sources[source][index]
+                flip = wants_flip and not (self.kind is Kind.GROUNDING and _SIDE_WORDS.search(record.caption))
+                extent, size = transforms.place(
+                    record.image if isinstance(record.image, bytes | np.ndarray) else _read_bytes(record.image),
+                    out,
+                    annotated_size=record.size,
+                    short_side=short_side,
+                    long_side=self.long_side,
+                    flip=flip,
+                )
+                return _Example(record, source, extent, size, flip, rng)
+            except UnusableError as error:
+                reason = error.reason
+            except FileNotFoundError:
+                reason = "missing file"
+            except OSError as error:
+                reason = f"unreadable file ({type(error).__name__})"
+            notes.skipped[member] = Skipped(self.sources[source].describe(index), reason)
+        example, reason = next(iter(notes.skipped.values()))
+        raise ValueError(f"{self.name}: {example} cannot be used ({reason}) and no other image takes its place")
+
+    def _concepts(self, examples: Sequence[_Example], notes: Notes) -> tuple[Table, list[np.ndarray]]:
+        """Returns the table of the batch and, for each example, the rows of its own concepts."""
+        nothing = self.encoder([])
+        positives, negatives = nothing, nothing
+        owned: list[list[int]] = []
+        if self.endless:
+            positives, owned = self._positives(examples, notes)
+            if self.pools:
+                drawn = [nothing, *map(self._negatives, examples)]
+                negatives = Encoded(*(np.concatenate(arrays) for arrays in zip(*drawn, strict=True)))
+        table = build_table(positives, negatives, capacity=self.capacity)
+        if table.num_cut:
+            notes.counts["negatives cut: concept table full"] += table.num_cut
+        if table.num_truncated:
+            notes.counts["concept texts truncated"] += table.num_truncated
+        return table, [table.rows[indices] for indices in owned]
+
+    def _positives(self, examples: Sequence[_Example], notes: Notes) -> tuple[Encoded, list[list[int]]]:
+        """Returns the concepts that are kept, encoded, and for each example the indices of its own, in order."""
+        texts: list[str] = []
+        captions: list[str] = []
+        for record, source, *_ in examples:
+            names = record.concepts
+            if self.kind is Kind.IMAGE_TEXT:
+                captions.append(names[0])
+                names = names[1:]
+            known = self.vocabularies[source]
+            texts += [concept_text(name, known.definition(name)) for name in names] if self.definitions else names
+        encoded = self.encoder(texts)
+        if self.kind is not Kind.IMAGE_TEXT:
+            starts = itertools.accumulate((len(example.record.concepts) for example in examples), initial=0)
+            return encoded, [
+                list(range(start, start + len(example.record.concepts)))
+                for example, start in zip(examples, starts, strict=False)
+            ]
+        # captions hardly ever recur: they are not remembered
+        parts = (self.encoder(captions, remember=False), encoded)
+        encoded = Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        ids, owned, at = encoded.ids.tolist(), [], len(captions)
+        for i, example in enumerate(examples):
+            num_phrases = len(example.record.concepts) - 1
+            # the caption first, then each phrase that says something new
+            first = {ids[k]: k for k in reversed([i, *range(at, at + num_phrases)])}
+            distinct = sorted(first.values(), key=lambda k: (k != i, k))
+            if len(distinct) > self.num_captions:
+                notes.counts["phrases cut: more than max_phrases"] += len(distinct) - self.num_captions
+            owned.append(distinct[: self.num_captions])
+            at += num_phrases
+        kept = sorted(itertools.chain.from_iterable(owned))
+        place = {k: j for j, k in enumerate(kept)}
+        return Encoded(*(array[kept] for array in encoded)), [[place[k] for k in indices] for indices in owned]
+
+    def _negatives(self, example: _Example) -> Encoded:
+        pool, record = self.pools[example.source], example.record
+        drawn = pool.draw(
+            self.num_concepts - len(record.concepts),
+            example.rng,
+            present=record.concepts,
+            caption=record.caption,
+            first=record.negatives,
+            never=record.not_negatives,
+        )
+        return Encoded(*(array[drawn] for array in pool.encoded))
+
+    def _boxes(
+        self, rows: int, examples: Sequence[_Example], scale: np.ndarray, concepts: Sequence[np.ndarray], notes: Notes
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns padded boxes, mask and table rows; of more than max_boxes the smallest are left out."""
+        boxes = np.zeros((rows, self.max_boxes, 4), np.float32)
+        mask, box_concepts = np.zeros((rows, self.max_boxes), bool), np.zeros((rows, self.max_boxes), np.int32)
+        if self.max_boxes:
+            for row, (record, _, extent, _, flip, _) in enumerate(examples):
+                kept = np.arange(len(record.boxes))
+                if len(kept) > self.max_boxes:
+                    notes.counts["boxes cut: more than max_boxes"] += len(kept) - self.max_boxes
+                    areas = np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1)
+                    kept = np.sort(np.argsort(-areas, kind="stable")[: self.max_boxes])
+                num = len(kept)
+                boxes[row, :num] = transforms.place_boxes(
+                    record.boxes[kept], scale=scale[row], width=extent[1], flip=flip
+                )
+                mask[row, :num] = True
+                box_concepts[row, :num] = concepts[row][record.box_concepts[kept]]
+        return boxes, mask, box_concepts
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()

@@ -1,0 +1,67 @@
+"""Checks of files that annotations name: they exist, stay in their folder, and not too many are unusable."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from detclipv2_jax.data.schema import UnusableError
+
+_NUM_PROBED_FILES = 64
+
+
+def refuse_above_share(bad: dict[str, int], total: int, share: float, *, what: str, where: str | Path) -> None:
+    """Raises a ValueError with the worst reasons if more than a share of what was read cannot be used."""
+    num_bad = sum(bad.values())
+    if num_bad > share * total:
+        worst = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1])[:5])
+        raise ValueError(
+            f"{where}: {num_bad} of {total} {what} cannot be used ({worst}); "
+            f"max_bad_share allows {share:.2%}: repair the data or raise it"
+        )
+
+
+def unsafe_path(name: str) -> bool:
+    """Returns whether a file name of an annotation would leave its folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not name or path.is_absolute() or ".." in path.parts or "\0" in name
+
+
+def resolve(folder: str, name: str) -> str:
+    """Returns the path of an image inside a folder; `folder` is absolute and free of symbolic links.
+
+    Raises:
+      UnusableError: a symbolic link leads out of the folder.
+    """
+    path = folder
+    for part in PurePosixPath(name).parts:
+        path = f"{path}/{part}"
+        if os.path.islink(path):  # rare; resolving every path from the root would cost as much as reading its header
+            whole = os.path.realpath(os.path.join(folder, name))
+            if not whole.startswith(folder + os.sep):
+                raise UnusableError("link out of the image folder")
+            return whole
+    return path
+
+
+def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
+    """Returns a message for each (path, "file" or "folder") that does not exist, by config key."""
+    problems = []
+    for key, (path, what) in paths.items():
+        if not path:
+            problems.append(f"{key} is empty; it must name a {what}")
+        elif not (Path(path).is_file() if what == "file" else Path(path).is_dir()):
+            problems.append(f"{key}: the {what} {path} does not exist")
+    return problems
+
+
+def probe_images(folder: str, names: Iterable[str], path: str | Path) -> None:
+    """Raises if not one of the first images exists: then the folder is wrong, not a few files."""
+    names = list(itertools.islice(names, _NUM_PROBED_FILES))
+    if names and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
+        raise ValueError(
+            f"none of the first {len(names)} images of {path} exists in {folder} (the first is {names[0]}); "
+            "the key `images` must name the folder that the file names are relative to"
+        )

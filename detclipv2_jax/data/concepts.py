@@ -1,0 +1,241 @@
+"""Concepts: what they are called, how they are encoded, which negatives join them, and the table of a host batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt64
+
+from detclipv2_jax.data import tokenizer
+
+_DETERMINER = re.compile(r"^(?:an?|the|some|his|her|its|their|this|that|these|those)\s+")
+
+
+def display_name(name: str) -> str:
+    """Returns a category name as words: "aerosol_can" is "aerosol can"."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def concept_text(name: str, definition: str = "") -> str:
+    """Returns the text that is encoded: "name, definition", or the name alone where there is no definition."""
+    return f"{name}, {definition}" if definition else name
+
+
+def key(name: str) -> str:
+    """Returns the form in which names are compared: clean, lower case, without a leading determiner or plural s."""
+    bare = _DETERMINER.sub("", tokenizer.clean(name))
+    return bare[:-1] if len(bare) > 3 and bare.endswith("s") and not bare.endswith("ss") else bare
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Names with definitions ("" where unknown), in order; category ids where they come from a COCO json."""
+
+    names: tuple[str, ...]
+    definitions: tuple[str, ...]
+    category_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def texts(self, *, definitions: bool) -> list[str]:
+        """Returns the text of each concept as it is encoded."""
+        if not definitions:
+            return list(self.names)
+        return [concept_text(*pair) for pair in zip(self.names, self.definitions, strict=True)]
+
+    @functools.cached_property
+    def _definition_of(self) -> dict[str, str]:
+        # the first entry of a name counts; equal keys ("sock", "socks") never hide an exact name
+        pairs = list(zip(self.names, self.definitions, strict=True))[::-1]
+        return {key(name): text for name, text in pairs} | dict(pairs)
+
+    def definition(self, name: str) -> str:
+        """Returns the definition of a name or of its singular, "" where the vocabulary has none."""
+        found = self._definition_of
+        return found[name] if name in found else found.get(key(name), "")
+
+
+def read_dictionary(path: str | Path) -> Vocabulary:
+    """Returns the dictionary of a TSV `name <tab> definition`; further columns and a header line "name" are ignored.
+
+    Raises:
+      ValueError: the file is missing or empty, or a line has no name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the dictionary {path} does not exist; it is a TSV `name <tab> definition`")
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = rows[1:] if rows and rows[0][0].strip().lower() == "name" else rows
+    if not rows:
+        raise ValueError(f"the dictionary {path} is empty; it is a TSV `name <tab> definition`")
+    names = [display_name(row[0]) for row in rows]
+    if "" in names:
+        raise ValueError(f"the dictionary {path} has no name in line {names.index('') + 1}: {rows[names.index('')]}")
+    return Vocabulary(tuple(names), tuple(row[1].strip() if len(row) > 1 else "" for row in rows))
+
+
+class Encoded(NamedTuple):
+    """Texts as the text tower gets them."""
+
+    tokens: Int32[np.ndarray, "n l"]
+    ids: UInt64[np.ndarray, " n"]  # hash of the tokens: texts that are encoded alike are one concept
+    truncated: Bool[np.ndarray, " n"]
+
+
+class Encoder:
+    """Encodes texts, remembering those it saw: names and phrases recur, captions do not."""
+
+    def __init__(self, *, max_length: int = 16, cache_size: int = 200_000):
+        self.max_length = max_length
+        self._cache_size = cache_size
+        self._cache: dict[str, tuple[bytes, int, bool]] = {}
+
+    def _encode(self, texts: Sequence[str]) -> list[tuple[bytes, int, bool]]:
+        rows = tokenizer.tokenize(texts, max_length=self.max_length + 1)
+        truncated = rows[:, -1] > 0
+        rows[truncated, -2] = tokenizer.EOS_ID
+        encoded = []
+        for row, long in zip(rows[:, :-1], truncated.tolist(), strict=True):
+            tokens = row.tobytes()
+            digest = hashlib.blake2b(tokens, digest_size=8).digest()
+            encoded.append((tokens, int.from_bytes(digest, "big"), long))
+        return encoded
+
+    def __call__(self, texts: Sequence[str], *, remember: bool = True) -> Encoded:
+        """Returns the encoded texts, in order. Safe to call from several threads."""
+        if remember:
+            cache = self._cache  # a local name: another thread may start a new one
+            missing = [text for text in dict.fromkeys(texts) if text not in cache]
+            if len(cache) + len(missing) > self._cache_size:
+                cache = self._cache = {}
+                missing = list(dict.fromkeys(texts))
+            cache.update(zip(missing, self._encode(missing), strict=True))
+            rows = [cache[text] for text in texts]
+        else:
+            rows = self._encode(texts)
+        tokens = np.frombuffer(b"".join(row[0] for row in rows), np.int32).reshape(len(rows), self.max_length)
+        return Encoded(tokens, np.array([row[1] for row in rows], np.uint64), np.array([row[2] for row in rows], bool))
+
+
+class Pool:
+    """The concepts of one source that negatives are drawn from, encoded once."""
+
+    def __init__(self, vocabulary: Vocabulary, *, definitions: bool, encoder: Encoder):
+        self.encoded = encoder(vocabulary.texts(definitions=definitions))
+        self._keys = [key(name) for name in vocabulary.names]
+        same_key: dict[str, list[int]] = {}
+        same_definition: dict[str, list[int]] = {}
+        for i, (name, definition) in enumerate(zip(self._keys, vocabulary.definitions, strict=True)):
+            same_key.setdefault(name, []).append(i)
+            if definition:
+                same_definition.setdefault(definition, []).append(i)
+        # names with one definition are synonyms: where one is present, the other is no negative
+        self._related = {
+            name: sorted(
+                {
+                    *members,
+                    *itertools.chain.from_iterable(same_definition.get(vocabulary.definitions[i], ()) for i in members),
+                }
+            )
+            for name, members in same_key.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _find(self, names: Iterable[str]) -> list[int]:
+        return [i for name in names for i in self._related.get(key(name), ())]
+
+    def _shuffled(self, num: int, rng: np.random.Generator) -> Iterator[int]:
+        """Yields all indices in random order, the first `num` cheaply; from then on some again."""
+        yield from rng.choice(len(self), min(num, len(self)), replace=False).tolist()
+        if num < len(self):
+            yield from rng.permutation(len(self)).tolist()
+
+    def draw(
+        self,
+        num: int,
+        rng: np.random.Generator,
+        *,
+        present: Sequence[str],
+        caption: str = "",
+        first: Sequence[str] = (),
+        never: Sequence[str] = (),
+    ) -> Int32[np.ndarray, " k"]:
+        """Returns at most `num` different indices of concepts that are not in the image.
+
+        Args:
+          num: how many are wanted.
+          rng: the only source of randomness.
+          present: names of the positives; they and their synonyms are left out.
+          caption: nothing it contains is drawn.
+          first: names known to be absent; drawn before the others.
+          never: names that are not drawn.
+        """
+        if num <= 0:
+            return np.zeros(0, np.int32)
+        text = tokenizer.clean(caption)
+        taken = {*self._find(present), *self._find(never)}
+        known = self._find(first)
+        drawn: list[int] = []
+        for i in itertools.chain(rng.permutation(known).tolist() if known else (), self._shuffled(2 * num + 64, rng)):
+            if len(drawn) == num:
+                break
+            if i not in taken and not (text and self._keys[i] in text):
+                taken.add(i)
+                drawn.append(i)
+        return np.array(drawn, np.int32)
+
+
+class Table(NamedTuple):
+    """The de-duplicated concepts of a host batch, padded to a static number of rows."""
+
+    tokens: Int32[np.ndarray, "t l"]
+    mask: Bool[np.ndarray, " t"]
+    ids: UInt64[np.ndarray, " t"]
+    rows: Int32[np.ndarray, " p"]  # row of each positive that was given
+    num_cut: int  # negatives that found no row
+    num_truncated: int  # rows whose text is longer than the tokens
+
+
+def build_table(positives: Encoded, negatives: Encoded, *, capacity: int) -> Table:
+    """Returns the table of all concepts of a host batch: positives in their order, then negatives, equal ids once.
+
+    Raises:
+      ValueError: the positives alone do not fit; they are never cut.
+    """
+    ids = np.concatenate([positives.ids, negatives.ids])
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    row_of = np.empty_like(order)
+    row_of[order] = np.arange(len(order))
+    rows = row_of[inverse][: len(positives.ids)]
+    num_positive = int(rows.max()) + 1 if len(rows) else 0
+    if num_positive > capacity:
+        raise ValueError(
+            f"a host batch has {num_positive} positive concepts but its table {capacity} rows; "
+            "raise max_concepts of this kind (0 derives it)"
+        )
+    kept = first[order][:capacity]
+    tokens = np.zeros((capacity, positives.tokens.shape[1]), np.int32)
+    tokens[: len(kept)] = np.concatenate([positives.tokens, negatives.tokens])[kept]
+    table_ids = np.zeros(capacity, np.uint64)
+    table_ids[: len(kept)] = ids[kept]
+    truncated = np.concatenate([positives.truncated, negatives.truncated])[kept]
+    return Table(
+        tokens,
+        np.arange(capacity) < len(kept),
+        table_ids,
+        rows.astype(np.int32),
+        len(order) - len(kept),
+        int(truncated.sum()),
+    )

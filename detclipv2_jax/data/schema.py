@@ -1,0 +1,85 @@
+"""The one record behind all three kinds of data, and the batch of arrays made from it.
+
+Boxes are absolute xyxy in pixels. In a `Record` they refer to the photo as it is displayed (EXIF rotation applied),
+in a `Batch` to the padded network image, the canvas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8, UInt32
+
+
+class Kind(enum.StrEnum):
+    """What annotates an image; one global batch holds one kind."""
+
+    DETECTION = "detection"
+    GROUNDING = "grounding"
+    IMAGE_TEXT = "image_text"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One example of a source, before augmentation and before negatives are sampled.
+
+    Attributes:
+      kind: kind of data.
+      source: name of the source, for messages.
+      example_id: position in the source.
+      image: path of the file, its encoded bytes, or RGB uint8 [h, w, 3].
+      size: annotated (height, width), the frame of the boxes; (0, 0) where the source does not tell.
+      boxes: float32 [n, 4]; valid, inside the image; n = 0 for image-text.
+      concepts: detection: names of the categories present; grounding: annotated phrases; image-text: the caption and
+        then its noun phrases.
+      box_concepts: int32 [n], index into `concepts`.
+      caption: "" for detection.
+      negatives: names verified to be absent (LVIS); sampled before others.
+      not_negatives: names that may be present without boxes (LVIS); never sampled.
+    """
+
+    kind: Kind
+    source: str
+    example_id: int
+    image: bytes | str | os.PathLike[str] | np.ndarray
+    size: tuple[int, int]
+    boxes: np.ndarray
+    concepts: tuple[str, ...]
+    box_concepts: np.ndarray
+    caption: str = ""
+    negatives: tuple[str, ...] = ()
+    not_negatives: tuple[str, ...] = ()
+
+
+class Batch(NamedTuple):
+    """One host's rows of a global batch, NumPy arrays; every padded axis has its mask.
+
+    b images, h w canvas, n boxes, t rows of the concept table, l tokens, m concepts of a caption.
+    """
+
+    image: UInt8[np.ndarray, "b h w 3"]  # RGB, zero at the bottom right outside `extent`
+    extent: Int32[np.ndarray, "b 2"]  # valid (height, width) px of the canvas
+    scale: Float32[np.ndarray, "b 2"]  # (y, x) canvas px per px of the photo
+    original_size: Int32[np.ndarray, "b 2"]  # (height, width) px of the photo as displayed
+    image_mask: Bool[np.ndarray, " b"]  # False: padding image of the last evaluation batch
+    example_id: Int32[np.ndarray, " b"]  # position of the example in its source
+    boxes: Float32[np.ndarray, "b n 4"]  # n = 0 for image-text
+    box_mask: Bool[np.ndarray, "b n"]
+    box_concepts: Int32[np.ndarray, "b n"]  # row of the concept table
+    concept_tokens: Int32[np.ndarray, "t l"]
+    concept_mask: Bool[np.ndarray, " t"]
+    concept_ids: UInt32[np.ndarray, "t 2"]  # 64-bit id of the encoded text (high, low word), equal on all hosts
+    caption_concepts: Int32[np.ndarray, "b m"]  # rows of the table, the caption first; m = 0 without captions
+    caption_mask: Bool[np.ndarray, "b m"]
+
+
+class UnusableError(ValueError):
+    """An example that cannot be used; `reason` is short and equal for equal causes, so that it can be counted."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason

@@ -1,0 +1,197 @@
+"""Sources of examples: random access to `Record`s by position, reading no image.
+
+Raw files are read in place: a COCO json or an MDETR-style json with its image folder (`box_json`), and a TSV
+`image <tab> caption [<tab> JSON list of noun phrases]` with its image folder: UTF-8, no header, no quoting.
+What cannot be used is counted by reason in `counters`; above a share of the whole it is an error.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int32
+
+from detclipv2_jax.data.box_json import BoxSource, read_detection, read_grounding
+from detclipv2_jax.data.checks import missing_paths, probe_images, refuse_above_share, resolve, unsafe_path
+from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.data.schema import Kind, Record
+
+
+class Source(Protocol):
+    """Random access to the examples of one data set."""
+
+    name: str
+    kind: Kind
+    sizes: Int32[np.ndarray, "n 2"]  # annotated (height, width); 0 where unknown
+    vocabulary: Vocabulary  # categories or distinct phrases; empty for image-text
+    most_concepts: int  # of one example
+    counters: dict[str, int]  # what was repaired or dropped while loading, by reason
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns an example; raises UnusableError if its file may not be read."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """Returns how messages name an example: the annotation and the file."""
+        ...
+
+
+class PairSource:
+    """Captioned images of a TSV; lines are parsed when asked for."""
+
+    def __init__(self, path: Path, folder: str, *, max_examples: int, max_bad_share: float):
+        self.name, self.path, self.kind = path.stem, path, Kind.IMAGE_TEXT
+        self.vocabulary = Vocabulary((), ())
+        self._folder = folder
+        self._text = path.read_bytes()
+        bad: collections.Counter[str] = collections.Counter()
+        repaired: collections.Counter[str] = collections.Counter()
+        starts, at, self.most_concepts, has_phrases = [], 0, 1, False
+        for line in self._text.split(b"\n"):
+            start, at = at, at + len(line) + 1
+            if not line.strip():
+                continue
+            fields = line.rstrip(b"\r").split(b"\t")
+            if len(fields) < 2:
+                bad["without a tab"] += 1
+            elif unsafe_path(fields[0].decode(errors="replace")):
+                bad["with a file name outside the folder"] += 1
+            elif not fields[1].decode(errors="ignore").strip():
+                bad["with an empty caption"] += 1
+            else:
+                starts.append(start)
+                _, _, phrases, problems = _parse_pair(line)
+                repaired.update(problems)
+                has_phrases |= len(fields) > 2
+                self.most_concepts = max(self.most_concepts, 1 + len(phrases))
+            if max_examples and len(starts) == max_examples:
+                break
+        if not starts and not bad:
+            raise ValueError(f"{path} is empty; it must be a TSV `image <tab> caption`")
+        refuse_above_share(bad, len(starts) + sum(bad.values()), max_bad_share, what="lines", where=path)
+        if not has_phrases:
+            logging.warning("%s has no column of noun phrases: the caption alone is the concept of its image", path)
+        self._starts = np.array(starts, np.int64)
+        self.sizes = np.zeros((len(starts), 2), np.int32)
+        self.counters = dict(bad + repaired)
+        probe_images(folder, (_parse_pair(self._line(i))[0] for i in range(len(starts))), path)
+
+    def _line(self, index: int) -> bytes:
+        start = self._starts[index]
+        end = self._text.find(b"\n", start)
+        return self._text[start : end if end >= 0 else len(self._text)]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def describe(self, index: int) -> str:
+        return f"{_parse_pair(self._line(index))[0]} of {self.path}"
+
+    def __getitem__(self, index: int) -> Record:
+        name, caption, phrases, _ = _parse_pair(self._line(index))
+        return Record(
+            kind=self.kind,
+            source=self.name,
+            example_id=index,
+            image=resolve(self._folder, name),
+            size=(0, 0),
+            boxes=np.zeros((0, 4), np.float32),
+            concepts=(caption, *phrases),
+            box_concepts=np.zeros(0, np.int32),
+            caption=caption,
+        )
+
+
+def _parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
+    """Returns image, caption, phrases and what had to be repaired, of a line with at least one tab."""
+    repaired = []
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        text = line.decode(errors="ignore")
+        repaired.append("invalid UTF-8 left out")
+    name, caption, *rest = text.rstrip("\r").split("\t")
+    phrases: list[str] = []
+    if rest and rest[0].strip():
+        try:
+            column = json.loads(rest[0])
+        except json.JSONDecodeError:
+            column = None
+        if isinstance(column, list) and all(isinstance(phrase, str) for phrase in column):
+            phrases = [phrase.strip() for phrase in column if phrase.strip()]
+        else:
+            repaired.append("phrase column that is no JSON list of texts left out")
+    return name, caption.strip(), phrases, repaired
+
+
+def read_pairs(pairs: str, images: str, *, max_examples: int = 0, max_bad_share: float = 0.0) -> PairSource:
+    """Returns the source of an image-text TSV and its image folder; arguments as for `read_detection`."""
+    path = Path(pairs)
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith((b"{", b"[{")):
+        raise ValueError(f"{path} is a json; config.image_text.pairs takes a TSV `image <tab> caption`")
+    return PairSource(path, os.path.realpath(images), max_examples=max_examples, max_bad_share=max_bad_share)
+
+
+def _names_files(kind: Kind, section: Any, prefix: str) -> bool:
+    """Returns whether a section of the configuration names raw files; raises if one of them is missing."""
+    key = "pairs" if kind is Kind.IMAGE_TEXT else "annotations"
+    if not section[key] and not section.images:
+        return False
+    paths = {f"{prefix}.{key}": (section[key], "file"), f"{prefix}.images": (section.images, "folder")}
+    if section.dictionary:
+        paths[f"{prefix}.dictionary"] = (section.dictionary, "file")
+    if problems := missing_paths(paths):
+        raise ValueError("\n".join(problems))
+    return True
+
+
+def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
+    """Returns the sources that one section of the configuration (config.detection, …) names; none if it names none.
+
+    Raises:
+      ValueError: everything that is wrong with the section's files, one line each; keys are led by `prefix`.
+    """
+    if not _names_files(kind, section, prefix):
+        return []
+    limits = {"max_examples": section.max_examples, "max_bad_share": section.max_bad_share}
+    try:
+        match kind:
+            case Kind.DETECTION:
+                return [read_detection(section.annotations, section.images, dictionary=section.dictionary, **limits)]
+            case Kind.GROUNDING:
+                return [read_grounding(section.annotations, section.images, **limits)]
+            case Kind.IMAGE_TEXT:
+                return [read_pairs(section.pairs, section.images, **limits)]
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from None
+
+
+def open_evaluation(section: Any, *, prefix: str) -> BoxSource | None:
+    """Returns the images and categories that an evaluation section names, without boxes; None if it names none.
+
+    Raises:
+      ValueError: as `open_sources`.
+    """
+    if not _names_files(Kind.DETECTION, section, prefix):
+        return None
+    try:
+        return read_detection(
+            section.annotations,
+            section.images,
+            dictionary=section.dictionary,
+            max_examples=section.max_examples,
+            max_bad_share=section.max_bad_share,
+            need_boxes=False,
+        )
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from None

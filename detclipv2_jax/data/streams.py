@@ -1,0 +1,297 @@
+"""Streams of host batches: a stream is (kind, canvas), read with Grain, endless for training, finite for evaluation.
+
+The n-th batch is a pure function of n: order, scale, flip and negatives of the example at position p follow from
+(seed, stream, p). A global batch holds the positions [n * batch_size, (n + 1) * batch_size), split contiguously over
+the hosts, so that position follows from the step and the number of hosts changes nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from detclipv2_jax.data.batches import BatchMaker, Notes, Skipped
+from detclipv2_jax.data.box_json import BoxSource
+from detclipv2_jax.data.checks import refuse_above_share
+from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictionary
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.sources import Source, open_evaluation, open_sources
+
+_FOREVER = 1 << 60
+
+
+class Stream:
+    """Batches of one (kind, canvas); `train_streams` makes them.
+
+    Attributes:
+      name: like "detection/800x1344".
+      batch_size: images a batch over all hosts.
+      num_examples: images of an epoch.
+      num_batches: batches of an epoch, rounded; at least 1.
+      capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
+      counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
+        with the first stream of the kind.
+    """
+
+    def __init__(self, maker: BatchMaker, *, input_config: Any, max_bad_share: float):
+        self._maker, self._input, self._max_bad_share = maker, input_config, max_bad_share
+        self._skipped: dict[int, Skipped] = {}
+        self.name, self.kind, self.canvas = maker.name, maker.kind, maker.canvas
+        self.batch_size, self.num_examples = maker.batch_size, len(maker.members)
+        self.num_batches = max(1, round(self.num_examples / self.batch_size))
+        self.max_boxes = maker.max_boxes
+        self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
+        self.counters: collections.Counter[str] = collections.Counter()
+
+    def _account(self, batch: Batch, notes: Notes) -> Batch:
+        self.counters.update(notes.counts)
+        for member, skipped in notes.skipped.items():
+            if member not in self._skipped:
+                logging.warning("%s: skipped %s: %s", self.name, *skipped)
+                self._skipped[member] = skipped
+                self.counters[f"image skipped: {skipped.reason}"] += 1
+        reasons = collections.Counter(skipped.reason for skipped in self._skipped.values())
+        refuse_above_share(reasons, self.num_examples, self._max_bad_share, what="images", where=f"config.{self.name}")
+        return batch
+
+    def batch(self, n: int) -> Batch:
+        """Returns this host's rows of the n-th global batch, a pure function of n.
+
+        Raises:
+          ValueError: more than the configured share of the images cannot be read.
+        """
+        return self._account(*self._maker.make(n))
+
+    def _dataset(self, start: int) -> grain.MapDataset:
+        return grain.MapDataset.range(start, _FOREVER).map(self._maker.make)
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Yields batch(start), batch(start + 1), … read ahead by threads or processes; `close()` it when done."""
+        ahead, num_workers = max(self._input.prefetch_batches, 1), self._input.num_workers
+        num_threads = min(self._input.num_threads, ahead) if num_workers == 0 else 0
+        dataset = self._dataset(start).to_iter_dataset(
+            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead if num_threads else 0)
+        )
+        if num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain's workers copy parsed flags; in a notebook or a test nobody did
+                flags.FLAGS.mark_as_parsed()
+            options = grain.multiprocessing.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=max(ahead // num_workers, 1)
+            )
+            dataset = dataset.mp_prefetch(options)
+        iterator = iter(dataset)
+        try:
+            for batch, notes in iterator:
+                yield self._account(batch, notes)
+        finally:
+            iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundTruth:
+    """What evaluation needs beside images."""
+
+    annotations: Path  # COCO json
+    image_ids: tuple[int, ...]  # by example id
+    vocabulary: Vocabulary  # the categories in the order of the json
+    definitions: bool  # whether a category is encoded with its definition
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of every category as it is encoded."""
+        return self.vocabulary.texts(definitions=self.definitions)
+
+
+class EvalStream(Stream):
+    """The images of one evaluation canvas in the order of the json; finite, the last batch padded by image_mask."""
+
+    def __init__(self, maker: BatchMaker, *, ground_truth: GroundTruth, **options: Any):
+        super().__init__(maker, **options)
+        self.ground_truth = ground_truth
+        self.num_batches = -(-self.num_examples // self.batch_size)
+
+    def _dataset(self, start: int) -> grain.MapDataset:
+        return grain.MapDataset.range(start, self.num_batches).map(self._maker.make)
+
+    def batch(self, n: int) -> Batch:
+        if not 0 <= n < self.num_batches:
+            raise ValueError(f"{self.name} has {self.num_batches} batches; there is no batch {n}")
+        return super().batch(n)
+
+
+def _assign_canvases(sources: Sequence[Source], canvases: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Returns for each canvas the positions (in the concatenated sources) of the images that are largest on it."""
+    if len(canvases) == 1:
+        return [np.arange(sum(map(len, sources)), dtype=np.int32)]
+    for source in sources:
+        if isinstance(source, BoxSource):
+            source.fill_sizes()
+    sizes = np.maximum(np.concatenate([source.sizes for source in sources]), 1)
+    fits = np.stack([(np.array(canvas)[None] / sizes).min(axis=1) for canvas in canvases])
+    best = fits.argmax(axis=0)  # the first of equals: a square image goes to the first canvas
+    return [np.flatnonzero(best == i).astype(np.int32) for i in range(len(canvases))]
+
+
+def _divide(batch_size: int, process_count: int, where: str) -> int:
+    if batch_size % process_count:
+        raise ValueError(f"{where}.batch_size {batch_size} is not divisible by the number of hosts {process_count}")
+    return batch_size // process_count
+
+
+def _round_up(num: int, multiple: int) -> int:
+    return -(-num // multiple) * multiple
+
+
+def _kind_streams(
+    config: Any,
+    kind: Kind,
+    sources: list[Source],
+    dictionary: Vocabulary | None,
+    *,
+    process_index: int,
+    process_count: int,
+    table_multiple: int,
+) -> list[Stream]:
+    section = config[kind.value]
+    rows = _divide(section.batch_size, process_count, f"config.{kind.value}")
+    encoder = Encoder(max_length=config.model.text.context_length)
+    if kind is Kind.DETECTION or dictionary is None:  # categories got their definitions when they were read
+        vocabularies = tuple(source.vocabulary for source in sources)
+    else:
+        vocabularies = (dictionary,) * len(sources)
+    sizes: dict[str, Any]
+    if kind is Kind.IMAGE_TEXT:
+        sizes = {"num_captions": section.max_phrases + 1}
+        num_rows = rows * sizes["num_captions"]
+    else:
+        make_pool = functools.cache(lambda known: Pool(known, definitions=section.definitions, encoder=encoder))
+        sizes = {
+            "max_boxes": section.max_boxes,
+            "num_concepts": section.num_concepts,
+            "pools": tuple(make_pool(known) for known in vocabularies),
+        }
+        num_rows = rows * max(section.num_concepts, *(source.most_concepts for source in sources))
+        if kind is Kind.DETECTION or dictionary is None:  # then there are no concepts but those of the pools
+            num_rows = min(num_rows, len({i for pool in sizes["pools"] for i in pool.encoded.ids.tolist()}))
+    capacity = _round_up(section.max_concepts or num_rows, math.lcm(8, table_multiple))
+    streams = []
+    for canvas, members in zip(section.canvases, _assign_canvases(sources, section.canvases), strict=True):
+        if not len(members):
+            continue
+        maker = BatchMaker(
+            name=f"{kind.value}/{canvas[0]}x{canvas[1]}",
+            kind=kind,
+            canvas=tuple(canvas),
+            sources=tuple(sources),
+            members=members,
+            seed=config.seed,
+            batch_size=section.batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            short_side=tuple(section.short_side),
+            long_side=section.long_side,
+            flip_prob=section.flip_prob,
+            capacity=capacity,
+            definitions=section.definitions,
+            vocabularies=vocabularies,
+            encoder=encoder,
+            **sizes,
+        )
+        streams.append(Stream(maker, input_config=config.input, max_bad_share=section.max_bad_share))
+    for source in sources:
+        streams[0].counters.update(source.counters)
+    return streams
+
+
+def train_streams(
+    config: Any, *, process_index: int = 0, process_count: int = 1, table_multiple: int = 1
+) -> list[Stream]:
+    """Returns the training streams: detection, grounding, image-text, each with its canvases in order.
+
+    Kinds without files and canvases without examples are left out.
+
+    Args:
+      config: the whole configuration.
+      process_index: this host.
+      process_count: number of hosts; divides every batch size.
+      table_multiple: the concept table's rows are a multiple of it (devices of this host) and of 8.
+
+    Raises:
+      ValueError: everything that is missing, empty or of another kind, one line each; no image was read yet.
+    """
+    opened: dict[Kind, tuple[list[Source], Vocabulary | None]] = {}
+    problems = []
+    for kind in Kind:
+        try:
+            section = config[kind.value]
+            sources = open_sources(kind, section, prefix=f"config.{kind.value}")
+            opened[kind] = sources, read_dictionary(section.dictionary) if sources and section.dictionary else None
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not any(sources for sources, _ in opened.values()):
+        raise ValueError(
+            "no training data: set config.detection.annotations, config.grounding.annotations or "
+            "config.image_text.pairs, each with its images"
+        )
+    options = {"process_index": process_index, "process_count": process_count, "table_multiple": table_multiple}
+    return [
+        stream
+        for kind, (sources, dictionary) in opened.items()
+        if sources
+        for stream in _kind_streams(config, kind, sources, dictionary, **options)
+    ]
+
+
+def eval_streams(
+    section: Any, *, input_config: Any, process_index: int = 0, process_count: int = 1
+) -> list[EvalStream]:
+    """Returns the evaluation streams of a section like config.eval; images as in training but without augmentation.
+
+    Args:
+      section: config.eval.
+      input_config: config.input.
+      process_index: this host.
+      process_count: number of hosts; divides the batch size.
+
+    Raises:
+      ValueError: a file or folder is missing or of another kind; while reading, an image cannot be used.
+    """
+    _divide(section.batch_size, process_count, "config.eval")
+    source = open_evaluation(section, prefix="config.eval")
+    if source is None:
+        return []
+    ground_truth = GroundTruth(source.path, tuple(source.image_ids), source.vocabulary, section.definitions)
+    streams = []
+    for canvas, members in zip(section.canvases, _assign_canvases([source], section.canvases), strict=True):
+        if not len(members):
+            continue
+        maker = BatchMaker(
+            name=f"eval/{canvas[0]}x{canvas[1]}",
+            kind=Kind.DETECTION,
+            canvas=tuple(canvas),
+            sources=(source,),
+            members=members,
+            seed=0,
+            batch_size=section.batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            short_side=(section.short_side, section.short_side),
+            long_side=section.long_side,
+            encoder=Encoder(),
+            endless=False,
+        )
+        streams.append(
+            EvalStream(maker, ground_truth=ground_truth, input_config=input_config, max_bad_share=section.max_bad_share)
+        )
+    return streams

@@ -1,0 +1,88 @@
+"""CLIP's byte-pair tokenizer: texts to padded int32 rows.
+
+The merges are OpenAI CLIP's (`bpe_simple_vocab_16e6.txt.gz`, see BPE_NOTICE.txt); ids equal those of the public CLIP
+tokenizers, including the repair of broken Unicode (ftfy), HTML entities, white space and lower case. The one
+exception is deliberate: the special tokens cannot be written in a text (a caption holding "<|endoftext|>" is read as
+plain characters), because the text tower finds its sentence feature at the largest id.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.resources
+from collections.abc import Sequence
+
+import ftfy
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+
+SOS_ID, EOS_ID, VOCABULARY_SIZE = 49406, 49407, 49408
+# words: contractions, runs of letters, single digits, runs of anything else
+_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+def _byte_characters() -> list[str]:
+    """Returns for each of the 256 bytes the printable character that stands for it, in CLIP's vocabulary order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+@functools.cache
+def _bpe() -> tokenizers.Tokenizer:
+    """Returns the encoder of cleaned text, without [SOS] and [EOS]; reads the merges file once a process."""
+    packed = importlib.resources.files(__package__).joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode().split("\n")
+    # the first line is a header; CLIP uses the merges that fill the vocabulary up to the two special tokens
+    merges = [(left, right) for left, right in (line.split() for line in lines[1 : VOCABULARY_SIZE - 512 - 2 + 1])]
+    characters = _byte_characters()
+    words = [*characters, *(c + "</w>" for c in characters), *(left + right for left, right in merges)]
+    model = tokenizers.models.BPE(
+        vocab={word: i for i, word in enumerate(words)}, merges=merges, end_of_word_suffix="</w>"
+    )
+    bpe = tokenizers.Tokenizer(model)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return bpe
+
+
+def clean(text: str) -> str:
+    """Returns the text as CLIP encodes it: Unicode repaired, HTML entities resolved, single spaces, lower case."""
+    # what follows changes nothing in printable ASCII without entities, and ftfy is slower than the encoding itself
+    if not (text.isascii() and text.isprintable()) or "&" in text:
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def _encode(texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in _bpe().encode_batch_fast([clean(text) for text in texts])]
+
+
+def num_tokens(texts: Sequence[str]) -> Int32[np.ndarray, " n"]:
+    """Returns how many tokens each text has, [SOS] and [EOS] included, before any truncation."""
+    return np.array([len(ids) + 2 for ids in _encode(texts)], np.int32)
+
+
+def tokenize(texts: str | Sequence[str], *, max_length: int = 16) -> Int32[np.ndarray, "n max_length"]:
+    """Returns one row `[SOS] … [EOS] 0 … 0` a text.
+
+    Longer texts lose their end but keep [EOS] as the last token; `num_tokens` tells which.
+
+    Args:
+      texts: one text or several.
+      max_length: tokens a row, [SOS] and [EOS] included; at least 2.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}; at least 2 are needed for [SOS] and [EOS]")
+    texts = [texts] if isinstance(texts, str) else texts
+    tokens = np.zeros((len(texts), max_length), np.int32)
+    for row, ids in zip(tokens, _encode(texts), strict=True):
+        ids = [SOS_ID, *ids[: max_length - 2], EOS_ID]
+        row[: len(ids)] = ids
+    return tokens

@@ -1,0 +1,248 @@
+"""From image bytes and boxes to canvas pixels and canvas boxes.
+
+A photo is decoded at the smallest JPEG scale that still holds the target, resized with its aspect ratio kept and put at
+the top left of its canvas; below and to the right of it the canvas is zero. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image
+
+from detclipv2_jax.data.schema import UnusableError
+
+MAX_PIXELS = 1 << 26  # larger photos are refused before they are decoded (200 MB as RGB)
+_EXIF_ORIENTATION = 0x0112
+_PARAMETERLESS = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
+
+
+class Header(NamedTuple):
+    """What a file says of its image before it is decoded."""
+
+    size: tuple[int, int]  # of the stored pixels
+    orientation: int  # EXIF, 1-8; 5-8 swap height and width for display
+    is_jpeg: bool
+
+    @property
+    def displayed_size(self) -> tuple[int, int]:
+        return self.size[::-1] if self.orientation >= 5 else self.size
+
+
+def _exif_orientation(exif: Image.Exif) -> int:
+    orientation = exif.get(_EXIF_ORIENTATION, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _jpeg_header(data: bytes) -> Header:
+    size, orientation, at = None, 1, 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker in _PARAMETERLESS:
+            at += 2
+            continue
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        if marker in _FRAMES and at + 9 <= len(data):
+            size = struct.unpack_from(">HH", data, at + 5)
+        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(data[at + 4 : at + 2 + length])
+                orientation = _exif_orientation(exif)
+            except (SyntaxError, struct.error, ValueError, KeyError, OSError):
+                orientation = 1  # a broken EXIF block does not spoil the pixels
+        elif marker == 0xDA:  # the scan: inside it FF D9 can only be the end of the image
+            if size is None or data.rfind(b"\xff\xd9", at) < 0:
+                break
+            return Header(size, orientation, is_jpeg=True)
+        at += 2 + length
+    raise UnusableError("truncated image")
+
+
+def read_header(data: bytes) -> Header:
+    """Returns size and orientation from the first bytes of an encoded image.
+
+    Raises:
+      UnusableError: not an image, truncated (JPEG only; others show when decoded), or more than MAX_PIXELS pixels.
+    """
+    if data[:2] == b"\xff\xd8":
+        header = _jpeg_header(data)
+    else:
+        try:
+            image = Image.open(io.BytesIO(data))
+            header = Header((image.height, image.width), _exif_orientation(image.getexif()), is_jpeg=False)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise UnusableError(f"more than {MAX_PIXELS} pixels") from None
+        except (OSError, SyntaxError, ValueError, struct.error):
+            raise UnusableError("not an image" if data else "empty file") from None
+    height, width = header.size
+    if height * width > MAX_PIXELS:
+        raise UnusableError(f"more than {MAX_PIXELS} pixels")
+    if not height * width:
+        raise UnusableError("image without pixels")
+    return header
+
+
+@functools.cache
+def _one_opencv_thread() -> None:
+    """Keeps OpenCV in the calling thread: the streams already use one thread or process a core."""
+    cv2.setNumThreads(1)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns the pixels as displayed; EXIF orientation says where row 0 and column 0 of the stored pixels go."""
+    match orientation:
+        case 2:
+            return pixels[:, ::-1]
+        case 3:
+            return pixels[::-1, ::-1]
+        case 4:
+            return pixels[::-1]
+        case 5:
+            return pixels.transpose(1, 0, 2)
+        case 6:
+            return np.rot90(pixels, -1)
+        case 7:
+            return pixels[::-1, ::-1].transpose(1, 0, 2)
+        case 8:
+            return np.rot90(pixels)
+    return pixels
+
+
+def frame(header: Header, annotated_size: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Returns the size of the frame the annotation refers to, and the EXIF orientation to apply to the stored pixels.
+
+    Photos are shown upright. Only where the annotated size fits the stored and not the upright pixels did the
+    annotator ignore EXIF; then the stored pixels are the frame of the boxes.
+
+    Raises:
+      UnusableError: the annotated size is neither.
+    """
+    if annotated_size in ((0, 0), header.displayed_size):
+        return header.displayed_size, header.orientation
+    if annotated_size == header.size:
+        return header.size, 1
+    raise UnusableError("size differs from the annotation's")
+
+
+def target_size(size: tuple[int, int], *, canvas: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
+    """Returns the (height, width) after resizing: short side as given unless the long side or the canvas bounds it."""
+    scale = min(short_side / min(size), long_side / max(size), canvas[0] / size[0], canvas[1] / size[1])
+    return min(max(round(size[0] * scale), 1), canvas[0]), min(max(round(size[1] * scale), 1), canvas[1])
+
+
+def decode(data: bytes, header: Header, *, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns stored RGB pixels, of a JPEG possibly at 1/2, 1/4 or 1/8 scale, but never smaller than `size`.
+
+    Raises:
+      UnusableError: the pixels cannot be decoded.
+    """
+    _one_opencv_thread()
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    if header.is_jpeg:
+        # OpenCV's REDUCED_COLOR flags say BGR; the scale bit alone combines with RGB
+        for scale, flag in (
+            (8, cv2.IMREAD_REDUCED_GRAYSCALE_8),
+            (4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
+            (2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
+        ):
+            if -(-header.size[0] // scale) >= size[0] and -(-header.size[1] // scale) >= size[1]:
+                flags |= flag
+                break
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise UnusableError("undecodable image")
+    return pixels
+
+
+def place(
+    image: bytes | UInt8[np.ndarray, "h w 3"],
+    out: UInt8[np.ndarray, "canvas_h canvas_w 3"],
+    *,
+    annotated_size: tuple[int, int],
+    short_side: int,
+    long_side: int,
+    flip: bool = False,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Writes an image into the top left of a zeroed canvas; returns (extent on the canvas, size of the photo).
+
+    Args:
+      image: encoded bytes, or RGB pixels.
+      out: the canvas, written in place.
+      annotated_size: (height, width) the boxes refer to, (0, 0) if unknown; see `frame`.
+      short_side: wanted length of the shorter side, px.
+      long_side: bound of the longer side, px.
+      flip: mirror left and right.
+
+    Raises:
+      UnusableError: see `read_header`, `frame` and `decode`.
+    """
+    header = read_header(image) if isinstance(image, bytes) else Header(image.shape[:2], 1, is_jpeg=False)
+    size, orientation = frame(header, annotated_size)
+    extent = target_size(size, canvas=out.shape[:2], short_side=short_side, long_side=long_side)
+    stored = extent[::-1] if orientation >= 5 else extent
+    pixels = decode(image, header, size=stored) if isinstance(image, bytes) else image
+    view = out[: extent[0], : extent[1]]
+    # averaging over areas is only needed where bilinear sampling would skip pixels
+    shrinks = pixels.shape[0] > 2 * stored[0] or pixels.shape[1] > 2 * stored[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    if orientation == 1 and not flip:
+        cv2.resize(pixels, stored[::-1], dst=view, interpolation=method)
+        return extent, size
+    upright = _upright(cv2.resize(pixels, stored[::-1], interpolation=method), orientation)
+    if flip:
+        cv2.flip(np.ascontiguousarray(upright), 1, dst=view)
+    else:
+        view[:] = upright
+    return extent, size
+
+
+def place_boxes(
+    boxes: Float32[np.ndarray, "n 4"], *, scale: Float32[np.ndarray, " 2"], width: int, flip: bool
+) -> Float32[np.ndarray, "n 4"]:
+    """Returns boxes of the photo in canvas pixels; `scale` is (y, x), `width` the valid width of the canvas."""
+    boxes = boxes * scale[[1, 0, 1, 0]][None]
+    if flip:
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+    return boxes.astype(np.float32)
+
+
+def check_boxes(
+    boxes: Float[np.ndarray, "n 4"], sizes: Float[np.ndarray, "n 2"]
+) -> tuple[Float32[np.ndarray, "n 4"], Bool[np.ndarray, " n"], dict[str, int]]:
+    """Returns xyxy boxes clipped to their images, which of them are usable, and the numbers of bad ones by reason.
+
+    Args:
+      boxes: float64 [n, 4] xyxy px, anything.
+      sizes: (height, width) of the image of each box; 0: unknown, not clipped there.
+    """
+    finite = np.isfinite(boxes).all(axis=1)
+    boxes = np.where(finite[:, None], boxes, 0.0)
+    inverted = finite & ((boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1]))
+    empty = finite & ~inverted & ((boxes[:, 2] == boxes[:, 0]) | (boxes[:, 3] == boxes[:, 1]))
+    height, width = np.where(sizes > 0, sizes, np.inf).T
+    bounds = np.stack([width, height, width, height], axis=1)
+    clipped = np.clip(boxes, 0.0, bounds).astype(np.float32)
+    has_area = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
+    outside = finite & ~inverted & ~empty & ~has_area
+    usable = finite & ~inverted & ~empty & ~outside
+    reasons = {
+        "box not finite": ~finite,
+        "box inverted": inverted,
+        "box without area": empty,
+        "box outside the image": outside,
+    }
+    return clipped, usable, {reason: int(bad.sum()) for reason, bad in reasons.items() if bad.any()}

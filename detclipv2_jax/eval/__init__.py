@@ -1,0 +1,1 @@
+"""Evaluation: predict, gather, score."""

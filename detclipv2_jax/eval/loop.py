@@ -1,0 +1,238 @@
+"""Evaluation of a model: predict batch after batch on all devices, gather, score, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from detclipv2_jax import visualize, vocabulary
+from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.data.streams import EvalStream
+from detclipv2_jax.eval import coco
+from detclipv2_jax.eval.result import Parts, Rows, write
+from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, Photos
+from detclipv2_jax.models.detclip import DetCLIP
+from detclipv2_jax.sharding import BATCH, REPLICATED
+
+PART_SECONDS = 60  # a killed evaluation loses at most about this much
+
+
+class Evaluator:
+    """Evaluates parameters of one model on `config.eval`; compiled functions and streams live as long as the object."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: DetCLIP,
+        *,
+        mesh: Mesh,
+        streams: Sequence[EvalStream],
+        workdir: str | pathlib.Path,
+    ):
+        if not streams:
+            raise ValueError("nothing to evaluate on: set config.eval.annotations and config.eval.images")
+        if config.eval.batch_size % mesh.size:
+            raise ValueError(
+                f"config.eval.batch_size {config.eval.batch_size} is not divisible by the number of devices {mesh.size}"
+                f" (remainder {config.eval.batch_size % mesh.size})"
+            )
+        self._config, self._mesh, self._streams = config, mesh, streams
+        self._workdir = pathlib.Path(workdir)
+        self._truth = streams[0].ground_truth
+        self._limits = Limits.from_config(config.eval)
+        self._detector = Detector(model, mesh=mesh)
+        whole = NamedSharding(mesh, REPLICATED)
+        self._gather = jax.jit(lambda *arrays: arrays, out_shardings=whole)
+        self._checksum = jax.jit(_checksum, out_shardings=whole)
+
+    def __call__(self, params: Any, *, step: int) -> dict[str, float]:
+        """Returns the scores of `params` as fractions (see `coco.evaluate`), the same on every process.
+
+        Process 0 writes `eval/step_<step>_detections.json`, `eval/step_<step>_scores.json` and pictures. An evaluation
+        that was killed continues where it was, if it is the same one.
+        """
+        text = self._detector.encode_vocabulary(params, self._truth.texts)
+        text = vocabulary.pad(text, multiple=WORD_CHUNK)
+        weights = np.asarray(self._checksum(params)).tolist()
+        parts = samples = None
+        if jax.process_index() == 0:
+            fingerprint = {
+                "protocol": self._protocol(step),
+                "weights": weights,
+                "batch_size": self._streams[0].batch_size,
+            }
+            parts, samples = Parts(self._workdir / "eval", fingerprint=fingerprint), []
+        done = _from_first_process(parts and parts.done)
+        written = time.monotonic()
+        with tqdm.tqdm(
+            total=sum(stream.num_batches for stream in self._streams),
+            initial=done,
+            desc="evaluating",
+            unit="batch",
+            leave=False,
+            disable=True if parts is None else None,  # None: shown on a terminal only
+        ) as progress:
+            for batch in self._batches(done):
+                found, example_ids, image_mask = self._predict(params, batch, text)
+                progress.update()
+                if parts is None:
+                    continue
+                parts.add(self._rows(found, example_ids, image_mask))
+                samples += _samples(batch, found, limit=self._config.eval.num_pictures - len(samples))
+                if time.monotonic() - written > PART_SECONDS:
+                    parts.write()
+                    written = time.monotonic()
+        return _from_first_process(parts and self._score(parts, samples, step=step))
+
+    def _batches(self, done: int) -> Iterator[Batch]:
+        """Yields the batches of all streams one after the other, without the first `done`."""
+        for stream in self._streams:
+            skipped = min(done, stream.num_batches)
+            done -= skipped
+            if skipped == stream.num_batches:
+                continue
+            batches = stream.iterate(skipped)
+            try:
+                yield from batches
+            finally:
+                batches.close()
+
+    def _predict(
+        self, params: Any, batch: Batch, text: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[Detections, np.ndarray, np.ndarray]:
+        """Returns (detections, example ids, image mask) of the global batch, whole on every process."""
+        sharding = NamedSharding(self._mesh, BATCH)
+        arrays = (batch.image, batch.extent, batch.scale, batch.original_size, batch.example_id, batch.image_mask)
+        arrays = [jax.make_array_from_process_local_data(sharding, array) for array in arrays]
+        found = self._detector.predict(params, Photos(*arrays[:4]), *text, self._limits)
+        return jax.tree.map(np.asarray, (found, *self._gather(*arrays[4:])))
+
+    def _rows(self, found: Detections, example_ids: np.ndarray, image_mask: np.ndarray) -> Rows:
+        """Returns the detections on real images, with the ids of the json."""
+        keep = found.mask & image_mask[:, None]
+        image_ids = np.array(self._truth.image_ids)[example_ids]
+        return Rows(
+            image_ids=np.broadcast_to(image_ids[:, None], keep.shape)[keep],
+            category_ids=np.array(self._truth.vocabulary.category_ids)[found.labels[keep]],
+            boxes=found.boxes[keep],
+            scores=found.scores[keep],
+        )
+
+    def _score(self, parts: Parts, samples: list[_Sample], *, step: int) -> dict[str, float]:
+        """Returns the scores; writes them, the detections and the pictures."""
+        annotations = coco.load_annotations(self._truth.annotations)
+        detections = parts.all_rows().to_coco()
+        scores = coco.evaluate(annotations, detections, image_ids=self._truth.image_ids)
+        protocol = self._protocol(step) | {
+            "images_evaluated": len(self._truth.image_ids),
+            "images_listed": len(annotations["images"]),
+        }
+        name = f"step_{step:08d}"
+        write(self._workdir / "eval", name=name, detections=detections, scores=scores, protocol=protocol)
+        parts.remove()
+        for sample in samples:
+            self._draw(sample, annotations, name=name)
+        return scores
+
+    def _draw(self, sample: _Sample, annotations: dict[str, Any], *, name: str) -> None:
+        """Writes one picture: annotated boxes at the left, at the right as many found ones."""
+        image_id = self._truth.image_ids[sample.example_id]
+        label_of = {category: i for i, category in enumerate(self._truth.vocabulary.category_ids)}
+        own = [
+            row for row in annotations["annotations"] if row["image_id"] == image_id and row["category_id"] in label_of
+        ]
+        corner_and_size = np.array([row["bbox"] for row in own], np.float64).reshape(-1, 4)
+        boxes = np.concatenate([corner_and_size[:, :2], corner_and_size[:, :2] + corner_and_size[:, 2:]], axis=1)
+        visualize.detections(
+            sample.image,
+            sample.boxes * sample.scale,
+            sample.labels,
+            self._truth.vocabulary.names,
+            scores=sample.scores,
+            max_drawn=min(20, max(3, len(own))),
+            truth=(boxes * sample.scale, np.array([label_of[row["category_id"]] for row in own], np.int32)),
+            title=f"image {image_id} after {name.removeprefix('step_').lstrip('0') or 0} steps",
+            path=self._workdir / "pictures" / f"{name}_found_{image_id}.jpg",
+        )
+
+    def _protocol(self, step: int) -> dict[str, Any]:
+        """Returns all that the detections and scores depend on beside the parameters."""
+        section, truth = self._config.eval, self._truth
+        return {
+            "ap": coco.AP_KIND,
+            "checkpoint_step": step,
+            "ema": self._config.optimizer.ema_decay > 0,
+            "annotations": str(truth.annotations),
+            "annotations_sha256": coco.sha256(truth.annotations),
+            "score": "sigmoid(logit) * sigmoid(centerness)",
+            "score_threshold": self._limits.score_threshold,
+            "nms": "within each category",
+            "nms_iou": self._limits.nms_iou,
+            "pre_nms": self._limits.pre_nms,
+            "max_detections": self._limits.max_detections,
+            "canvases": [list(canvas) for canvas in section.canvases],
+            "short_side": section.short_side,
+            "long_side": section.long_side,
+            "max_examples": section.max_examples,
+            "definitions": truth.definitions,
+            "prompts": truth.texts,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """One photo as the network saw it, and what was found, in original pixels."""
+
+    example_id: int
+    image: np.ndarray
+    scale: np.ndarray  # xyxy, canvas px per original px
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def _samples(batch: Batch, found: Detections, *, limit: int) -> list[_Sample]:
+    """Returns the first photos of process 0's batch; its rows are the first of the global one."""
+    samples = []
+    for i in np.flatnonzero(batch.image_mask)[:limit]:
+        height, width = batch.extent[i]
+        keep = found.mask[i]
+        samples.append(
+            _Sample(
+                example_id=int(batch.example_id[i]),
+                image=batch.image[i, :height, :width].copy(),
+                scale=batch.scale[i][[1, 0, 1, 0]],
+                boxes=found.boxes[i][keep],
+                labels=found.labels[i][keep],
+                scores=found.scores[i][keep],
+            )
+        )
+    return samples
+
+
+def _checksum(params: Any) -> Float[Array, " p"]:
+    """Returns a number for every parameter that is another one after training went on."""
+    return jnp.stack([jnp.sum(jnp.abs(value)) for value in jax.tree.leaves(params)])
+
+
+def _from_first_process(value: Any) -> Any:
+    """Returns process 0's value (anything that JSON holds) on every process."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(data)).astype(np.uint8).tobytes())

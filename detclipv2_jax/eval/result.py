@@ -1,0 +1,126 @@
+"""What an evaluation writes: detections in COCO's results format, scores with protocol, parts to continue from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+_PART = re.compile(r"(\d{6})-(\d{6})\.npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Detections of many images, one a row, best first within an image."""
+
+    image_ids: Int[np.ndarray, " n"]
+    category_ids: Int[np.ndarray, " n"]
+    boxes: Float[np.ndarray, "n 4"]  # xyxy in pixels of the original image
+    scores: Float[np.ndarray, " n"]
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Rows]) -> Rows:
+        """Returns all rows in order of their image id, so that batch size and number of processes do not show."""
+        none = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+        columns = zip(*(dataclasses.astuple(part) for part in [none, *parts]), strict=True)
+        image_ids, *others = (np.concatenate(column) for column in columns)
+        order = np.argsort(image_ids, kind="stable")
+        return cls(image_ids[order], *(column[order] for column in others))
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """Returns COCO results: bbox (x, y, width, height) rounded to 1/1000 px, scores in float32's shortest form."""
+        boxes = self.boxes.astype(np.float64)
+        boxes = np.round(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1), 3).tolist()
+        columns = (self.image_ids.tolist(), self.category_ids.tolist(), boxes, self.scores)
+        return [
+            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(str(score))}
+            for image_id, category_id, box, score in zip(*columns, strict=True)
+        ]
+
+
+class Parts:
+    """What a running evaluation has found so far, on disk, so that a killed one continues.
+
+    The folder's name holds a hash of everything the detections depend on: another evaluation does not find it.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, fingerprint: Mapping[str, Any]):
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        self._folder = folder / f".partial_{digest[:16]}"
+        self._pending: list[Rows] = []
+        self.done, self._parts = self._read()  # batches whose rows are known
+        self._written = self.done
+
+    def _read(self) -> tuple[int, list[Rows]]:
+        done, parts = 0, []
+        for path in sorted(self._folder.glob("*.npz")):
+            match = _PART.fullmatch(path.name)
+            if not match or int(match[1]) != done:
+                continue
+            try:
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                    parts.append(Rows(**stored))
+            except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+                break  # its batches are predicted again
+            done = int(match[2])
+        return done, parts
+
+    def add(self, rows: Rows) -> None:
+        """Takes the rows of the next batch."""
+        self._pending.append(rows)
+        self.done += 1
+
+    def write(self) -> None:
+        """Puts the rows taken since the last call on disk."""
+        if not self._pending:
+            return
+        rows = Rows.concatenate(self._pending)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f"{os.getpid()}.tmp.npz"
+        np.savez(partial, **dataclasses.asdict(rows))
+        os.replace(partial, self._folder / f"{self._written:06d}-{self.done:06d}.npz")
+        self._parts.append(rows)
+        self._pending, self._written = [], self.done
+
+    def all_rows(self) -> Rows:
+        """Returns the rows of all batches."""
+        return Rows.concatenate([*self._parts, *self._pending])
+
+    def remove(self) -> None:
+        """Deletes what is on disk: the evaluation is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def write(
+    folder: pathlib.Path,
+    *,
+    name: str,
+    detections: list[dict[str, Any]],
+    scores: Mapping[str, float],
+    protocol: Mapping[str, Any],
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes `<name>_detections.json` and `<name>_scores.json` (scores and "protocol"); returns their paths."""
+    paths = folder / f"{name}_detections.json", folder / f"{name}_scores.json"
+    write_json(paths[0], detections, indent=None)
+    write_json(paths[1], {**scores, "protocol": {**protocol, "detections": paths[0].name}}, indent=2)
+    return paths
+
+
+def write_json(path: pathlib.Path, content: Any, *, indent: int | None) -> None:
+    """Writes a JSON file, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent, ensure_ascii=False)
+        file.write("\n")
+    os.replace(partial, path)

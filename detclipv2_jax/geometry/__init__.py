@@ -1,0 +1,1 @@
+"""Boxes, anchors, assignment and suppression: pure functions of arrays, in float32."""

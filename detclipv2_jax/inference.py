@@ -1,0 +1,487 @@
+"""From regions and words to boxes: fused scores and top-k, NMS, the compiled model, and `Predictor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from detclipv2_jax import checkpoints, vocabulary
+from detclipv2_jax.data import concepts, tokenizer, transforms
+from detclipv2_jax.geometry import anchors as anchor_lib
+from detclipv2_jax.geometry import boxes as box_lib
+from detclipv2_jax.geometry import nms as nms_lib
+from detclipv2_jax.models import detclip
+from detclipv2_jax.models.detclip import DetCLIP, Regions
+from detclipv2_jax.sharding import BATCH, REPLICATED
+
+# words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
+WORD_CHUNK = 128
+TEXT_BATCH = 256  # texts encoded at once
+
+
+# --- arrays to arrays
+
+
+@flax.struct.dataclass
+class Detections:
+    """Boxes found on a batch of images, best first, in pixels of the original images; zero where not `mask`."""
+
+    boxes: Float[Array, "b n 4"]  # xyxy, inside the image
+    scores: Float[Array, "b n"]
+    labels: Int[Array, "b n"]  # rows of the vocabulary
+    mask: Bool[Array, "b n"]
+
+
+class Photos(NamedTuple):
+    """A batch of photos on one canvas; the fields are those of `data.schema.Batch`."""
+
+    image: UInt8[Array, "b h w 3"]
+    extent: Int[Array, "b 2"]
+    scale: Float[Array, "b 2"]
+    original_size: Int[Array, "b 2"]
+
+
+@flax.struct.dataclass
+class Limits:
+    """What counts as a detection; see `detect`. A new value of the integers compiles anew."""
+
+    score_threshold: float
+    nms_iou: float
+    pre_nms: int = flax.struct.field(pytree_node=False)
+    max_detections: int = flax.struct.field(pytree_node=False)
+    class_agnostic: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ConfigDict,
+        *,
+        score_threshold: float | None = None,
+        nms_iou: float | None = None,
+        max_detections: int | None = None,
+    ) -> Limits:
+        """Returns the limits of `config.eval`, each replaced where given; ValueError if one is out of range."""
+        given = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+        values = {name: config[name] if value is None else value for name, value in given.items()}
+        for name in ("score_threshold", "nms_iou"):
+            if not 0.0 <= values[name] <= 1.0:
+                raise ValueError(f"{name} is {values[name]}; it must lie between 0 and 1")
+        if values["max_detections"] < 1:
+            raise ValueError(f"max_detections is {values['max_detections']}; it must be at least 1")
+        return cls(**values, pre_nms=max(config.pre_nms, values["max_detections"]))
+
+
+@flax.struct.dataclass
+class Alignment:
+    """For every phrase its best region on one image of a batch."""
+
+    boxes: Float[Array, "m 4"]  # xyxy in pixels of the original image
+    scores: Float[Array, " m"]  # similarity, the contrastive loss's s
+    ranks: Int[Array, " m"]  # place of the image in the batch ordered by best similarity, from 1
+    maps: Float[Array, "m h w"]  # similarity at every cell of P3, the best of the levels; -inf on the padding
+
+    def photo_maps(self, extent: Int[np.ndarray, " 2"]) -> Float[np.ndarray, "m h w"]:
+        """Returns the maps without padding, given the image's (height, width) px on the canvas."""
+        rows, columns = np.maximum(np.ceil(np.asarray(extent) / anchor_lib.STRIDES[0] - 0.5), 1).astype(int)
+        return np.asarray(self.maps)[:, :rows, :columns]
+
+
+def detect(
+    regions: Regions,
+    text: Float[Array, "w d"],
+    text_mask: Bool[Array, " w"],
+    *,
+    anchors: Float[Array, "a 4"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    extent: Int[Array, "b 2"],
+    image_scale: Float[Array, "b 2"],
+    original_size: Int[Array, "b 2"],
+    score_threshold: float | Float[Array, ""],
+    nms_iou: float | Float[Array, ""],
+    pre_nms: int,
+    max_detections: int,
+    word_chunk: int = WORD_CHUNK,
+    class_agnostic: bool = False,
+) -> Detections:
+    """Returns the best boxes of every image (spec section 9, point 21).
+
+    1. score = sigmoid(scale * region . word + bias) * sigmoid(centerness); 0 for masked words and for anchors whose
+       centre lies on the padding;
+    2. the best `pre_nms` (anchor, word) pairs; of equal scores the lower anchor comes first, then the lower word;
+    3. their boxes in the original image, cut at its border; those without area or not above the threshold are left out;
+    4. NMS within each word (over all words if `class_agnostic`), the best `max_detections`.
+
+    Args:
+      regions: of a canvas (padded network image) whose `anchors` are given.
+      text: L2-normalised word embeddings; w must be a multiple of `word_chunk`, see `vocabulary.pad`.
+      text_mask: which rows are words.
+      anchors: of the canvas, all levels.
+      scale, bias: of the logit.
+      extent: valid (height, width) px of the canvas.
+      image_scale: (y, x) canvas px per original px.
+      original_size: (height, width) px.
+      score_threshold: in [0, 1); only scores above it count.
+      nms_iou: a box is removed by a better one if their IoU is above it.
+      pre_nms: pairs an image that enter NMS.
+      max_detections: boxes an image.
+      word_chunk: words scored at once; changes memory and speed only.
+      class_agnostic: boxes of different words remove each other too.
+    """
+    anchors = jnp.asarray(anchors)
+    # 1
+    center_yx = box_lib.centers(anchors)[:, ::-1]
+    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
+    centerness = jnp.where(on_image, jax.nn.sigmoid(regions.centerness), 0.0)
+    # 2
+    scores, anchor_of, words = _best_pairs(
+        regions.embeddings, text, text_mask, centerness, scale=scale, bias=bias, num=pre_nms, word_chunk=word_chunk
+    )
+    # 3
+    deltas = jnp.take_along_axis(regions.box_deltas, anchor_of[..., None], axis=1)
+    boxes = box_lib.decode_deltas(anchors[anchor_of], deltas)
+    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / image_scale)[:, None]), original_size[:, None])
+    mask = (scores > score_threshold) & (box_lib.area(boxes) > 0.0)
+    # 4
+    keep = functools.partial(nms_lib.nms, iou_threshold=nms_iou, max_outputs=max_detections)
+    classes = jnp.zeros_like(words) if class_agnostic else words
+    kept, used = jax.vmap(lambda b, s, m, c: keep(b, s, mask=m, classes=c))(boxes, scores, mask, classes)
+    return Detections(
+        boxes=jnp.take_along_axis(boxes, kept[..., None], axis=1) * used[..., None],
+        scores=jnp.take_along_axis(scores, kept, axis=1) * used,
+        labels=jnp.take_along_axis(words, kept, axis=1) * used,
+        mask=used,
+    )
+
+
+def _best_pairs(
+    embeddings: Float[Array, "b a d"],
+    text: Float[Array, "w d"],
+    text_mask: Bool[Array, " w"],
+    centerness: Float[Array, "b a"],
+    *,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    num: int,
+    word_chunk: int,
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]:
+    """Returns (scores, anchors, words) of the best `num` pairs of every image, in order; score 0: an empty place.
+
+    One chunk of words after the other is scored and merged into the best pairs so far, so that no (anchors x words)
+    array exists. Within a chunk the best `num` anchors, by their best word, hold the best `num` pairs: a pair of any
+    other anchor has `num` better ones, one on each of these.
+    """
+    num_images, num_anchors, _ = embeddings.shape
+    if text.shape[0] % word_chunk:
+        raise ValueError(f"{text.shape[0]} words are no multiple of word_chunk={word_chunk}; use vocabulary.pad")
+    chunks = (
+        text.reshape(-1, word_chunk, text.shape[1]),
+        text_mask.reshape(-1, word_chunk),
+        jnp.arange(0, text.shape[0], word_chunk),
+    )
+
+    def merge(best, chunk):
+        words, mask, first_word = chunk
+        words = words.astype(embeddings.dtype)  # here, not outside the loop: no second copy of a large vocabulary
+        similarity = jnp.einsum("bad,wd->baw", embeddings, words, preferred_element_type=jnp.float32)
+        scores = jax.nn.sigmoid(scale * similarity + bias) * centerness[..., None] * mask[None, None]
+        _, rows = jax.lax.top_k(jnp.max(scores, axis=-1), min(num, num_anchors))
+        rows = jnp.sort(rows, axis=-1)  # so that positions below are in the order of (anchor, word)
+        scores = jnp.take_along_axis(scores, rows[..., None], axis=1).reshape(num_images, -1)
+        scores, position = jax.lax.top_k(scores, min(num, scores.shape[1]))
+        found = (-scores, jnp.take_along_axis(rows, position // word_chunk, axis=1), position % word_chunk + first_word)
+        both = [jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True)]
+        return tuple(x[:, :num] for x in jax.lax.sort(both, dimension=1, num_keys=3)), None
+
+    nothing = jnp.zeros((num_images, num), jnp.int32)
+    start = (jnp.zeros((num_images, num), jnp.float32), nothing, nothing)
+    (negative_scores, anchor_of, words), _ = jax.lax.scan(merge, start, chunks)
+    return -negative_scores, anchor_of, words
+
+
+def align(
+    regions: Regions,
+    phrases: Float[Array, "m d"],
+    *,
+    index: int | Int[Array, ""],
+    canvas: tuple[int, int],
+    scale: Float[Array, ""],
+    extent: Int[Array, "b 2"],
+    image_scale: Float[Array, "b 2"],
+    original_size: Int[Array, "b 2"],
+) -> Alignment:
+    """Returns the best region on image `index` of the batch for every phrase, and what it means among the batch.
+
+    Similarity is scale * region . phrase, as in the contrastive loss, over all anchors whose centre lies on the photo.
+    """
+    grid = anchor_lib.grid(canvas)
+    center_yx = box_lib.centers(jnp.asarray(grid.boxes))[:, ::-1]
+    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
+    words = phrases.astype(regions.embeddings.dtype)
+    similarity = scale * jnp.einsum("bad,md->bma", regions.embeddings, words, preferred_element_type=jnp.float32)
+    similarity = jnp.where(on_image[:, None], similarity, -jnp.inf)
+    best = jnp.max(similarity, axis=-1)  # [b, m]
+    anchor_of = jnp.argmax(similarity[index], axis=-1)
+    boxes = box_lib.decode_deltas(jnp.asarray(grid.boxes)[anchor_of], regions.box_deltas[index][anchor_of])
+    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / image_scale[index])[None]), original_size[index][None])
+    (height, width), *_ = sizes = anchor_lib.level_sizes(canvas)
+    maps, start = jnp.full((len(phrases), height, width), -jnp.inf), 0
+    for level_height, level_width in sizes:
+        level = similarity[index, :, start : start + level_height * level_width]
+        start += level_height * level_width
+        rows, columns = np.arange(height) * level_height // height, np.arange(width) * level_width // width
+        maps = jnp.maximum(maps, level.reshape(-1, level_height, level_width)[:, rows][:, :, columns])
+    return Alignment(boxes, best[index], 1 + jnp.sum(best > best[index][None], axis=0), maps)
+
+
+# --- a model, compiled
+
+
+class Detector:
+    """The compiled functions of a model; each shape is compiled once in the life of the object.
+
+    With a mesh, photos are split over its devices, parameters stay where they are, and results are whole on every
+    process.
+    """
+
+    def __init__(self, model: DetCLIP, *, mesh: Mesh | None = None):
+        self.model = model
+        self._num_shards = 1 if mesh is None else mesh.size
+        whole = None if mesh is None else NamedSharding(mesh, REPLICATED)
+
+        def compiled(method: Callable, *specs: PartitionSpec) -> Callable:
+            if mesh is not None and specs:
+                # every device works on its own images. The partitioner would gather all scores for each top_k
+                method = jax.shard_map(method, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+            return jax.jit(method, out_shardings=whole)
+
+        # from here on the methods are their compiled selves
+        self._encode = compiled(self._encode, REPLICATED, BATCH)
+        self.predict = compiled(self.predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
+        self.align = compiled(self.align)
+
+    def encode_vocabulary(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "w d"]:
+        """Returns the L2-normalised embeddings of texts, encoded in batches of few sizes."""
+        tokens = tokenizer.tokenize(texts, max_length=self.model.text["context_length"])
+        size = min(TEXT_BATCH, 1 << max(3, (len(texts) - 1).bit_length()))  # a power of two from 8
+        size = -(-size // self._num_shards) * self._num_shards
+        tokens = np.pad(tokens, ((0, -len(texts) % size), (0, 0)))
+        batches = np.split(tokens, len(tokens) // size)
+        return np.concatenate([np.asarray(self._encode(params, batch)) for batch in batches])[: len(texts)]
+
+    def _encode(self, params: Any, tokens: Int[Array, "t l"]) -> Float[Array, "t d"]:
+        return self.model.apply({"params": params}, tokens, method="encode_text")
+
+    def _regions(self, params: Any, photos: Photos) -> Regions:
+        return self.model.apply({"params": params}, photos.image, photos.extent, train=False, method="encode_image")
+
+    def predict(
+        self, params: Any, photos: Photos, text: Float[Array, "w d"], text_mask: Bool[Array, " w"], limits: Limits
+    ) -> Detections:
+        """Returns what `detect` finds; text and mask come from `vocabulary.pad`."""
+        scale, bias = self.model.apply({"params": params}, method="logit_parameters")
+        return detect(
+            self._regions(params, photos),
+            text,
+            text_mask,
+            anchors=anchor_lib.grid(photos.image.shape[1:3]).boxes,
+            scale=scale,
+            bias=bias,
+            extent=photos.extent,
+            image_scale=photos.scale,
+            original_size=photos.original_size,
+            score_threshold=limits.score_threshold,
+            nms_iou=limits.nms_iou,
+            pre_nms=limits.pre_nms,
+            max_detections=limits.max_detections,
+            class_agnostic=limits.class_agnostic,
+        )
+
+    def align(
+        self, params: Any, photos: Photos, phrases: Float[Array, "m d"], *, index: int | Int[Array, ""]
+    ) -> Alignment:
+        """Returns the best regions of phrases on photo `index`, see the function `align`."""
+        scale, _ = self.model.apply({"params": params}, method="logit_parameters")
+        return align(
+            self._regions(params, photos),
+            phrases,
+            index=index,
+            canvas=photos.image.shape[1:3],
+            scale=scale,
+            extent=photos.extent,
+            image_scale=photos.scale,
+            original_size=photos.original_size,
+        )
+
+
+# --- any image, any words
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was found on one image, best first."""
+
+    boxes: Float[np.ndarray, "n 4"]  # xyxy in pixels of the image as displayed (EXIF rotation applied)
+    scores: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]  # positions in `vocabulary`
+    vocabulary: tuple[str, ...]
+    size: tuple[int, int]  # (height, width) px of the image
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the word of every box."""
+        return [self.vocabulary[label] for label in self.labels]
+
+
+class Predictor:
+    """Finds any words on any images with a trained model, on the first device of this process.
+
+    predictor = Predictor.from_checkpoint("runs/demo")
+    found = predictor(["photo.jpg"], ["cat", "red car"])[0]
+    print(found.names, found.scores, found.boxes)
+    """
+
+    def __init__(
+        self, config: ConfigDict, model: DetCLIP, params: Any, *, step: int = 0, cache: str | pathlib.Path | None = None
+    ):
+        self.config, self.params, self.step = config, params, step
+        self._detector = Detector(model)
+        self._embed = vocabulary.Cache(
+            functools.partial(self._detector.encode_vocabulary, params),
+            text_config=config.model.text.to_dict(),
+            text_params=params["text_encoder"],
+            folder=cache,
+        )
+
+    @classmethod
+    def from_checkpoint(cls, workdir: str | pathlib.Path) -> Predictor:
+        """Returns the predictor of a training run's newest checkpoint; ValueError if there is none.
+
+        Embeddings of vocabularies are kept in `<workdir>/vocabularies`.
+        """
+        config, params, step = checkpoints.load_for_inference(workdir)
+        model = detclip.from_config(config.model)
+        return cls(config, model, params, step=step, cache=pathlib.Path(workdir) / "vocabularies")
+
+    def __call__(
+        self,
+        images: Iterable[str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]],
+        words: Sequence[str] | Mapping[str, str],
+        *,
+        score_threshold: float | None = None,
+        nms_iou: float | None = None,
+        max_detections: int | None = None,
+        batch_size: int = 1,
+    ) -> list[Found]:
+        """Returns what is found on every image, in order.
+
+        Args:
+          images: paths or RGB arrays of any size.
+          words: what to look for, or name → definition.
+          score_threshold: only boxes above it; None: the configuration's `eval` value, as for the next two.
+          nms_iou: a box is removed by a better one of its word if their IoU is above it.
+          max_detections: boxes an image.
+          batch_size: images a step; a new value compiles anew.
+
+        Raises:
+          ValueError: an image cannot be read, no words, or a limit out of range.
+        """
+        limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+        found = dict(self.iterate(images, words, batch_size=batch_size, **limits))
+        return [found[i] for i in range(len(found))]
+
+    def iterate(
+        self, images: Iterable[Any], words: Sequence[str] | Mapping[str, str], *, batch_size: int = 1, **limits: Any
+    ) -> Iterator[tuple[int, Found]]:
+        """Yields (position of the image, what is found) as batches of one canvas fill; see `__call__`.
+
+        Holds no more than a batch of images a canvas, so `images` may be endless.
+        """
+        names, text, mask = self.vocabulary(words)
+        limits = Limits.from_config(self.config.eval, **limits)
+        waiting: dict[tuple[int, int], list[tuple[int, Photos]]] = {}
+        for i, image in enumerate(images):
+            photo = self._photo(image)
+            batch = waiting.setdefault(photo.image.shape[:2], [])
+            batch.append((i, photo))
+            if len(batch) == batch_size:
+                yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
+                batch.clear()
+        for batch in filter(None, waiting.values()):
+            yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
+
+    def _find(self, batch, names, text, mask, *, limits: Limits, batch_size: int) -> Iterator[tuple[int, Found]]:
+        photos = [photo for _, photo in batch]
+        photos += photos[-1:] * (batch_size - len(photos))  # the compiled size; the copies' results are not read
+        photos = Photos(*map(np.stack, zip(*photos, strict=True)))
+        found = self._detector.predict(self.params, photos, text, mask, limits)
+        found = jax.tree.map(np.asarray, found)
+        for row, (i, photo) in enumerate(batch):
+            keep = found.mask[row]
+            arrays = (found.boxes[row][keep], found.scores[row][keep], found.labels[row][keep])
+            yield i, Found(*arrays, names, tuple(map(int, photo.original_size)))
+
+    def align(self, images: Sequence[Any], phrases: Sequence[str], *, index: int = 0) -> Alignment:
+        """Returns the best region of each phrase on image `index`, and the image's rank among `images` for it.
+
+        All images are put on the canvas of that image; maps cover it without padding. `visualize.alignment` draws them.
+        """
+        canvas = self._photo(images[index]).image.shape[:2]
+        photos = Photos(*map(np.stack, zip(*(self._photo(image, canvas) for image in images), strict=True)))
+        text = self.vocabulary(phrases)[1][: len(phrases)]
+        found = jax.tree.map(np.asarray, self._detector.align(self.params, photos, text, index=index))
+        return found.replace(maps=found.photo_maps(photos.extent[index]))
+
+    def vocabulary(self, words: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        """Returns (names, padded embeddings, mask) of words, from the cache where it has exactly them.
+
+        Warns of texts that are longer than the model's context and lose their end.
+        """
+        if isinstance(words, str) or not words:
+            raise ValueError(f"words must be a list of words, or a dict name → definition, but are {words!r}")
+        definitions = words if isinstance(words, Mapping) else dict.fromkeys(words, "")
+        names = tuple(words)
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"words must be texts that are not empty, not {list(names)!r}")
+        texts = [concepts.concept_text(name, definitions[name]) for name in names]
+        vocabulary.warn_truncated(texts, max_length=self.config.model.text.context_length)
+        return names, *vocabulary.pad(self._embed(texts), multiple=WORD_CHUNK)
+
+    def _photo(self, image: Any, canvas: tuple[int, int] | None = None) -> Photos:
+        """Returns one image (no batch axis) on the canvas that shows it largest, or on the given one."""
+        sides = {"short_side": self.config.eval.short_side, "long_side": self.config.eval.long_side}
+        try:
+            source, size = _open(image)
+            if canvas is None:  # as data.streams assigns them: of equals the first
+                canvases = self.config.eval.canvases
+                canvas = max(canvases, key=lambda canvas: min(canvas[0] / size[0], canvas[1] / size[1]))
+            out = np.zeros((*canvas, 3), np.uint8)
+            extent, size = transforms.place(source, out, annotated_size=(0, 0), **sides)
+        except (OSError, ValueError) as error:
+            name = image if isinstance(image, (str, os.PathLike)) else "array"
+            raise ValueError(f"cannot read the image {name}: {error}") from error
+        extent, size = np.array(extent, np.int32), np.array(size, np.int32)
+        return Photos(out, extent, (extent / size).astype(np.float32), size)
+
+
+def _open(image: Any) -> tuple[bytes | np.ndarray, tuple[int, int]]:
+    """Returns encoded bytes or pixels of an image, and its (height, width) as displayed."""
+    if isinstance(image, (str, os.PathLike)):
+        data = pathlib.Path(image).read_bytes()
+        return data, transforms.read_header(data).displayed_size
+    pixels = np.ascontiguousarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"it is {pixels.dtype}{list(pixels.shape)}, not RGB uint8 [height, width, 3]")
+    return pixels, pixels.shape[:2]

@@ -1,0 +1,60 @@
+"""Equal texts of the global concept table are merged here: one canonical row for each distinct text.
+
+Every host contributes its own rows, so the table of the global batch repeats common names. A repeated name
+must be one column: as two columns it would be its own negative. All shapes are static; everything works
+under `jit` with the table sharded by rows (the ids are small, XLA gathers them).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+
+def canonical_rows(ids: UInt32[Array, "t 2"], mask: Bool[Array, " t"]) -> Int32[Array, " t"]:
+    """Returns for each row the first valid row with the same id; a masked row returns itself.
+
+    Steps: 1. sort rows by (valid first, id, row); 2. the first row of every run of equal ids is canonical;
+    3. sort back (a second sort is faster than a scatter on TPUs).
+    """
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    masked, high, low, row = jax.lax.sort((~mask, ids[:, 0], ids[:, 1], rows), num_keys=4)
+    starts = (high[1:] != high[:-1]) | (low[1:] != low[:-1]) | masked[1:]
+    starts = jnp.concatenate([jnp.ones((1,), bool), starts])
+    first = row[jax.lax.cummax(jnp.where(starts, rows, 0))]
+    return jax.lax.sort((row, first), num_keys=1)[1]
+
+
+class UniqueRows(NamedTuple):
+    """The canonical rows of a table, numbered without gaps."""
+
+    order: Int32[Array, " t"]  # the canonical rows in ascending order, then all others
+    slot: Int32[Array, " t"]  # for each row the position of its canonical row in `order`
+    count: Int32[Array, ""]  # number of canonical rows
+
+
+def unique_rows(canonical: Int32[Array, " t"], mask: Bool[Array, " t"]) -> UniqueRows:
+    """Returns the canonical rows first, so that a loop over `count` of them skips padding and repetitions."""
+    is_unique = mask & (canonical == jnp.arange(canonical.shape[0], dtype=jnp.int32))
+    order = jnp.argsort(~is_unique, stable=True).astype(jnp.int32)
+    slot = jnp.cumsum(is_unique, dtype=jnp.int32) - 1
+    return UniqueRows(order, jnp.maximum(slot, 0)[canonical], jnp.sum(is_unique, dtype=jnp.int32))
+
+
+def compact(
+    text: Float[Array, "t d"], mask: Bool[Array, " t"], canonical: Int32[Array, " t"], *, size: int
+) -> tuple[Float[Array, "s d"], Bool[Array, " s"], Int32[Array, " t"], Int32[Array, ""]]:
+    """Returns (text, mask, new row of each old row, number of dropped concepts) of a table of `size` canonical rows.
+
+    The order of first occurrence is kept. When more than `size` concepts are distinct, the last ones are dropped
+    and counted. A masked or dropped row points at `size`, one past the end, where `one_hot` gives zeros and a scatter with
+    `mode="drop"` writes nothing. Gradients flow to the canonical rows.
+    """
+    if not 0 < size <= text.shape[0]:
+        raise ValueError(f"size={size} must be between 1 and the table's {text.shape[0]} rows")
+    order, slot, count = unique_rows(canonical, mask)
+    new_row = jnp.where(mask & (slot < size), slot, size)
+    return text[order[:size]], jnp.arange(size) < count, new_row, jnp.maximum(count - size, 0)

@@ -1,0 +1,211 @@
+"""Word-region contrastive loss on image-text pairs (paper section 3.2, Eq. 2-5).
+
+Proposals are chosen by `proposals.select_proposals`; `matching` computes similarities in chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from detclipv2_jax.losses.concept_table import unique_rows
+from detclipv2_jax.losses.devices import gather, on_each_device, reduce_scatter
+from detclipv2_jax.losses.matching import LOW, Settings, caption_scores
+
+MATCHINGS = ("max_size", "one_to_one", "one_to_many")
+SIDES = ("text_to_image", "image_to_text", "bilateral")
+IMPLS = ("xla", "pallas")
+
+
+def word_region_loss(
+    regions: Float[Array, "b k d"],
+    text: Float32[Array, "t d"],
+    scale: Float32[Array, ""],
+    *,
+    region_mask: Bool[Array, "b k"],
+    region_areas: Float32[Array, "b k"] | None,
+    concept_mask: Bool[Array, " t"],
+    canonical: Int32[Array, " t"],
+    caption_concepts: Int32[Array, "b m"],
+    caption_mask: Bool[Array, "b m"],
+    image_mask: Bool[Array, " b"],
+    matching: str,
+    side: str,
+    temperature: float,
+    label_smoothing: float,
+    matching_temperature: float,
+    chunk_bytes: int,
+    impl: str,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+    """Returns (loss, metrics): InfoNCE between images and captions, the mean over the pairs of the global batch.
+
+    The similarity of image i and caption j is s(i, j) = mean over the concepts of caption j of the best similarity
+    scale · f_region · f_text among the proposals of image i (a bias would cancel in the softmax).
+
+    text_to_image: each caption is classified over all images, softmax of s / temperature, target 1 - label_smoothing on
+    its own image plus label_smoothing / B on all B. image_to_text: the same s, each image is classified over all captions
+    (the paper gives no formula). bilateral: the mean of both.
+
+    Arrays are global, rows of all of them split over all axes of the mesh of `jax.set_mesh`, in order; without a mesh
+    everything is on one device. Over the network go the concept embeddings in the dtype of `regions`, ids, a few numbers for each
+    caption and the float32 gradient of the concept embeddings; never a matrix of images × concepts.
+
+    A pure function of the embeddings, which makes gradient accumulation exact: embed all images in chunks, keep
+    `regions` of all chunks and `text`, take `jax.value_and_grad` of this function with respect to (regions, text, scale) once,
+    then embed every chunk again and pull its rows of the gradient back with `jax.vjp`.
+
+    Args:
+      regions: embeddings of the proposals. Their dtype is that of the products; sums are float32.
+      text: L2-normalised concept embeddings.
+      scale: of the logits; learnable.
+      region_mask: proposals in use. An image without any makes no pair.
+      region_areas: of the proposals' boxes, in any unit; only max_size needs it.
+      concept_mask: rows of the table in use.
+      canonical: first row with the same text (`concept_table.canonical_rows`).
+      caption_concepts: global table rows of each caption's concepts, the caption itself first, then its phrases.
+      caption_mask: entries of `caption_concepts` in use. A caption without any makes no pair.
+      image_mask: False for padding, which never counts.
+      matching: one_to_one (best proposal of each concept), one_to_many (all, weighted by a softmax of s /
+        matching_temperature, Eq. 4) or max_size (the largest proposal with the caption; the lowest index among equals).
+      side: text_to_image, image_to_text or bilateral.
+      temperature, label_smoothing: of the InfoNCE.
+      matching_temperature: tau_t of one_to_many.
+      chunk_bytes: a device; bounds the similarities held at once.
+      impl: xla, or pallas for the fused TPU kernel (one_to_one and max_size; see `contrastive_pallas`).
+
+    Metrics, all float32: accuracy (captions whose own image is the best; a tie is a miss), rank (mean place of the own image, from
+    1), similarity (mean s of pairs), chosen_by_own and chosen_by_others (share of an image's proposals that are the best of some
+    concept of its own caption, of another caption's other concepts), num_concepts (distinct ones in the table).
+    """
+    for name, value, allowed in (("matching", matching, MATCHINGS), ("side", side, SIDES), ("impl", impl, IMPLS)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}")
+    if matching == "max_size" and region_areas is None:
+        raise ValueError("matching='max_size' needs region_areas")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    for name, value in (("temperature", temperature), ("matching_temperature", matching_temperature)):
+        if value <= 0.0:
+            raise ValueError(f"{name}={value} must be positive")
+
+    axes, per_device = on_each_device(regions.shape[0], text.shape[0])
+    settings = Settings(axes, matching, matching_temperature, chunk_bytes, impl)
+    local = functools.partial(
+        _local_loss, settings, side=side, temperature=temperature, label_smoothing=label_smoothing
+    )
+    arrays = {
+        "regions": regions,
+        "text": text
+        * scale,  # in float32 before any cast; a negative scale turns the choice of the maximum as it should
+        "region_mask": region_mask,
+        "concept_mask": concept_mask,
+        "canonical": canonical,
+        "caption_concepts": caption_concepts,
+        "caption_mask": caption_mask,
+        "image_mask": image_mask,
+    }
+    if matching == "max_size":
+        arrays["region_areas"] = region_areas
+    loss, metrics = per_device(local, replicated=True)(arrays)
+    unique = concept_mask & (canonical == jnp.arange(text.shape[0], dtype=canonical.dtype))
+    return loss, metrics | {"num_concepts": jnp.sum(unique, dtype=jnp.float32)}
+
+
+def _local_loss(settings: Settings, arrays: dict[str, Array], *, side, temperature, label_smoothing):
+    """Returns (loss, metrics) of the global batch from one device's images, captions and table rows.
+
+    1. number the distinct concepts; 2. score own images with all captions; 3. softmax over images and captions.
+    """
+    axes = settings.axes
+    regions, region_mask = arrays["regions"], arrays["region_mask"]
+    caption_mask = arrays["caption_mask"]
+    num_proposals = jnp.sum(region_mask, axis=1)
+    if settings.matching == "max_size":
+        largest = jnp.argmax(jnp.where(region_mask, arrays["region_areas"], -1.0), axis=1)
+        regions = jnp.take_along_axis(regions, largest[:, None, None], axis=1)
+        region_mask = jnp.any(region_mask, axis=1, keepdims=True)
+        caption_mask = caption_mask & (jnp.arange(caption_mask.shape[1]) == 0)[None]
+
+    unique = unique_rows(gather(arrays["canonical"], axes), gather(arrays["concept_mask"], axes))
+    own_slots = unique.slot[arrays["caption_concepts"]]
+    captions_mask = gather(caption_mask, axes)
+    weights = captions_mask / jnp.maximum(jnp.sum(captions_mask, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    scores, chosen, votes = caption_scores(
+        settings, regions, arrays["text"], region_mask, unique, gather(own_slots, axes), weights
+    )  # [B, b]: captions of all devices, images of this one
+
+    valid = arrays["image_mask"] & jnp.any(region_mask, axis=1) & jnp.any(caption_mask, axis=1)
+    loss, metrics = _info_nce(scores, valid, axes, side=side, temperature=temperature, label_smoothing=label_smoothing)
+    own_chosen = chosen[own_slots, jnp.arange(own_slots.shape[0])[:, None]]
+    hits = _num_chosen(own_chosen, votes, own_slots, caption_mask)
+    num_valid = jnp.maximum(_total(valid, axes), 1.0)
+    for name, num_hits in zip(("chosen_by_own", "chosen_by_others"), hits, strict=True):
+        share = num_hits / jnp.maximum(num_proposals, 1)
+        metrics[name] = _total(jnp.where(valid, share, 0.0), axes) / num_valid
+    return loss, metrics
+
+
+def _total(x: Array, axes: tuple[str, ...]) -> Float32[Array, ""]:
+    """Returns the sum of x over all entries and devices."""
+    x = jnp.sum(x, dtype=jnp.float32)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _info_nce(
+    scores: Float32[Array, "B b"],
+    valid: Bool[Array, " b"],
+    axes: tuple[str, ...],
+    *,
+    side: str,
+    temperature: float,
+    label_smoothing: float,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+    """Returns (loss, metrics) from the scores of all captions with this device's images; only [B] vectors are sent."""
+    b = valid.shape[0]
+    first = jax.lax.axis_index(axes) * b if axes else 0  # this device's first row among all captions
+    own_rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=b)
+    pairs = gather(valid, axes)[:, None] & valid[None]
+    logits = jnp.where(pairs, scores / temperature, LOW)
+    own = jnp.diagonal(own_rows(logits))
+    num_valid = jnp.maximum(_total(valid, axes), 1.0)
+
+    def over_images():  # for this device's captions
+        peak = jax.lax.stop_gradient(jnp.max(logits, axis=1))
+        peak = jax.lax.pmax(peak, axes) if axes else peak
+        sums = reduce_scatter(jnp.sum(jnp.exp(logits - peak[:, None]), axis=1), axes)
+        return jnp.log(sums) + own_rows(peak)
+
+    def over_captions():  # for this device's images
+        return jax.nn.logsumexp(logits, axis=0)
+
+    normalizer = {
+        "text_to_image": over_images,
+        "image_to_text": over_captions,
+        "bilateral": lambda: 0.5 * (over_images() + over_captions()),
+    }[side]()
+    likelihood = normalizer - (1.0 - label_smoothing) * own
+    smoothing = jnp.where(pairs, logits, 0.0) * (label_smoothing / num_valid)
+    loss = (_total(jnp.where(valid, likelihood, 0.0), axes) - _total(smoothing, axes)) / num_valid
+
+    logits, own = jax.lax.stop_gradient((logits, own))
+    rank = reduce_scatter(jnp.sum(logits >= gather(own, axes)[:, None], axis=1, dtype=jnp.float32), axes)
+    means = {"accuracy": rank == 1.0, "rank": rank, "similarity": own * temperature}
+    return loss, {name: _total(jnp.where(valid, x, 0.0), axes) / num_valid for name, x in means.items()}
+
+
+def _num_chosen(
+    chosen: Int32[Array, "b m"], votes: Int32[Array, "b k"], slots: Int32[Array, "b m"], mask: Bool[Array, "b m"]
+) -> tuple[Int32[Array, " b"], Int32[Array, " b"]]:
+    """Returns how many proposals of each image are the best of a concept (of its own caption, of any other concept).
+
+    `chosen`: by the concepts of the own caption, which are `slots`; `votes`: of all concepts for each proposal.
+    """
+    m, k = slots.shape[1], votes.shape[1]
+    earlier = (jnp.arange(m)[:, None] > jnp.arange(m)[None])[None] & mask[:, None, :]
+    repeated = jnp.any((slots[:, :, None] == slots[:, None, :]) & earlier, axis=2)
+    own = (chosen[:, :, None] == jnp.arange(k)[None, None]) & (mask & ~repeated)[:, :, None]
+    own_votes = jnp.sum(own, axis=1, dtype=votes.dtype)
+    return jnp.sum(own_votes > 0, axis=1), jnp.sum(votes > own_votes, axis=1)

@@ -1,0 +1,161 @@
+"""Trains or evaluates DetCLIPv2: `python -m detclipv2_jax.main --config=FILE [--workdir=DIR] [--config.key=value …]`.
+
+Run the same command on every host. A run continues from the newest checkpoint of its workdir.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only writes TensorBoard events here
+
+import jax
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import train as train_lib
+from detclipv2_jax.data import scenes
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configuration, e.g. configs/demo.py or configs/swin_t.py:full"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where checkpoints, metrics and pictures go; default: runs/<config name>"
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train (and evaluate), or evaluate the newest checkpoint")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", ["auto", "off", "on"],
+    "several processes: on, off, or auto (on where a TPU pod, Slurm or the JAX_COORDINATOR_ADDRESS variable says so)",
+)  # fmt: skip
+
+# may differ between the runs of one workdir: how long, how often and from where, not what
+CHANGEABLE = (
+    "num_steps", "log_every_steps", "pictures_every_steps", "nonfinite", "checkpoint", "eval", "input", "mesh",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; values are given as --config.key=value")
+    if _CONFIG.value is None:
+        sys.exit(
+            "error: --config is missing, e.g. --config=configs/demo.py; configs/ has all of them, --help the flags"
+        )
+    init_distributed(_DISTRIBUTED.value)
+    config = _CONFIG.value
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
+    started = time.monotonic()
+    try:
+        config_lib.validate(config, num_devices=jax.device_count())
+        claim_workdir(workdir, config, fresh_allowed=_MODE.value == "train")
+        run = train_lib.prepare_run(with_scenes(config, workdir), workdir)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    scores = train_lib.train(run) if _MODE.value == "train" else train_lib.evaluate(run)
+    if jax.process_index() == 0:
+        report(workdir, scores, minutes=(time.monotonic() - started) / 60)
+
+
+def init_distributed(mode: str) -> None:
+    """Joins the processes of a run, before anything touches a device."""
+    variables = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
+    address = next((os.environ[name] for name in variables if os.environ.get(name)), None)
+    cluster = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if mode == "off" or (mode == "auto" and not (address or cluster)):
+        return
+    numbers = {}
+    if "JAX_NUM_PROCESSES" in os.environ:  # by hand; Slurm, TPU pods and GKE tell jax themselves
+        numbers = {
+            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])
+        }  # fmt: skip
+    jax.distributed.initialize(coordinator_address=address, **numbers)
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: bool) -> None:
+    """Writes config.json into a new workdir; checks that an old one holds a run of this configuration.
+
+    Raises:
+      ValueError: the workdir holds another run; every difference that matters is listed.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        stored = config_lib.from_json(path.read_text())
+        changed = [
+            line
+            for line in config_lib.differences(stored, config)
+            if not line.startswith(tuple(f"{key}:" for key in CHANGEABLE) + tuple(f"{key}." for key in CHANGEABLE))
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds another run (stored -> now):\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nGive another --workdir, or the stored values to continue that run."
+            )
+    elif not fresh_allowed:
+        raise ValueError(f"{workdir} has no config.json, so there is no run to evaluate; give its --workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_lib.to_json(config))
+
+
+def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """Returns the configuration with the files of the generated world, written to <workdir>/data if it asks for one."""
+    wanted = config.scenes.to_dict()
+    counts = {key: wanted[key] for key in wanted if key.startswith("num_")}
+    if not any(counts.values()):
+        return config
+    folder = workdir / "data"
+    if jax.process_index() == 0:
+        logging.info("generating scenes in %s", folder)
+        scenes.write(folder, **wanted)
+    multihost_utils.sync_global_devices("scenes are written")
+    config = config.copy_and_resolve_references()
+    for key, section, name, file in (
+        ("num_detection", config.detection, "annotations", "detection.json"),
+        ("num_grounding", config.grounding, "annotations", "grounding.json"),
+        ("num_image_text", config.image_text, "pairs", "pairs.tsv"),
+        ("num_eval", config.eval, "annotations", "eval.json"),
+    ):
+        if counts[key]:
+            section[name] = str(folder / file)
+            section.images = str(folder)
+    return config
+
+
+def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -> None:
+    """Prints the scores and where everything is."""
+    if scores:
+        print("scores: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
+    print(f"done in {minutes:.1f} minutes; everything is in {workdir}/:")
+    for name, what in {
+        "checkpoints": "parameters and optimizer state",
+        "metrics.jsonl": "loss terms, speed and scores by step (TensorBoard events beside it)",
+        "eval": "detections in COCO format and scores",
+        "pictures": "what the model saw and found",
+    }.items():
+        if (workdir / name).exists():
+            print(f"  {name:14} {what}")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Returns what absl's parser does, with one line instead of a traceback for a wrong key or a missing config file."""
+    try:
+        return app.parse_flags_with_usage(list(argv))
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"error: unknown configuration key: {' '.join(str(error.args[0]).split())}")
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def cli() -> None:
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    cli()

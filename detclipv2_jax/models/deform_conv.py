@@ -1,0 +1,222 @@
+"""Modulated deformable 3x3 convolution (DCNv2, Zhu et al. 2019), stride 1, zero padding 1, in two exact forms.
+
+gather: for each of the nine taps one gather brings the four corners of every sample, packed side by side in one row.
+banded: no gathers, for TPUs, where they are slow. The map is cut into tiles; a sample is a product of two tents
+  (bilinear weights) with the tile's neighbourhood, so that all samples of a tile are one matrix product. It holds
+  every offset below `BAND_RADIUS`; a level with a larger one is computed by the gather form instead (`lax.cond`).
+
+Both recompute the samples in the backward pass instead of keeping them (9 x the feature map).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+TAPS = np.stack(np.meshgrid((-1, 0, 1), (-1, 0, 1), indexing="ij"), axis=-1).reshape(9, 2)  # (dy, dx), row-major
+BAND_RADIUS = 4  # cells; the cost of the banded form grows with (TILE + 2 * BAND_RADIUS + 2)^2
+TILE = 8  # cells
+IMPLS = ("auto", "gather", "banded")
+
+
+def deform_conv2d(
+    features: Float[Array, "b h w c"],
+    offsets: Float[Array, "b h w 9 2"],
+    mask: Float[Array, "b h w 9"],
+    kernel: Float[Array, "3 3 c o"],
+    *,
+    impl: str = "auto",
+) -> Float[Array, "b h w o"]:
+    """Returns sum over taps of mask * features(position + tap + offset) @ kernel[tap], sampled bilinearly.
+
+    offsets are (dy, dx) in cells, taps in row-major order; samples outside the map are zero. Values and gradients
+    (to all four arguments) are those of torchvision.ops.deform_conv2d; at integer positions, where bilinear
+    interpolation has a kink, the gradient to the offset is the one towards larger positions. `features` and
+    `kernel` may be bfloat16; sums are float32.
+
+    impl: "gather", "banded", or "auto": banded where the program is compiled for TPU, else gather.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"deform_conv2d has no form {impl!r}; allowed are {', '.join(IMPLS)}")
+    return _deform_conv2d(impl, features, offsets, mask, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _deform_conv2d(impl, features, offsets, mask, kernel):
+    return _dispatch(impl, _gather_forward, _banded_forward, features, offsets, mask, kernel)
+
+
+def _forward(impl, *arguments):
+    return _deform_conv2d(impl, *arguments), arguments
+
+
+def _backward(impl, arguments, gradient):
+    def banded(features, offsets, mask, kernel, gradient):
+        return jax.vjp(_banded_forward, features, offsets, mask, kernel)[1](gradient)
+
+    return _dispatch(impl, _gather_backward, banded, *arguments, gradient)
+
+
+_deform_conv2d.defvjp(_forward, _backward)
+
+
+def _dispatch(impl: str, gather: Callable, banded: Callable, features, offsets, *rest):
+    """Returns what the chosen form computes from the arguments."""
+
+    def within_band(*arguments):
+        return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, banded, gather, *arguments)
+
+    if impl == "gather":
+        return gather(features, offsets, *rest)
+    if impl == "banded":
+        return within_band(features, offsets, *rest)
+    return jax.lax.platform_dependent(features, offsets, *rest, tpu=within_band, default=gather)
+
+
+# --- gather form
+
+
+def _gather_forward(features, offsets, mask, kernel):
+    b, h, w, c = features.shape
+    packed = _pack_corners(features)
+
+    def add_tap(total, tap):
+        shift, offset, tap_mask, tap_kernel = tap
+        index, weights = _corners(offset, tap_mask, shift)
+        samples = _weighted_sum(_take(packed, index), weights.astype(features.dtype))
+        return total + jnp.matmul(samples, tap_kernel, preferred_element_type=jnp.float32), None
+
+    start = jnp.zeros((b, h * w, kernel.shape[-1]), jnp.float32)
+    total, _ = jax.lax.scan(add_tap, start, _per_tap(offsets, mask, kernel))
+    return total.reshape(b, h, w, -1).astype(features.dtype)
+
+
+def _gather_backward(features, offsets, mask, kernel, gradient):
+    b, h, w, c = features.shape
+    packed = _pack_corners(features)
+    gradient = gradient.reshape(b, h * w, -1)
+
+    def one_tap(packed_gradient, tap):
+        shift, offset, tap_mask, tap_kernel = tap
+        (index, weights), weights_vjp = jax.vjp(lambda o, m: _corners(o, m, shift), offset, tap_mask)
+        corners = _take(packed, index)
+        samples = _weighted_sum(corners, weights.astype(features.dtype))
+        kernel_gradient = jnp.einsum("bnc,bno->co", samples, gradient, preferred_element_type=jnp.float32)
+        sample_gradient = jnp.matmul(gradient, tap_kernel.T, preferred_element_type=jnp.float32)
+        weight_gradient = jnp.sum(corners.astype(jnp.float32) * sample_gradient[:, :, None], axis=-1)
+        no_gradient = np.zeros(index.shape, jax.dtypes.float0)
+        offset_gradient, mask_gradient = weights_vjp((no_gradient, weight_gradient))
+        update = (weights[..., None] * sample_gradient[:, :, None]).reshape(b, h * w, 4 * c)
+        packed_gradient = jax.vmap(lambda into, i, rows: into.at[i].add(rows))(packed_gradient, index, update)
+        return packed_gradient, (offset_gradient, mask_gradient, kernel_gradient)
+
+    start = jnp.zeros((b, (h + 1) * (w + 1), 4 * c), jnp.float32)
+    packed_gradient, per_tap = jax.lax.scan(one_tap, start, _per_tap(offsets, mask, kernel))
+    unpack = jax.linear_transpose(_pack_corners, jax.ShapeDtypeStruct(features.shape, jnp.float32))
+    (feature_gradient,) = unpack(packed_gradient)
+    offset_gradient, mask_gradient, kernel_gradient = per_tap
+    return (
+        feature_gradient.astype(features.dtype),
+        jnp.moveaxis(offset_gradient, 0, 3).astype(offsets.dtype),
+        jnp.moveaxis(mask_gradient, 0, 3).astype(mask.dtype),
+        kernel_gradient.reshape(kernel.shape).astype(kernel.dtype),
+    )
+
+
+def _per_tap(offsets, mask, kernel):
+    """Returns the arguments with the nine taps in front."""
+    taps = jnp.asarray(TAPS, jnp.float32)
+    return taps, jnp.moveaxis(offsets, 3, 0), jnp.moveaxis(mask, 3, 0), kernel.reshape(9, *kernel.shape[2:])
+
+
+def _pack_corners(features: Float[Array, "b h w c"]) -> Float[Array, "b n 4c"]:
+    """Returns, for every 2x2 neighbourhood that touches the map, its four cells side by side; zeros outside.
+
+    Row (y + 1) * (w + 1) + x + 1 holds (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1).
+    """
+    b, _, _, c = features.shape
+    x = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    corners = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
+    return jnp.concatenate(corners, axis=-1).reshape(b, -1, 4 * c)
+
+
+def _corners(
+    offset: Float[Array, "b h w 2"], mask: Float[Array, "b h w"], shift: Float[Array, "2"]
+) -> tuple[Int[Array, "b n"], Float[Array, "b n 4"]]:
+    """Returns the row of the packed corners and their weights for one tap of every position."""
+    b, h, w, _ = offset.shape
+    y = offset[..., 0] + (jnp.arange(h, dtype=jnp.float32) + shift[0])[None, :, None]
+    x = offset[..., 1] + (jnp.arange(w, dtype=jnp.float32) + shift[1])[None, None, :]
+    top, left = jax.lax.stop_gradient((jnp.floor(y), jnp.floor(x)))
+    inside = (top >= -1) & (top < h) & (left >= -1) & (left < w)
+    row = jnp.clip(top, -1, h - 1).astype(jnp.int32) + 1
+    column = jnp.clip(left, -1, w - 1).astype(jnp.int32) + 1
+    down, right = y - top, x - left
+    mask = jnp.where(inside, mask, 0.0)
+    upper, lower = mask * (1.0 - down), mask * down
+    weights = [upper * (1.0 - right), upper * right, lower * (1.0 - right), lower * right]
+    return (row * (w + 1) + column).reshape(b, -1), jnp.stack(weights, axis=-1).reshape(b, -1, 4)
+
+
+def _take(packed: Float[Array, "b n 4c"], index: Int[Array, "b m"]) -> Float[Array, "b m 4 c"]:
+    rows = jax.vmap(lambda table, i: table.at[i].get(mode="promise_in_bounds"))(packed, index)
+    return rows.reshape(*rows.shape[:2], 4, -1)
+
+
+def _weighted_sum(corners: Float[Array, "b m 4 c"], weights: Float[Array, "b m 4"]) -> Float[Array, "b m c"]:
+    return jnp.sum(corners * weights[..., None], axis=2)
+
+
+# --- banded form
+
+
+def _banded_forward(features, offsets, mask, kernel):
+    """Works on one row of tiles at a time, recomputed in the backward pass: that bounds the memory."""
+    b, h, w, c = features.shape
+    halo = BAND_RADIUS + 1
+    rows, columns = -(-h // TILE), -(-w // TILE)
+    bottom, right = rows * TILE - h, columns * TILE - w
+    side = TILE + 2 * halo  # of a tile's neighbourhood
+    padded = jnp.pad(features, ((0, 0), (halo, halo + bottom), (halo, halo + right), (0, 0)))
+    strips = jnp.stack([padded[:, i * TILE : i * TILE + side] for i in range(rows)])
+    kernel = kernel.reshape(9 * c, -1)
+
+    def tiles(x):  # [b, h, w, 9] -> [rows, b, columns, TILE * TILE * 9]
+        x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
+        x = x.reshape(b, rows, TILE, columns, TILE, 9).transpose(1, 0, 3, 2, 4, 5)
+        return x.reshape(rows, b, columns, -1)
+
+    # position of a sample within its neighbourhood, before the offset
+    inner = np.stack(np.meshgrid(np.arange(TILE), np.arange(TILE), indexing="ij"), axis=-1)[:, :, None] + TAPS + halo
+    inner = inner.reshape(-1, 2).astype(np.float32)
+    cell = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
+    cell = jnp.asarray(cell.reshape(-1, 2), jnp.float32)
+
+    @jax.checkpoint
+    def one_strip(strip):
+        source, y, x, tile_mask = strip
+        neighbourhoods = jnp.stack([source[:, :, i * TILE : i * TILE + side] for i in range(columns)], axis=1)
+        neighbourhoods = neighbourhoods.reshape(b, columns, side * side, c)
+        weights = _tent(y[..., None] - cell[None, None, None, :, 0]) * _tent(x[..., None] - cell[None, None, None, :, 1])
+        weights = (weights * tile_mask[..., None]).astype(features.dtype)
+        samples = jnp.einsum("bwsk,bwkc->bwsc", weights, neighbourhoods)
+        samples = samples.reshape(b, columns, TILE * TILE, 9 * c)
+        return jnp.matmul(samples, kernel, preferred_element_type=jnp.float32).astype(features.dtype)
+
+    y = tiles(offsets[..., 0]) + jnp.asarray(inner[:, 0])[None, None, None]
+    x = tiles(offsets[..., 1]) + jnp.asarray(inner[:, 1])[None, None, None]
+    out = jax.lax.map(one_strip, (strips, y, x, tiles(mask)))  # [rows, b, columns, TILE * TILE, o]
+    out = out.reshape(rows, b, columns, TILE, TILE, -1).transpose(1, 0, 3, 2, 4, 5)
+    return out.reshape(b, rows * TILE, columns * TILE, -1)[:, :h, :w]
+
+
+def _tent(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the linear interpolation weight max(0, 1 - |distance|), whose slope at 0 is -1 and at -1 is +1."""
+    weight = jnp.where(distance >= 0.0, 1.0 - distance, 1.0 + distance)
+    return jnp.where((distance >= -1.0) & (distance < 1.0), weight, 0.0)

@@ -1,0 +1,189 @@
+"""Swin Transformer backbone (Liu et al. 2021) for images of any size.
+
+Compared with timm, torchvision and transformers. Where they differ: an input that is no multiple of the patch,
+of the window or of 2 (merging) is padded with zeros at the bottom right (all three; torchvision drops the rest of
+a patch); features are padded before they are shifted (torchvision, transformers; timm shifts first); an axis
+covered by one window is not shifted (all three), and a window larger than the feature map is padded, not shrunk
+(torchvision; the others change the size of their parameters). Outputs have a layer norm each, as in detectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+PATCH = 4  # px
+MLP_RATIO = 4
+LAYER_NORM_EPSILON = 1e-5
+MASKED = -100.0  # added to the logits of pairs that the cyclic shift brought together, as in the reference
+
+_dense_init = nn.initializers.truncated_normal(0.02)
+
+
+class Swin(nn.Module):
+    """Features of stages 2-4 at strides 8, 16 and 32, each after a layer norm of its own (`norm2` ... `norm4`)."""
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_size: int
+    drop_path_rate: float = 0.0
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"], *, train: bool) -> list[Float[Array, "b h w c"]]:
+        """Returns the three feature maps, finest first, with ceil(size / stride) cells and 2, 4, 8 x embed_dim channels.
+
+        With `train` and a drop path rate, rng "dropout" is used.
+        """
+        block_class = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
+        rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
+        x = _pad_to_multiple(jnp.asarray(image, self.dtype), PATCH)
+        x = nn.Conv(
+            self.embed_dim, (PATCH, PATCH), (PATCH, PATCH), padding="VALID", dtype=self.dtype, name="patch_embedding"
+        )(x)
+        x = _layer_norm(self.dtype, "patch_norm")(x)
+        features = []
+        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True), start=1):
+            if stage > 1:
+                x = PatchMerging(dtype=self.dtype, name=f"stage{stage}_merging")(x)
+            for block in range(depth):
+                x = block_class(
+                    num_heads=heads,
+                    window_size=self.window_size,
+                    shift=self.window_size // 2 if block % 2 else 0,
+                    drop_path_rate=rates.pop(0),
+                    dtype=self.dtype,
+                    name=f"stage{stage}_block{block}",
+                )(x, train)
+            if stage > 1:
+                features.append(_layer_norm(self.dtype, f"norm{stage}")(x))
+        return features
+
+
+class PatchMerging(nn.Module):
+    """Halves both sides (rounding up) and doubles the channels: 2x2 cells stacked, normed, projected."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 2c"]:
+        x = _pad_to_multiple(x, 2)
+        b, h, w, c = x.shape
+        # channel order of the reference: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column)
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
+        x = _layer_norm(self.dtype, "norm")(x)
+        return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, kernel_init=_dense_init, name="reduction")(x)
+
+
+class SwinBlock(nn.Module):
+    """Attention within (shifted) windows, then an MLP; both pre-norm residual branches with stochastic depth."""
+
+    num_heads: int
+    window_size: int
+    shift: int
+    drop_path_rate: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        # `train` is positional because nn.remat cannot mark a keyword static
+        channels = x.shape[-1]
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_dense_init)
+        y = WindowAttention(self.num_heads, self.window_size, self.shift, self.dtype, name="attention")(
+            _layer_norm(self.dtype, "norm1")(x)
+        )
+        x = x + self._drop_path(y, train)
+        y = dense(MLP_RATIO * channels, name="mlp_in")(_layer_norm(self.dtype, "norm2")(x))
+        y = dense(channels, name="mlp_out")(nn.gelu(y, approximate=False))
+        return x + self._drop_path(y, train)
+
+    def _drop_path(self, branch: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        """Returns the branch, in training left out for a random part of the images and scaled up for the others."""
+        if not train or self.drop_path_rate == 0.0:
+            return branch
+        keep_prob = 1.0 - self.drop_path_rate
+        keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, (branch.shape[0], 1, 1, 1))
+        return jnp.where(keep, branch / keep_prob, jnp.zeros((), branch.dtype))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a learned bias for every relative position in a window."""
+
+    num_heads: int
+    window_size: int
+    shift: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        window, heads = self.window_size, self.num_heads
+        table = self.param(
+            "relative_position_table", _dense_init, ((2 * window - 1) ** 2, heads), jnp.float32
+        )
+        bias = table[_relative_position_index(window).reshape(-1)].reshape(window**2, window**2, heads)
+
+        x = _pad_to_multiple(x, window)
+        rows, columns = x.shape[1] // window, x.shape[2] // window
+        # an axis that one window covers has nothing to shift
+        shifts = tuple(self.shift if count > 1 else 0 for count in (rows, columns))
+        if any(shifts):
+            x = jnp.roll(x, (-shifts[0], -shifts[1]), axis=(1, 2))
+        x = x.reshape(b, rows, window, columns, window, c).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(b, rows * columns, window**2, c)
+
+        qkv = nn.Dense(3 * c, dtype=self.dtype, kernel_init=_dense_init, name="qkv")(x)
+        query, key, value = jnp.moveaxis(qkv.reshape(*qkv.shape[:3], 3, heads, c // heads), 3, 0)
+        query = query * (c // heads) ** -0.5
+        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
+        logits += bias.transpose(2, 0, 1)[None, None]
+        if any(shifts):
+            region = jnp.asarray(_regions(rows, columns, window, shifts))
+            apart = region[:, :, None] != region[:, None, :]
+            logits = jnp.where(apart[None, :, None], logits + MASKED, logits)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        x = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value).reshape(x.shape)
+        x = nn.Dense(c, dtype=self.dtype, kernel_init=_dense_init, name="projection")(x)
+
+        x = x.reshape(b, rows, columns, window, window, c).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(b, rows * window, columns * window, c)
+        if any(shifts):
+            x = jnp.roll(x, shifts, axis=(1, 2))
+        return x[:, :h, :w]
+
+
+def _relative_position_index(window: int) -> Int[np.ndarray, "q k"]:
+    """Returns the row of the table for every pair of positions in a window, in the reference's order."""
+    position = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij"), axis=-1).reshape(-1, 2)
+    relative = position[:, None] - position[None, :] + window - 1
+    return relative[..., 0] * (2 * window - 1) + relative[..., 1]
+
+
+def _regions(rows: int, columns: int, window: int, shifts: tuple[int, int]) -> Int[np.ndarray, "n q"]:
+    """Returns a number for every place of every shifted window; places with different numbers were not neighbours.
+
+    Only the last window of an axis holds two parts: the end of the image and its wrapped beginning.
+    """
+    wrapped = [np.arange(n * window) >= n * window - s for n, s in zip((rows, columns), shifts, strict=True)]
+    region = wrapped[0][:, None] * 2 + wrapped[1][None, :]
+    # windows before the last are one region whatever their number; only differences within a window count
+    region = region.reshape(rows, window, columns, window).transpose(0, 2, 1, 3)
+    return region.reshape(rows * columns, window**2).astype(np.int32)
+
+
+def _pad_to_multiple(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, "b h2 w2 c"]:
+    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
+
+
+def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=dtype, name=name)

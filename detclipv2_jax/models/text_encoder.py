@@ -1,0 +1,89 @@
+"""CLIP's text transformer (Radford et al. 2021): one sentence embedding a concept.
+
+Compared with open_clip and transformers: causal, pre-norm, QuickGELU, the feature at [EOS].
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+VOCABULARY_SIZE = 49_408
+MLP_RATIO = 4
+LAYER_NORM_EPSILON = 1e-5
+
+
+class TextEncoder(nn.Module):
+    """Embeds token rows; `embed_dim` is the size of the joint space, `width` that of the transformer."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    context_length: int
+    embed_dim: int
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "t l"]) -> Float[Array, "t d"]:
+        """Returns float32 embeddings, not normalised: the projected feature at [EOS], the largest id of a row.
+
+        Rows may be shorter than `context_length`, not longer.
+        """
+        length = tokens.shape[1]
+        if length > self.context_length:
+            raise ValueError(
+                f"tokens have {length} positions, the text encoder {self.context_length}: tokenize with "
+                "max_length=config.model.text.context_length"
+            )
+        normal = nn.initializers.normal
+        block_class = nn.remat(TextBlock) if self.remat else TextBlock
+        x = nn.Embed(
+            VOCABULARY_SIZE, self.width, dtype=self.dtype, embedding_init=normal(0.02), name="token_embedding"
+        )(tokens)
+        position = self.param("position_embedding", normal(0.01), (self.context_length, self.width), jnp.float32)
+        x = x + position[None, :length].astype(self.dtype)
+        for i in range(self.num_layers):
+            x = block_class(self.num_heads, self.num_layers, self.dtype, name=f"block{i}")(x)
+        # every position but [EOS] is unused: pick it before the norm and the projection
+        x = jnp.take_along_axis(x, jnp.argmax(tokens, axis=-1)[:, None, None], axis=1)[:, 0]
+        x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+        x = nn.Dense(
+            self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal(self.width**-0.5), name="projection"
+        )(x)
+        return x.astype(jnp.float32)
+
+
+class TextBlock(nn.Module):
+    """Causal self-attention, then an MLP; both pre-norm residual branches. Initial values as in CLIP."""
+
+    num_heads: int
+    num_layers: int  # of the whole encoder: output projections start smaller the deeper it is
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "t l w"]) -> Float[Array, "t l w"]:
+        t, length, width = x.shape
+        normal = nn.initializers.normal
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, LAYER_NORM_EPSILON, dtype=self.dtype)
+        output_std = (width * 2 * self.num_layers) ** -0.5
+
+        y = dense(3 * width, kernel_init=normal(width**-0.5), name="qkv")(norm(name="norm1")(x))
+        query, key, value = jnp.moveaxis(y.reshape(t, length, 3, self.num_heads, width // self.num_heads), 2, 0)
+        query = query * query.shape[-1] ** -0.5
+        logits = jnp.einsum("tqhd,tkhd->thqk", query, key, preferred_element_type=jnp.float32)
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        weights = jax.nn.softmax(jnp.where(causal[None, None], logits, -jnp.inf), axis=-1).astype(self.dtype)
+        y = jnp.einsum("thqk,tkhd->tqhd", weights, value).reshape(x.shape)
+        x = x + dense(width, kernel_init=normal(output_std), name="projection")(y)
+
+        y = dense(MLP_RATIO * width, kernel_init=normal((2 * width) ** -0.5), name="mlp_in")(norm(name="norm2")(x))
+        y = y * jax.nn.sigmoid(1.702 * y)  # QuickGELU
+        return x + dense(width, kernel_init=normal(output_std), name="mlp_out")(y)

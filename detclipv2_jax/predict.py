@@ -1,0 +1,233 @@
+"""Finds any words on any images, with a checkpoint of ours.
+
+  python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
+
+Words need not occur in training. Writes <output>/detections.json (COCO results with the name and the file of every box;
+image ids count the files and category ids the words, from 1) and a picture of every image in <output>/pictures.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+
+from detclipv2_jax import visualize
+from detclipv2_jax.data import concepts, transforms
+from detclipv2_jax.data.box_json import read_vocabulary
+from detclipv2_jax.eval.result import Rows, write_json
+from detclipv2_jax.inference import Found, Predictor
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def run(
+    *,
+    checkpoint: str,
+    images: str,
+    words: Sequence[str] | dict[str, str],
+    output: str,
+    score_threshold: float | None = None,
+    nms_iou: float | None = None,
+    max_detections: int | None = None,
+    batch_size: int = 1,
+    draw_threshold: float = 0.2,
+    max_drawn: int = 20,
+) -> int:
+    """Finds words on images, writes what was found, and returns the number of images that could not be read.
+
+    Args:
+      checkpoint: workdir of a training run.
+      images: pattern, folder, file, or "-" for paths on stdin.
+      words: what to look for, or name → definition.
+      output: folder for the results.
+      score_threshold: only boxes above it; None: the configuration's, as for the next two.
+      nms_iou: a box is removed by a better one of its word if their IoU is above it.
+      max_detections: boxes an image.
+      batch_size: images a step.
+      draw_threshold: only boxes with at least this score are drawn.
+      max_drawn: at most so many boxes a picture are drawn.
+
+    Raises:
+      ValueError: no images, words, checkpoint, or a limit that makes no sense.
+    """
+    paths = list_images(images)
+    pictures = name_pictures(paths, pathlib.Path(output) / "pictures")
+    predictor = Predictor.from_checkpoint(checkpoint)
+    loaded: dict[int, np.ndarray] = {}  # pixels by position in `readable`, until they are drawn
+    readable: list[int] = []
+    found_of: dict[int, Found] = {}
+
+    def load() -> Iterator[np.ndarray]:
+        for i, path in enumerate(paths):
+            try:
+                pixels = read_image(path)
+            except (OSError, ValueError) as error:
+                logging.error("cannot read %s: %s", path, error)
+                progress.update()
+                continue
+            loaded[len(readable)] = pixels
+            readable.append(i)
+            yield pixels
+
+    limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+    size = min(batch_size, len(paths))
+    # None: shown on a terminal only
+    with tqdm.tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as progress:
+        for row, found in predictor.iterate(load(), words, batch_size=size, **limits):
+            i = readable[row]
+            found_of[i] = found
+            visualize.detections(
+                loaded.pop(row),
+                found.boxes,
+                found.labels,
+                found.vocabulary,
+                scores=found.scores,
+                min_score=draw_threshold,
+                max_drawn=max_drawn,
+                title=paths[i].name,
+                path=pictures[i],
+            )
+            progress.update()
+    rows = [row for i in sorted(found_of) for row in to_coco(found_of[i], image_id=i + 1, file_name=str(paths[i]))]
+    target = pathlib.Path(output) / "detections.json"
+    write_json(target, rows, indent=None)
+    print(f"{len(found_of)} images, {len(rows)} boxes: {target}, pictures in {target.parent / 'pictures'}")
+    return len(paths) - len(found_of)
+
+
+def to_coco(found: Found, *, image_id: int, file_name: str) -> list[dict[str, Any]]:
+    """Returns COCO results with the name of each box's word and its image's file."""
+    image_ids = np.full(len(found.scores), image_id)
+    rows = Rows(image_ids, found.labels + 1, found.boxes, found.scores).to_coco()
+    return [{**row, "name": name, "file_name": file_name} for row, name in zip(rows, found.names, strict=True)]
+
+
+def list_images(images: str) -> list[pathlib.Path]:
+    """Returns the files of a pattern, a folder, a file or "-" (paths on stdin); ValueError if there are none."""
+    if images == "-":
+        paths = [pathlib.Path(line.strip()) for line in sys.stdin if line.strip()]
+        where = "stdin"
+    elif os.path.isdir(images):
+        paths = sorted(path for path in pathlib.Path(images).iterdir() if path.suffix.lower() in SUFFIXES)
+        where = f"the folder {images} (it looks for {' '.join(SUFFIXES)})"
+    elif os.path.isfile(images):  # before the pattern: names may hold brackets
+        return [pathlib.Path(images)]
+    else:
+        paths = sorted(path for path in map(pathlib.Path, glob.glob(images, recursive=True)) if path.is_file())
+        where = f"{images!r}; quote the pattern so that the shell leaves it alone"
+    if not paths:
+        raise ValueError(f"--images: no image in {where}")
+    return paths
+
+
+def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns a different file in `folder` for every image; ValueError if one is itself an image of the input."""
+    names: dict[str, int] = {}
+    pictures = []
+    for path in paths:
+        name = path.stem
+        while name in names:
+            names[name] += 1
+            name = f"{path.stem}_{names[path.stem]}"
+        names[name] = 1
+        pictures.append(folder / f"{name}.jpg")
+    own = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
+    if own:
+        raise ValueError(
+            f"--output: the picture {min(own)} would overwrite an image of the input; choose another folder"
+        )
+    return pictures
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+    """Returns the image as it is displayed, RGB uint8[h, w, 3], at full size; ValueError or OSError if it is none."""
+    data = path.read_bytes()
+    height, width = transforms.read_header(data).displayed_size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    transforms.place(data, pixels, annotated_size=(0, 0), short_side=min(height, width), long_side=max(height, width))
+    return pixels
+
+
+def parse_words(words: str, *, words_file: str = "") -> dict[str, str]:
+    """Returns name → definition ("" without one) of words on the line and in a file, in order, each once.
+
+    Args:
+      words: separated by commas, each "name" or "name: definition".
+      words_file: one word a line ("name", "name: definition" or "name <tab> definition"), or the categories of a .json
+        in COCO's format.
+
+    Raises:
+      ValueError: no word, or the file cannot be read.
+    """
+    parsed: dict[str, str] = {}
+    lines = words.split(",")
+    if words_file.endswith(".json"):
+        vocabulary = read_vocabulary(words_file)
+        parsed = dict(zip(vocabulary.names, vocabulary.definitions, strict=True))
+    elif words_file:
+        try:
+            lines += pathlib.Path(words_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--words_file: cannot read {words_file}: {error}") from error
+    for line in lines:
+        name, _, definition = line.partition("\t") if "\t" in line else line.partition(":")
+        if concepts.display_name(name):
+            parsed.setdefault(concepts.display_name(name), definition.strip())
+    if not parsed:
+        raise ValueError('no words: give --words="cat, red car" or --words_file=FILE')
+    return parsed
+
+
+def _define_flags() -> None:
+    # not at import: other tools have flags of these names
+    flags.DEFINE_string("checkpoint", None, "workdir of a training run", required=True)
+    flags.DEFINE_string("images", None, "pattern, folder, file, or - for paths on stdin", required=True)
+    flags.DEFINE_string("words", "", 'what to look for, e.g. "cat, red car" or "ram: male sheep, red car"')
+    flags.DEFINE_string(
+        "words_file",
+        "",
+        'one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories',
+    )
+    flags.DEFINE_string("output", None, "folder for detections.json and pictures/", required=True)
+    flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
+    flags.DEFINE_float(
+        "nms_iou",
+        None,
+        "a box is removed by a better one of its word if their IoU is above it; default: the run's config.eval.nms_iou",
+    )
+    flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")
+    flags.DEFINE_integer("batch_size", 1, "images a step; more is faster on a GPU or TPU", lower_bound=1)
+    flags.DEFINE_float("draw_threshold", 0.2, "only boxes with at least this score are drawn")
+    flags.DEFINE_integer("max_drawn", 20, "at most so many boxes a picture are drawn", lower_bound=0)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command; ends the process with status 1 if anything could not be done."""
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; quote patterns and words that hold spaces")
+    options = flags.FLAGS
+    names = ("checkpoint", "images", "output", "score_threshold", "nms_iou", "max_detections", "batch_size")
+    try:
+        num_unreadable = run(
+            words=parse_words(options.words, words_file=options.words_file),
+            draw_threshold=options.draw_threshold,
+            max_drawn=options.max_drawn,
+            **{name: options[name].value for name in names},
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if num_unreadable:
+        sys.exit(f"error: {num_unreadable} images could not be read; see above")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

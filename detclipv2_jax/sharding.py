@@ -1,0 +1,56 @@
+"""The mesh, who holds what on it, and host batches made global.
+
+Axes ("data", "fsdp"): batch rows and concept-table rows are split over both, parameters and Adam moments over "fsdp".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from detclipv2_jax.data.schema import Batch
+
+AXES = ("data", "fsdp")
+BATCH = P(AXES)  # axis 0 of every array of a batch, concept table included
+REPLICATED = P()
+
+
+def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of `devices` (all by default) with `fsdp` of them sharing one copy of the parameters."""
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"mesh.fsdp={fsdp} must divide the number of devices, {len(devices)}")
+    # Explicit axes (the default) would break the window reshape of Swin and nn.Embed
+    return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def param_spec(shape: tuple[int, ...], *, fsdp: int) -> P:
+    """Returns the spec of a parameter: its largest axis that "fsdp" divides is split; without one it is replicated."""
+    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0 and size >= fsdp]
+    if fsdp == 1 or not axes:
+        return REPLICATED
+    largest = max(axes, key=lambda axis: (shape[axis], axis))
+    return P(*(("fsdp" if axis == largest else None) for axis in range(len(shape))))
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """Returns the NamedSharding of every parameter of a tree of arrays or shapes."""
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(lambda p: NamedSharding(mesh, param_spec(p.shape, fsdp=fsdp)), params)
+
+
+def to_global(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns the global batch on the devices of `mesh`, built from this process's rows.
+
+    Concept-table rows of process p follow those of process p-1, so indices into the table are moved by the rows before.
+    """
+    offset = jax.process_index() * batch.concept_tokens.shape[0]
+    batch = batch._replace(
+        box_concepts=batch.box_concepts + np.int32(offset), caption_concepts=batch.caption_concepts + np.int32(offset)
+    )
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

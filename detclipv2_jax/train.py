@@ -1,0 +1,351 @@
+"""The training loop, top to bottom: data, schedule, state (fresh, started from other weights, or resumed), steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from clu import metric_writers, parameter_overview
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from detclipv2_jax import checkpoints as checkpoints_lib
+from detclipv2_jax import sharding, train_state, train_step, visualize
+from detclipv2_jax.data import streams as streams_lib
+from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.eval.loop import Evaluator
+from detclipv2_jax.models import detclip
+from detclipv2_jax.optimizer import learning_rate, make_optimizer
+from detclipv2_jax.schedule import Schedule
+from detclipv2_jax.train_state import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient was NaN or infinite; the state before that step is what the last checkpoint leads to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run consists of before anything is compiled; `prepare_run` makes it."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    streams: list[streams_lib.Stream]
+    schedule: Schedule
+    model: detclip.DetCLIP
+    tx: optax.GradientTransformation
+    shardings: TrainState
+    evaluator: Evaluator | None  # None without config.eval.annotations
+
+
+def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    """Returns the run of a configuration, its files checked and nothing compiled.
+
+    Raises:
+      ValueError: files, sizes, parameter groups or stored parameters that do not fit.
+    """
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
+    eval_streams = streams_lib.eval_streams(config.eval, input_config=config.input, **place)
+    schedule = Schedule(
+        [stream.num_batches for stream in streams],
+        epochs=config.epochs,
+        seed=config.seed,
+        weights=[config[stream.kind.value].weight for stream in streams],
+        num_steps=config.num_steps,
+    )
+    model = detclip.from_config(config.model)
+    shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
+    tx = make_optimizer(config.optimizer, shapes, schedule.total_steps)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        streams=streams,
+        schedule=schedule,
+        model=model,
+        tx=tx,
+        shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
+        evaluator=Evaluator(config, model, mesh=mesh, streams=eval_streams, workdir=workdir) if eval_streams else None,
+    )
+
+
+def train(run: Run) -> dict[str, float]:
+    """Trains until the end of the schedule and returns the scores of the last evaluation ({} without one).
+
+    Continues from the newest checkpoint of the workdir. Writes checkpoints/, metrics.jsonl, TensorBoard events, eval/
+    and pictures/ there.
+
+    Raises:
+      NonFiniteError: a loss or gradient is not finite and `config.nonfinite` is "stop".
+    """
+    config, mesh, streams, schedule = run.config, run.mesh, run.streams, run.schedule
+    first_process = jax.process_index() == 0
+    for stream in streams:
+        logging.info(
+            "stream %s: %d images, %d steps an epoch of %d images",
+            stream.name, stream.num_examples, stream.num_batches, stream.batch_size,
+        )  # fmt: skip
+
+    # --- state: fresh, started from other weights, or resumed
+    checkpoints = checkpoints_lib.Checkpoints(run.workdir, keep=config.checkpoint.keep)
+    state = initial_state(run, checkpoints)
+    start = int(state.step)
+    if first_process:
+        logging.info("parameters:\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
+
+    # --- one compiled step a (kind, canvas)
+    steps = [
+        jax.jit(
+            train_step.make_step(
+                stream.kind, model=run.model, tx=run.tx, config=config, canvas=stream.canvas, mesh=mesh
+            ),
+            donate_argnums=0,
+            out_shardings=(run.shardings, NamedSharding(mesh, sharding.REPLICATED)),
+        )
+        for stream in streams
+    ]
+    readers: list[Iterator[Batch] | None] = [None] * len(streams)
+    positions = schedule.next_positions(start)
+
+    # --- the loop
+    rate = learning_rate(config.optimizer, schedule.total_steps)
+    writer = MetricsWriter(run.workdir, start)
+    progress = Progress(start, schedule.num_steps)
+    sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
+    try:
+        for step in range(start, schedule.num_steps):
+            draw = schedule.draw(step)
+            stream = streams[draw.stream]
+            with progress.waiting():
+                if readers[draw.stream] is None:
+                    readers[draw.stream] = stream.iterate(positions[draw.stream])
+                batch = next(readers[draw.stream])
+            if first_process and (draw.position == 0 or due(step, config.pictures_every_steps)):
+                name = f"batch_{stream.name.replace('/', '_')}_step{step}.jpg"
+                visualize.training_batch(batch, kind=stream.kind, path=run.workdir / "pictures" / name)
+            with jax.set_mesh(mesh):
+                state, metrics = steps[draw.stream](state, sharding.to_global(batch, mesh))
+            if sent:
+                sent()
+            metrics["learning_rate"] = rate(step)
+            done = step + 1
+            last = done == schedule.num_steps
+            sent = functools.partial(
+                finish_step,
+                done,
+                stream.kind.value,
+                metrics,
+                logged=draw.position % config.log_every_steps == 0 or last,
+                stop=config.nonfinite == "stop",
+                writer=writer,
+                progress=progress,
+            )
+            progress.step(stream.batch_size)
+            if last or due(done, config.checkpoint.every_steps):
+                sent()  # first, so that a run stopped by its loss does not leave that step as its newest checkpoint
+                sent = None
+                checkpoints.save(done, state)
+            if not last and due(done, config.eval.every_steps):
+                evaluate_state(run, state, writer)
+    finally:
+        for reader in readers:
+            if reader is not None:
+                reader.close()
+        progress.close()
+        checkpoints.close()
+    for stream in streams:
+        if stream.counters:
+            logging.info("stream %s: %s", stream.name, dict(stream.counters))
+    scores = evaluate_state(run, state, writer)
+    if first_process:
+        visualize.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
+    writer.close()
+    return scores
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Returns the scores of the newest checkpoint of a run; writes eval/ and pictures/.
+
+    Raises:
+      ValueError: no checkpoint, or nothing to evaluate on.
+    """
+    if run.evaluator is None:
+        raise ValueError("nothing to evaluate on: set config.eval.annotations and config.eval.images")
+    _, params, step = checkpoints_lib.load_for_inference(run.workdir)
+    params = jax.device_put(jax.tree.map(np.asarray, params), run.shardings.params)
+    return run.evaluator(params, step=step)
+
+
+def evaluate_state(run: Run, state: TrainState, writer: MetricsWriter) -> dict[str, float]:
+    """Returns the scores of a state, the averaged parameters if they are kept; {} without an evaluation."""
+    if run.evaluator is None:
+        return {}
+    step = int(state.step)
+    scores = run.evaluator(state.params if state.ema is None else state.ema, step=step)
+    writer.write(step, prefix("eval", scores))
+    return scores
+
+
+def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainState:
+    """Returns the state a run starts from, in order of preference:
+
+    1. the newest checkpoint of this workdir;
+    2. fresh optimizer, parameters from another run (`init_from.checkpoint`);
+    3. fresh everything.
+    """
+    config, shardings = run.config, run.shardings
+    new = functools.partial(train_state.create, tx=run.tx, ema=config.optimizer.ema_decay > 0)
+
+    def create(key: jax.Array) -> TrainState:
+        return new(train_state.init_params(run.model, key, context_length=config.model.text.context_length))
+
+    key = jax.random.key(config.seed)
+    if checkpoints.latest_step() is not None:
+        abstract = jax.tree.map(
+            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+            jax.eval_shape(create, key),
+            shardings,
+        )
+        return checkpoints.restore(abstract)
+    if config.init_from.checkpoint:
+        _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
+        shapes = jax.eval_shape(create, key).params
+        checkpoints_lib.report_differences(params, shapes, what=f"init_from.checkpoint {config.init_from.checkpoint}")
+        logging.info("parameters from step %d of %s", step, config.init_from.checkpoint)
+        params = jax.tree.map(np.asarray, params)
+        return jax.jit(new, out_shardings=shardings)(params)
+    return jax.jit(create, out_shardings=shardings)(key)
+
+
+def due(step: int, every: int) -> bool:
+    """Returns whether something done every `every` steps (0: never) is done at `step`."""
+    return every > 0 and step % every == 0
+
+
+def prefix(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """Returns the values as floats under names led by the kind."""
+    return {f"{kind}/{name}": float(value) for name, value in values.items()}
+
+
+def finish_step(
+    step: int,
+    kind: str,
+    metrics: dict[str, Any],
+    *,
+    logged: bool,
+    stop: bool,
+    writer: MetricsWriter,
+    progress: Progress,
+) -> None:
+    """Reads the metrics of a step, shows and (if `logged`) writes them, and reports a step that was not finite."""
+    metrics = prefix(kind, jax.device_get(metrics))
+    finite = metrics.pop(f"{kind}/finite") > 0
+    progress.show(metrics)
+    if logged or not finite:
+        writer.write(step, metrics | progress.rates())
+    if not finite:
+        terms = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        message = f"step {step} was not applied, its loss or gradient is not finite: {terms}"
+        if stop:
+            raise NonFiniteError(f"{message}; config.nonfinite=skip goes on past such steps")
+        logging.error(message)
+
+
+class Progress:
+    """Progress bar of a terminal (step, loss terms, images/s, time left), log lines elsewhere, and rates for the log."""
+
+    def __init__(self, start: int, total: int):
+        self._bar = tqdm(
+            initial=start, total=total, unit="step", dynamic_ncols=True, mininterval=0.5,
+            disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._steps, self._images, self._waited = time.monotonic(), 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def step(self, num_images: int) -> None:
+        """Counts one step."""
+        self._bar.update()
+        self._steps += 1
+        self._images += num_images
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Shows the loss terms of a step on the bar."""
+        losses = {name: f"{value:.3f}" for name, value in metrics.items() if "loss" in name}
+        self._bar.set_postfix(losses | {"img/s": f"{self._images / max(time.monotonic() - self._since, 1e-6):.1f}"})
+
+    def rates(self) -> dict[str, float]:
+        """Returns speed and share of time spent waiting for data since the last call."""
+        elapsed = max(time.monotonic() - self._since, 1e-6)
+        rates = {
+            "timing/images_per_second": self._images / elapsed,
+            "timing/steps_per_second": self._steps / elapsed,
+            "timing/data_wait_share": self._waited / elapsed,
+        }
+        self._reset()
+        return rates
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+class MetricsWriter:
+    """Scalars to metrics.jsonl (one flat object a line), TensorBoard and the log; process 0 only.
+
+    Lines of steps after `start` are from a run that was continued from an older checkpoint; they are removed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        self._file = self._events = None
+        if jax.process_index() != 0:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            # a killed run may leave half a line, which is later than every checkpoint
+            path.write_text("".join(l for l in lines if l.endswith("}\n") and json.loads(l)["step"] <= start))
+        self._file = path.open("a")
+        self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars of a step."""
+        if self._file is None:
+            return
+        # JSON has no NaN; null keeps the line readable by every parser
+        line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        self._events.write_scalars(step, scalars)
+        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()

@@ -1,0 +1,267 @@
+"""Figures: detections on a photo, a training batch, word-region alignment, curves.
+
+Every function takes arrays, returns the picture as uint8[h, w, 3] and writes it to `path` if one is given. Colours are
+Okabe and Ito's, which colour-blind readers can tell apart; every box also carries its word.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import tokenizers
+from jaxtyping import Float, Int
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from detclipv2_jax import drawing
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.schema import Batch, Kind
+
+
+def detections(
+    image: drawing.Picture,
+    boxes: Float[np.ndarray, "n 4"],
+    labels: Int[np.ndarray, " n"],
+    names: Sequence[str],
+    *,
+    scores: Float[np.ndarray, " n"] | None = None,
+    min_score: float = 0.0,
+    max_drawn: int = 20,
+    truth: tuple[Float[np.ndarray, "m 4"], Int[np.ndarray, " m"]] | None = None,
+    title: str = "",
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the photo with its boxes, each with word and score, and a legend of colours.
+
+    Args:
+      image: the photo.
+      boxes: xyxy in its pixels, best first if they have scores.
+      labels: position in `names` of each box's word.
+      names: the vocabulary.
+      scores: of the boxes; None for annotated boxes.
+      min_score: boxes below are not drawn; the legend says how many there are.
+      max_drawn: at most so many boxes are drawn.
+      truth: annotated boxes and labels, drawn on a second copy of the photo at the left.
+      title: first line of the figure.
+      path: where to write the picture.
+    """
+    shown = np.arange(len(boxes)) if scores is None else np.flatnonzero(np.asarray(scores) >= min_score)
+    shown = shown[:max_drawn]
+    present = np.concatenate([labels[shown]] + ([] if truth is None else [truth[1]])).astype(int)
+    colors = drawing.colors_of(present)
+    note = _count_note(num_shown=len(shown), num_boxes=len(boxes), scores=scores, min_score=min_score)
+
+    def panel(boxes, labels, scores, heading):
+        texts = [
+            names[label] if scores is None else f"{names[label]} {scores[i]:.2f}" for i, label in enumerate(labels)
+        ]
+        photo = drawing.photo(image, boxes, texts, [colors[label] for label in labels])
+        return drawing.stack([drawing.text_block(heading, width=photo.shape[1], size=15), photo]) if heading else photo
+
+    found = panel(boxes[shown], labels[shown], None if scores is None else np.asarray(scores)[shown], note)
+    panels = [found] if truth is None else [panel(*truth, None, f"annotated: {len(truth[0])} boxes"), found]
+    body = drawing.grid(panels, columns=len(panels))
+    counts = {label: int(np.sum(labels[shown] == label)) for label in colors}
+    entries = [(colors[label], f"{names[label]}" + (f" × {n}" if n > 1 else "")) for label, n in counts.items()]
+    parts = [drawing.text_block(title, width=body.shape[1], size=18, bold=True)] if title else []
+    parts += [body] + ([drawing.legend(entries, width=body.shape[1])] if entries else [])
+    return drawing.save(drawing.frame(drawing.stack(parts)), path)
+
+
+def training_batch(
+    batch: Batch,
+    *,
+    kind: Kind,
+    max_images: int = 8,
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns a contact sheet of what a step is trained on.
+
+    Every canvas is shown whole: the photo, its padding hatched, its boxes with their concepts, or for image-text
+    pairs the caption and its phrases below. The last lines list the concepts of the table that belong to no image.
+    Texts are decoded from the tokens: what is shown is what the text tower gets.
+
+    Args:
+      batch: host arrays.
+      kind: kind of data.
+      max_images: images drawn.
+      path: where to write the picture.
+    """
+    texts = concept_texts(batch.concept_tokens)
+    _, height, width, _ = batch.image.shape
+    shown_width = 460 if width >= height else 320
+    cells = []
+    for i in range(min(max_images, len(batch.image))):
+        rows = batch.box_concepts[i][batch.box_mask[i]]
+        colors = drawing.colors_of(rows)
+        photo = drawing.photo(
+            drawing.hatch_padding(batch.image[i], batch.extent[i]),
+            batch.boxes[i][batch.box_mask[i]],
+            [texts[row] for row in rows],
+            [colors[row] for row in rows],
+            long_side=max(shown_width, round(shown_width * height / width)),
+        )
+        size, extent = ("×".join(map(str, sides)) for sides in (batch.original_size[i], batch.extent[i]))
+        lines = [f"example {batch.example_id[i]}: {size} px as {extent}"]
+        if kind == Kind.IMAGE_TEXT:
+            caption, *phrases = (texts[row] for row in batch.caption_concepts[i][batch.caption_mask[i]])
+            lines += [f"“{caption}”", *(f"· {phrase}" for phrase in phrases)]
+        else:
+            lines.append(f"{len(rows)} boxes, {len(colors)} concepts")
+        cells.append(drawing.stack([photo, drawing.text_block("\n".join(lines), width=photo.shape[1], size=13)]))
+    body = drawing.grid(cells, columns=max(1, 1440 // shown_width))
+
+    used = np.union1d(batch.box_concepts[batch.box_mask], batch.caption_concepts[batch.caption_mask])
+    others = [texts[row] for row in np.setdiff1d(np.flatnonzero(batch.concept_mask), used)]
+    footer = f"{int(batch.concept_mask.sum())} concepts in the table: {len(used)} of images, {len(others)} negatives"
+    footer += f"\nnegatives: {' | '.join(others[:60])}{' | …' if len(others) > 60 else ''}" if others else ""
+    heading = f"{kind.value}: {len(cells)} of {len(batch.image)} images on {height}×{width} canvases (hatched: padding)"
+    heading = drawing.text_block(heading, width=body.shape[1], size=18, bold=True)
+    footer = drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)
+    return drawing.save(drawing.frame(drawing.stack([heading, body, footer])), path)
+
+
+def concept_texts(tokens: Int[np.ndarray, "t l"]) -> list[str]:
+    """Returns the text of every row of tokens, as the tokenizer cleaned and cut it; "" for padding."""
+    id_to_token, decoder = tokenizer._bpe().id_to_token, tokenizers.decoders.ByteLevel()
+    # between [SOS] and [EOS], the largest id
+    pieces = [[id_to_token(int(token)) for token in row[1 : np.argmax(row)]] for row in tokens]
+    return [decoder.decode(row).replace("</w>", " ").strip() for row in pieces]
+
+
+def alignment(
+    image: drawing.Picture,
+    phrases: Sequence[str],
+    boxes: Float[np.ndarray, "m 4"],
+    *,
+    scores: Float[np.ndarray, " m"],
+    ranks: Int[np.ndarray, " m"],
+    num_images: int,
+    maps: Float[np.ndarray, "m h w"],
+    caption: str = "",
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the paper's Figure 1 for one photo: the best region of every phrase, and where each phrase is similar.
+
+    `inference.align` and `Predictor.align` compute the arrays.
+
+    Args:
+      image: the photo.
+      phrases: texts compared with its regions.
+      boxes: best region of each phrase, xyxy in pixels of the photo.
+      scores: similarity of phrase and best region, the contrastive loss's s.
+      ranks: place of this photo in a batch ordered by best score for the phrase, from 1.
+      num_images: images in that batch.
+      maps: similarity over the photo (any resolution; it is stretched over the whole photo).
+      caption: text above the figure.
+      path: where to write the picture.
+    """
+    height, width, _ = image.shape
+    shown_width = 440 if width >= height else 320
+    long_side = max(shown_width, round(shown_width * height / width))
+    colors = [drawing.nth_color(i) for i in range(len(phrases))]
+    numbered = [f"{i} {phrase}" for i, phrase in enumerate(phrases, start=1)]
+
+    def cell(heading: str, picture: drawing.Picture) -> drawing.Picture:
+        return drawing.stack([drawing.text_block(heading, width=picture.shape[1], size=14), picture])
+
+    cells = [cell("best region of every phrase", drawing.photo(image, boxes, numbered, colors, long_side=long_side))]
+    for i, name in enumerate(numbered):
+        low, high = np.min(maps[i]), np.max(maps[i])
+        heading = f"{name}\nscore {scores[i]:.2f}, rank {ranks[i]} of {num_images}\ndark {low:.2f} to bright {high:.2f}"
+        heat = drawing.heat(image, maps[i])
+        cells.append(cell(heading, drawing.photo(heat, boxes[i : i + 1], [""], [colors[i]], long_side=long_side)))
+    body = drawing.grid(cells, columns=max(1, 1440 // shown_width), bottom=True)
+    parts = [drawing.text_block(f"“{caption}”", width=body.shape[1], size=18, bold=True)] if caption else []
+    footer = (
+        f"score: similarity of the phrase and its best region; rank: place of the photo among {num_images}, 1 is best"
+    )
+    parts += [body, drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)]
+    return drawing.save(drawing.frame(drawing.stack(parts)), path)
+
+
+def curves(
+    metrics: str | pathlib.Path,
+    *,
+    names: Sequence[str] = (),
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the curves of a run's `metrics.jsonl`: one panel a quantity, one line a kind of data.
+
+    Thin: every value. Thick: a moving mean. `names` chooses quantities ("loss_alignment"); without it all are drawn.
+
+    Raises:
+      ValueError: the file is missing, holds something else, or has none of the names.
+    """
+    series = read_metrics(metrics)
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name, (steps, values) in series.items():
+        group, _, quantity = name.rpartition("/")
+        panels.setdefault(quantity, {})[group] = (steps, values)
+    groups = sorted({group for lines in panels.values() for group in lines} - {""})
+    colors = {group: [c / 255 for c in drawing.nth_color(i)] for i, group in enumerate(groups)} | {"": [0.1] * 3}
+    if names:
+        missing = sorted(set(names) - panels.keys())
+        if missing:
+            raise ValueError(f"{metrics} has no {', '.join(missing)}; it has {', '.join(sorted(panels))}")
+        panels = {name: panels[name] for name in names}
+    shown = {group for lines in panels.values() for group in lines}
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows + 0.5), dpi=100, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (quantity, lines) in zip(grid.flat, panels.items(), strict=False):
+        for group, (steps, values) in lines.items():
+            window = np.ones(min(1 + len(values) // 20, 51))
+            mean = np.convolve(values, window, mode="same") / np.convolve(np.ones_like(values), window, mode="same")
+            axes.plot(steps, values, color=colors[group], linewidth=0.6, alpha=0.45)
+            marker = "o" if len(steps) < 3 else ""
+            axes.plot(steps, mean, color=colors[group], linewidth=1.8, marker=marker)
+        axes.set_title(quantity, fontsize=11)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    line = functools.partial(matplotlib.lines.Line2D, [], [], linewidth=3)
+    handles = [line(color=colors[group], label=group) for group in groups if group in shown]
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(len(handles), 1), frameon=False, fontsize=11)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return drawing.save(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]), path)
+
+
+def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns name → (steps, values) of a `metrics.jsonl`; of a step that was written twice the later value counts."""
+    try:
+        rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
+        values: dict[str, dict[int, float]] = {}
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    values.setdefault(name, {})[int(row["step"])] = float(value)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no metrics.jsonl (one JSON object with a step a line): {error}") from error
+    if not values:
+        raise ValueError(f"{path} holds no metrics yet")
+    return {
+        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
+        for name, points in values.items()
+    }
+
+
+def _count_note(*, num_shown: int, num_boxes: int, scores: np.ndarray | None, min_score: float) -> str:
+    if scores is None:
+        return ""
+    if num_boxes == 0:
+        return "nothing found"
+    if num_shown == 0:
+        return f"nothing scored {min_score:.2f} or more; the best of {num_boxes} boxes has {np.max(scores):.2f}"
+    return f"found: {num_shown} best of {num_boxes} boxes" if num_shown < num_boxes else f"found: {num_boxes} boxes"

@@ -1,0 +1,124 @@
+"""Embeddings of a vocabulary: padded to few sizes, and kept on disk under a hash of all they depend on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, Float
+
+from detclipv2_jax.data import tokenizer
+
+Embeddings = Float[np.ndarray, "w d"]
+
+
+def pad(text: Embeddings, *, multiple: int) -> tuple[Float[np.ndarray, "v d"], Bool[np.ndarray, " v"]]:
+    """Returns (embeddings, mask) padded to a multiple of rows, so that few vocabulary sizes are compiled."""
+    padding = -len(text) % multiple
+    return np.pad(text, ((0, padding), (0, 0))), np.arange(len(text) + padding) < len(text)
+
+
+def warn_truncated(texts: Sequence[str], *, max_length: int) -> None:
+    """Logs one warning that names the texts longer than `max_length` tokens; they lose their end."""
+    long = [text for text, num in zip(texts, tokenizer.num_tokens(texts), strict=True) if num > max_length]
+    if long:
+        examples = "; ".join(f"“{text}”" for text in long[:3]) + (" …" if len(long) > 3 else "")
+        message = "%d of %d concepts have more than %d tokens and lose their end: %s"
+        logging.warning(message, len(long), len(texts), max_length, examples)
+
+
+def weights_key(params: Any) -> str:
+    """Returns a hash of names and values of a tree of parameters."""
+    hasher = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        value = np.ascontiguousarray(value)
+        hasher.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        hasher.update(value.tobytes())
+    return hasher.hexdigest()
+
+
+def save(path: str | pathlib.Path, embeddings: Embeddings, *, key: str) -> None:
+    """Writes embeddings with the key of what they were made of, at once or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez(partial, embeddings=embeddings, key=np.array(key))
+    os.replace(partial, path)
+
+
+def load(path: str | pathlib.Path, *, key: str) -> Embeddings:
+    """Returns stored embeddings; ValueError if they cannot be read or were made of something else than `key` says."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            stored_key, embeddings = str(stored["key"]), stored["embeddings"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the vocabulary {path} cannot be read: {error}") from error
+    if stored_key != key:
+        raise ValueError(f"the vocabulary {path} is stale: its words, template, tokenizer or text weights were others")
+    return embeddings
+
+
+class Cache:
+    """Encodes texts, or finds their embeddings in a folder; the last vocabulary is kept in memory too.
+
+    A stored vocabulary is named by its key and holds it, so that one made of other words, template, tokenizer or text
+    weights is not found, and refused with a warning where it lies under the wrong name.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], Embeddings],
+        *,
+        text_config: Mapping[str, Any],
+        text_params: Any,
+        folder: str | pathlib.Path | None,
+    ):
+        self._encode = encode
+        self._text_config, self._text_params = dict(text_config), text_params
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._last_key, self._last = "", np.zeros((0, 0), np.float32)
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return weights_key(self._text_params)
+
+    def key(self, texts: Sequence[str]) -> str:
+        """Returns a hash of all that the embeddings of texts (words in their template) depend on."""
+        hasher = hashlib.sha256(json.dumps([list(texts), self._text_config, self._weights]).encode())
+        # the tokens stand for the tokenizer's version: whatever changes in it and matters is seen here
+        hasher.update(tokenizer.tokenize(texts, max_length=self._text_config["context_length"]).tobytes())
+        return hasher.hexdigest()
+
+    def path(self, texts: Sequence[str]) -> pathlib.Path | None:
+        """Returns where the embeddings of texts are kept; None without a folder."""
+        return None if self._folder is None else self._folder / f"{self.key(texts)[:16]}.npz"
+
+    def __call__(self, texts: Sequence[str]) -> Embeddings:
+        """Returns the embeddings of texts."""
+        key, path = self.key(texts), self.path(texts)
+        if key != self._last_key:
+            self._last_key, self._last = key, self._find(texts, key, path)
+        return self._last
+
+    def _find(self, texts: Sequence[str], key: str, path: pathlib.Path | None) -> Embeddings:
+        if path is not None and path.exists():
+            try:
+                return load(path, key=key)
+            except ValueError as error:
+                logging.warning("%s; encoding the words anew", error)
+        embeddings = self._encode(texts)
+        if path is not None:
+            try:
+                save(path, embeddings, key=key)
+            except OSError as error:
+                logging.warning("the vocabulary is not kept: %s", error)
+        return embeddings

@@ -1,0 +1,146 @@
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detclipv2_jax.data import concepts, tokenizer
+from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Vocabulary
+
+
+def pool(*names, definitions=None):
+    vocabulary = Vocabulary(names, definitions or ("",) * len(names))
+    return Pool(vocabulary, definitions=False, encoder=Encoder())
+
+
+def encoded(numbers):
+    """Returns concepts named by numbers; equal numbers are equal concepts."""
+    tokens = np.array([[49406, n + 1, 49407] for n in numbers], np.int32).reshape(-1, 3)
+    return Encoded(tokens, np.array(numbers, np.uint64), np.zeros(len(numbers), bool))
+
+
+def test_names_and_texts():
+    assert concepts.display_name("bow_(decorative_ribbons)") == "bow (decorative ribbons)"
+    assert concepts.concept_text("cat", "a small animal") == "cat, a small animal"
+    assert concepts.concept_text("cat") == "cat"
+    for name in ("A Cat", "cats", "the cat ", "Some  cats"):
+        assert concepts.key(name) == "cat"
+    assert concepts.key("glass") == "glass"
+    assert concepts.key("bus") == "bus"
+
+
+def test_dictionary(tmp_path):
+    path = tmp_path / "dictionary.tsv"
+    path.write_text("name\tdefinition\tsource\ncat\ta small animal\tlvis\n\nred_car\n")
+    vocabulary = concepts.read_dictionary(path)
+    assert vocabulary.names == ("cat", "red car")
+    assert vocabulary.definition("Cats") == "a small animal"
+    assert vocabulary.definition("red car") == vocabulary.definition("house") == ""
+    path.write_text("name\tdefinition\n")
+    with pytest.raises(ValueError, match="is empty"):
+        concepts.read_dictionary(path)
+    path.write_text("cat\tx\n\ty\n")
+    with pytest.raises(ValueError, match="no name in line 2"):
+        concepts.read_dictionary(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        concepts.read_dictionary(tmp_path / "absent.tsv")
+
+
+def test_an_exact_name_wins_over_its_plural():
+    vocabulary = Vocabulary(("socks", "sock", "sock"), ("two", "one", "again"))
+    assert vocabulary.definition("sock") == "one"
+    assert vocabulary.definition("socks") == "two"
+
+
+def test_ids_are_hashes_of_what_is_encoded():
+    encode = Encoder()
+    first, same, other = encode(["Red  Star", "red star", "blue star"]).ids
+    assert first == same != other
+    tokens = tokenizer.tokenize("red star")[0]
+    assert int(first) == int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "big")
+    # texts that differ only beyond the cut are one concept
+    long = "a b c d e f g h i j k l m n"
+    ids = encode([long, long + " o", long + " p"])
+    assert len(set(ids.ids.tolist())) == 1
+    assert ids.truncated.tolist() == [False, True, True]
+    np.testing.assert_array_equal(ids.tokens, tokenizer.tokenize([long, long + " o", long + " p"]))
+
+
+def test_encoder_gives_the_same_with_a_full_cache_and_without():
+    texts = [f"thing {i % 7}" for i in range(20)]
+    expected = Encoder()(texts)
+    tiny = Encoder(cache_size=3)
+    for remember in (True, True, False):
+        for part, again in zip(expected, tiny(texts, remember=remember), strict=True):
+            np.testing.assert_array_equal(part, again)
+    assert Encoder()([]).tokens.shape == (0, 16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=20), st.lists(st.integers(0, 20), max_size=30), st.integers(0, 40))
+def test_table_against_a_loop(positives, negatives, spare):
+    order = list(dict.fromkeys(positives))
+    capacity = len(order) + spare
+    both = list(dict.fromkeys(positives + negatives))
+    table = concepts.build_table(encoded(positives), encoded(negatives), capacity=capacity)
+    assert table.tokens.shape == (capacity, 3)
+    assert table.ids[table.mask].tolist() == both[:capacity]
+    assert table.mask.tolist() == [i < len(both) for i in range(capacity)]
+    assert not table.tokens[~table.mask].any()
+    assert not table.ids[~table.mask].any()
+    assert [int(table.ids[row]) for row in table.rows] == positives
+    assert table.tokens[table.mask][:, 1].tolist() == [n + 1 for n in both[:capacity]]
+    assert table.num_cut == max(len(both) - capacity, 0)
+
+
+def test_table_never_cuts_a_positive():
+    with pytest.raises(ValueError, match=r"3 positive concepts but its table 2 rows; raise max_concepts"):
+        concepts.build_table(encoded([1, 2, 3]), encoded([4]), capacity=2)
+
+
+def drawn_names(source, names, num, seed=0, **options):
+    drawn = source.draw(num, np.random.default_rng(seed), **options)
+    assert len(set(drawn.tolist())) == len(drawn)
+    return [names[i] for i in drawn]
+
+
+def test_negatives_leave_out_positives_synonyms_and_the_caption():
+    names = ("cat", "kitty", "dog", "dogs", "a bird", "horse", "art")
+    definitions = ("small animal", "small animal", "loyal", "", "", "", "")
+    source = pool(*names, definitions=definitions)
+    for seed in range(20):
+        assert set(drawn_names(source, names, 10, seed, present=["cat"])) == set(names[2:])
+        assert set(drawn_names(source, names, 10, seed, present=["A dog"])) == {
+            "cat",
+            "kitty",
+            "a bird",
+            "horse",
+            "art",
+        }
+        caption = "the birds at a PARTY on horseback"
+        assert set(drawn_names(source, names, 10, seed, present=[], caption=caption)) == set(names[:4])
+
+
+def test_known_negatives_come_first_and_unsure_ones_never():
+    names = tuple(f"thing {i} x" for i in range(50))
+    source = pool(*names)
+    for seed in range(20):
+        drawn = drawn_names(source, names, 10, seed, present=[names[0]], first=names[5:8], never=names[10:40])
+        assert set(drawn[:3]) == set(names[5:8])
+        assert not {names[0], *names[10:40]} & set(drawn)
+    assert len(source.draw(99, np.random.default_rng(0), present=[names[0]])) == 49
+    assert len(source.draw(0, np.random.default_rng(0), present=[])) == 0
+    assert len(source.draw(-3, np.random.default_rng(0), present=[])) == 0
+
+
+def test_negatives_are_drawn_evenly_and_by_the_generator_alone():
+    names = tuple(f"thing {i} x" for i in range(20))
+    source = pool(*names)
+    counts = np.zeros(20)
+    for seed in range(400):
+        drawn = source.draw(5, np.random.default_rng(seed), present=[])
+        np.testing.assert_array_equal(drawn, source.draw(5, np.random.default_rng(seed), present=[]))
+        counts[drawn] += 1
+    assert counts.min() > 60  # 100 expected, 8.7 standard deviation
+    assert counts.max() < 140

@@ -1,0 +1,148 @@
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from detclipv2_jax.data import box_json, scenes, shapes, sources
+
+COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenes")
+    scenes.write(path, **COUNTS, size_px=96, seed=3)
+    return path
+
+
+def load(folder, part):
+    return json.loads((folder / f"{part}.json").read_text())
+
+
+def test_the_world_is_as_large_as_promised():
+    assert len({*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES}) >= 24
+    assert len(scenes.NOVEL_SHAPES) >= 8
+    assert len(scenes.COLORS) == 10
+    assert len(scenes.TEXTURES) == 4
+    assert set(shapes.outlines()) == {*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES}
+    for parts in shapes.outlines().values():
+        assert max(np.abs(polygon).max() for entry, polygon in parts if entry) <= 1.0
+
+
+def test_writing_is_deterministic_and_scenes_do_not_depend_on_their_number(folder, tmp_path):
+    scenes.write(tmp_path, **COUNTS | {"num_detection": 10, "num_eval": 0}, size_px=96, seed=3)
+    for name in ("grounding.json", "pairs.tsv", "images/grounding/000003.jpg", "images/detection/000009.jpg"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert load(tmp_path, "detection")["images"] == load(folder, "detection")["images"][:10]
+    assert not (tmp_path / "eval.json").exists()
+    shutil.rmtree(tmp_path)
+    scenes.write(tmp_path, **COUNTS, size_px=96, seed=4)
+    assert (tmp_path / "pairs.tsv").read_bytes() != (folder / "pairs.tsv").read_bytes()
+
+
+def test_writing_again_does_nothing_and_another_world_is_refused(folder):
+    (folder / "pairs.tsv").touch()
+    before = (folder / "pairs.tsv").stat().st_mtime_ns
+    scenes.write(folder, **COUNTS, size_px=96, seed=3)
+    assert (folder / "pairs.tsv").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="choose another folder"):
+        scenes.write(folder, **COUNTS, size_px=96, seed=4)
+    with pytest.raises(ValueError, match="size_px is 16"):
+        scenes.write(folder / "x", **COUNTS, size_px=16, seed=4)
+
+
+def test_files_are_read_as_real_data(folder):
+    detection = box_json.read_detection(str(folder / "detection.json"), str(folder))
+    assert len(detection) == 30
+    assert set(detection.vocabulary.names) == {f"{c} {s}" for c in scenes.COLORS for s in scenes.BASE_SHAPES}
+    grounding = box_json.read_grounding(str(folder / "grounding.json"), str(folder))
+    assert len(grounding) == 40
+    pairs = sources.read_pairs(str(folder / "pairs.tsv"), str(folder))
+    assert len(pairs) == 80
+    for source in (detection, grounding, pairs):
+        assert source.counters == {}
+        for record in source:
+            assert cv2.imread(record.image).shape == (96, 96, 3)
+    coco = COCO(str(folder / "eval.json"))
+    assert len(coco.getImgIds()) == 40
+    assert len(coco.getCatIds()) == 240
+
+
+def test_base_and_novel_shapes_stay_where_they_belong(folder):
+    for part in ("detection", "eval"):
+        for category in load(folder, part)["categories"]:
+            assert category["frequency"] == ("r" if category["name"].split()[1] in scenes.NOVEL_SHAPES else "f")
+            assert part == "eval" or category["frequency"] == "f"
+    grounding, pairs = (folder / "grounding.json").read_text(), (folder / "pairs.tsv").read_text()
+    assert not any(f" {shape}" in grounding for shape in scenes.NOVEL_SHAPES)
+    assert all(f" {shape}" in pairs for shape in scenes.NOVEL_SHAPES)
+    detection_ids = {c["name"]: c["id"] for c in load(folder, "detection")["categories"]}
+    eval_ids = {c["name"]: c["id"] for c in load(folder, "eval")["categories"]}
+    assert detection_ids.items() <= eval_ids.items()
+
+
+def test_eval_has_lvis_fields_and_held_out_combinations(folder):
+    content = load(folder, "eval")
+    ids = {category["id"] for category in content["categories"]}
+    for image in content["images"]:
+        present = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
+        assert set(image["neg_category_ids"]) == ids - present
+        assert image["not_exhaustive_category_ids"] == []
+    held_out = [annotation["held_out"] for annotation in content["annotations"]]
+    assert 0 < sum(held_out) < 0.3 * len(held_out)
+    assert not any(annotation["held_out"] for annotation in load(folder, "detection")["annotations"])
+
+
+def test_spans_of_grounding_captions_name_the_categories(folder):
+    content = load(folder, "grounding")
+    captions = {image["id"]: image["caption"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        phrase = box_json.phrase_of(captions[annotation["image_id"]], annotation["tokens_positive"])
+        color, shape = phrase.split()[-2:]
+        assert color in scenes.COLORS
+        assert shape in scenes.BASE_SHAPES
+        assert len(phrase.split()) == 2 or phrase.split()[0] in scenes.TEXTURES
+
+
+def test_captions_are_incomplete_and_noisy():
+    shown = mentioned = absent = 0
+    for i in range(300):
+        rng = np.random.default_rng(i)
+        scene = scenes.draw(rng, shapes=scenes.BASE_SHAPES, size_px=64, training=True, distinct=True)
+        _, caption, phrases = scenes._image_text_line(rng, scene, "x.jpg").rstrip("\n").split("\t")
+        phrases = json.loads(phrases)
+        assert all(phrase in caption for phrase in phrases)
+        names = [" ".join(phrase.split()[-2:]) for phrase in phrases]
+        present = {thing.name for thing in scene.things}
+        assert len(present) == len(scene.things)
+        shown += len(present)
+        mentioned += len(present & set(names))
+        absent += bool(set(names) - present)
+    assert 0.45 < mentioned / shown < 0.7  # one half, and at least one of each scene
+    assert 0.04 < absent / 300 < 0.16
+
+
+@pytest.mark.parametrize("shape", [*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES])
+def test_boxes_are_tight(shape):
+    rng = np.random.default_rng(0)
+    for angle, center in ((0.0, (0.5, 0.5)), (25.0, (0.3, 0.7)), (-30.0, (0.1, 0.95))):
+        thing = scenes.Thing(shape, "red", scenes.TEXTURES[rng.integers(4)], center, 0.2, angle)
+        ground = np.full((128, 128, 3), 128, np.float32)
+        box = scenes._paint(ground, thing)
+        ys, xs = np.nonzero(np.abs(ground - 128).max(axis=2) > 40)
+        np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.0)
+
+
+def test_things_stay_apart_and_inside():
+    for i in range(100):
+        scene = scenes.draw(
+            np.random.default_rng(i), shapes=scenes.BASE_SHAPES, size_px=96, training=False, distinct=False
+        )
+        assert 1 <= len(scene.things) <= 4
+        assert scene.boxes.shape == (len(scene.things), 4)
+        assert (scene.boxes >= 0).all()
+        assert (scene.boxes <= 96).all()
+        assert ((scene.boxes[:, 2:] - scene.boxes[:, :2]) > 8).all()

@@ -1,0 +1,434 @@
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, write_image
+
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.streams import eval_streams, train_streams
+
+
+def by_name(streams):
+    return {stream.name: stream for stream in streams}
+
+
+def text_ids(texts):
+    return [tuple(row) for row in tokenizer.tokenize(texts).tolist()]
+
+
+def names_of_table(batch):
+    """Returns the words of each row of the table, from those the test knows; rows in use only."""
+    known = [name.replace("_", " ") for name in NAMES] + CAPTIONS + [p for phrases in PHRASES for p in phrases]
+    lookup = dict(zip(text_ids(known), known, strict=True))
+    return [lookup[tuple(row)] for row in batch.concept_tokens[batch.concept_mask].tolist()]
+
+
+def assert_equal(left: Batch, right: Batch):
+    for field, a, b in zip(Batch._fields, left, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=field)
+        assert a.dtype == b.dtype, field
+
+
+def rows_of(batch):
+    """Returns what a batch says of each image, independent of the order of its table."""
+    rows = []
+    for i in range(len(batch.image)):
+        boxes = [
+            (*box, *batch.concept_tokens[row].tolist())
+            for box, row in zip(
+                batch.boxes[i][batch.box_mask[i]].tolist(), batch.box_concepts[i][batch.box_mask[i]], strict=True
+            )
+        ]
+        captions = batch.concept_tokens[batch.caption_concepts[i][batch.caption_mask[i]]].tolist()
+        rows.append((batch.image[i].tobytes(), batch.extent[i].tolist(), int(batch.example_id[i]), boxes, captions))
+    return rows
+
+
+def test_streams_in_order_with_static_shapes(config):
+    streams = train_streams(config, table_multiple=3)
+    assert [(s.name, s.kind, s.canvas, s.num_examples, s.num_batches) for s in streams] == [
+        ("detection/64x96", Kind.DETECTION, (64, 96), 4, 1),
+        ("detection/96x64", Kind.DETECTION, (96, 64), 3, 1),
+        ("grounding/64x96", Kind.GROUNDING, (64, 96), 4, 1),
+        ("grounding/96x64", Kind.GROUNDING, (96, 64), 3, 1),
+        ("image_text/64x64", Kind.IMAGE_TEXT, (64, 64), 7, 2),
+    ]
+    expected = {Kind.DETECTION: (5, 24, 0), Kind.GROUNDING: (5, 24, 0), Kind.IMAGE_TEXT: (0, 48, 9)}
+    for stream in streams:
+        batch = stream.batch(3)
+        n, t, m = expected[stream.kind]
+        assert stream.capacities == {"boxes": n, "table": t, "captions": m}
+        assert {name: (a.shape, a.dtype.name) for name, a in batch._asdict().items()} == {
+            "image": ((4, *stream.canvas, 3), "uint8"),
+            "extent": ((4, 2), "int32"),
+            "scale": ((4, 2), "float32"),
+            "original_size": ((4, 2), "int32"),
+            "image_mask": ((4,), "bool"),
+            "example_id": ((4,), "int32"),
+            "boxes": ((4, n, 4), "float32"),
+            "box_mask": ((4, n), "bool"),
+            "box_concepts": ((4, n), "int32"),
+            "concept_tokens": ((t, 16), "int32"),
+            "concept_mask": ((t,), "bool"),
+            "concept_ids": ((t, 2), "uint32"),
+            "caption_concepts": ((4, m), "int32"),
+            "caption_mask": ((4, m), "bool"),
+        }
+        assert batch.image_mask.all()
+
+
+def test_what_is_padded_is_zero_and_masked(config):
+    for stream in train_streams(config):
+        batch = stream.batch(1)
+        for image, (height, width), scale, size in zip(
+            batch.image, batch.extent, batch.scale, batch.original_size, strict=True
+        ):
+            assert image[:height, :width].any()
+            assert not image[height:].any()
+            assert not image[:, width:].any()
+            np.testing.assert_allclose(scale, np.array([height, width]) / size, rtol=1e-6)
+        assert not batch.boxes[~batch.box_mask].any()
+        assert not batch.box_concepts[~batch.box_mask].any()
+        assert not batch.caption_concepts[~batch.caption_mask].any()
+        assert not batch.concept_tokens[~batch.concept_mask].any()
+        ids = batch.concept_ids[batch.concept_mask]
+        assert len(np.unique(ids, axis=0)) == len(ids)
+
+
+def test_batch_is_a_pure_function_of_n(config):
+    first, second = train_streams(config), train_streams(config)
+    for one, other in zip(first, second, strict=True):
+        other.batch(7)
+        other.batch(0)
+        for n in (0, 5, 2):
+            assert_equal(one.batch(n), other.batch(n))
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_iterating_from_anywhere_gives_the_same(config, num_threads):
+    config.input.num_threads, config.input.prefetch_batches = num_threads, 3
+    for stream in train_streams(config):
+        iterator = stream.iterate(4)
+        for n in range(4, 7):
+            assert_equal(next(iterator), stream.batch(n))
+        iterator.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same(config):
+    config.input.num_workers = 2
+    stream = train_streams(config)[-1]
+    iterator = stream.iterate(3)
+    for n in range(3, 7):
+        assert_equal(next(iterator), stream.batch(n))
+    iterator.close()
+
+
+@pytest.mark.parametrize("kind", ["detection", "grounding", "image_text"])
+def test_union_over_hosts_is_the_same_for_1_2_and_4_hosts(config, kind):
+    streams = {count: [by_name(train_streams(config, process_index=i, process_count=count)) for i in range(count)]
+               for count in (1, 2, 4)}  # fmt: skip
+    for name in streams[1][0]:
+        if not name.startswith(kind):
+            continue
+        for n in (0, 3):
+            whole = streams[1][0][name].batch(n)
+            for count in (2, 4):
+                parts = [hosts[name].batch(n) for hosts in streams[count]]
+                assert list(itertools.chain.from_iterable(map(rows_of, parts))) == rows_of(whole)
+                ids = {tuple(row) for part in parts for row in part.concept_ids[part.concept_mask].tolist()}
+                assert ids == {tuple(row) for row in whole.concept_ids[whole.concept_mask].tolist()}
+
+
+def test_every_epoch_has_its_own_permutation(config):
+    config.image_text.batch_size = 1
+    stream = train_streams(config)[-1]
+    ids = [int(stream.batch(n).example_id[0]) for n in range(7 * 4)]
+    epochs = [ids[i : i + 7] for i in range(0, len(ids), 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    config.seed = 1
+    assert [int(train_streams(config)[-1].batch(n).example_id[0]) for n in range(7)] != epochs[0]
+
+
+def test_a_batch_may_cross_epochs(config):
+    config.image_text.batch_size = 12
+    batch = train_streams(config)[-1].batch(0)
+    assert sorted(batch.example_id[:7].tolist()) == list(range(7))
+
+
+def test_scales_are_drawn_from_the_range(config):
+    config.detection.batch_size = 16
+    stream = train_streams(config)[0]
+    extents = np.concatenate([stream.batch(n).extent for n in range(4)])
+    short = extents.min(axis=1)
+    assert short.min() >= 28  # a 40 × 120 photo is bounded by the canvas' width: 96 / 120 * 40 = 32
+    assert short.max() <= 64
+    assert len(np.unique(short)) > 8
+
+
+def test_flip_mirrors_pixels_boxes_and_no_caption_with_sides(config):
+    config.detection.short_side = config.grounding.short_side = (64, 64)
+    config.image_text.flip_prob = config.detection.flip_prob = config.grounding.flip_prob = 0.0
+    plain = by_name(train_streams(config))
+    config.image_text.flip_prob = config.detection.flip_prob = config.grounding.flip_prob = 1.0
+    flipped = by_name(train_streams(config))
+    for name, stream in plain.items():
+        one, other = stream.batch(0), flipped[name].batch(0)
+        np.testing.assert_array_equal(one.example_id, other.example_id)
+        for i, (_, width) in enumerate(one.extent):
+            keeps = name.startswith("grounding") and "left" in CAPTIONS[one.example_id[i]]
+            expected = one.image[i] if keeps else np.roll(one.image[i][:, ::-1], width - one.image.shape[2], axis=1)
+            assert np.abs(other.image[i].astype(int) - expected).max() <= 3
+            boxes = one.boxes[i].copy()
+            if not keeps:
+                mask = one.box_mask[i]
+                boxes[mask] = np.stack(
+                    [width - boxes[mask, 2], boxes[mask, 1], width - boxes[mask, 0], boxes[mask, 3]], 1
+                )
+            np.testing.assert_allclose(other.boxes[i], boxes, atol=1e-4)
+    captions = [CAPTIONS[i] for s in ("64x96", "96x64") for i in plain[f"grounding/{s}"].batch(0).example_id]
+    assert any("left" in caption for caption in captions)
+
+
+def test_boxes_carry_their_names_and_places(config):
+    for stream in train_streams(config)[:2]:
+        batch = stream.batch(2)
+        table = names_of_table(batch)
+        assert set(table) == {name.replace("_", " ") for name in NAMES}
+        for i, example in enumerate(batch.example_id):
+            expected = [NAMES[(example + k) % 6].replace("_", " ") for k in range(2)]
+            assert [table[row] for row in batch.box_concepts[i][batch.box_mask[i]]] == expected
+            widths = batch.boxes[i, :2, 2] - batch.boxes[i, :2, 0]
+            np.testing.assert_allclose(widths, np.array([20, 30]) * batch.scale[i, 1], rtol=1e-4)
+
+
+def test_num_concepts_bounds_positives_and_negatives_of_an_image(config):
+    config.detection.batch_size, config.detection.num_concepts = 1, 4
+    batches = [train_streams(config)[0].batch(n) for n in range(6)]
+    assert all(batch.concept_mask.sum() == 4 for batch in batches)
+    assert len({tuple(names_of_table(batch)) for batch in batches}) > 2
+    config.detection.num_concepts = 1  # positives are never cut
+    assert train_streams(config)[0].batch(0).concept_mask.sum() == 2
+
+
+def test_full_table_cuts_negatives_and_counts_them(config):
+    config.detection.max_concepts = 1  # rounded up to 8
+    config.detection.num_concepts = 150
+    content = detection_json()
+    content["categories"] += [{"id": 100 + i, "name": f"thing {i} x"} for i in range(30)]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    stream = train_streams(config)[0]
+    batch = stream.batch(0)
+    assert batch.concept_mask.sum() == len(batch.concept_mask) == 8
+    assert stream.counters["negatives cut: concept table full"] == 36 - 8
+    rows = np.unique(batch.box_concepts[batch.box_mask])
+    assert rows.tolist() == list(range(len(rows)))  # positives come first
+
+
+def test_too_many_boxes_lose_the_smallest(config):
+    config.detection.max_boxes = 1
+    stream = train_streams(config)[0]
+    batch = stream.batch(0)
+    areas = np.prod((batch.boxes[:, 0, 2:] - batch.boxes[:, 0, :2]) / batch.scale[:, ::-1], axis=1)
+    np.testing.assert_allclose(areas, 30 * 25, rtol=1e-4)
+    assert stream.counters["boxes cut: more than max_boxes"] == 4
+
+
+def test_definitions_join_the_names(config, tmp_path):
+    (tmp_path / "dictionary.tsv").write_text("cat\ta small animal\nboat\ta vessel\nstone\ta rock\n")
+    for kind in ("detection", "grounding", "image_text"):
+        config[kind].dictionary, config[kind].definitions = str(tmp_path / "dictionary.tsv"), True
+    streams = train_streams(config)
+    tokens = {tuple(row) for row in streams[0].batch(0).concept_tokens.tolist()}
+    assert set(text_ids(["cat, a small animal", "dog"])) <= tokens
+    # grounding draws its negatives from the dictionary, never what the caption names
+    batch = streams[2].batch(0)
+    tokens = {tuple(row) for row in batch.concept_tokens.tolist()}
+    assert set(text_ids(["stone, a rock", "a cat, a small animal"])) & tokens
+    assert set(text_ids(["boat, a vessel"])) <= tokens
+    tokens = {tuple(row) for row in streams[4].batch(0).concept_tokens.tolist()}
+    assert set(text_ids(CAPTIONS)) & tokens
+
+
+def test_grounding_concepts(config):
+    config.grounding.batch_size = 1
+    for stream in train_streams(config)[2:4]:
+        for n in range(4):
+            batch = stream.batch(n)
+            table, example = names_of_table(batch), int(batch.example_id[0])
+            assert [table[row] for row in batch.box_concepts[0][batch.box_mask[0]]] == PHRASES[example]
+            negatives = set(table) - set(PHRASES[example])
+            assert len(negatives) > 3
+            assert not any(name.removeprefix("a ") in CAPTIONS[example] for name in negatives)
+
+
+def test_captions_lead_their_phrases(config):
+    stream = train_streams(config)[-1]
+    for n in range(2):
+        batch = stream.batch(n)
+        table = names_of_table(batch)
+        for row, mask, example in zip(batch.caption_concepts, batch.caption_mask, batch.example_id, strict=True):
+            assert [table[i] for i in row[mask]] == list(dict.fromkeys([CAPTIONS[example], *PHRASES[example]]))
+
+
+def test_phrases_are_unique_and_capped(config, world):
+    phrases = ["A cat", "a  cat", CAPTIONS[0], *PHRASES[0], *(f"thing {i}" for i in range(10))]
+    (world / "pairs.tsv").write_text(f"0.jpg\t{CAPTIONS[0]}\t{json.dumps(phrases)}\n")
+    config.image_text.batch_size, config.image_text.max_phrases = 1, 3
+    stream = train_streams(config)[-1]
+    batch = stream.batch(0)
+    expected = text_ids([CAPTIONS[0], "a cat", "a dog", "thing 0"])
+    assert [tuple(row) for row in batch.concept_tokens[batch.caption_concepts[0]].tolist()] == expected
+    assert stream.counters["phrases cut: more than max_phrases"] == 9
+
+
+def test_unusable_images_give_way_to_the_next_and_are_counted_once(config, world):
+    for i in range(20):
+        write_image(world / "images" / f"extra{i}.jpg", (64, 64), 100 + i)
+    lines = "".join(f"extra{i}.jpg\tcaption {i}\t[]\n" for i in range(20))
+    (world / "pairs.tsv").write_text(lines)
+    config.image_text.batch_size, config.image_text.max_bad_share = 20, 0.1
+    intact = train_streams(config)[-1].batch(0)
+    data = (world / "images" / "extra7.jpg").read_bytes()
+    (world / "images" / "extra7.jpg").write_bytes(data[: len(data) // 2])
+    (world / "images" / "extra12.jpg").unlink()
+    stream = train_streams(config)[-1]
+    batch = stream.batch(0)
+    assert_equal(batch, train_streams(config)[-1].batch(0))
+    stream.batch(1)
+    assert stream.counters["image skipped: truncated image"] == 1
+    assert stream.counters["image skipped: missing file"] == 1
+    changed = intact.example_id != batch.example_id
+    assert sorted(intact.example_id[changed].tolist()) == [7, 12]
+    assert sorted(batch.example_id[changed].tolist()) == [8, 13]
+    np.testing.assert_array_equal(intact.image[~changed], batch.image[~changed])
+    (world / "images" / "extra3.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"config.image_text/64x64: 3 of 20 images cannot be used"):
+        next(train_streams(config)[-1].iterate(0))
+
+
+def test_a_stream_without_one_usable_image_ends_in_an_error(config, world):
+    for i in range(len(SIZES)):
+        (world / "images" / f"{i}.jpg").write_bytes(b"not an image at all")
+    with pytest.raises(ValueError, match=r"cannot be used \(not an image\) and no other image"):
+        train_streams(config)[-1].batch(0)
+
+
+def test_all_missing_files_are_listed_at_once(config):
+    config.detection.annotations = "/nowhere/a.json"
+    config.detection.images = "/nowhere/images"
+    config.grounding.annotations = config.eval.annotations  # a detection json
+    config.image_text.pairs = ""
+    config.image_text.dictionary = "/nowhere/dictionary.tsv"
+    with pytest.raises(ValueError, match="nowhere") as caught:
+        train_streams(config)
+    message = str(caught.value)
+    for part in (
+        "config.detection.annotations: the file /nowhere/a.json does not exist",
+        "config.detection.images: the folder /nowhere/images does not exist",
+        "config.grounding: ",
+        "has no tokens_positive",
+        "config.image_text.pairs is empty; it must name a file",
+        "config.image_text.dictionary: the file /nowhere/dictionary.tsv does not exist",
+    ):
+        assert part in message
+    for kind in ("detection", "grounding", "image_text"):
+        config[kind].images = config[kind].annotations = "" if kind != "image_text" else config[kind].images
+    config.image_text.images = ""
+    with pytest.raises(ValueError, match=r"no training data: set config\.detection\.annotations"):
+        train_streams(config)
+
+
+def test_batch_size_must_divide_over_hosts(config):
+    with pytest.raises(ValueError, match=r"config.detection.batch_size 4 is not divisible by the number of hosts 3"):
+        train_streams(config, process_count=3)
+    with pytest.raises(ValueError, match=r"config.eval.batch_size 4 is not divisible by the number of hosts 3"):
+        eval_streams(config.eval, input_config=config.input, process_count=3)
+
+
+def test_kinds_without_files_and_empty_canvases_are_left_out(config):
+    config.grounding.annotations = config.grounding.images = ""
+    config.image_text.pairs = config.image_text.images = ""
+    config.detection.max_examples = 1
+    assert [stream.name for stream in train_streams(config)] == ["detection/64x96"]
+
+
+def test_evaluation_reads_everything_in_order(config):
+    streams = eval_streams(config.eval, input_config=config.input)
+    assert [(s.name, s.num_examples, s.num_batches) for s in streams] == [("eval/64x96", 4, 1), ("eval/96x64", 3, 1)]
+    config.eval.batch_size = 2
+    seen = []
+    for stream in eval_streams(config.eval, input_config=config.input):
+        batches = list(stream.iterate())
+        assert len(batches) == stream.num_batches == 2
+        for n, batch in enumerate(batches):
+            assert_equal(batch, stream.batch(n))
+            assert batch.boxes.shape == (2, 0, 4)
+            assert batch.concept_tokens.shape == (0, 16)
+            seen += batch.example_id[batch.image_mask].tolist()
+        assert (batches[-1].image_mask == [True, stream.num_examples == 4]).all()
+        assert not batches[-1].image[~batches[-1].image_mask].any()
+        with pytest.raises(ValueError, match="there is no batch 2"):
+            stream.batch(2)
+    assert seen == [0, 2, 3, 5, 1, 4, 6]
+    truth = stream.ground_truth
+    assert truth.image_ids == tuple(10 + i for i in range(7))
+    assert truth.texts[:3] == ["cat", "dog", "red car"]
+    assert str(truth.annotations) == config.eval.annotations
+
+
+def test_evaluation_over_hosts(config):
+    config.eval.batch_size, config.eval.canvases = 4, ((96, 96),)
+    (whole,) = eval_streams(config.eval, input_config=config.input)
+    hosts = [
+        eval_streams(config.eval, input_config=config.input, process_index=i, process_count=4)[0] for i in range(4)
+    ]
+    for n in range(2):
+        parts = [host.batch(n) for host in hosts]
+        assert_equal(Batch(*(np.concatenate(a) for a in zip(*parts, strict=True))), whole.batch(n))
+
+
+def test_evaluation_refuses_what_it_cannot_read(config, world):
+    (world / "images" / "2.jpg").unlink()
+    (stream, _) = eval_streams(config.eval, input_config=config.input)
+    with pytest.raises(ValueError, match=r"2\.jpg of .*detection\.json cannot be used \(missing file\)"):
+        list(stream.iterate())
+    config.eval.max_examples = 2
+    assert [s.num_examples for s in eval_streams(config.eval, input_config=config.input)] == [1, 1]
+    config.eval.annotations = ""
+    config.eval.images = ""
+    assert eval_streams(config.eval, input_config=config.input) == []
+
+
+@pytest.mark.slow
+def test_reading_needs_no_tensorflow():
+    code = "import sys, detclipv2_jax.data.streams, detclipv2_jax.data.scenes; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_photos(config, shared_data):
+    config.detection.annotations = str(shared_data / "coco_train/instances.json")
+    config.detection.images = str(shared_data / "coco_train/images")
+    config.grounding.annotations = str(shared_data / "grounding/coco_train_derived.json")
+    config.grounding.images = str(shared_data)
+    config.image_text.pairs = str(shared_data / "image_text/pairs.tsv")
+    config.image_text.images = str(shared_data / "image_text")
+    config.detection.max_boxes = 300
+    streams = train_streams(config)
+    assert [stream.num_examples for stream in streams] == [86, 22, 28, 5, 120]
+    for stream in streams:
+        for n in range(3):
+            batch = stream.batch(n)
+            assert batch.image_mask.all()
+            limit = np.concatenate([batch.extent[:, ::-1]] * 2, axis=1)[:, None]
+            assert (batch.boxes <= limit + 1e-3).all()
+            assert (batch.boxes >= 0).all()
+            # photos are not dark: a decoding error would show as black or grey
+            assert all(image[:h, :w].std() > 10 for image, (h, w) in zip(batch.image, batch.extent, strict=True))
+    assert not any("skipped" in reason for stream in streams for reason in stream.counters)

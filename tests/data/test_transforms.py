@@ -1,0 +1,222 @@
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from conftest import pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from detclipv2_jax.data import transforms
+from detclipv2_jax.data.schema import UnusableError
+
+
+def encode(image: np.ndarray | Image.Image, form: str, **options) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+def placed(data: bytes, canvas=(64, 64), annotated=(0, 0), **options):
+    out = np.zeros((*canvas, 3), np.uint8)
+    options = {"short_side": max(canvas), "long_side": max(canvas), **options}
+    extent, size = transforms.place(data, out, annotated_size=annotated, **options)
+    return out, extent, size
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Returns a PNG that claims a size; its pixels are missing."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def jpeg_claiming(width: int, height: int) -> bytes:
+    data = bytearray(encode(pixels((16, 16), 0), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def png16(bgr: np.ndarray) -> bytes:
+    return cv2.imencode(".png", bgr)[1].tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_exif_rotation_is_honoured_as_pillow_does(orientation, form, flip):
+    options = {"quality": 97, "subsampling": 0} if form == "JPEG" else {}
+    data = encode(pixels((40, 56), 3), form, exif=exif(orientation), **options)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    expected = expected[:, ::-1] if flip else expected
+    assert transforms.read_header(data).displayed_size == expected.shape[:2]
+    out, extent, size = placed(data, canvas=(56, 56), short_side=40, flip=flip)
+    assert extent == size == expected.shape[:2]
+    difference = np.abs(out[: size[0], : size[1]].astype(int) - expected)
+    assert difference.max() <= 3  # two JPEG decoders
+    assert not out[size[0] :].any()
+    assert not out[:, size[1] :].any()
+
+
+def test_annotated_size_decides_whether_exif_was_ignored():
+    data = encode(pixels((40, 56), 3), "JPEG", exif=exif(6))
+    assert placed(data, annotated=(56, 40))[2] == (56, 40)
+    assert placed(data, annotated=(40, 56))[2] == (40, 56)  # boxes refer to the stored pixels
+    with pytest.raises(UnusableError, match="size differs"):
+        placed(data, annotated=(40, 57))
+
+
+def test_broken_exif_block_does_not_lose_the_image():
+    data = bytearray(encode(pixels((40, 56), 3), "JPEG", exif=exif(6)))
+    at = data.index(b"Exif\0\0") + 6
+    data[at : at + 12] = b"\xff" * 12
+    assert placed(bytes(data))[2] == (40, 56)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "mean"),
+    [
+        ("grayscale jpeg", encode(Image.new("L", (30, 20), 100), "JPEG"), (100, 100, 100)),
+        ("grayscale png", encode(Image.new("L", (30, 20), 100), "PNG"), (100, 100, 100)),
+        ("alpha", encode(Image.new("RGBA", (30, 20), (200, 100, 50, 128)), "PNG"), (200, 100, 50)),
+        ("palette", encode(Image.new("RGB", (30, 20), (200, 100, 50)).quantize(4), "PNG"), (200, 100, 50)),
+        ("cmyk", encode(Image.new("RGB", (30, 20), (200, 100, 50)).convert("CMYK"), "JPEG"), (200, 100, 50)),
+        ("16-bit", png16(np.full((20, 30, 3), (50, 100, 200), np.uint16) * 257), (200, 100, 50)),
+        ("16-bit gray", png16(np.full((20, 30), 100, np.uint16) * 257), (100, 100, 100)),
+        ("webp", encode(Image.new("RGB", (30, 20), (200, 100, 50)), "WEBP", lossless=True), (200, 100, 50)),
+        ("bmp", encode(Image.new("RGB", (30, 20), (200, 100, 50)), "BMP"), (200, 100, 50)),
+        ("progressive", encode(Image.new("RGB", (30, 20), (200, 100, 50)), "JPEG", progressive=True), (200, 100, 50)),
+        ("one pixel", encode(Image.new("RGB", (1, 1), (200, 100, 50)), "PNG"), (200, 100, 50)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_odd_encodings_become_rgb(name, data, mean):
+    out, extent, size = placed(data)
+    assert size == ((1, 1) if name == "one pixel" else (20, 30))
+    np.testing.assert_allclose(out[: extent[0], : extent[1]].mean((0, 1)), mean, atol=3)
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm():
+    assert placed(encode(pixels((40, 56), 3), "JPEG") + b"trailer" * 100)[2] == (40, 56)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"hello, I am a text", "not an image"),
+        (encode(pixels((40, 56), 3), "JPEG")[:-400], "truncated image"),
+        (encode(pixels((40, 56), 3), "JPEG")[:30], "truncated image"),
+        (b"\xff\xd8", "truncated image"),
+        (encode(pixels((40, 56), 3), "PNG")[:20], "not an image"),
+        (png_header(20_000, 20_000), "more than"),
+        (png_header(10_000, 9_000), "more than"),
+        (jpeg_claiming(20_000, 20_000), "more than"),
+        (jpeg_claiming(0, 16), "image without pixels"),
+    ],
+)
+def test_unusable_files_say_why(data, reason):
+    with pytest.raises(UnusableError, match=reason):
+        placed(data)
+
+
+def test_truncated_png_is_not_passed_on_half_empty():
+    data = encode(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), "PNG")
+    with pytest.raises(UnusableError):
+        placed(data[: len(data) // 2])
+
+
+def test_jpeg_is_decoded_no_smaller_than_the_target():
+    image = pixels((256, 384), 1)
+    data = encode(image, "JPEG", quality=95)
+    header = transforms.read_header(data)
+    for target, decoded in [((256, 384), 256), ((129, 193), 256), ((128, 192), 128), ((60, 90), 64), ((10, 15), 32)]:
+        assert transforms.decode(data, header, size=target).shape[0] == decoded
+    # the reduced picture is the large one, averaged
+    small = placed(data, canvas=(64, 96), short_side=64)[0].astype(float)
+    expected = image.reshape(64, 4, 96, 4, 3).mean((1, 3))
+    assert np.abs(small - expected).mean() < 2
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    st.tuples(st.integers(8, 1500), st.integers(8, 1500)),
+    st.integers(8, 900),
+    st.integers(8, 1500),
+)
+def test_target_fits_and_keeps_the_aspect(size, canvas, short_side, long_side):
+    target = transforms.target_size(size, canvas=canvas, short_side=short_side, long_side=long_side)
+    for side, bound in zip(target, canvas, strict=True):
+        assert 1 <= side <= bound
+    assert max(target) <= max(long_side, 1)
+    assert min(target) <= max(short_side, 1)
+    scale = [t / s for t, s in zip(target, size, strict=True)]
+    # each side was rounded by at most half a pixel, or lifted to one pixel
+    if min(target) > 1:
+        assert abs(scale[0] - scale[1]) <= 0.5 / size[0] + 0.5 / size[1] + 1e-9
+
+
+def test_paper_sizes():
+    size = {"canvas": (800, 1344), "short_side": 800, "long_side": 1333}
+    assert transforms.target_size((480, 640), **size) == (800, 1067)
+    assert transforms.target_size((400, 1200), **size) == (444, 1333)
+    assert transforms.target_size((640, 480), canvas=(1344, 800), short_side=480, long_side=1333) == (640, 480)
+    assert transforms.target_size((375, 500), canvas=(320, 320), short_side=320, long_side=320) == (240, 320)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_follow_the_pixels(flip):
+    image = np.zeros((90, 120, 3), np.uint8)
+    image[30:60, 20:80] = 255
+    out, extent, size = placed(encode(image, "PNG"), canvas=(60, 96), short_side=60, flip=flip)
+    scale = np.array(extent, np.float32) / np.array(size, np.float32)
+    box = transforms.place_boxes(np.array([[20, 30, 80, 60]], np.float32), scale=scale, width=extent[1], flip=flip)[0]
+    ys, xs = np.nonzero(out[..., 0] > 127)
+    np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.0)
+    assert box.dtype == np.float32
+
+
+def test_boxes_are_clipped_or_dropped_by_reason():
+    nan = float("nan")
+    boxes = np.array(
+        [
+            [10, 10, 20, 20],
+            [-5, -5, 20, 20],  # clipped
+            [90, 40, 110, 60],  # clipped
+            [30, 10, 20, 20],
+            [10, 10, 10, 20],
+            [120, 10, 130, 20],
+            [nan, 0, 1, 1],
+            [0, 0, float("inf"), 1],
+        ]
+    )
+    clipped, usable, reasons = transforms.check_boxes(boxes, np.tile([50.0, 100.0], (8, 1)))
+    assert usable.tolist() == [True] * 3 + [False] * 5
+    assert clipped[usable].tolist() == [[10, 10, 20, 20], [0, 0, 20, 20], [90, 40, 100, 50]]
+    assert reasons == {
+        "box inverted": 1,
+        "box without area": 1,
+        "box outside the image": 1,
+        "box not finite": 2,
+    }
+
+
+def test_boxes_of_images_of_unknown_size_are_not_clipped():
+    clipped, usable, _ = transforms.check_boxes(np.array([[0.0, 0, 900, 900]]), np.zeros((1, 2)))
+    assert usable.all()
+    assert clipped.tolist() == [[0, 0, 900, 900]]

@@ -1,0 +1,151 @@
+"""COCO scores: the published numbers of the official fake results, properties, and what wrong files lead to."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+
+from detclipv2_jax.eval import coco
+
+FIXTURES = ("coco_gt_instances_val2014_100.json", "coco_dt_fakebbox100.json")
+
+
+def _truth(*, frequencies=(None, None)):
+    categories = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}]
+    for category, frequency in zip(categories, frequencies, strict=True):
+        category |= {"frequency": frequency} if frequency else {}
+    boxes = {1: [(7, [10, 10, 50, 50]), (2, [100, 20, 40, 40])], 2: [(7, [0, 0, 200, 150])], 3: [(2, [5, 5, 20, 20])]}
+    annotations = [
+        {"id": i, "image_id": image, "category_id": category, "bbox": box}  # no area, no iscrowd
+        for i, (image, category, box) in enumerate(
+            [(image, *row) for image, rows in boxes.items() for row in rows], start=1
+        )
+    ]
+    return {"images": [{"id": image} for image in boxes], "annotations": annotations, "categories": categories}
+
+
+def _perfect(truth):
+    return [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
+        for a in truth["annotations"]
+    ]
+
+
+def test_published_numbers(shared_data, tmp_path, capsys):
+    folder = shared_data / "eval_fixtures"
+    expected = json.loads((folder / "expected.json").read_text())["coco_bbox"]
+    annotations, detections = (str(folder / name) for name in FIXTURES)
+    output = tmp_path / "scores.json"
+    assert coco.main([f"--annotations={annotations}", f"--detections={detections}", f"--output={output}"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads(output.read_text())
+    for name in coco.METRICS:
+        assert round(printed[name], 3) == pytest.approx(expected[name], abs=1e-9)  # published with three digits
+    assert printed["protocol"]["num_images"] == 100
+    assert printed["protocol"]["annotations_sha256"] == coco.sha256(annotations)
+    # the function gives the same, whatever the order of the images (pycocotools keeps that of equal scores in an image)
+    rows = json.loads((folder / FIXTURES[1]).read_text())
+    untouched = copy.deepcopy(rows)
+    place = {
+        image_id: i for i, image_id in enumerate(np.random.default_rng(0).permutation([r["image_id"] for r in rows]))
+    }
+    scores = coco.evaluate(annotations, sorted(rows, key=lambda row: place[row["image_id"]]))
+    assert rows == untouched
+    assert scores == {name: printed[name] for name in coco.METRICS}
+    assert f"{100 * scores['AP']:.1f}" in coco.table(scores)
+
+
+def test_perfect_missing_and_wrong_boxes():
+    truth = _truth()
+    scores = coco.evaluate(truth, _perfect(truth))
+    assert list(scores) == list(coco.METRICS)
+    assert [scores[name] for name in ("AP", "AP50", "AR100", "APs", "APm", "APl")] == pytest.approx([1.0] * 6, abs=1e-9)
+    half = coco.evaluate(truth, [row for row in _perfect(truth) if row["category_id"] == 7])
+    assert half["AP"] == 0.5
+    moved = [row | {"bbox": [row["bbox"][0] + 300, *row["bbox"][1:]]} for row in _perfect(truth)]
+    assert coco.evaluate(truth, moved)["AP50"] == 0.0
+
+
+def test_no_detections_score_zero():
+    scores = coco.evaluate(_truth(), [])
+    assert scores["AP"] == scores["AR100"] == 0.0
+
+
+def test_images_that_were_not_evaluated_do_not_count():
+    truth = _truth()
+    rows = [row for row in _perfect(truth) if row["image_id"] == 1]
+    assert coco.evaluate(truth, rows)["AR100"] < 1.0
+    assert coco.evaluate(truth, rows, image_ids=[1])["AR100"] == 1.0
+    with pytest.raises(ValueError, match="1 of 2 images of the detections are unknown: 3"):
+        coco.evaluate(truth, [*rows, *_perfect(truth)[-1:]], image_ids=[1, 2])
+
+
+def test_frequencies_average_their_categories():
+    truth = _truth(frequencies=("r", "f"))
+    scores = coco.evaluate(truth, [row for row in _perfect(truth) if row["category_id"] == 2])
+    assert (scores["APr"], scores["APc"], scores["APf"]) == (0.0, -1.0, 1.0)
+    assert scores["AP"] == 0.5
+    assert "APc     -" in coco.table(scores)
+
+
+def test_nothing_small_is_minus_one():
+    truth = _truth()
+    truth["annotations"] = [a for a in truth["annotations"] if a["bbox"][2] * a["bbox"][3] > 96**2]
+    assert coco.evaluate(truth, _perfect(truth))["APs"] == -1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 99}, "1 of 3 images of the detections are unknown: 99; they belong to another annotation file"),
+        ({"category_id": "cat"}, "1 of 3 categories of the detections are unknown: cat"),
+        ({"bbox": [1, 2, 3]}, r"row 3 has bbox \[1.0, 2.0, 3.0\] and score 0.9; all must be finite"),
+        ({"score": math.nan}, "row 3 has bbox .* and score nan"),
+        ({"bbox": None}, "row 3 is .*, not an object with image_id, category_id, bbox"),
+        ({"score": "high"}, "row 3 is .*, not an object with image_id"),
+    ],
+)
+def test_wrong_rows_are_named(change, message):
+    truth = _truth()
+    rows = _perfect(truth)
+    rows[3] |= change
+    with pytest.raises(ValueError, match=message):
+        coco.evaluate(truth, rows)
+
+
+def _command(folder, truth, rows):
+    for name, content in (("truth.json", truth), ("found.json", rows)):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text)
+    return coco.main([f"--annotations={folder / 'truth.json'}", f"--detections={folder / 'found.json'}"])
+
+
+def test_command_says_what_is_wrong(tmp_path, capsys):
+    truth = _truth()
+    rows = _perfect(truth)
+    cases = [
+        (rows, truth, "truth.json is no COCO annotation file: it holds a JSON list, not the lists images, annotations"),
+        (truth, truth, "found.json is no COCO results file: it holds a JSON object, not a list of objects"),
+        ({"images": []}, rows, "it holds an object of images, not the lists"),
+        (truth | {"annotations": []}, rows, "truth.json has no annotations: there is nothing to score against"),
+        ("{", rows, "truth.json is not JSON"),
+        (truth, [], "found.json is an empty list: no detections, nothing to score"),
+        (truth | {"annotations": [{"id": 4}]}, rows, "annotation 4 has no bbox"),
+    ]
+    for annotations, detections, message in cases:
+        assert _command(tmp_path, annotations, detections) == 1
+        captured = capsys.readouterr()
+        assert f"error: {tmp_path}" in captured.err
+        assert message in captured.err
+        assert not captured.out
+    assert coco.main(["--annotations=absent.json", "--detections=absent.json"]) == 1
+    assert "cannot read absent.json: No such file" in capsys.readouterr().err
+
+
+def test_command_notes_lvis_files(tmp_path, capsys):
+    truth = _truth()
+    truth["images"][0]["neg_category_ids"] = []
+    assert _command(tmp_path, truth, _perfect(truth)) == 0
+    assert "federated rules are not applied" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""Evaluation from images to scores with a planted model: any batch size, 1 and 8 devices, continuing."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import planted
+import pytest
+from PIL import Image
+
+from detclipv2_jax import sharding
+from detclipv2_jax.data import streams as streams_lib
+from detclipv2_jax.eval import coco, loop
+
+NUM_IMAGES = 19  # no multiple of a batch
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return planted.write_dataset(tmp_path_factory.mktemp("data") / "set", num_images=NUM_IMAGES)
+
+
+def _evaluator(dataset, workdir, *, batch_size=8, num_devices=8, **section):
+    config, model, params = planted.make()
+    config.eval.annotations, config.eval.images = str(dataset), str(dataset.parent / "images")
+    config.eval.update({"batch_size": batch_size, "num_pictures": 2, "max_detections": 20} | section)
+    mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+    streams = streams_lib.eval_streams(config.eval, input_config=config.input)
+    return loop.Evaluator(config, model, mesh=mesh, streams=streams, workdir=workdir), params
+
+
+def test_planted_objects_are_found(dataset, tmp_path):
+    evaluate, params = _evaluator(dataset, tmp_path)
+    scores = evaluate(params, step=12)
+    # the planted model rounds boxes to whole canvas pixels, up to 6 px of the photo
+    assert scores["AP50"] > 0.95
+    assert scores["AR100"] > 0.7
+    assert set(scores) == {*coco.METRICS, "APr", "APc", "APf"}
+    stored = json.loads((tmp_path / "eval" / "step_00000012_scores.json").read_text())
+    protocol = stored.pop("protocol")
+    assert stored == scores
+    assert (protocol["images_evaluated"], protocol["images_listed"]) == (NUM_IMAGES, NUM_IMAGES)
+    assert (protocol["checkpoint_step"], protocol["ema"], protocol["prompts"]) == (12, False, ["red", "blue"])
+    assert protocol["annotations_sha256"] == coco.sha256(dataset)
+    detections = tmp_path / "eval" / protocol["detections"]
+    assert coco.evaluate(dataset, detections) == scores  # what is written is what was scored
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["step_00000012_found_1000.jpg", "step_00000012_found_1014.jpg"]
+    assert np.asarray(Image.open(pictures[0])).std() > 10
+    assert not list((tmp_path / "eval").glob(".partial*"))
+
+    # other batches and one device find the same
+    evaluate, params = _evaluator(dataset, tmp_path / "other", batch_size=3, num_devices=1)
+    assert evaluate(params, step=12) == pytest.approx(scores, abs=1e-9)
+    rows = [json.loads(path.read_text()) for path in (detections, tmp_path / "other" / "eval" / detections.name)]
+    assert [row["image_id"] for row in rows[0]] == [row["image_id"] for row in rows[1]]
+    np.testing.assert_allclose([row["bbox"] for row in rows[0]], [row["bbox"] for row in rows[1]], atol=2e-3)
+
+
+def test_a_killed_evaluation_continues(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PART_SECONDS", -1)
+    expected = _evaluator(dataset, tmp_path / "whole")
+    expected = expected[0](expected[1], step=3)
+    evaluate, params = _evaluator(dataset, tmp_path / "killed")
+    predict, seen = evaluate._predict, []
+
+    def killed_at_third(params, batch, text):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(batch.example_id[batch.image_mask].tolist())
+        return predict(params, batch, text)
+
+    monkeypatch.setattr(evaluate, "_predict", killed_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(params, step=3)
+    evaluate, params = _evaluator(dataset, tmp_path / "killed")
+    predict, rest = evaluate._predict, []
+    monkeypatch.setattr(
+        evaluate, "_predict", lambda *a: rest.append(a[1].example_id[a[1].image_mask].tolist()) or predict(*a)
+    )
+    assert evaluate(params, step=3) == expected
+    assert sorted(itertools.chain(*seen, *rest)) == list(range(NUM_IMAGES))
+    assert rest
+    assert not list((tmp_path / "killed" / "eval").glob(".partial*"))
+
+
+def test_part_of_the_images(dataset, tmp_path):
+    evaluate, params = _evaluator(dataset, tmp_path, max_examples=4, num_pictures=0)
+    scores = evaluate(params, step=0)
+    assert scores["AP50"] > 0.95  # the others do not count as missed
+    protocol = json.loads((tmp_path / "eval" / "step_00000000_scores.json").read_text())["protocol"]
+    assert (protocol["images_evaluated"], protocol["images_listed"]) == (4, NUM_IMAGES)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_sizes_are_checked_first(dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 12 is not divisible by the number of devices 8 \(remainder 4\)"):
+        _evaluator(dataset, tmp_path, batch_size=12)
+    config, model, _ = planted.make()
+    with pytest.raises(ValueError, match=r"set config\.eval\.annotations and config\.eval\.images"):
+        loop.Evaluator(config, model, mesh=sharding.make_mesh(), streams=[], workdir=tmp_path)

@@ -1,0 +1,64 @@
+"""What an evaluation writes and continues from."""
+
+import json
+
+import numpy as np
+
+from detclipv2_jax.eval.result import Parts, Rows, write
+
+
+def _rows(*image_ids):
+    n = len(image_ids)
+    boxes = np.arange(4 * n, dtype=np.float32).reshape(n, 4) / 3
+    boxes[:, 2:] += boxes[:, :2]
+    return Rows(np.array(image_ids), np.arange(n) + 5, boxes, np.linspace(0.9, 0.1, n).astype(np.float32))
+
+
+def test_rows_become_coco_results():
+    (first, second) = Rows.concatenate([_rows(9), _rows(4)]).to_coco()
+    assert first["image_id"] == 4  # by image, whatever the batches were
+    assert second == {"image_id": 9, "category_id": 5, "bbox": [0.0, 0.333, 0.667, 1.0], "score": 0.9}
+    assert np.float32(first["score"]) == np.float32(0.9)  # float32 survives its shortest form
+    assert Rows.concatenate([]).to_coco() == []
+
+
+def test_parts_continue_where_they_were(tmp_path):
+    parts = Parts(tmp_path, fingerprint={"step": 1})
+    assert parts.done == 0
+    parts.add(_rows(1, 1))
+    parts.add(_rows(2))
+    parts.write()
+    parts.add(_rows(3))  # killed before it was written
+    again = Parts(tmp_path, fingerprint={"step": 1})
+    assert again.done == 2
+    again.add(_rows(3))
+    assert again.all_rows().image_ids.tolist() == [1, 1, 2, 3]
+    again.write()
+    assert Parts(tmp_path, fingerprint={"step": 1}).done == 3
+    assert Parts(tmp_path, fingerprint={"step": 2}).done == 0  # another evaluation
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_part_ends_the_known_batches(tmp_path):
+    parts = Parts(tmp_path, fingerprint={})
+    for image in range(3):
+        parts.add(_rows(image))
+        parts.write()
+    first, second, _ = sorted(tmp_path.rglob("*.npz"))
+    second.unlink()
+    assert Parts(tmp_path, fingerprint={}).done == 1
+    first.write_bytes(b"broken")
+    assert Parts(tmp_path, fingerprint={}).done == 0
+
+
+def test_scores_stand_beside_their_protocol(tmp_path):
+    detections = _rows(1).to_coco()
+    paths = write(tmp_path / "eval", name="step_3", detections=detections, scores={"AP": 0.5}, protocol={"ap": "COCO"})
+    assert [path.name for path in paths] == ["step_3_detections.json", "step_3_scores.json"]
+    assert json.loads(paths[0].read_text()) == detections
+    assert json.loads(paths[1].read_text()) == {
+        "AP": 0.5,
+        "protocol": {"ap": "COCO", "detections": "step_3_detections.json"},
+    }
+    assert len(list((tmp_path / "eval").iterdir())) == 2

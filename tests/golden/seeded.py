@@ -1,0 +1,36 @@
+"""Arrays that are a pure function of a name and a shape, so that fixtures need not hold weights or inputs.
+
+Integer hashing instead of a random generator: equal on every NumPy version and machine.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns float32 values spread evenly over [-sqrt(3), sqrt(3)): mean 0, variance 1."""
+    size = int(np.prod(shape, dtype=np.int64))
+    x = np.arange(size, dtype=np.uint32)
+    x ^= np.uint32(zlib.crc32(name.encode()))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B9), (13, 1)):  # lowbias32, one round more
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    return ((x.astype(np.float32) / np.float32(2**31) - 1) * np.float32(3**0.5)).reshape(shape)
+
+
+def parameter(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the value of a model parameter: sizes that make every part of the model matter to the output."""
+    x = uniform(path, shape)
+    leaf = path.rsplit("/", 1)[-1]
+    if leaf == "scale":
+        return 1 + 0.2 * x
+    if leaf == "kernel":
+        return x * np.float32(np.prod(shape[:-1]) ** -0.5)
+    return {"bias": 0.2, "relative_position_table": 1.0, "embedding": 0.5, "position_embedding": 0.5}[leaf] * x
+
+
+def sample(x: np.ndarray, count: int = 256) -> np.ndarray:
+    """Returns evenly spaced entries of the flattened array, first and last included."""
+    x = np.asarray(x).reshape(-1)
+    return x[np.linspace(0, x.size - 1, min(count, x.size)).round().astype(np.int64)]

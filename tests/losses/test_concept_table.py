@@ -1,0 +1,87 @@
+"""Merging of equal texts: against loops over the rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from detclipv2_jax.losses import concept_table
+
+
+def table(seed, num_rows=64, num_names=12):
+    rng = np.random.default_rng(seed)
+    names = rng.integers(num_names, size=num_rows)
+    # ids that share one of the two words, and the largest id of all
+    ids = np.stack([names // 3, names % 3], axis=1).astype(np.uint32)
+    ids[names == 5] = 0xFFFFFFFF
+    mask = rng.random(num_rows) < 0.7
+    first = [
+        next(row for row in range(num_rows) if mask[row] and names[row] == names[i]) if mask[i] else i
+        for i in range(num_rows)
+    ]
+    return ids, mask, np.array(first)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_canonical_rows_are_the_first_valid_ones(seed):
+    ids, mask, first = table(seed)
+    np.testing.assert_array_equal(jax.jit(concept_table.canonical_rows)(ids, mask), first)
+
+
+def test_canonical_rows_of_a_table_split_over_devices():
+    ids, mask, first = table(3)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = jax.jit(concept_table.canonical_rows)(jax.device_put(ids, split), jax.device_put(mask, split))
+    np.testing.assert_array_equal(rows, first)
+
+
+@pytest.mark.parametrize("mask", [np.zeros(8, bool), np.ones(8, bool)])
+def test_canonical_rows_of_empty_and_equal_tables(mask):
+    rows = concept_table.canonical_rows(jnp.zeros((8, 2), jnp.uint32), mask)
+    np.testing.assert_array_equal(rows, np.zeros(8) if mask[0] else np.arange(8))
+
+
+def test_unique_rows_number_the_canonical_rows_without_gaps():
+    _, mask, first = table(4)
+    unique = concept_table.unique_rows(jnp.asarray(first, jnp.int32), mask)
+    expected = sorted(set(first[mask]))
+    assert unique.count == len(expected)
+    np.testing.assert_array_equal(unique.order[: len(expected)], expected)
+    np.testing.assert_array_equal(np.sort(unique.order), np.arange(len(mask)))
+    np.testing.assert_array_equal(unique.order[unique.slot[mask]], first[mask])
+
+
+@pytest.mark.parametrize("size", [5, 12, 64])
+def test_compact_keeps_canonical_rows_and_counts_the_others(size):
+    _, mask, first = table(5)
+    first = first.astype(np.int32)
+    expected = sorted(set(first[mask]))
+    text = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    run = jax.jit(concept_table.compact, static_argnames="size")
+    new_text, new_mask, new_row, num_dropped = run(text, mask, first, size=size)
+    kept = expected[:size]
+    assert num_dropped == len(expected) - len(kept)
+    np.testing.assert_array_equal(new_text[: len(kept)], text[kept])
+    np.testing.assert_array_equal(new_mask, np.arange(size) < len(kept))
+    np.testing.assert_array_equal(
+        new_row, [kept.index(f) if m and f in kept else size for f, m in zip(first, mask, strict=True)]
+    )
+
+
+def test_gradient_of_compact_reaches_canonical_rows_only():
+    _, mask, first = table(6)
+    expected = sorted(set(first[mask]))
+
+    def total(text):
+        new_text, new_mask, _, _ = concept_table.compact(text, mask, jnp.asarray(first, jnp.int32), size=20)
+        return jnp.sum(jnp.where(new_mask[:, None], new_text, 0.0))
+
+    gradient = jax.grad(total)(jnp.ones((64, 2)))
+    np.testing.assert_array_equal(gradient[:, 0], np.isin(np.arange(64), expected))
+
+
+def test_compact_rejects_impossible_sizes():
+    with pytest.raises(ValueError, match="size=65 must be between 1 and the table's 64 rows"):
+        concept_table.compact(jnp.ones((64, 2)), jnp.ones(64, bool), jnp.arange(64), size=65)

@@ -1,0 +1,172 @@
+"""The command: what it writes, which inputs it takes, and what it says of wrong ones."""
+
+import io
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import planted
+import pytest
+from PIL import Image
+
+from detclipv2_jax import checkpoints, predict, vocabulary
+from detclipv2_jax import config as config_lib
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.inference import Predictor
+from detclipv2_jax.models import detclip
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of photos, the planted model in place of a checkpoint."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(planted.paint((100, 300), {"red": (200, 20, 260, 80)})).save(folder / "a.png")
+    Image.fromarray(planted.paint((300, 100), {"red": (20, 200, 80, 260)})).save(folder / "b.jpg", quality=95)
+    Image.fromarray(planted.paint((64, 128), {"blue": (40, 10, 90, 50)})).save(folder / "c.png")
+    (folder / "notes.txt").write_text("no image, no suffix of one")
+    predictor = Predictor(*planted.make(), cache=tmp_path / "cache")
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
+    return folder
+
+
+def _run(photos, *, images=None, words=("red", "blue"), **options):
+    output = photos.parent / "out"
+    options = {"score_threshold": 0.1, "max_detections": 4} | options
+    status = predict.run(checkpoint="run", images=images or str(photos), words=words, output=str(output), **options)
+    return status, json.loads((output / "detections.json").read_text()), output
+
+
+def test_everything_is_written(photos, capsys):
+    status, rows, output = _run(photos, batch_size=2)
+    assert status == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary == f"3 images, {len(rows)} boxes: {output / 'detections.json'}, pictures in {output / 'pictures'}"
+    best = {row["image_id"]: row for row in rows[::-1]}
+    assert {i: row["name"] for i, row in best.items()} == {1: "red", 2: "red", 3: "blue"}
+    assert {i: row["category_id"] for i, row in best.items()} == {1: 1, 2: 1, 3: 2}
+    assert best[2]["file_name"] == str(photos / "b.jpg")
+    np.testing.assert_allclose(best[1]["bbox"], [200, 20, 60, 60], atol=5)
+    np.testing.assert_allclose(best[2]["bbox"], [20, 200, 60, 60], atol=5)
+    np.testing.assert_allclose(best[3]["bbox"], [40, 10, 50, 40], atol=1)
+    assert sorted(row["image_id"] for row in rows) == [row["image_id"] for row in rows]
+    pictures = sorted((output / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["a.jpg", "b.jpg", "c.jpg"]
+    for path in pictures:
+        assert max(Image.open(path).size) > 900
+
+
+def test_an_image_that_cannot_be_read_stops_nothing(photos, caplog):
+    (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:500])
+    (photos / "d.png").write_bytes(b"")
+    with caplog.at_level(logging.ERROR, logger="absl"):
+        status, rows, output = _run(photos)
+    assert status == 2
+    assert {row["image_id"] for row in rows} == {1, 3}
+    assert [path.name for path in sorted((output / "pictures").iterdir())] == ["a.jpg", "c.jpg"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        f"cannot read {photos / 'b.jpg'}: truncated image",
+        f"cannot read {photos / 'd.png'}: empty file",
+    ]
+
+
+def test_ways_to_name_images(photos, monkeypatch):
+    names = [photos / name for name in ("a.png", "b.jpg", "c.png")]
+    assert predict.list_images(str(photos)) == names
+    assert predict.list_images(str(photos / "*.png")) == [names[0], names[2]]
+    assert predict.list_images(str(photos.parent / "**" / "*.jpg")) == [names[1]]
+    assert predict.list_images(str(names[1])) == [names[1]]
+    bracket = photos / "x[1].png"
+    names[0].rename(bracket)
+    assert predict.list_images(str(bracket)) == [bracket]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{names[1]}\n\n {names[2]}\n"))
+    assert predict.list_images("-") == names[1:]
+    with pytest.raises(ValueError, match=r"no image in '.*absent\*'; quote the pattern"):
+        predict.list_images(str(photos / "absent*"))
+    empty = photos / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"no image in the folder .*empty \(it looks for \.jpg"):
+        predict.list_images(str(empty))
+
+
+def test_pictures_have_names_of_their_own(tmp_path):
+    paths = [pathlib.Path(name) for name in ("x/1.jpg", "y/1.png", "z/1.png", "1_2.jpg")]
+    names = [path.name for path in predict.name_pictures(paths, tmp_path)]
+    assert names[:3] == ["1.jpg", "1_2.jpg", "1_3.jpg"]
+    assert len(set(names)) == 4
+    with pytest.raises(ValueError, match="would overwrite an image of the input"):
+        predict.name_pictures([tmp_path / "1.jpg"], tmp_path)
+
+
+def test_words(tmp_path):
+    assert predict.parse_words(" cat, red car ,cat,") == {"cat": "", "red car": ""}
+    assert predict.parse_words("ram: male sheep, dog") == {"ram": "male sheep", "dog": ""}
+    path = tmp_path / "words.txt"
+    path.write_text("aerosol_can\nram: an adult, male sheep\nowl\ta bird: of prey\n\ncat\n", encoding="utf-8")
+    words = predict.parse_words("cat", words_file=str(path))
+    assert words == {"cat": "", "aerosol can": "", "ram": "an adult, male sheep", "owl": "a bird: of prey"}
+    categories = [{"id": 4, "name": "wild_cat", "def": "not tame"}, {"id": 9, "name": "dog"}]
+    (tmp_path / "lvis.json").write_text(
+        json.dumps({"images": [{"id": 1}], "annotations": [], "categories": categories})
+    )
+    assert predict.parse_words("owl", words_file=str(tmp_path / "lvis.json")) == {
+        "wild cat": "not tame", "dog": "", "owl": "",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match='no words: give --words="cat, red car"'):
+        predict.parse_words(" , ")
+    with pytest.raises(ValueError, match=r"--words_file: cannot read .*absent\.txt"):
+        predict.parse_words("cat", words_file=str(tmp_path / "absent.txt"))
+
+
+def test_definitions_and_truncation_reach_the_model(photos, caplog):
+    seen = []
+    predictor = Predictor.from_checkpoint("run")
+    encode = predictor._embed._encode
+    predictor._embed._encode = lambda texts: seen.append(texts) or encode(texts)
+    long = "a colour " * 12
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        _run(photos, images=str(photos / "c.png"), words={"red": long, "blue": ""})
+    assert seen == [[f"red, {long}", "blue"]]
+    assert "1 of 2 concepts have more than 16 tokens and lose their end: “red, a colour" in caplog.text
+
+
+def test_command_line(tmp_path):
+    """Help, and errors that need no checkpoint to be found, in a process of their own."""
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(pathlib.Path.cwd())}
+
+    def command(*arguments):
+        line = [sys.executable, "-m", "detclipv2_jax.predict", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+    help_text = command("--help").stdout
+    for flag in ("checkpoint", "images", "words", "words_file", "output", "score_threshold", "nms_iou", "batch_size"):
+        assert f"--{flag}:" in help_text
+    (tmp_path / "photo.png").write_bytes(b"")
+    required = [f"--images={tmp_path}", f"--output={tmp_path / 'out'}", f"--checkpoint={tmp_path}"]
+    wrong = command(*required, "--words=cat")
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is no workdir: it has no config.json")
+
+
+def test_a_checkpoint_of_a_run_is_read(tmp_path, monkeypatch):
+    config = config_lib.base()
+    config.model = config_lib.model("nano")
+    model = detclip.from_config(config.model)
+    params = model.init(jax.random.key(1), np.zeros((1, 16), np.int32), method="encode_text")["params"]
+    monkeypatch.setattr(checkpoints, "load_for_inference", lambda workdir: (config, params, 7))
+    predictor = Predictor.from_checkpoint(tmp_path)
+    assert predictor.step == 7
+    names, text, mask = predictor.vocabulary({"cat": "a pet", "red car": ""})
+    assert names == ("cat", "red car")
+    assert mask.tolist() == [True, True] + [False] * 126
+    tokens = tokenizer.tokenize(["cat, a pet", "red car"])
+    expected = jax.jit(lambda params: model.apply({"params": params}, tokens, method="encode_text"))(params)
+    np.testing.assert_allclose(text[:2], expected, atol=1e-6)
+    (stored,) = (tmp_path / "vocabularies").iterdir()
+    key = predictor._embed.key(["cat, a pet", "red car"])
+    np.testing.assert_array_equal(vocabulary.load(stored, key=key), text[:2])

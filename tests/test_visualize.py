@@ -1,0 +1,222 @@
+"""Figures are rendered and looked at: boxes and labels where they belong, nothing empty, files written."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detclipv2_jax import drawing, visualize
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.schema import Batch, Kind
+
+NAMES = ("cat", "dog", "a very long name of a thing")
+
+
+def _photo(height=120, width=180):
+    return np.random.default_rng(0).integers(90, 160, (height, width, 3), dtype=np.uint8)
+
+
+def _has(picture, color):
+    return (np.asarray(picture) == np.array(color)).all(-1)
+
+
+def test_photo_draws_boxes_where_they_are():
+    image = np.full((300, 450, 3), 128, np.uint8)
+    box = np.array([[90.0, 60.0, 225.0, 240.0]])
+    picture = drawing.photo(image, box, [""], [drawing.PALETTE[0]], long_side=900)
+    assert picture.shape == (600, 900, 3)
+    rows, columns = np.nonzero(_has(picture, drawing.PALETTE[0]))
+    assert abs(rows.min() - 120) <= 1
+    assert abs(rows.max() - 480) <= 1
+    assert abs(columns.min() - 180) <= 1
+    assert abs(columns.max() - 450) <= 1
+    assert not _has(picture, drawing.PALETTE[0])[140:460, 200:430].any()  # an outline
+
+
+def test_labels_lie_inside_and_apart():
+    rng = np.random.default_rng(0)
+    size, taken = (900, 600), []
+    for i in range(30):
+        x, y = rng.uniform(-20, 880), rng.uniform(-20, 580)
+        box = np.array([x, y, x + rng.uniform(1, 400), y + rng.uniform(1, 300)])
+        place = drawing.place_label(box, (60 + i % 5 * 15, 20), size, taken)
+        assert 0 <= place[0] <= place[2] < size[0]
+        assert 0 <= place[1] <= place[3] < size[1]
+        taken.append(place)
+    # the same small box five times: five labels, none over another
+    box, taken = np.array([400.0, 300, 420, 310]), []
+    for _ in range(5):
+        taken.append(drawing.place_label(box, (50, 20), size, taken))
+    overlaps = [
+        max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+        for i, a in enumerate(taken)
+        for b in taken[:i]
+    ]
+    assert max(overlaps[:3]) == 0
+    assert sum(overlaps) < 2 * 50 * 20
+    # wider than the photo: at its left edge
+    assert drawing.place_label(box, (2000, 20), size, [])[0] == 0
+
+
+def test_colors_are_distinct_and_follow_the_labels():
+    colors = [drawing.nth_color(i) for i in range(3 * len(drawing.PALETTE))]
+    assert len(set(colors)) == len(colors)
+    assert list(drawing.colors_of(np.array([5, 2, 5]))) == [5, 2]
+
+
+def test_detections_show_boxes_scores_and_legend(tmp_path):
+    boxes = np.array([[10, 10, 60, 60], [80, 20, 150, 100], [0, 0, 5, 5]], np.float32)
+    labels, scores = np.array([1, 2, 0]), np.array([0.9, 0.4, 0.1])
+    path = tmp_path / "pictures" / "found.png"
+    picture = visualize.detections(
+        _photo(), boxes, labels, NAMES, scores=scores, min_score=0.3, title="photo.jpg", path=path
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    height = 600 + 2 * drawing.MARGIN_PX
+    assert picture.shape[0] > height
+    assert picture.shape[1] == 900 + 2 * drawing.MARGIN_PX
+    legend = picture[-50:]
+    for color in drawing.PALETTE[:2]:
+        assert _has(picture[:-50], color).any()
+        assert _has(legend, color).sum() > 100
+    assert not _has(picture, drawing.PALETTE[2]).any()  # below min_score
+
+
+def test_detections_beside_the_truth():
+    boxes, labels = np.array([[10, 10, 60, 60]], np.float32), np.array([1])
+    alone = visualize.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]))
+    both = visualize.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]), truth=(boxes, labels))
+    assert both.shape[1] > 1.9 * alone.shape[1]
+    halves = np.array_split(_has(both, drawing.PALETTE[0])[:-60], 2, axis=1)
+    assert all(half.any() for half in halves)
+
+
+@pytest.mark.parametrize(
+    ("num", "note"),
+    [(0, "nothing found"), (2, "nothing scored 0.80 or more; the best of 2 boxes has 0.50")],
+)
+def test_detections_without_any(num, note, monkeypatch):
+    texts = []
+    block = drawing.text_block
+    monkeypatch.setattr(drawing, "text_block", lambda text, **options: texts.append(text) or block(text, **options))
+    boxes = np.tile([[10.0, 10, 60, 60]], (num, 1))
+    picture = visualize.detections(
+        _photo(), boxes, np.zeros(num, int), NAMES, scores=np.linspace(0.5, 0.4, num), min_score=0.8
+    )
+    assert texts == [note]
+    assert picture.std() > 5
+
+
+def _batch(kind, *, canvas=(96, 128)):
+    b, n, m = 3, 4, 3
+    texts = ["a red cat", "dog", "tree", "a photo of a red cat", "café"]
+    boxes = np.zeros((b, n, 4), np.float32)
+    boxes[:, 0], boxes[:, 1] = [10, 10, 40, 50], [30, 20, 70, 60]
+    captions = kind is Kind.IMAGE_TEXT
+    return Batch(
+        image=np.random.default_rng(0).integers(80, 170, (b, *canvas, 3), dtype=np.uint8),
+        extent=np.array([[96, 100], [70, 128], [96, 128]], np.int32),
+        scale=np.ones((b, 2), np.float32),
+        original_size=np.array([[192, 200], [140, 256], [96, 128]], np.int32),
+        image_mask=np.ones(b, bool),
+        example_id=np.arange(b, dtype=np.int32),
+        boxes=boxes[:, : 0 if captions else n],
+        box_mask=np.tile([True, True, False, False], (b, 1))[:, : 0 if captions else n],
+        box_concepts=np.tile([0, 1, 0, 0], (b, 1))[:, : 0 if captions else n],
+        concept_tokens=np.concatenate([tokenizer.tokenize(texts), np.zeros((3, 16), np.int32)]),
+        concept_mask=np.arange(8) < 5,
+        concept_ids=np.zeros((8, 2), np.uint32),
+        caption_concepts=np.tile([3, 0, 1], (b, 1))[:, : m if captions else 0],
+        caption_mask=np.tile([True, True, False], (b, 1))[:, : m if captions else 0],
+    )
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_contact_sheet_says_what_a_batch_holds(kind, tmp_path, monkeypatch):
+    texts = []
+    block = drawing.text_block
+    monkeypatch.setattr(drawing, "text_block", lambda text, **options: texts.append(text) or block(text, **options))
+    picture = visualize.training_batch(_batch(kind), kind=kind, max_images=2, path=tmp_path / "batch.png")
+    assert (tmp_path / "batch.png").stat().st_size > 1000
+    *cells, heading, footer = texts
+    assert heading.startswith(f"{kind.value}: 2 of 3 images on 96×128 canvases")
+    assert len(cells) == 2
+    assert cells[0].startswith("example 0: 192×200 px as 96×100\n")
+    if kind is Kind.IMAGE_TEXT:
+        assert cells[0].endswith("“a photo of a red cat”\n· a red cat")
+        assert footer == "5 concepts in the table: 2 of images, 3 negatives\nnegatives: dog | tree | café"
+    else:
+        assert cells[0].endswith("2 boxes, 2 concepts")
+        assert "negatives: tree | a photo of a red cat | café" in footer
+        assert _has(picture, drawing.PALETTE[0]).any()
+        assert _has(picture, drawing.PALETTE[1]).any()
+
+
+def test_padding_is_hatched():
+    image = np.full((40, 60, 3), 7, np.uint8)
+    hatched = drawing.hatch_padding(image, np.array([30, 50]))
+    assert (hatched[:30, :50] == 7).all()
+    assert set(np.unique(hatched[30:])) == set(np.unique(hatched[:, 50:])) == {200, 225}
+
+
+def test_concept_texts_are_read_back():
+    texts = ["a red car", "café, näive", "東京", "dog's", ""]
+    tokens = np.concatenate([tokenizer.tokenize(texts), np.zeros((1, 16), np.int32)])
+    assert visualize.concept_texts(tokens) == ["a red car", "café , näive", "東京", "dog 's", "", ""]
+
+
+def test_alignment_shows_region_and_map_of_every_phrase(tmp_path):
+    phrases = ["a red car", "the sky"]
+    boxes = np.array([[20, 60, 90, 110], [0, 0, 180, 40]], np.float32)
+    maps = np.zeros((2, 15, 22), np.float32)
+    maps[0, 10, 6], maps[1, 2] = 9.0, 5.0
+    picture = visualize.alignment(
+        _photo(),
+        phrases,
+        boxes,
+        scores=np.array([9.0, 5.0]),
+        ranks=np.array([1, 2]),
+        num_images=4,
+        maps=maps,
+        caption="a red car under the sky",
+        path=tmp_path / "align.png",
+    )
+    assert (tmp_path / "align.png").exists()
+    thirds = [picture[:, i : i + 452] for i in (12, 464, 916)]
+    assert [_has(part, drawing.PALETTE[0]).any() for part in thirds] == [True, True, False]
+    assert [_has(part, drawing.PALETTE[1]).any() for part in thirds] == [True, False, True]
+    heat = drawing.heat(np.full((120, 180, 3), 128, np.uint8), maps[0]).astype(int)
+    assert heat[84, 52].sum() > heat[20, 150].sum() + 100  # bright where it is similar
+    assert drawing.heat(_photo(), np.ones((3, 3), np.float32)).shape == (120, 180, 3)  # no division by the range
+
+
+def test_curves_have_a_panel_a_quantity(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": step, f"{kind}/loss": 1.0 / step, f"{kind}/empty": None}
+        for step, kind in zip(range(1, 41), ["detection", "image_text"] * 20, strict=True)
+    ]
+    rows += [{"step": 40, "eval/AP": 0.1, "eval/AP50": 0.2}, {"step": 40, "eval/AP": 0.3}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    series = visualize.read_metrics(path)
+    assert series["detection/loss"][0].tolist() == list(range(1, 41, 2))
+    assert series["eval/AP"][1].tolist() == [0.3]  # the later of two
+    assert "detection/empty" not in series
+    picture = visualize.curves(path, path=tmp_path / "curves.png")
+    only = visualize.curves(path, names=["loss"])
+    assert picture.shape[1] == 3 * 420
+    assert only.shape[1] == 420
+    for color in (drawing.PALETTE[0], drawing.PALETTE[2]):  # detection and image_text; eval is between
+        assert _has(only, color).sum() > 50
+    with pytest.raises(ValueError, match=r"has no loss_x; it has AP, AP50, loss"):
+        visualize.curves(path, names=["loss_x"])
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]\n", "{\n", '{"loss": 1}\n'])
+def test_curves_of_something_else(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl (is no metrics\.jsonl|holds no metrics yet)"):
+        visualize.curves(path)
