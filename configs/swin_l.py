@@ -2,22 +2,28 @@
 
   python -m detclipv2_jax.main --config=configs/swin_l.py
 
-Paper: 44.7 zero-shot LVIS minival (fixed AP) on 64 V100. Here: not run.
+Paper: 44.7 zero-shot LVIS minival (fixed AP) on 64 V100. Here: not run. Data as for configs/swin_t.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs import swin_t
 from detclipv2_jax import config as config_lib
 
 
-def get_config(variant: str = "") -> ConfigDict:
-    c = swin_t.get_config(variant)
-    c.name = c.name.replace("swin_t", "swin_l")
+def get_config() -> ConfigDict:
+    c = config_lib.base()
+    c.name = "swin_l"
     c.model = config_lib.model("swin_l")
     c.init_from.swin = (
         "data/weights/swin_l.safetensors"  # ImageNet-22k at 384 px: swin_large_patch4_window12_384_22k.pth
     )
+    c.init_from.text = "data/weights/clip_text.safetensors"
+    c.detection.data = ("data/objects365",)
+    c.grounding.data = ("data/gqa", "data/flickr30k")
+    c.image_text.data = ("data/cc3m", "data/cc12m")
     c.detection.batch_size = c.grounding.batch_size = 256
+    c.loss.selection_scope = "device"
     c.optimizer.learning_rate = 4e-4
+    c.eval.annotations = "data/lvis/lvis_v1_minival_inserted_image_name.json"
+    c.eval.images = "data/coco"
     return c

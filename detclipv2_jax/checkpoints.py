@@ -24,6 +24,8 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1):
         self._manager = ocp.CheckpointManager(
             pathlib.Path(workdir).resolve() / "checkpoints",
+            # named here, because orbax tells shapes only of items whose handler it knows
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer", "ema")},
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
         )
 
@@ -86,25 +88,24 @@ class Checkpoints:
 
 
 def report_differences(stored: Any, expected: Any, *, what: str) -> None:
-    """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`; returns if there are none."""
+    """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`, if there are any."""
 
     def shapes(tree):
         return {param_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
     have, want = shapes(stored), shapes(expected)
+    changed = [name for name in sorted(have) if want.get(name, have[name]) != have[name]]
     problems = {
         "missing": sorted(want.keys() - have.keys()),
         "unexpected": sorted(have.keys() - want.keys()),
-        "reshaped": [
-            f"{name} {have[name]} -> {want[name]}" for name in sorted(have) if want.get(name, have[name]) != have[name]
-        ],
+        "reshaped": [f"{name} {have[name]} -> {want[name]}" for name in changed],
     }
-    if any(problems.values()):
-        lines = [
-            f"  {kind} ({len(names)}): {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-            for kind, names in problems.items()
-            if names
-        ]
+    lines = [
+        f"  {kind} ({len(names)}): {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
         raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
 
 

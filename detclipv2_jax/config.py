@@ -297,11 +297,11 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
         short = section.short_side if kind != "eval" else (section.short_side,) * 2
         if not 0 < short[0] <= short[1]:
             problems.append(f"config.{kind}.short_side is {short}; allowed: (smallest, largest) in px")
-        for canvas in section.canvases:
-            if min(canvas) < 1 or any(side % 32 for side in canvas):
-                problems.append(
-                    f"config.{kind}.canvases has {tuple(canvas)}; allowed: (height, width) in multiples of 32, the stride "
-                    "of the backbone"
-                )
+        problems.extend(
+            f"config.{kind}.canvases has {tuple(canvas)}; allowed: (height, width) in multiples of 32, "
+            "the stride of the backbone"
+            for canvas in section.canvases
+            if min(canvas) < 1 or any(side % 32 for side in canvas)
+        )
     if problems:
         raise ValueError(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))

@@ -29,7 +29,8 @@ MAX_SIDE_PX, MIN_SIDE_PX = 1600, 900  # photos are shown with their long side be
 def nth_color(index: int) -> Color:
     """Returns a colour; after the palette's end it comes again, darker."""
     cycle, place = divmod(index, len(PALETTE))
-    return tuple(round(channel * 0.6 ** (cycle % 3)) for channel in PALETTE[place])
+    red, green, blue = (round(channel * 0.6 ** (cycle % 3)) for channel in PALETTE[place])
+    return red, green, blue
 
 
 def colors_of(labels: np.ndarray) -> dict[int, Color]:
@@ -211,6 +212,5 @@ def save(picture: Picture, path: str | pathlib.Path | None) -> Picture:
     if path is not None:
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        quality = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
-        Image.fromarray(picture).save(path, **quality)
+        Image.fromarray(picture).save(path, quality=92)  # of JPEG; other formats have none
     return picture

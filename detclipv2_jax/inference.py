@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from detclipv2_jax import checkpoints, vocabulary
+from detclipv2_jax import alignment, checkpoints, vocabulary
 from detclipv2_jax.data import concepts, tokenizer, transforms
+from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.geometry import nms as nms_lib
@@ -29,6 +30,7 @@ from detclipv2_jax.sharding import BATCH, REPLICATED
 # words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
 WORD_CHUNK = 128
 TEXT_BATCH = 256  # texts encoded at once
+AnyArray = Array | np.ndarray
 
 
 # --- arrays to arrays
@@ -47,10 +49,10 @@ class Detections:
 class Photos(NamedTuple):
     """A batch of photos on one canvas; the fields are those of `data.schema.Batch`."""
 
-    image: UInt8[Array, "b h w 3"]
-    extent: Int[Array, "b 2"]
-    scale: Float[Array, "b 2"]
-    original_size: Int[Array, "b 2"]
+    image: UInt8[AnyArray, "b h w 3"]
+    extent: Int[AnyArray, "b 2"]
+    scale: Float[AnyArray, "b 2"]
+    original_size: Int[AnyArray, "b 2"]
 
 
 @flax.struct.dataclass
@@ -73,44 +75,31 @@ class Limits:
         max_detections: int | None = None,
     ) -> Limits:
         """Returns the limits of `config.eval`, each replaced where given; ValueError if one is out of range."""
-        given = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
-        values = {name: config[name] if value is None else value for name, value in given.items()}
-        for name in ("score_threshold", "nms_iou"):
-            if not 0.0 <= values[name] <= 1.0:
-                raise ValueError(f"{name} is {values[name]}; it must lie between 0 and 1")
-        if values["max_detections"] < 1:
-            raise ValueError(f"max_detections is {values['max_detections']}; it must be at least 1")
-        return cls(**values, pre_nms=max(config.pre_nms, values["max_detections"]))
-
-
-@flax.struct.dataclass
-class Alignment:
-    """For every phrase its best region on one image of a batch."""
-
-    boxes: Float[Array, "m 4"]  # xyxy in pixels of the original image
-    scores: Float[Array, " m"]  # similarity, the contrastive loss's s
-    ranks: Int[Array, " m"]  # place of the image in the batch ordered by best similarity, from 1
-    maps: Float[Array, "m h w"]  # similarity at every cell of P3, the best of the levels; -inf on the padding
-
-    def photo_maps(self, extent: Int[np.ndarray, " 2"]) -> Float[np.ndarray, "m h w"]:
-        """Returns the maps without padding, given the image's (height, width) px on the canvas."""
-        rows, columns = np.maximum(np.ceil(np.asarray(extent) / anchor_lib.STRIDES[0] - 0.5), 1).astype(int)
-        return np.asarray(self.maps)[:, :rows, :columns]
+        score_threshold = config.score_threshold if score_threshold is None else score_threshold
+        nms_iou = config.nms_iou if nms_iou is None else nms_iou
+        max_detections = config.max_detections if max_detections is None else max_detections
+        for name, value in (("score_threshold", score_threshold), ("nms_iou", nms_iou)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
+        if max_detections < 1:
+            raise ValueError(f"max_detections is {max_detections}; it must be at least 1")
+        pre_nms = max(config.pre_nms, max_detections)
+        return cls(score_threshold, nms_iou, pre_nms=pre_nms, max_detections=max_detections)
 
 
 def detect(
     regions: Regions,
-    text: Float[Array, "w d"],
-    text_mask: Bool[Array, " w"],
+    text: Float[AnyArray, "w d"],
+    text_mask: Bool[AnyArray, " w"],
     *,
-    anchors: Float[Array, "a 4"],
+    anchors: Float[AnyArray, "a 4"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-    extent: Int[Array, "b 2"],
-    image_scale: Float[Array, "b 2"],
-    original_size: Int[Array, "b 2"],
-    score_threshold: float | Float[Array, ""],
-    nms_iou: float | Float[Array, ""],
+    extent: Int[AnyArray, "b 2"],
+    image_scale: Float[AnyArray, "b 2"],
+    original_size: Int[AnyArray, "b 2"],
+    score_threshold: float,
+    nms_iou: float,
     pre_nms: int,
     max_detections: int,
     word_chunk: int = WORD_CHUNK,
@@ -152,7 +141,8 @@ def detect(
     # 3
     deltas = jnp.take_along_axis(regions.box_deltas, anchor_of[..., None], axis=1)
     boxes = box_lib.decode_deltas(anchors[anchor_of], deltas)
-    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / image_scale)[:, None]), original_size[:, None])
+    boxes = box_lib.scale(boxes, 1.0 / jnp.asarray(image_scale)[:, None])
+    boxes = box_lib.clip(boxes, jnp.asarray(original_size)[:, None])
     mask = (scores > score_threshold) & (box_lib.area(boxes) > 0.0)
     # 4
     keep = functools.partial(nms_lib.nms, iou_threshold=nms_iou, max_outputs=max_detections)
@@ -168,8 +158,8 @@ def detect(
 
 def _best_pairs(
     embeddings: Float[Array, "b a d"],
-    text: Float[Array, "w d"],
-    text_mask: Bool[Array, " w"],
+    text: Float[AnyArray, "w d"],
+    text_mask: Bool[AnyArray, " w"],
     centerness: Float[Array, "b a"],
     *,
     scale: Float[Array, ""],
@@ -211,92 +201,93 @@ def _best_pairs(
     return -negative_scores, anchor_of, words
 
 
-def align(
-    regions: Regions,
-    phrases: Float[Array, "m d"],
-    *,
-    index: int | Int[Array, ""],
-    canvas: tuple[int, int],
-    scale: Float[Array, ""],
-    extent: Int[Array, "b 2"],
-    image_scale: Float[Array, "b 2"],
-    original_size: Int[Array, "b 2"],
-) -> Alignment:
-    """Returns the best region on image `index` of the batch for every phrase, and what it means among the batch.
-
-    Similarity is scale * region . phrase, as in the contrastive loss, over all anchors whose centre lies on the photo.
-    """
-    grid = anchor_lib.grid(canvas)
-    center_yx = box_lib.centers(jnp.asarray(grid.boxes))[:, ::-1]
-    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
-    words = phrases.astype(regions.embeddings.dtype)
-    similarity = scale * jnp.einsum("bad,md->bma", regions.embeddings, words, preferred_element_type=jnp.float32)
-    similarity = jnp.where(on_image[:, None], similarity, -jnp.inf)
-    best = jnp.max(similarity, axis=-1)  # [b, m]
-    anchor_of = jnp.argmax(similarity[index], axis=-1)
-    boxes = box_lib.decode_deltas(jnp.asarray(grid.boxes)[anchor_of], regions.box_deltas[index][anchor_of])
-    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / image_scale[index])[None]), original_size[index][None])
-    (height, width), *_ = sizes = anchor_lib.level_sizes(canvas)
-    maps, start = jnp.full((len(phrases), height, width), -jnp.inf), 0
-    for level_height, level_width in sizes:
-        level = similarity[index, :, start : start + level_height * level_width]
-        start += level_height * level_width
-        rows, columns = np.arange(height) * level_height // height, np.arange(width) * level_width // width
-        maps = jnp.maximum(maps, level.reshape(-1, level_height, level_width)[:, rows][:, :, columns])
-    return Alignment(boxes, best[index], 1 + jnp.sum(best > best[index][None], axis=0), maps)
-
-
 # --- a model, compiled
 
 
 class Detector:
     """The compiled functions of a model; each shape is compiled once in the life of the object.
 
-    With a mesh, photos are split over its devices, parameters stay where they are, and results are whole on every
-    process.
+    With a mesh, photos and texts are split over its devices, parameters stay where they are, and results are whole on
+    every process.
     """
 
     def __init__(self, model: DetCLIP, *, mesh: Mesh | None = None):
-        self.model = model
-        self._num_shards = 1 if mesh is None else mesh.size
+        self.model, self._mesh = model, mesh
         whole = None if mesh is None else NamedSharding(mesh, REPLICATED)
+        encode = self._split(self._encode, REPLICATED, BATCH)
+        predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
+        self._compiled_encode = jax.jit(encode, out_shardings=whole)
+        self._compiled_predict = jax.jit(predict, out_shardings=whole)
+        self._compiled_align = jax.jit(self._align, out_shardings=whole)
 
-        def compiled(method: Callable, *specs: PartitionSpec) -> Callable:
-            if mesh is not None and specs:
-                # every device works on its own images. The partitioner would gather all scores for each top_k
-                method = jax.shard_map(method, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
-            return jax.jit(method, out_shardings=whole)
+    def _split(self, method: Callable, *specs: PartitionSpec) -> Callable:
+        """Returns the method computed by every device for its own rows, arguments and results laid out by `specs`.
 
-        # from here on the methods are their compiled selves
-        self._encode = compiled(self._encode, REPLICATED, BATCH)
-        self.predict = compiled(self.predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
-        self.align = compiled(self.align)
+        Left to the partitioner, every top_k would gather the scores of all images.
+        """
+        if self._mesh is None:
+            return method
+        return jax.shard_map(method, mesh=self._mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+
+    def to_global(self, batch: Batch) -> Photos:
+        """Returns the photos of the global batch, of which this process holds `batch`."""
+        photos = Photos(batch.image, batch.extent, batch.scale, batch.original_size)
+        if self._mesh is None:
+            return photos
+        sharding = NamedSharding(self._mesh, BATCH)
+        return Photos(*(jax.make_array_from_process_local_data(sharding, np.asarray(array)) for array in photos))
 
     def encode_vocabulary(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "w d"]:
-        """Returns the L2-normalised embeddings of texts, encoded in batches of few sizes."""
-        tokens = tokenizer.tokenize(texts, max_length=self.model.text["context_length"])
-        size = min(TEXT_BATCH, 1 << max(3, (len(texts) - 1).bit_length()))  # a power of two from 8
-        size = -(-size // self._num_shards) * self._num_shards
-        tokens = np.pad(tokens, ((0, -len(texts) % size), (0, 0)))
-        batches = np.split(tokens, len(tokens) // size)
-        return np.concatenate([np.asarray(self._encode(params, batch)) for batch in batches])[: len(texts)]
+        """Returns the L2-normalised embeddings of texts."""
+        return self.encode_tokens(params, tokenizer.tokenize(texts, max_length=self.model.text["context_length"]))
 
-    def _encode(self, params: Any, tokens: Int[Array, "t l"]) -> Float[Array, "t d"]:
-        return self.model.apply({"params": params}, tokens, method="encode_text")
-
-    def _regions(self, params: Any, photos: Photos) -> Regions:
-        return self.model.apply({"params": params}, photos.image, photos.extent, train=False, method="encode_image")
+    def encode_tokens(self, params: Any, tokens: Int[np.ndarray, "w l"]) -> Float[np.ndarray, "w d"]:
+        """Returns the L2-normalised embeddings of rows of tokens, encoded in batches of few sizes."""
+        size = min(TEXT_BATCH, 1 << max(3, (len(tokens) - 1).bit_length()))  # a power of two from 8
+        num_shards = 1 if self._mesh is None else self._mesh.size
+        size = -(-size // num_shards) * num_shards
+        padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)))
+        batches = np.split(padded, len(padded) // size)
+        return np.concatenate([np.asarray(self._compiled_encode(params, batch)) for batch in batches])[: len(tokens)]
 
     def predict(
-        self, params: Any, photos: Photos, text: Float[Array, "w d"], text_mask: Bool[Array, " w"], limits: Limits
+        self,
+        params: Any,
+        photos: Photos,
+        text: Float[AnyArray, "w d"],
+        text_mask: Bool[AnyArray, " w"],
+        limits: Limits,
     ) -> Detections:
         """Returns what `detect` finds; text and mask come from `vocabulary.pad`."""
-        scale, bias = self.model.apply({"params": params}, method="logit_parameters")
+        return self._compiled_predict(params, photos, text, text_mask, limits)
+
+    def align(
+        self, params: Any, photos: Photos, phrases: Float[AnyArray, "p m d"], index: Int[AnyArray, " p"]
+    ) -> alignment.Alignment:
+        """Returns what `alignment.align` finds for the m phrases of each of the p photos `index`, stacked."""
+        return self._compiled_align(params, photos, phrases, index)
+
+    # what is compiled
+
+    def _apply(self, params: Any, *arguments: Any, method: str, **options: Any) -> Any:
+        return self.model.apply({"params": params}, *arguments, method=method, **options)
+
+    def _encode(self, params: Any, tokens: Int[Array, "t l"]) -> Float[Array, "t d"]:
+        return self._apply(params, tokens, method="encode_text")
+
+    def _regions(self, params: Any, photos: Photos) -> Regions:
+        return self._apply(params, photos.image, photos.extent, method="encode_image", train=False)
+
+    def _predict(
+        self, params: Any, photos: Photos, text: Float[Array, "w d"], text_mask: Bool[Array, " w"], limits: Limits
+    ) -> Detections:
+        scale, bias = self._apply(params, method="logit_parameters")
+        _, height, width, _ = photos.image.shape
         return detect(
             self._regions(params, photos),
             text,
             text_mask,
-            anchors=anchor_lib.grid(photos.image.shape[1:3]).boxes,
+            anchors=anchor_lib.grid((height, width)).boxes,
             scale=scale,
             bias=bias,
             extent=photos.extent,
@@ -309,21 +300,26 @@ class Detector:
             class_agnostic=limits.class_agnostic,
         )
 
-    def align(
-        self, params: Any, photos: Photos, phrases: Float[Array, "m d"], *, index: int | Int[Array, ""]
-    ) -> Alignment:
-        """Returns the best regions of phrases on photo `index`, see the function `align`."""
-        scale, _ = self.model.apply({"params": params}, method="logit_parameters")
-        return align(
-            self._regions(params, photos),
-            phrases,
-            index=index,
-            canvas=photos.image.shape[1:3],
-            scale=scale,
-            extent=photos.extent,
-            image_scale=photos.scale,
-            original_size=photos.original_size,
-        )
+    def _align(
+        self, params: Any, photos: Photos, phrases: Float[Array, "p m d"], index: Int[Array, " p"]
+    ) -> alignment.Alignment:
+        scale, _ = self._apply(params, method="logit_parameters")
+        regions = self._split(self._regions, REPLICATED, BATCH)(params, photos)
+        _, height, width, _ = photos.image.shape
+
+        def align(pair: tuple[Array, Array]) -> alignment.Alignment:
+            return alignment.align(
+                regions,
+                pair[0],
+                index=pair[1],
+                canvas=(height, width),
+                scale=scale,
+                extent=photos.extent,
+                image_scale=photos.scale,
+                original_size=photos.original_size,
+            )
+
+        return jax.lax.map(align, (phrases, index))
 
 
 # --- any image, any words
@@ -403,15 +399,15 @@ class Predictor:
         return [found[i] for i in range(len(found))]
 
     def iterate(
-        self, images: Iterable[Any], words: Sequence[str] | Mapping[str, str], *, batch_size: int = 1, **limits: Any
+        self, images: Iterable[Any], words: Sequence[str] | Mapping[str, str], *, batch_size: int = 1, **given: Any
     ) -> Iterator[tuple[int, Found]]:
         """Yields (position of the image, what is found) as batches of one canvas fill; see `__call__`.
 
         Holds no more than a batch of images a canvas, so `images` may be endless.
         """
         names, text, mask = self.vocabulary(words)
-        limits = Limits.from_config(self.config.eval, **limits)
-        waiting: dict[tuple[int, int], list[tuple[int, Photos]]] = {}
+        limits = Limits.from_config(self.config.eval, **given)
+        waiting: dict[tuple[int, ...], list[tuple[int, Photos]]] = {}
         for i, image in enumerate(images):
             photo = self._photo(image)
             batch = waiting.setdefault(photo.image.shape[:2], [])
@@ -425,23 +421,24 @@ class Predictor:
     def _find(self, batch, names, text, mask, *, limits: Limits, batch_size: int) -> Iterator[tuple[int, Found]]:
         photos = [photo for _, photo in batch]
         photos += photos[-1:] * (batch_size - len(photos))  # the compiled size; the copies' results are not read
-        photos = Photos(*map(np.stack, zip(*photos, strict=True)))
-        found = self._detector.predict(self.params, photos, text, mask, limits)
+        found = self._detector.predict(self.params, _stack(photos), text, mask, limits)
         found = jax.tree.map(np.asarray, found)
         for row, (i, photo) in enumerate(batch):
             keep = found.mask[row]
             arrays = (found.boxes[row][keep], found.scores[row][keep], found.labels[row][keep])
-            yield i, Found(*arrays, names, tuple(map(int, photo.original_size)))
+            height, width = map(int, photo.original_size)
+            yield i, Found(*arrays, names, (height, width))
 
-    def align(self, images: Sequence[Any], phrases: Sequence[str], *, index: int = 0) -> Alignment:
+    def align(self, images: Sequence[Any], phrases: Sequence[str], *, index: int = 0) -> alignment.Alignment:
         """Returns the best region of each phrase on image `index`, and the image's rank among `images` for it.
 
         All images are put on the canvas of that image; maps cover it without padding. `visualize.alignment` draws them.
         """
-        canvas = self._photo(images[index]).image.shape[:2]
-        photos = Photos(*map(np.stack, zip(*(self._photo(image, canvas) for image in images), strict=True)))
+        height, width, _ = self._photo(images[index]).image.shape
+        photos = _stack([self._photo(image, (height, width)) for image in images])
         text = self.vocabulary(phrases)[1][: len(phrases)]
-        found = jax.tree.map(np.asarray, self._detector.align(self.params, photos, text, index=index))
+        found = self._detector.align(self.params, photos, text[None], np.array([index], np.int32))
+        found = jax.tree.map(lambda array: np.asarray(array)[0], found)
         return found.replace(maps=found.photo_maps(photos.extent[index]))
 
     def vocabulary(self, words: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
@@ -468,12 +465,16 @@ class Predictor:
                 canvases = self.config.eval.canvases
                 canvas = max(canvases, key=lambda canvas: min(canvas[0] / size[0], canvas[1] / size[1]))
             out = np.zeros((*canvas, 3), np.uint8)
-            extent, size = transforms.place(source, out, annotated_size=(0, 0), **sides)
+            placed = transforms.place(source, out, annotated_size=(0, 0), **sides)
         except (OSError, ValueError) as error:
             name = image if isinstance(image, (str, os.PathLike)) else "array"
             raise ValueError(f"cannot read the image {name}: {error}") from error
-        extent, size = np.array(extent, np.int32), np.array(size, np.int32)
-        return Photos(out, extent, (extent / size).astype(np.float32), size)
+        extent, original_size = np.array(placed, np.int32)
+        return Photos(out, extent, (extent / original_size).astype(np.float32), original_size)
+
+
+def _stack(photos: Sequence[Photos]) -> Photos:
+    return Photos(*(np.stack(arrays) for arrays in zip(*photos, strict=True)))
 
 
 def _open(image: Any) -> tuple[bytes | np.ndarray, tuple[int, int]]:

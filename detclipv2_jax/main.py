@@ -47,6 +47,10 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(
             "error: --config is missing, e.g. --config=configs/demo.py; configs/ has all of them, --help the flags"
         )
+    # orbax tells every file it touches
+    logging.get_absl_handler().addFilter(lambda record: record.levelno > 20 or "orbax" not in record.pathname)
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold(logging.INFO)
     init_distributed(_DISTRIBUTED.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
@@ -69,7 +73,7 @@ def init_distributed(mode: str) -> None:
     cluster = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if mode == "off" or (mode == "auto" and not (address or cluster)):
         return
-    numbers = {}
+    numbers: dict[str, int] = {}
     if "JAX_NUM_PROCESSES" in os.environ:  # by hand; Slurm, TPU pods and GKE tell jax themselves
         numbers = {
             "num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])
@@ -144,7 +148,7 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns what absl's parser does, with one line instead of a traceback for a wrong key or a missing config file."""
+    """Returns what absl's parser does; a wrong key or a missing config file ends in one line, not in a traceback."""
     try:
         return app.parse_flags_with_usage(list(argv))
     except (AttributeError, KeyError) as error:

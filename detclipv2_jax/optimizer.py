@@ -50,7 +50,8 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, peak, warmup)
+        # optax's own warmup_constant_schedule stays at zero without warmup steps
+        return optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     # optax needs at least one step of decay; a run shorter than its warmup never gets there
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1))
 

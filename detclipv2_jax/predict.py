@@ -70,7 +70,7 @@ def run(
             try:
                 pixels = read_image(path)
             except (OSError, ValueError) as error:
-                logging.error("cannot read %s: %s", path, error)
+                logging.error("cannot read %s: %s", path, getattr(error, "strerror", None) or error)
                 progress.update()
                 continue
             loaded[len(readable)] = pixels
@@ -99,7 +99,8 @@ def run(
     rows = [row for i in sorted(found_of) for row in to_coco(found_of[i], image_id=i + 1, file_name=str(paths[i]))]
     target = pathlib.Path(output) / "detections.json"
     write_json(target, rows, indent=None)
-    print(f"{len(found_of)} images, {len(rows)} boxes: {target}, pictures in {target.parent / 'pictures'}")
+    done = f"{len(found_of)} of {len(paths)} images, {len(rows)} boxes"
+    print(f"{done}: {target}, pictures in {target.parent / 'pictures'}")
     return len(paths) - len(found_of)
 
 
@@ -214,18 +215,25 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; quote patterns and words that hold spaces")
     options = flags.FLAGS
-    names = ("checkpoint", "images", "output", "score_threshold", "nms_iou", "max_detections", "batch_size")
+    if options.verbosity == logging.INFO:  # absl's default; reading a checkpoint says much there
+        logging.set_verbosity(logging.WARNING)
     try:
         num_unreadable = run(
+            checkpoint=options.checkpoint,
+            images=options.images,
             words=parse_words(options.words, words_file=options.words_file),
+            output=options.output,
+            score_threshold=options.score_threshold,
+            nms_iou=options.nms_iou,
+            max_detections=options.max_detections,
+            batch_size=options.batch_size,
             draw_threshold=options.draw_threshold,
             max_drawn=options.max_drawn,
-            **{name: options[name].value for name in names},
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
     if num_unreadable:
-        sys.exit(f"error: {num_unreadable} images could not be read; see above")
+        sys.exit(f"error: images that could not be read: {num_unreadable}; see above")
 
 
 if __name__ == "__main__":

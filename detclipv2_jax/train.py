@@ -10,8 +10,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -121,7 +121,7 @@ def train(run: Run) -> dict[str, float]:
         )
         for stream in streams
     ]
-    readers: list[Iterator[Batch] | None] = [None] * len(streams)
+    readers: dict[int, Generator[Batch, None, None]] = {}  # opened when first drawn from
     positions = schedule.next_positions(start)
 
     # --- the loop
@@ -134,7 +134,7 @@ def train(run: Run) -> dict[str, float]:
             draw = schedule.draw(step)
             stream = streams[draw.stream]
             with progress.waiting():
-                if readers[draw.stream] is None:
+                if draw.stream not in readers:
                     readers[draw.stream] = stream.iterate(positions[draw.stream])
                 batch = next(readers[draw.stream])
             if first_process and (draw.position == 0 or due(step, config.pictures_every_steps)):
@@ -165,9 +165,8 @@ def train(run: Run) -> dict[str, float]:
             if not last and due(done, config.eval.every_steps):
                 evaluate_state(run, state, writer)
     finally:
-        for reader in readers:
-            if reader is not None:
-                reader.close()
+        for reader in readers.values():
+            reader.close()
         progress.close()
         checkpoints.close()
     for stream in streams:
@@ -269,7 +268,7 @@ def finish_step(
 
 
 class Progress:
-    """Progress bar of a terminal (step, loss terms, images/s, time left), log lines elsewhere, and rates for the log."""
+    """Progress bar of a terminal (step, loss terms, images/s, time left), and rates for the log."""
 
     def __init__(self, start: int, total: int):
         self._bar = tqdm(
@@ -322,20 +321,22 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
-        self._file = self._events = None
+        self._file: TextIO | None = None
+        self._events: metric_writers.AsyncWriter | None = None
         if jax.process_index() != 0:
             return
         path = workdir / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             # a killed run may leave half a line, which is later than every checkpoint
-            path.write_text("".join(l for l in lines if l.endswith("}\n") and json.loads(l)["step"] <= start))
+            kept = (line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start)
+            path.write_text("".join(kept))
         self._file = path.open("a")
         self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of a step."""
-        if self._file is None:
+        if self._file is None or self._events is None:
             return
         # JSON has no NaN; null keeps the line readable by every parser
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
@@ -346,6 +347,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        if self._file is not None:
+        if self._file is not None and self._events is not None:
             self._file.close()
             self._events.close()

@@ -39,7 +39,7 @@ def param_shapes(model: DetCLIP, *, context_length: int) -> Any:
 
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: Any, *, ema: bool) -> TrainState:
-    """Returns the sharding of every array of the state: moments and average like their parameter, the rest replicated."""
+    """Returns the sharding of every array of the state: moments and average like their parameter, others replicated."""
     replicated = NamedSharding(mesh, REPLICATED)
     shardings = param_shardings(mesh, shapes)
     opt_state = optax.tree_utils.tree_map_params(

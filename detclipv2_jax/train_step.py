@@ -104,8 +104,9 @@ def make_step(
     gradients = _pair_gradients if kind is Kind.IMAGE_TEXT else _box_gradients
 
     def encode_shared(params: Any, tokens: Int[Array, "t l"]) -> Shared:
-        text = model.apply({"params": params}, tokens, method="encode_text")
-        return Shared(text, *model.apply({"params": params}, method="logit_parameters"))
+        text: Any = model.apply({"params": params}, tokens, method="encode_text")
+        scale, bias = model.apply({"params": params}, method="logit_parameters")
+        return Shared(text, scale, bias)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -123,7 +124,7 @@ def _apply(
     state: TrainState, grads: Any, *, tx: optax.GradientTransformation, ema_decay: float, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer update; a gradient that is not finite is not applied."""
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -160,9 +161,10 @@ def _join(tree: Any, mesh: Mesh) -> Any:
 
 
 def _encode_images(model: DetCLIP, params: Any, batch: Batch, key: jax.Array) -> Regions:
-    return model.apply(
+    regions: Any = model.apply(
         {"params": params}, batch.image, batch.extent, train=True, rngs={"dropout": key}, method="encode_image"
     )
+    return regions
 
 
 def _image_part(batch: Batch) -> Batch:

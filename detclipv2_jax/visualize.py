@@ -65,7 +65,7 @@ def detections(
         return drawing.stack([drawing.text_block(heading, width=photo.shape[1], size=15), photo]) if heading else photo
 
     found = panel(boxes[shown], labels[shown], None if scores is None else np.asarray(scores)[shown], note)
-    panels = [found] if truth is None else [panel(*truth, None, f"annotated: {len(truth[0])} boxes"), found]
+    panels = [found] if truth is None else [panel(*truth, None, f"annotated: {len(truth[0])}"), found]
     body = drawing.grid(panels, columns=len(panels))
     counts = {label: int(np.sum(labels[shown] == label)) for label in colors}
     entries = [(colors[label], f"{names[label]}" + (f" × {n}" if n > 1 else "")) for label, n in counts.items()]
@@ -121,17 +121,17 @@ def training_batch(
     others = [texts[row] for row in np.setdiff1d(np.flatnonzero(batch.concept_mask), used)]
     footer = f"{int(batch.concept_mask.sum())} concepts in the table: {len(used)} of images, {len(others)} negatives"
     footer += f"\nnegatives: {' | '.join(others[:60])}{' | …' if len(others) > 60 else ''}" if others else ""
-    heading = f"{kind.value}: {len(cells)} of {len(batch.image)} images on {height}×{width} canvases (hatched: padding)"
-    heading = drawing.text_block(heading, width=body.shape[1], size=18, bold=True)
-    footer = drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)
-    return drawing.save(drawing.frame(drawing.stack([heading, body, footer])), path)
+    title = f"{kind.value}: {len(cells)} of {len(batch.image)} images on {height}×{width} canvases (hatched: padding)"
+    top = drawing.text_block(title, width=body.shape[1], size=18, bold=True)
+    bottom = drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)
+    return drawing.save(drawing.frame(drawing.stack([top, body, bottom])), path)
 
 
 def concept_texts(tokens: Int[np.ndarray, "t l"]) -> list[str]:
     """Returns the text of every row of tokens, as the tokenizer cleaned and cut it; "" for padding."""
-    id_to_token, decoder = tokenizer._bpe().id_to_token, tokenizers.decoders.ByteLevel()
+    piece_of, decoder = tokenizer._bpe().id_to_token, tokenizers.decoders.ByteLevel()
     # between [SOS] and [EOS], the largest id
-    pieces = [[id_to_token(int(token)) for token in row[1 : np.argmax(row)]] for row in tokens]
+    pieces = [[piece_of(int(token)) or "" for token in row[1 : np.argmax(row)]] for row in tokens]
     return [decoder.decode(row).replace("</w>", " ").strip() for row in pieces]
 
 
@@ -205,7 +205,8 @@ def curves(
         group, _, quantity = name.rpartition("/")
         panels.setdefault(quantity, {})[group] = (steps, values)
     groups = sorted({group for lines in panels.values() for group in lines} - {""})
-    colors = {group: [c / 255 for c in drawing.nth_color(i)] for i, group in enumerate(groups)} | {"": [0.1] * 3}
+    colors = {group: "#{:02x}{:02x}{:02x}".format(*drawing.nth_color(i)) for i, group in enumerate(groups)}
+    colors[""] = "#191919"
     if names:
         missing = sorted(set(names) - panels.keys())
         if missing:
@@ -264,4 +265,4 @@ def _count_note(*, num_shown: int, num_boxes: int, scores: np.ndarray | None, mi
         return "nothing found"
     if num_shown == 0:
         return f"nothing scored {min_score:.2f} or more; the best of {num_boxes} boxes has {np.max(scores):.2f}"
-    return f"found: {num_shown} best of {num_boxes} boxes" if num_shown < num_boxes else f"found: {num_boxes} boxes"
+    return f"found: the best {num_shown} of {num_boxes}" if num_shown < num_boxes else f"found: {num_boxes}"

@@ -14,7 +14,7 @@ from PIL import Image
 from detclipv2_jax import sharding, vocabulary
 from detclipv2_jax.data import transforms
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference import Detector, Limits, Photos, Predictor, align, detect
+from detclipv2_jax.inference import Detector, Limits, Photos, Predictor, detect
 from detclipv2_jax.models.detclip import Regions
 
 CANVAS = (48, 64)
@@ -174,27 +174,6 @@ def test_panorama_lands_on_its_object():
     np.testing.assert_allclose(found.boxes[0, 0], truth, atol=0.05)
 
 
-def test_align_equals_brute_force():
-    regions, text, photos = _case(ties=False)
-    phrases, index = text[:3], 1
-    found = jax.jit(functools.partial(align, canvas=CANVAS, scale=SCALE))(regions, phrases, index=index, **photos)
-    similarity = SCALE * np.einsum("bad,md->bma", regions.embeddings, phrases)
-    center = (ANCHORS[:, :2] + ANCHORS[:, 2:]) / 2
-    outside = (center[None, :, ::-1] >= np.asarray(photos["extent"])[:, None]).any(-1)
-    similarity = np.where(outside[:, None], -np.inf, similarity)
-    best = similarity.max(-1)
-    np.testing.assert_allclose(found.scores, best[index], rtol=1e-5)
-    np.testing.assert_array_equal(found.ranks, 1 + (best > best[index]).sum(0))
-    maps = found.photo_maps(photos["extent"][index])
-    assert maps.shape == (3, 4, 8)  # 30 x 64 px of P3, whose cells are 8 px
-    assert np.isfinite(maps).all()
-    np.testing.assert_allclose(maps.max((1, 2)), best[index], rtol=1e-5)
-    # place (y, x) of P3 holds the best of the five cells above it
-    starts = np.cumsum([0, *anchor_lib.grid(CANVAS).levels])
-    cells = [starts[i] + (2 >> i) * -(-8 >> i) + (5 >> i) for i in range(5)]
-    np.testing.assert_allclose(maps[:, 2, 5], similarity[index][:, cells].max(-1), rtol=1e-5)
-
-
 # --- the model compiled, and the Predictor
 
 
@@ -224,7 +203,7 @@ def test_one_device_equals_eight():
     expected = one.predict(params, photos, text, mask, limits)
     assert expected.mask.any(axis=1).all()
     # nothing but the results moves between devices; left alone, the partitioner gathers the scores of all images
-    program = eight.predict.lower(params, split, text, mask, limits).compile().as_text()
+    program = eight._compiled_predict.lower(params, split, text, mask, limits).compile().as_text()
     moved = re.findall(r"(\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
     shapes = {(re.sub(r"\{.*", "", shape), kind) for shape, kind in moved}
     results = ("f32[8,300,4]", "f32[8,300]", "s32[8,300]", "pred[8,300]")

@@ -72,7 +72,8 @@ def test_detections_show_boxes_scores_and_legend(tmp_path):
     picture = visualize.detections(
         _photo(), boxes, labels, NAMES, scores=scores, min_score=0.3, title="photo.jpg", path=path
     )
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    with Image.open(path) as stored:
+        np.testing.assert_array_equal(np.asarray(stored), picture)
     height = 600 + 2 * drawing.MARGIN_PX
     assert picture.shape[0] > height
     assert picture.shape[1] == 900 + 2 * drawing.MARGIN_PX

@@ -25,6 +25,7 @@ from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabular
 from detclipv2_jax.data.schema import Batch, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
+_MAX_TRIES = 100  # unusable images in a row: then the disk is gone, not an image
 _SIDE_WORDS = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand)?\b", re.IGNORECASE)
 
 
@@ -147,7 +148,7 @@ class BatchMaker:
         short_side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
         wants_flip = bool(rng.random() < self.flip_prob)
         first = self._member(position) if self.endless else position
-        for i in range(len(self.members) if self.endless else 1):
+        for i in range(min(len(self.members), _MAX_TRIES) if self.endless else 1):
             member = (first + i) % len(self.members)
             index = int(self.members[member])
             source = int(np.searchsorted(self._offsets, index, side="right")) - 1

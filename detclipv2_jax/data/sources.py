@@ -2,6 +2,7 @@
 
 Raw files are read in place: a COCO json or an MDETR-style json with its image folder (`box_json`), and a TSV
 `image <tab> caption [<tab> JSON list of noun phrases]` with its image folder: UTF-8, no header, no quoting.
+Folders built by `python -m detclipv2_jax.prepare` (`built`) may stand beside raw files and beside each other.
 What cannot be used is counted by reason in `counters`; above a share of the whole it is an error.
 """
 
@@ -18,8 +19,9 @@ from absl import logging
 from jaxtyping import Int32
 
 from detclipv2_jax.data.box_json import BoxSource, read_detection, read_grounding
+from detclipv2_jax.data.built import missing_folders, read_built
 from detclipv2_jax.data.checks import missing_paths, probe_images, refuse_above_share, resolve, unsafe_path
-from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.schema import Kind, Record
 
 
@@ -68,7 +70,7 @@ class PairSource:
                 bad["with an empty caption"] += 1
             else:
                 starts.append(start)
-                _, _, phrases, problems = _parse_pair(line)
+                _, _, phrases, problems = parse_pair(line)
                 repaired.update(problems)
                 has_phrases |= len(fields) > 2
                 self.most_concepts = max(self.most_concepts, 1 + len(phrases))
@@ -82,7 +84,7 @@ class PairSource:
         self._starts = np.array(starts, np.int64)
         self.sizes = np.zeros((len(starts), 2), np.int32)
         self.counters = dict(bad + repaired)
-        probe_images(folder, (_parse_pair(self._line(i))[0] for i in range(len(starts))), path)
+        probe_images(folder, (parse_pair(self._line(i))[0] for i in range(len(starts))), path)
 
     def _line(self, index: int) -> bytes:
         start = self._starts[index]
@@ -93,10 +95,10 @@ class PairSource:
         return len(self._starts)
 
     def describe(self, index: int) -> str:
-        return f"{_parse_pair(self._line(index))[0]} of {self.path}"
+        return f"{parse_pair(self._line(index))[0]} of {self.path}"
 
     def __getitem__(self, index: int) -> Record:
-        name, caption, phrases, _ = _parse_pair(self._line(index))
+        name, caption, phrases, _ = parse_pair(self._line(index))
         return Record(
             kind=self.kind,
             source=self.name,
@@ -110,7 +112,7 @@ class PairSource:
         )
 
 
-def _parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
+def parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
     """Returns image, caption, phrases and what had to be repaired, of a line with at least one tab."""
     repaired = []
     try:
@@ -142,38 +144,50 @@ def read_pairs(pairs: str, images: str, *, max_examples: int = 0, max_bad_share:
     return PairSource(path, os.path.realpath(images), max_examples=max_examples, max_bad_share=max_bad_share)
 
 
-def _names_files(kind: Kind, section: Any, prefix: str) -> bool:
-    """Returns whether a section of the configuration names raw files; raises if one of them is missing."""
+def _missing_files(kind: Kind, section: Any, prefix: str) -> list[str]:
+    """Returns what is missing of the raw files that a section of the configuration names, and of its dictionary."""
     key = "pairs" if kind is Kind.IMAGE_TEXT else "annotations"
-    if not section[key] and not section.images:
-        return False
-    paths = {f"{prefix}.{key}": (section[key], "file"), f"{prefix}.images": (section.images, "folder")}
+    paths = {}
+    if _names_raw_files(kind, section):
+        paths = {f"{prefix}.{key}": (section[key], "file"), f"{prefix}.images": (section.images, "folder")}
     if section.dictionary:
         paths[f"{prefix}.dictionary"] = (section.dictionary, "file")
-    if problems := missing_paths(paths):
-        raise ValueError("\n".join(problems))
-    return True
+    return missing_paths(paths)
+
+
+def _names_raw_files(kind: Kind, section: Any) -> bool:
+    return bool(section["pairs" if kind is Kind.IMAGE_TEXT else "annotations"] or section.images)
 
 
 def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
-    """Returns the sources that one section of the configuration (config.detection, …) names; none if it names none.
+    """Returns the sources that one section of the configuration (config.detection, …) names: raw files, then folders.
 
     Raises:
       ValueError: everything that is wrong with the section's files, one line each; keys are led by `prefix`.
     """
-    if not _names_files(kind, section, prefix):
+    folders = (section.data,) if isinstance(section.data, str) else tuple(section.data)
+    if not folders and not _names_raw_files(kind, section):
         return []
+    if problems := _missing_files(kind, section, prefix) + missing_folders(folders, kind, prefix=prefix):
+        raise ValueError("\n".join(problems))
     limits = {"max_examples": section.max_examples, "max_bad_share": section.max_bad_share}
+    sources: list[Source] = []
     try:
-        match kind:
-            case Kind.DETECTION:
-                return [read_detection(section.annotations, section.images, dictionary=section.dictionary, **limits)]
-            case Kind.GROUNDING:
-                return [read_grounding(section.annotations, section.images, **limits)]
-            case Kind.IMAGE_TEXT:
-                return [read_pairs(section.pairs, section.images, **limits)]
+        if _names_raw_files(kind, section):
+            match kind:
+                case Kind.DETECTION:
+                    more = limits | {"dictionary": section.dictionary}
+                    sources.append(read_detection(section.annotations, section.images, **more))
+                case Kind.GROUNDING:
+                    sources.append(read_grounding(section.annotations, section.images, **limits))
+                case Kind.IMAGE_TEXT:
+                    sources.append(read_pairs(section.pairs, section.images, **limits))
+        dictionary = read_dictionary(section.dictionary) if folders and section.dictionary else None
+        options = {"dictionary": dictionary, "max_examples": section.max_examples}
+        sources.extend(read_built(folder, kind, **options) for folder in folders)
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None
+    return sources
 
 
 def open_evaluation(section: Any, *, prefix: str) -> BoxSource | None:
@@ -182,8 +196,10 @@ def open_evaluation(section: Any, *, prefix: str) -> BoxSource | None:
     Raises:
       ValueError: as `open_sources`.
     """
-    if not _names_files(Kind.DETECTION, section, prefix):
+    if not _names_raw_files(Kind.DETECTION, section):
         return None
+    if problems := _missing_files(Kind.DETECTION, section, prefix):
+        raise ValueError("\n".join(problems))
     try:
         return read_detection(
             section.annotations,

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Stream:
                 self._skipped[member] = skipped
                 self.counters[f"image skipped: {skipped.reason}"] += 1
         reasons = collections.Counter(skipped.reason for skipped in self._skipped.values())
-        refuse_above_share(reasons, self.num_examples, self._max_bad_share, what="images", where=f"config.{self.name}")
+        refuse_above_share(reasons, self.num_examples, self._max_bad_share, what="images", where=self.name)
         return batch
 
     def batch(self, n: int) -> Batch:
@@ -74,7 +74,7 @@ class Stream:
     def _dataset(self, start: int) -> grain.MapDataset:
         return grain.MapDataset.range(start, _FOREVER).map(self._maker.make)
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
+    def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yields batch(start), batch(start + 1), … read ahead by threads or processes; `close()` it when done."""
         ahead, num_workers = max(self._input.prefetch_batches, 1), self._input.num_workers
         num_threads = min(self._input.num_threads, ahead) if num_workers == 0 else 0

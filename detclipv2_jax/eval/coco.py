@@ -146,7 +146,7 @@ def _name(source: Any) -> str:
 
 
 def _kind(content: Any) -> str:
-    return {dict: "JSON object", list: "JSON list"}.get(type(content), type(content).__name__)
+    return "JSON object" if isinstance(content, dict) else "JSON list" if isinstance(content, list) else "JSON value"
 
 
 def _refuse_unknown(what: str, found: set[Any], known: set[Any]) -> None:

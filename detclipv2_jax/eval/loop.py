@@ -19,11 +19,12 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from detclipv2_jax import visualize, vocabulary
+from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream
 from detclipv2_jax.eval import coco
 from detclipv2_jax.eval.result import Parts, Rows, write
-from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, Photos
+from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.sharding import BATCH, REPLICATED
 
@@ -64,17 +65,18 @@ class Evaluator:
         Process 0 writes `eval/step_<step>_detections.json`, `eval/step_<step>_scores.json` and pictures. An evaluation
         that was killed continues where it was, if it is the same one.
         """
-        text = self._detector.encode_vocabulary(params, self._truth.texts)
-        text = vocabulary.pad(text, multiple=WORD_CHUNK)
+        embeddings = self._detector.encode_vocabulary(params, self._truth.texts)
+        text = vocabulary.pad(embeddings, multiple=WORD_CHUNK)
         weights = np.asarray(self._checksum(params)).tolist()
-        parts = samples = None
+        parts: Parts | None = None
+        samples: list[_Sample] = []
         if jax.process_index() == 0:
             fingerprint = {
                 "protocol": self._protocol(step),
                 "weights": weights,
                 "batch_size": self._streams[0].batch_size,
             }
-            parts, samples = Parts(self._workdir / "eval", fingerprint=fingerprint), []
+            parts = Parts(self._workdir / "eval", fingerprint=fingerprint)
         done = _from_first_process(parts and parts.done)
         written = time.monotonic()
         with tqdm.tqdm(
@@ -114,11 +116,11 @@ class Evaluator:
         self, params: Any, batch: Batch, text: tuple[np.ndarray, np.ndarray]
     ) -> tuple[Detections, np.ndarray, np.ndarray]:
         """Returns (detections, example ids, image mask) of the global batch, whole on every process."""
+        found = self._detector.predict(params, self._detector.to_global(batch), *text, self._limits)
         sharding = NamedSharding(self._mesh, BATCH)
-        arrays = (batch.image, batch.extent, batch.scale, batch.original_size, batch.example_id, batch.image_mask)
-        arrays = [jax.make_array_from_process_local_data(sharding, array) for array in arrays]
-        found = self._detector.predict(params, Photos(*arrays[:4]), *text, self._limits)
-        return jax.tree.map(np.asarray, (found, *self._gather(*arrays[4:])))
+        labels = [jax.make_array_from_process_local_data(sharding, x) for x in (batch.example_id, batch.image_mask)]
+        found, example_ids, image_mask = jax.tree.map(np.asarray, (found, *self._gather(*labels)))
+        return found, example_ids, image_mask
 
     def _rows(self, found: Detections, example_ids: np.ndarray, image_mask: np.ndarray) -> Rows:
         """Returns the detections on real images, with the ids of the json."""
@@ -127,8 +129,8 @@ class Evaluator:
         return Rows(
             image_ids=np.broadcast_to(image_ids[:, None], keep.shape)[keep],
             category_ids=np.array(self._truth.vocabulary.category_ids)[found.labels[keep]],
-            boxes=found.boxes[keep],
-            scores=found.scores[keep],
+            boxes=np.asarray(found.boxes)[keep],
+            scores=np.asarray(found.scores)[keep],
         )
 
     def _score(self, parts: Parts, samples: list[_Sample], *, step: int) -> dict[str, float]:
@@ -189,6 +191,9 @@ class Evaluator:
             "max_examples": section.max_examples,
             "definitions": truth.definitions,
             "prompts": truth.texts,
+            "prompts_truncated": int(
+                np.sum(tokenizer.num_tokens(truth.texts) > self._config.model.text.context_length)
+            ),
         }
 
 
@@ -215,9 +220,9 @@ def _samples(batch: Batch, found: Detections, *, limit: int) -> list[_Sample]:
                 example_id=int(batch.example_id[i]),
                 image=batch.image[i, :height, :width].copy(),
                 scale=batch.scale[i][[1, 0, 1, 0]],
-                boxes=found.boxes[i][keep],
-                labels=found.labels[i][keep],
-                scores=found.scores[i][keep],
+                boxes=np.asarray(found.boxes[i])[keep],
+                labels=np.asarray(found.labels[i])[keep],
+                scores=np.asarray(found.scores[i])[keep],
             )
         )
     return samples

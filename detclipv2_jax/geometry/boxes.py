@@ -38,9 +38,7 @@ def generalized_iou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float
     IoU minus the share of the smallest enclosing box that belongs to neither.
     """
     overlap, union = _overlap(a, b)
-    hull = area(
-        jnp.concatenate([jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])], axis=-1)
-    )
+    hull = area(jnp.concatenate([jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])], axis=-1))
     return overlap - (hull - union) / jnp.maximum(hull, EPSILON)
 
 

@@ -14,10 +14,24 @@ def focal_loss(
     logits: Float[Array, "*shape"], targets: Bool[Array, "*shape"], *, alpha: float, gamma: float
 ) -> Float[Array, "*shape"]:
     """Returns the sigmoid focal loss of every entry (Lin et al. 2017; same as torchvision's `sigmoid_focal_loss`)."""
-    signed = jnp.where(targets, logits, -logits)  # log-odds of the right answer
-    log_p = jax.nn.log_sigmoid(signed)
     weight = jnp.where(targets, alpha, 1.0 - alpha)
-    return -weight * jax.nn.sigmoid(-signed) ** gamma * log_p
+    return weight * _unweighted_focal_loss(jnp.where(targets, logits, -logits), gamma)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _unweighted_focal_loss(x: Float[Array, "*shape"], gamma: float) -> Float[Array, "*shape"]:
+    """Returns -(1 - p)^gamma log(p) where x are the log-odds of the right answer, whose probability is p."""
+    return -(jax.nn.sigmoid(-x) ** gamma) * jax.nn.log_sigmoid(x)
+
+
+@_unweighted_focal_loss.defjvp
+def _(gamma, primals, tangents):
+    # in closed form, because the chain rule would keep one array of similarities for each of its factors
+    (x,), (dx,) = primals, tangents
+    wrong = jax.nn.sigmoid(-x)
+    power = wrong**gamma
+    log_p = jax.nn.log_sigmoid(x)
+    return -power * log_p, power * (gamma * (1.0 - wrong) * log_p - wrong) * dx
 
 
 def alignment_loss(

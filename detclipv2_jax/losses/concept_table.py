@@ -50,8 +50,8 @@ def compact(
     """Returns (text, mask, new row of each old row, number of dropped concepts) of a table of `size` canonical rows.
 
     The order of first occurrence is kept. When more than `size` concepts are distinct, the last ones are dropped
-    and counted. A masked or dropped row points at `size`, one past the end, where `one_hot` gives zeros and a scatter with
-    `mode="drop"` writes nothing. Gradients flow to the canonical rows.
+    and counted. A masked or dropped row points at `size`, one past the end, where `one_hot` gives zeros and a
+    scatter with `mode="drop"` writes nothing. Gradients flow to the canonical rows.
     """
     if not 0 < size <= text.shape[0]:
         raise ValueError(f"size={size} must be between 1 and the table's {text.shape[0]} rows")

@@ -45,17 +45,18 @@ def word_region_loss(
     The similarity of image i and caption j is s(i, j) = mean over the concepts of caption j of the best similarity
     scale · f_region · f_text among the proposals of image i (a bias would cancel in the softmax).
 
-    text_to_image: each caption is classified over all images, softmax of s / temperature, target 1 - label_smoothing on
-    its own image plus label_smoothing / B on all B. image_to_text: the same s, each image is classified over all captions
-    (the paper gives no formula). bilateral: the mean of both.
+    text_to_image: each caption is classified over all images by a softmax of s / temperature; the target is
+    1 - label_smoothing on its own image plus label_smoothing / B on all B. image_to_text: each image is classified
+    over all captions, with the same s (the paper gives no formula). bilateral: the mean of both.
 
-    Arrays are global, rows of all of them split over all axes of the mesh of `jax.set_mesh`, in order; without a mesh
-    everything is on one device. Over the network go the concept embeddings in the dtype of `regions`, ids, a few numbers for each
-    caption and the float32 gradient of the concept embeddings; never a matrix of images × concepts.
+    Arrays are global, rows of all of them split over all axes of the mesh of `jax.set_mesh`, in order; without a
+    mesh everything is on one device. Over the network go the concept embeddings in the dtype of `regions`, ids, a
+    few numbers for each caption and the float32 gradient of the concept embeddings; never a matrix of images ×
+    concepts or images × captions.
 
     A pure function of the embeddings, which makes gradient accumulation exact: embed all images in chunks, keep
-    `regions` of all chunks and `text`, take `jax.value_and_grad` of this function with respect to (regions, text, scale) once,
-    then embed every chunk again and pull its rows of the gradient back with `jax.vjp`.
+    `regions` of all chunks and `text`, take `jax.value_and_grad` of this function with respect to (regions, text,
+    scale) once, then embed every chunk again and pull its rows of the gradient back with `jax.vjp`.
 
     Args:
       regions: embeddings of the proposals. Their dtype is that of the products; sums are float32.
@@ -64,21 +65,22 @@ def word_region_loss(
       region_mask: proposals in use. An image without any makes no pair.
       region_areas: of the proposals' boxes, in any unit; only max_size needs it.
       concept_mask: rows of the table in use.
-      canonical: first row with the same text (`concept_table.canonical_rows`).
+      canonical: first row with the same text (`concept_table.canonical_rows`); its embedding stands for all.
       caption_concepts: global table rows of each caption's concepts, the caption itself first, then its phrases.
       caption_mask: entries of `caption_concepts` in use. A caption without any makes no pair.
       image_mask: False for padding, which never counts.
       matching: one_to_one (best proposal of each concept), one_to_many (all, weighted by a softmax of s /
-        matching_temperature, Eq. 4) or max_size (the largest proposal with the caption; the lowest index among equals).
+        matching_temperature, Eq. 4) or max_size (the largest proposal with the caption; the first one among equals).
       side: text_to_image, image_to_text or bilateral.
       temperature, label_smoothing: of the InfoNCE.
       matching_temperature: tau_t of one_to_many.
       chunk_bytes: a device; bounds the similarities held at once.
       impl: xla, or pallas for the fused TPU kernel (one_to_one and max_size; see `contrastive_pallas`).
 
-    Metrics, all float32: accuracy (captions whose own image is the best; a tie is a miss), rank (mean place of the own image, from
-    1), similarity (mean s of pairs), chosen_by_own and chosen_by_others (share of an image's proposals that are the best of some
-    concept of its own caption, of another caption's other concepts), num_concepts (distinct ones in the table).
+    Metrics, all float32: accuracy (captions whose own image is the best; a tie is a miss), rank (mean place of the
+    own image, from 1), similarity (mean s of pairs), chosen_by_own and chosen_by_others (share of an image's
+    proposals that are the best of a concept of its own caption, of any other concept of the table), num_concepts
+    (distinct ones in the table).
     """
     for name, value, allowed in (("matching", matching, MATCHINGS), ("side", side, SIDES), ("impl", impl, IMPLS)):
         if value not in allowed:

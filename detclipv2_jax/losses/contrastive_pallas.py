@@ -1,4 +1,12 @@
-"""Fused TPU kernel of the one-to-one matching: maximum and argmax over regions without writing the similarities."""
+"""Fused TPU kernel of the one-to-one matching: maximum and argmax over regions without writing the similarities.
+
+The XLA form writes each chunk of similarities to memory and reads it twice. Here a block of 8 images × 1,024
+concepts stays on the chip: the traffic is the embeddings in and one value and one index for each (concept, image) out.
+
+Measured: interpreted, it equals the XLA form; the TPU compiler (libtpu 0.0.42, v5e) accepts it, and temporary memory
+of the loss at 192 × 100 × 36,864 × 512 a device, forward and backward, is 0.10 GB instead of 0.16 GB.
+Not measured: anything on a TPU, neither speed nor numbers. The XLA form is the default and the oracle.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +54,13 @@ def max_over_regions(
         ],
         out_specs=[out_block, out_block],
         out_shape=[out_shape(dtype=jnp.float32), out_shape(dtype=jnp.int32)],
+        cost_estimate=pl.CostEstimate(
+            flops=2 * b * k * c * d,
+            bytes_accessed=regions.size * regions.dtype.itemsize
+            + num_blocks * text.size * text.dtype.itemsize
+            + 8 * b * c,
+            transcendentals=0,
+        ),
         interpret=interpret,
     )(regions, penalty, text)
     return value[:b], index[:b]

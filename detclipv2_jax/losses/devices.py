@@ -14,8 +14,9 @@ def on_each_device(*num_rows: int) -> tuple[tuple[str, ...], Callable[[Callable]
     """Returns (mesh axes, decorator): a function of one device's rows becomes a function of global arrays.
 
     The mesh is that of `jax.set_mesh`; all axes split the rows, in order. Without a mesh there are no axes, and the
-    function is called as it is. Results of the function are the same on all devices with `replicated=True`; otherwise they
-    are split by rows, and no gradient may be taken (the code inside needs no types of `shard_map` then).
+    function is called as it is. Results of the function are the same on all devices with `replicated=True`;
+    otherwise they are split by rows and no gradient may be taken (`shard_map` checks no types then, which lets code
+    written without it run inside).
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(mesh.axis_names)
@@ -61,5 +62,5 @@ def vary(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def zeros_after(x: Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-    """Returns float32 zeros that XLA cannot allocate before x is known (its CPU scheduler would do so at the very start)."""
+    """Returns float32 zeros that cannot be made before x is; XLA's CPU backend would hold them from the start."""
     return vary(jnp.zeros(shape, jnp.float32), axes) + 0.0 * x.reshape(-1)[0]

@@ -30,7 +30,7 @@ class Settings:
     """How similarities are computed; hashable, because it is static."""
 
     axes: tuple[str, ...]  # mesh axes over which images, captions and table rows are split; () is one device
-    matching: str  # one_to_one | one_to_many
+    matching: str  # one_to_many, or else the best region counts (with max_size there is only one)
     temperature: float  # tau_t of one_to_many
     chunk_bytes: int
     impl: str  # xla | pallas
@@ -55,9 +55,9 @@ def caption_scores(
     """Returns (score of every caption of the global batch with every image of this device, chosen proposals, votes).
 
     score[j, i] = sum_m weights[j, m] · best[slots[j, m], i], where best[c, i] is the similarity of concept
-    `unique.order[c]` with its best proposal of image i (Eq. 2, 3), or with all of them softmax-weighted (one_to_many, Eq. 4).
-    chosen[c, i] is the index of the most similar proposal, the lowest one among equals; rows from `unique.count` on are
-    meaningless. votes[i, k] counts the concepts that chose proposal k.
+    `unique.order[c]` with its best proposal of image i (Eq. 2, 3), or with all of them softmax-weighted
+    (one_to_many, Eq. 4). chosen[c, i] is the index of the most similar proposal, the lowest one among equals; rows
+    from `unique.count` on are meaningless. votes[i, k] counts the concepts that chose proposal k.
 
     The embeddings are multiplied in the dtype of `regions` and summed in float32; `text` is cast before it is gathered,
     its gradient is summed over devices in float32.
@@ -69,7 +69,7 @@ def _forward(settings, regions, text, region_mask, unique, slots, weights):
     b, k, _ = regions.shape
     table = gather(text.astype(regions.dtype), settings.axes)
     t = table.shape[0]
-    size = chunk_size(t, 8 * b * k, settings.chunk_bytes)
+    size = chunk_size(t, 8 * b * k, settings.chunk_bytes)  # similarities, and one array as large for the indices
 
     def body(n, carry):
         best, chosen, votes = carry
@@ -187,7 +187,7 @@ def _pull(similarity_bar, settings, regions, table, unique, best_bar, size):
 
 
 def pull_by_product(regions, region_mask, table, unique, chosen, best_bar, *, settings):
-    """Returns gradients of (regions, table) of the one-to-one matching as products with one-hot matrices, chunk by chunk."""
+    """Returns gradients of (regions, table) of the one-to-one matching, as products with one-hot matrices."""
     b, k, _ = regions.shape
     size = chunk_size(table.shape[0], 4 * b * k, settings.chunk_bytes)
 
@@ -218,7 +218,7 @@ def _pull_all(regions, region_mask, table, unique, chosen, best_bar, *, settings
 
 
 def pull_by_index(regions, region_mask, table, unique, chosen, best_bar, *, settings):
-    """Returns gradients of (regions, table) of the one-to-one matching by gathering and scattering the chosen regions."""
+    """Returns gradients of (regions, table) of the one-to-one matching, from the chosen regions alone."""
     b, k, d = regions.shape
     t = table.shape[0]
     size = chunk_size(t, 4 * b * k, settings.chunk_bytes)

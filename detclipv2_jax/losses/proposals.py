@@ -55,10 +55,11 @@ def select_proposals(
     nms_iou: float,
     chunk_bytes: int,
 ) -> Proposals:
-    """Returns up to `num_proposals` anchors of each image: 1. objectness, 2. top `pre_nms`, 3. class-agnostic NMS.
+    """Returns up to `num_proposals` anchors of each image: 1. scores, 2. top `pre_nms`, 3. class-agnostic NMS.
 
-    Equal scores: the lower anchor index comes first. No gradient passes. Similarities of (anchors × concepts) are computed
-    in chunks and reduced at once. Arrays are global and split by rows over the mesh, as in `contrastive.word_region_loss`.
+    Of equal scores the lower anchor index comes first. No gradient passes. Similarities of anchors and concepts are
+    computed in chunks and reduced at once. Arrays are global and split by rows over the mesh, as in
+    `contrastive.word_region_loss`.
 
     Args:
       embeddings, boxes, centerness: of all anchors; centerness as logits.
@@ -68,12 +69,13 @@ def select_proposals(
       anchor_mask: anchors that may be chosen, i.e. those on the photo.
       concept_mask, canonical: of the table, see `contrastive.word_region_loss`.
       caption_concepts, caption_mask: concepts of each image's own caption, as rows of `text`.
-      batch_concepts, batch_concepts_mask: the same for all captions of the step, which scope="device" looks at; under gradient
-        accumulation those are more than the images at hand.
-      selection: the score. classification | iou: the extra head. centerness. text_sample: maximum similarity
-        to the concepts of the own caption. text_batch: to those of the batch. text_batch_centerness: the product of that
+      batch_concepts, batch_concepts_mask: the same for all captions of the step, which scope="device" looks at;
+        under gradient accumulation those are more than the images at hand.
+      selection: the score. classification | iou: the extra head. centerness. text_sample: maximum similarity to the
+        concepts of the own caption. text_batch: to those of the batch. text_batch_centerness: the product of that
         one's sigmoid and the centerness's.
-      scope: the batch of text_batch. device: captions of this device (the paper's; depends on the number of devices); global: all.
+      scope: the batch of text_batch. device: the captions of this device, the paper's choice, which depends on the
+        number of devices; global: all.
       num_proposals: k.
       pre_nms: anchors an image that enter NMS.
       nms_iou: threshold of NMS.
@@ -157,12 +159,12 @@ def max_over_concepts(
 ) -> Float32[Array, "b a"]:
     """Returns for each anchor the largest similarity to `table[rows[:count]]`; LOW where count is 0.
 
-    One image and one chunk of concepts at a time. Rows past `count` repeat the first one, which changes no maximum and is
-    cheaper than a mask.
+    One image and one chunk of concepts at a time. Rows past `count` repeat the first one, which changes no maximum
+    and is cheaper than a mask.
     """
     b, a, _ = embeddings.shape
     num_rows = rows.shape[0]
-    size = chunk_size(num_rows, 8 * a, chunk_bytes)
+    size = chunk_size(num_rows, 8 * a, chunk_bytes)  # similarities, and as much again for XLA's copies
     rows = jnp.where(jnp.arange(num_rows) < count, rows, rows[0])
 
     def body(n, best):

@@ -92,7 +92,12 @@ class Tower(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         for i in range(self.num_convs):
             x = nn.Conv(
-                self.channels, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=_normal_init,
+                self.channels,
+                (3, 3),
+                padding=1,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=_normal_init,
                 name=f"conv{i}",
             )(x)
             x = nn.relu(_group_norm(self.num_groups, self.dtype, f"norm{i}")(x))

@@ -203,7 +203,9 @@ def _banded_forward(features, offsets, mask, kernel):
         source, y, x, tile_mask = strip
         neighbourhoods = jnp.stack([source[:, :, i * TILE : i * TILE + side] for i in range(columns)], axis=1)
         neighbourhoods = neighbourhoods.reshape(b, columns, side * side, c)
-        weights = _tent(y[..., None] - cell[None, None, None, :, 0]) * _tent(x[..., None] - cell[None, None, None, :, 1])
+        weights = _tent(y[..., None] - cell[None, None, None, :, 0]) * _tent(
+            x[..., None] - cell[None, None, None, :, 1]
+        )
         weights = (weights * tile_mask[..., None]).astype(features.dtype)
         samples = jnp.einsum("bwsk,bwkc->bwsc", weights, neighbourhoods)
         samples = samples.reshape(b, columns, TILE * TILE, 9 * c)

@@ -65,9 +65,7 @@ class DetCLIP(nn.Module):
         """Returns both towers' outputs; made for `init`."""
         return self.encode_image(image, extent, train=train), self.encode_text(tokens)
 
-    def encode_image(
-        self, image: UInt8[Array, "b h w 3"], extent: Int[Array, "b 2"], *, train: bool
-    ) -> Regions:
+    def encode_image(self, image: UInt8[Array, "b h w 3"], extent: Int[Array, "b 2"], *, train: bool) -> Regions:
         """Returns the regions of RGB images whose valid part is the top left `extent` (height, width) px.
 
         The rest counts as zero after normalisation, whatever it holds. With `train` and stochastic depth the rng
@@ -113,9 +111,7 @@ def l2_normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     return x * jax.lax.rsqrt(jnp.maximum(squared, NORM_EPSILON**2))
 
 
-def _normalize_image(
-    image: UInt8[Array, "b h w 3"], extent: Int[Array, "b 2"], dtype: Any
-) -> Float[Array, "b h w 3"]:
+def _normalize_image(image: UInt8[Array, "b h w 3"], extent: Int[Array, "b 2"], dtype: Any) -> Float[Array, "b h w 3"]:
     _, height, width, _ = image.shape
     rows = jnp.arange(height)[None] < extent[:, :1]
     columns = jnp.arange(width)[None] < extent[:, 1:]

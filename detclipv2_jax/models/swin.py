@@ -81,7 +81,7 @@ class PatchMerging(nn.Module):
         # channel order of the reference: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column)
         x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
         x = _layer_norm(self.dtype, "norm")(x)
-        return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, kernel_init=_dense_init, name="reduction")(x)
+        return Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction")(x)
 
 
 class SwinBlock(nn.Module):
@@ -97,13 +97,13 @@ class SwinBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         # `train` is positional because nn.remat cannot mark a keyword static
         channels = x.shape[-1]
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_dense_init)
+        dense = functools.partial(Dense, dtype=self.dtype)
         y = WindowAttention(self.num_heads, self.window_size, self.shift, self.dtype, name="attention")(
             _layer_norm(self.dtype, "norm1")(x)
         )
         x = x + self._drop_path(y, train)
         y = dense(MLP_RATIO * channels, name="mlp_in")(_layer_norm(self.dtype, "norm2")(x))
-        y = dense(channels, name="mlp_out")(nn.gelu(y, approximate=False))
+        y = dense(channels, name="mlp_out")(gelu(y))
         return x + self._drop_path(y, train)
 
     def _drop_path(self, branch: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
@@ -127,9 +127,7 @@ class WindowAttention(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         window, heads = self.window_size, self.num_heads
-        table = self.param(
-            "relative_position_table", _dense_init, ((2 * window - 1) ** 2, heads), jnp.float32
-        )
+        table = self.param("relative_position_table", _dense_init, ((2 * window - 1) ** 2, heads), jnp.float32)
         bias = table[_relative_position_index(window).reshape(-1)].reshape(window**2, window**2, heads)
 
         x = _pad_to_multiple(x, window)
@@ -137,12 +135,12 @@ class WindowAttention(nn.Module):
         # an axis that one window covers has nothing to shift
         shifts = tuple(self.shift if count > 1 else 0 for count in (rows, columns))
         if any(shifts):
-            x = jnp.roll(x, (-shifts[0], -shifts[1]), axis=(1, 2))
+            x = _roll((-shifts[0], -shifts[1]), x)
         x = x.reshape(b, rows, window, columns, window, c).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * columns, window**2, c)
 
-        qkv = nn.Dense(3 * c, dtype=self.dtype, kernel_init=_dense_init, name="qkv")(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(*qkv.shape[:3], 3, heads, c // heads), 3, 0)
+        qkv = jnp.split(Dense(3 * c, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
+        query, key, value = (part.reshape(*part.shape[:3], heads, c // heads) for part in qkv)
         query = query * (c // heads) ** -0.5
         logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
         logits += bias.transpose(2, 0, 1)[None, None]
@@ -152,13 +150,54 @@ class WindowAttention(nn.Module):
             logits = jnp.where(apart[None, :, None], logits + MASKED, logits)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         x = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value).reshape(x.shape)
-        x = nn.Dense(c, dtype=self.dtype, kernel_init=_dense_init, name="projection")(x)
+        x = Dense(c, dtype=self.dtype, name="projection")(x)
 
         x = x.reshape(b, rows, columns, window, window, c).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * window, columns * window, c)
         if any(shifts):
-            x = jnp.roll(x, shifts, axis=(1, 2))
+            x = _roll(shifts, x)
         return x[:, :h, :w]
+
+
+class Dense(nn.Module):
+    """A linear layer on the last axis, computed on a matrix: XLA then needs no transposed copies for its gradient."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch o"]:
+        kernel = self.param("kernel", _dense_init, (x.shape[-1], self.features), jnp.float32)
+        y = jnp.asarray(x, self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)[None]
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+@jax.custom_jvp
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x times the normal distribution function of x, exactly; the gradient needs x alone."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    density = jnp.exp(-0.5 * x * x) * (2.0 * np.pi) ** -0.5
+    return gelu(x), tangent * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5) + x * density)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _roll(shifts: tuple[int, int], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Returns the map rolled by (rows, columns); its gradient is a roll too, where slices' would be padded sums."""
+    return jnp.roll(x, shifts, axis=(1, 2))
+
+
+_roll.defvjp(
+    lambda shifts, x: (_roll(shifts, x), None),
+    lambda shifts, _, gradient: (_roll((-shifts[0], -shifts[1]), gradient),),
+)
 
 
 def _relative_position_index(window: int) -> Int[np.ndarray, "q k"]:

@@ -1,4 +1,7 @@
-"""Time of the contrastive loss, forward and backward, against plain einsum + max: `python tests/benchmarks/contrastive.py`."""
+"""Time of the contrastive loss, forward and backward, against plain einsum + max.
+
+python tests/benchmarks/contrastive.py
+"""
 
 import argparse
 import time
@@ -58,7 +61,7 @@ def ours(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--proposals", type=int, default=100)
     parser.add_argument("--concepts", type=int, default=4000)

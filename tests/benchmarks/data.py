@@ -93,9 +93,14 @@ def compare(stream: Stream, *, num_batches: int) -> None:
     )
 
 
-def memory_mb() -> float:
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def memory_mb(process: str = "self") -> float:
+    """Returns the memory that is held and not shared with other processes."""
+    resident, shared = map(int, pathlib.Path(f"/proc/{process}/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def children() -> list[str]:
+    return [pid for file in pathlib.Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
 
 
 def workers(config, *, num_batches: int) -> None:
@@ -111,8 +116,12 @@ def workers(config, *, num_batches: int) -> None:
         for _ in range(num_batches):
             next(iterator)
         rates[num_workers] = num_batches * stream.batch_size / (time.perf_counter() - start)
+        memory = max(map(memory_mb, children()))
         iterator.close()
-    print(f"image_text workers: 1: {rates[1]:.0f}/s, 2: {rates[2]:.0f}/s, {rates[2] / rates[1]:.2f}x")
+    print(
+        f"image_text workers: 1: {rates[1]:.0f}/s, 2: {rates[2]:.0f}/s, {rates[2] / rates[1]:.2f}x; "
+        f"memory of a worker {memory:.0f} MB"
+    )
 
 
 def main() -> None:

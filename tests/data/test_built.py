@@ -1,0 +1,120 @@
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import prepare
+from detclipv2_jax.data.built import read_built
+from detclipv2_jax.data.catalog import DATASETS, command_of
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.streams import train_streams
+
+BUILDERS = {"detection": "coco_json", "grounding": "grounding_json", "image_text": "image_text"}
+
+
+def build(world: pathlib.Path, kind: str, **options) -> str:
+    source = world / ("pairs.tsv" if kind == "image_text" else f"{kind}.json")
+    output = str(world / "built" / kind)
+    prepare.run(BUILDERS[kind], source=str(source), output=output, shard_size=3, **options)
+    return output
+
+
+def use_built(config, world):
+    for kind in BUILDERS:
+        config[kind].data = (build(world, kind),)
+        config[kind]["pairs" if kind == "image_text" else "annotations"] = config[kind].images = ""
+    return config
+
+
+def assert_equal(left: Batch, right: Batch):
+    for field, a, b in zip(Batch._fields, left, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=field)
+        assert a.dtype == b.dtype, field
+
+
+def test_batches_are_those_of_the_raw_files(config, world):
+    dictionary = world / "words.tsv"
+    dictionary.write_text("cat\ta small pet\nbridge\ta way over water\nzebra\ta striped horse\n")
+    config.detection.dictionary = config.grounding.dictionary = str(dictionary)
+    raw = train_streams(config)
+    built = train_streams(use_built(config, world))
+    assert [stream.name for stream in built] == [stream.name for stream in raw]
+    for left, right in zip(raw, built, strict=True):
+        assert left.capacities == right.capacities
+        for n in range(4):
+            assert_equal(left.batch(n), right.batch(n))
+
+
+def test_raw_files_and_several_folders_are_one_stream(config, world):
+    folder = build(world, "grounding")
+    config.grounding.data = (folder, folder)
+    streams = [stream for stream in train_streams(config) if stream.kind is Kind.GROUNDING]
+    assert sum(stream.num_examples for stream in streams) == 21
+    config.grounding.max_examples = 2
+    streams = [stream for stream in train_streams(config) if stream.kind is Kind.GROUNDING]
+    assert sum(stream.num_examples for stream in streams) == 6  # of each source
+
+
+def test_a_source_travels_to_other_processes(world):
+    source = read_built(build(world, "detection"), Kind.DETECTION)
+    before = source[3]
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy[3].image, copy[3].concepts, copy.describe(3)) == (before.image, before.concepts, source.describe(3))
+    assert len(pickle.dumps(source)) < 5000
+
+
+def test_reading_imports_no_tensorflow(world):
+    folder = build(world, "image_text")
+    code = (
+        "import sys; from detclipv2_jax.data import built, schema; "
+        f"print(built.read_built({folder!r}, schema.Kind.IMAGE_TEXT)[0].caption); assert 'tensorflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a cat and a dog on grass\n"
+
+
+def test_all_missing_folders_are_listed_with_their_commands(config, world):
+    config.detection.data = ("data/objects365",)
+    config.grounding.data = ("data/gqa", "data/flickr30k")
+    config.image_text.data = (str(world / "mine"),)
+    config.image_text.images = "nowhere"
+    (world / "mine" / "building").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"config\.detection\.data: data/objects365: it does not exist") as error:
+        train_streams(config)
+    message = str(error.value)
+    for kind, folder in (("coco_json", "objects365"), ("grounding_json", "gqa"), ("grounding_json", "flickr30k")):
+        lines = [line for line in message.splitlines() if line.endswith(f"--output=data/{folder}")]
+        assert len(lines) == 1
+        assert lines[0].strip().startswith(f"python -m detclipv2_jax.prepare {kind} --input=data/raw/")
+    assert f"{world / 'mine'}: its build is not finished" in message
+    assert "config.image_text.images: the folder nowhere does not exist" in message
+
+
+def test_a_folder_of_another_kind_is_refused(config, world):
+    config.grounding.data = (build(world, "detection"),)
+    with pytest.raises(ValueError, match=r"holds detection data; it belongs in config\.detection\.data"):
+        train_streams(config)
+
+
+@pytest.mark.parametrize("folder", DATASETS)
+def test_commands_of_the_catalog_are_commands(folder, monkeypatch):
+    dataset = DATASETS[folder]
+    words = command_of(f"data/{folder}", dataset.kind).split()
+    assert words[:3] == ["python", "-m", "detclipv2_jax.prepare"]
+    assert words[3] in prepare.KINDS
+    known = {"input", "images", "num_examples", "output"}
+    assert {word.removeprefix("--").split("=")[0] for word in words[4:]} <= known
+
+
+def test_a_report_without_its_kind_of_vocabulary_is_json(world):
+    folder = pathlib.Path(build(world, "image_text"))
+    assert json.loads((folder / "vocabulary.json").read_text()) == {"names": [], "definitions": [], "category_ids": []}
+    source = read_built(str(folder), Kind.IMAGE_TEXT)
+    assert (len(source), source.most_concepts) == (7, 3)
+    assert config_lib.base().image_text.max_phrases >= source.most_concepts - 1

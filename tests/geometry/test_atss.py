@@ -1,0 +1,122 @@
+"""Assignment against an oracle written from the paper, anchor by anchor."""
+
+import jax
+import numpy as np
+import pytest
+
+from detclipv2_jax.geometry import anchors, atss
+
+
+def oracle(anchor_boxes, level_counts, boxes, box_mask, top_k=9):
+    """Returns (box index, positive) by the paper's Algorithm 1, in float64, one box at a time."""
+    anchor_boxes, boxes = np.float64(anchor_boxes), np.float64(boxes)
+    centers = (anchor_boxes[:, :2] + anchor_boxes[:, 2:]) / 2
+    best, owner = np.full(len(anchor_boxes), -1.0), np.zeros(len(anchor_boxes), int)
+    for number, box in enumerate(boxes):
+        if not box_mask[number]:
+            continue
+        distance = np.square(centers - (box[:2] + box[2:]) / 2).sum(axis=1)
+        candidates, start = [], 0
+        for count in level_counts:
+            order = np.argsort(distance[start : start + count], kind="stable")
+            candidates.extend(start + order[:top_k])
+            start += count
+        candidates = np.array(candidates)
+        size = np.minimum(anchor_boxes[candidates, 2:], box[2:]) - np.maximum(anchor_boxes[candidates, :2], box[:2])
+        common = np.maximum(size, 0).prod(axis=1)
+        areas = (anchor_boxes[candidates, 2:] - anchor_boxes[candidates, :2]).prod(axis=1)
+        overlap = common / (areas + (box[2:] - box[:2]).prod() - common)
+        threshold = overlap.mean() + overlap.std(ddof=1)
+        inside = np.minimum(centers[candidates] - box[:2], box[2:] - centers[candidates]).min(axis=1) > 0.01
+        for anchor, value in zip(candidates[inside], overlap[inside], strict=True):
+            if value >= threshold and value > best[anchor]:
+                best[anchor], owner[anchor] = value, number
+    return owner, best >= 0
+
+
+def random_boxes(rng, count, canvas, largest):
+    """Returns boxes inside the canvas, log-uniform in size."""
+    size = np.exp(rng.uniform(np.log(2), np.log(largest), (count, 2)))
+    size = np.minimum(size, np.array(canvas[::-1]) * 0.98)
+    corner = rng.uniform(0, 1, (count, 2)) * (np.array(canvas[::-1]) - size)
+    return np.concatenate([corner, corner + size], axis=1).astype(np.float32)
+
+
+def check(canvas, boxes, box_mask=None):
+    """Compares one image with the oracle and returns the number of positive anchors."""
+    grid = anchors.grid(canvas)
+    box_mask = np.ones(len(boxes), bool) if box_mask is None else box_mask
+    result = jax.jit(atss.assign, static_argnums=1)(grid.boxes, grid.levels, boxes, box_mask)
+    index, positive = oracle(grid.boxes, grid.levels, boxes, box_mask)
+    np.testing.assert_array_equal(result.positive, positive)
+    np.testing.assert_array_equal(result.box_index, index)
+    return int(positive.sum())
+
+
+def test_a_hundred_boxes_on_the_landscape_canvas():
+    rng = np.random.default_rng(0)
+    assert check((800, 1344), random_boxes(rng, 100, (800, 1344), 1200)) > 400
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_with_fewer_anchors_than_candidates(seed):
+    # 128 x 96 px: 4, 1 and 1 anchors on the last levels
+    rng = np.random.default_rng(seed)
+    assert check((128, 96), random_boxes(rng, 20, (128, 96), 120)) > 20
+
+
+def test_tiny_full_image_and_equal_boxes():
+    boxes = np.float32([[0, 0, 96, 128], [40, 40, 42, 42], [40.5, 41, 47, 49], [0, 0, 96, 128], [90, 120, 96, 128]])
+    check((128, 96), boxes)
+
+
+def test_ties_of_distance_go_to_the_first_anchor():
+    # centres on the corners and edges between cells: 4, 2 or more anchors are equally near
+    boxes = np.float32(
+        [[x - w / 2, y - h / 2, x + w / 2, y + h / 2] for x, y, w, h in
+         [(64, 64, 48, 48), (32, 64, 64, 32), (16, 16, 32, 32), (68, 60, 64, 64), (48, 96, 32, 64), (64, 60, 96, 96)]]
+    )  # fmt: skip
+    assert check((128, 96), boxes) > 6
+
+
+def test_masked_boxes_take_part_in_nothing():
+    rng = np.random.default_rng(5)
+    boxes = random_boxes(rng, 20, (128, 96), 90)
+    mask = np.arange(20) % 3 != 0  # crowd regions and padding
+    boxes[~mask] = [[0, 0, 96, 128]]
+    assert check((128, 96), boxes, mask) > 0
+    assert check((128, 96), boxes, np.zeros(20, bool)) == 0
+    assert check((128, 96), boxes[:0]) == 0
+
+
+def test_degenerate_boxes_get_no_anchor():
+    # a line and a point, also where they pass exactly through anchor centres
+    assert check((128, 96), np.float32([[4, 4, 4, 90], [20, 20, 20, 20], [3, 28, 80, 28]])) == 0
+
+
+def test_over_a_batch_equals_one_by_one():
+    rng = np.random.default_rng(7)
+    grid = anchors.grid((128, 96))
+    boxes = np.stack([random_boxes(rng, 20, (128, 96), 90) for _ in range(3)])
+    mask = rng.uniform(size=(3, 20)) < 0.7
+    batch = jax.jit(jax.vmap(lambda b, m: atss.assign(grid.boxes, grid.levels, b, m)))(boxes, mask)
+    for i in range(3):
+        index, positive = oracle(grid.boxes, grid.levels, boxes[i], mask[i])
+        np.testing.assert_array_equal(batch.positive[i], positive)
+        np.testing.assert_array_equal(batch.box_index[i], index)
+
+
+def test_no_array_of_anchors_times_boxes_over_a_batch():
+    grid = anchors.grid((800, 1344))
+    batch, num_boxes = 8, 100
+    boxes = jax.ShapeDtypeStruct((batch, num_boxes, 4), np.float32)
+    mask = jax.ShapeDtypeStruct((batch, num_boxes), bool)
+    run = jax.jit(jax.vmap(lambda b, m: atss.assign(grid.boxes, grid.levels, b, m)))
+    temporary = run.lower(boxes, mask).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < batch * num_boxes * len(grid.boxes) * 4 / 3
+
+
+def test_counts_that_do_not_fit_are_an_error():
+    grid = anchors.grid((128, 96))
+    with pytest.raises(ValueError, match="add up to"):
+        atss.assign(grid.boxes, (1, 2), np.zeros((1, 4), np.float32), np.ones(1, bool))

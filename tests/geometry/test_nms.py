@@ -1,0 +1,84 @@
+"""Suppression against a greedy oracle and torchvision."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from detclipv2_jax.geometry.nms import nms
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+import cases  # noqa: E402  (lives beside the fixtures, which are made in another environment)
+
+
+def greedy(boxes, scores, threshold, max_outputs, mask=None, classes=None):
+    """Returns the kept indices, box by box."""
+    boxes = boxes.astype(np.float64)
+    left = [i for i in np.argsort(-scores, kind="stable") if mask is None or mask[i]]
+    kept = []
+    while left and len(kept) < max_outputs:
+        best = left.pop(0)
+        kept.append(best)
+        size = np.maximum(
+            np.minimum(boxes[best, 2:], boxes[left, 2:]) - np.maximum(boxes[best, :2], boxes[left, :2]), 0
+        )
+        common = size.prod(axis=1)
+        area = [np.prod(boxes[i, 2:] - boxes[i, :2]) for i in (best, *left)]
+        overlap = common / np.maximum(area[0] + np.array(area[1:]) - common, 1e-12)
+        same = np.ones(len(left), bool) if classes is None else classes[left] == classes[best]
+        left = [i for i, o, s in zip(left, overlap, same, strict=True) if not (o > threshold and s)]
+    return kept
+
+
+def kept(result):
+    """Returns the indices in use."""
+    indices, mask = map(np.asarray, result)
+    used = int(mask.sum())
+    assert mask[:used].all()
+    assert not indices[used:].any()
+    return indices[:used].tolist()
+
+
+@pytest.mark.parametrize("kind", cases.NMS_KINDS)
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_equal_to_torchvision(kind, threshold):
+    golden = np.load(GOLDEN / "boxes.npz")
+    case = cases.nms_case(kind)
+    options = {"iou_threshold": threshold, "max_outputs": len(case.scores)}
+    np.testing.assert_array_equal(kept(nms(case.boxes, case.scores, **options)), golden[f"{kind}/{threshold}/agnostic"])
+    np.testing.assert_array_equal(
+        kept(nms(case.boxes, case.scores, classes=case.classes, **options)), golden[f"{kind}/{threshold}/aware"]
+    )
+
+
+@pytest.mark.parametrize("kind", cases.NMS_KINDS)
+@pytest.mark.parametrize("max_outputs", [1, 7, 1000])
+def test_equal_to_the_greedy_oracle(kind, max_outputs):
+    case = cases.nms_case(kind)
+    mask = np.arange(len(case.scores)) % 5 != 0
+    result = nms(case.boxes, case.scores, iou_threshold=0.5, max_outputs=max_outputs, mask=mask, classes=case.classes)
+    assert kept(result) == greedy(case.boxes, case.scores, 0.5, max_outputs, mask, case.classes)
+
+
+def test_nothing_to_keep():
+    case = cases.nms_case("random")
+    nothing = np.zeros(len(case.scores), bool)
+    assert kept(nms(case.boxes, case.scores, iou_threshold=0.5, max_outputs=3, mask=nothing)) == []
+    assert kept(nms(case.boxes[:0], case.scores[:0], iou_threshold=0.5, max_outputs=3)) == []
+
+
+def test_minus_infinity_is_a_score_like_any_other():
+    boxes = np.float32([[0, 0, 1, 1], [5, 5, 6, 6], [8, 8, 9, 9]])
+    scores = np.float32([-np.inf, 1, -np.inf])
+    assert kept(nms(boxes, scores, iou_threshold=0.5, max_outputs=3)) == [1, 0, 2]
+
+
+def test_over_a_batch():
+    case = cases.nms_case("clustered")
+    batch = np.stack([case.scores, np.roll(case.scores, 7), -case.scores])
+    run = jax.vmap(lambda scores: nms(case.boxes, scores, iou_threshold=0.4, max_outputs=50))
+    for scores, *result in zip(batch, *run(batch), strict=True):
+        assert kept(result) == greedy(case.boxes, scores, 0.4, 50)

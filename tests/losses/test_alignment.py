@@ -1,0 +1,111 @@
+"""Focal alignment loss against NumPy; chunks change nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from detclipv2_jax.losses.alignment import alignment_loss, focal_loss
+
+ALPHA, GAMMA = 0.25, 2.0
+
+
+def focal_oracle(logits, targets):
+    """Sigmoid focal loss in float64, from the formula."""
+    p = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    positive = -ALPHA * (1 - p) ** GAMMA * np.log(np.maximum(p, 1e-300))
+    negative = -(1 - ALPHA) * p**GAMMA * np.log(np.maximum(1 - p, 1e-300))
+    return np.where(targets, positive, negative)
+
+
+def test_focal_loss_equals_the_formula():
+    logits = np.linspace(-20, 20, 401, dtype=np.float32)
+    for targets in (np.ones(401, bool), np.zeros(401, bool)):
+        ours = focal_loss(jnp.asarray(logits), targets, alpha=ALPHA, gamma=GAMMA)
+        np.testing.assert_allclose(ours, focal_oracle(logits, targets), rtol=2e-6, atol=1e-7)
+
+
+def test_focal_gradient_equals_the_difference_quotient():
+    logits = np.linspace(-8, 8, 161)
+    for target in (True, False):
+        gradient = jax.grad(lambda x: jnp.sum(focal_loss(x, jnp.full(161, target), alpha=ALPHA, gamma=GAMMA)))  # noqa: B023
+        step = 1e-5
+        expected = (focal_oracle(logits + step, target) - focal_oracle(logits - step, target)) / (2 * step)
+        np.testing.assert_allclose(gradient(jnp.asarray(logits, jnp.float32)), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -100.0, 0.0, 100.0, 1e4])
+@pytest.mark.parametrize("target", [True, False])
+def test_focal_loss_has_finite_gradients_everywhere(logit, target):
+    gradient = jax.grad(lambda x: focal_loss(x, jnp.asarray(target), alpha=ALPHA, gamma=GAMMA))(jnp.float32(logit))
+    assert jnp.isfinite(gradient)
+
+
+def inputs(seed=0, b=2, a=7, t=11, d=5):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "concept_mask": rng.uniform(size=t) < 0.8,
+        "anchor_mask": rng.uniform(size=(b, a)) < 0.9,
+        "labels": rng.integers(0, t, (b, a)).astype(np.int32),
+        "positive": rng.uniform(size=(b, a)) < 0.4,
+    }
+    arrays["concept_mask"][arrays["labels"]] = True
+    return rng.normal(size=(b, a, d)).astype(np.float32), rng.normal(size=(t, d)).astype(np.float32), arrays
+
+
+def loss(embeddings, text, scale, bias, *, chunk_bytes, arrays):
+    return alignment_loss(
+        embeddings,
+        text,
+        scale=scale,
+        bias=bias,
+        alpha=ALPHA,
+        gamma=GAMMA,
+        num_devices=1,
+        chunk_bytes=chunk_bytes,
+        **arrays,
+    )
+
+
+def test_alignment_loss_equals_brute_force_and_ignores_masked_places():
+    embeddings, text, arrays = inputs()
+    expected = 0.0
+    for i, j in zip(*np.nonzero(arrays["anchor_mask"]), strict=True):
+        for c in np.flatnonzero(arrays["concept_mask"]):
+            target = arrays["positive"][i, j] and arrays["labels"][i, j] == c
+            expected += focal_oracle(3.0 * embeddings[i, j] @ text[c] - 1.5, target)
+    ours = loss(embeddings, text, jnp.float32(3.0), jnp.float32(-1.5), chunk_bytes=1 << 20, arrays=arrays)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_chunks_change_neither_value_nor_gradients():
+    embeddings, text, arrays = inputs(t=37)
+    arrays["concept_mask"][20:] = False  # whole chunks of padding are skipped
+    arrays["labels"] %= 20
+    results = []
+    for chunk_bytes in (1 << 20, 4 * 7 * 2 * 8):
+        function = functools.partial(loss, chunk_bytes=chunk_bytes, arrays=arrays)
+        grads = jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2, 3)))
+        results.append(grads(embeddings, text, jnp.float32(3.0), jnp.float32(-1.5)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+def test_similarities_are_never_held_whole():
+    embeddings, text = jnp.zeros((2, 2000, 16)), jnp.zeros((4000, 16))
+    arrays = {
+        "concept_mask": jnp.ones(4000, bool),
+        "anchor_mask": jnp.ones((2, 2000), bool),
+        "labels": jnp.zeros((2, 2000), jnp.int32),
+        "positive": jnp.zeros((2, 2000), bool),
+    }
+
+    def temporary_bytes(chunk_bytes):
+        function = functools.partial(loss, chunk_bytes=chunk_bytes, arrays=arrays)
+        compiled = jax.jit(jax.grad(function, argnums=(0, 1))).lower(embeddings, text, jnp.float32(1), jnp.float32(0))
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    whole = 4 * 2 * 2000 * 4000
+    assert temporary_bytes(1 << 30) >= whole
+    assert temporary_bytes(2 << 20) < whole / 4

@@ -1,0 +1,75 @@
+"""The check of a whole configuration, its JSON form, and the configuration files."""
+
+import pathlib
+
+import pytest
+
+from detclipv2_jax import config as config_lib
+
+FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+VARIANTS = {"swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"), "coco_json": ("nano", "overfit", "swin_t")}
+EVERY = [(path.stem, variant) for path in FILES for variant in ("", *VARIANTS.get(path.stem, ()))]
+
+
+def load(name, variant=""):
+    module = __import__(f"configs.{name}", fromlist=["get_config"])
+    return module.get_config(variant) if variant else module.get_config()
+
+
+@pytest.mark.parametrize(("name", "variant"), EVERY)
+def test_every_config_is_valid_on_one_and_on_many_devices(name, variant):
+    config = load(name, variant)
+    for num_devices in (1, 8 if name in ("coco_json", "demo") else 32):
+        config_lib.validate(config, num_devices=num_devices)
+
+
+def test_swin_t_has_the_values_of_table_9():
+    c = load("swin_t")
+    assert c.epochs == 12
+    assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.optimizer.warmup_steps) == (2.8e-4, 0.05, 1000)
+    assert (c.optimizer.b1, c.optimizer.b2, c.model.swin.drop_path_rate) == (0.9, 0.999, 0.2)
+    assert (c.detection.batch_size, c.grounding.batch_size, c.image_text.batch_size) == (128, 128, 6144)
+    assert (c.detection.num_concepts, c.grounding.num_concepts, c.model.text.context_length) == (150, 100, 16)
+    assert (c.loss.contrastive_weight, c.loss.temperature, c.loss.label_smoothing) == (0.1, 0.5, 0.1)
+    assert (c.loss.box_weight, c.loss.centerness_weight, c.loss.num_proposals) == (2.0, 1.0, 100)
+    assert c.image_text.canvases == ((320, 320),)
+    assert c.detection.canvases == ((800, 1344), (1344, 800))
+    large = load("swin_l")
+    assert (large.optimizer.learning_rate, large.detection.batch_size, large.image_text.batch_size) == (4e-4, 256, 6144)
+
+
+def test_json_round_trip(micro):
+    again = config_lib.from_json(config_lib.to_json(micro))
+    assert config_lib.differences(micro, again) == []
+    again.loss.temperature = 0.7
+    assert config_lib.differences(micro, again) == ["loss.temperature: 0.5 -> 0.7"]
+
+
+def test_all_problems_are_listed_at_once(micro):
+    micro.loss.side = "both"
+    micro.loss.temperature = 0.0
+    micro.loss.selection = "iou"
+    micro.detection.batch_size = 10
+    micro.eval.canvases = ((64, 100),)
+    with pytest.raises(ValueError, match="5 problem") as error:
+        config_lib.validate(micro, num_devices=8)
+    for part in (
+        "config.loss.side is 'both'; allowed: text_to_image | image_to_text | bilateral",
+        "config.loss.temperature is 0.0; allowed: above 0",
+        "needs the head of the same name",
+        "config.detection.batch_size is 10, which is not divisible by 8 devices",
+        "config.eval.canvases has (64, 100)",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["nano", "swin_t", "swin_s", "swin_b", "swin_l"])
+def test_model_sizes(size):
+    assert config_lib.model(size).swin.embed_dim > 0
+
+
+def test_unknown_names_say_what_is_allowed():
+    with pytest.raises(ValueError, match=r"'swin_x' is unknown; allowed are nano, swin_t"):
+        config_lib.model("swin_x")
+    with pytest.raises(ValueError, match="allowed are o365, o365_cc3m"):
+        load("swin_t", "o366")

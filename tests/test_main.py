@@ -1,0 +1,179 @@
+"""Whole runs of a micro model on generated scenes: files, resuming, seeds, and errors that say what to do."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from detclipv2_jax import checkpoints, main, train
+from detclipv2_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(config, workdir):
+    """Returns the scores of a run, as `main` would do it."""
+    config_lib.validate(config, num_devices=jax.device_count())
+    main.claim_workdir(workdir, config, fresh_allowed=True)
+    return train.train(train.prepare_run(main.with_scenes(config, workdir), workdir))
+
+
+def with_steps(config, num_steps):
+    config = config.copy_and_resolve_references()
+    config.num_steps = num_steps
+    return config
+
+
+def lines(workdir):
+    """Returns {step: metrics} of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    merged: dict[int, dict] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update({k: v for k, v in row.items() if not k.startswith("timing/")})
+    return merged
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, micro_session):
+    """A run of 8 steps, unbroken; (config, workdir, scores)."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return micro_session, workdir, start(with_steps(micro_session, 8), workdir)
+
+
+@pytest.mark.slow
+def test_a_workdir_has_what_the_design_names(finished):
+    _, workdir, scores = finished
+    assert {"AP", "AP50", "AP75", "APr", "APf", "AR100"} <= scores.keys()
+    assert (workdir / "config.json").is_file()
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["8"]
+    history = lines(workdir)
+    assert sorted(history) == list(range(1, 9))
+    kinds = {name.split("/")[0] for row in history.values() for name in row if "/" in name}
+    assert kinds == {"detection", "grounding", "image_text", "eval"}
+    assert list(workdir.glob("events.out.tfevents.*"))
+    pictures = [path.name for path in (workdir / "pictures").iterdir()]
+    assert sum(name.startswith("batch_") for name in pictures) == 3
+    assert "curves.png" in pictures
+    found = json.loads(next((workdir / "eval").glob("*detections.json")).read_text())
+    assert {"image_id", "category_id", "bbox", "score"} <= found[0].keys()
+
+
+@pytest.mark.slow
+def test_stopping_and_resuming_equals_one_run_bit_for_bit(finished, tmp_path):
+    config, whole, _ = finished
+    broken = tmp_path / "run"
+    start(with_steps(config, 4), broken)
+    start(with_steps(config, 8), broken)
+    expected, resumed = lines(whole), lines(broken)
+    for step, row in expected.items():
+        shared = {name: value for name, value in resumed[step].items() if not name.startswith("eval/") or step == 8}
+        assert shared == row, step
+    one, other = (checkpoints.load_for_inference(workdir)[1] for workdir in (whole, broken))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(finished, tmp_path):
+    config, whole, scores = finished
+    assert start(with_steps(config, 8), tmp_path / "again") == scores
+    assert lines(tmp_path / "again") == lines(whole)
+    other = with_steps(config, 1)
+    other.seed = 1
+    start(other, tmp_path / "other")
+    assert lines(tmp_path / "other")[1] != lines(whole)[1]
+
+
+@pytest.mark.slow
+def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_path):
+    config, workdir, scores = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    run = train.prepare_run(main.with_scenes(with_steps(config, 8), copy), copy)
+    assert train.evaluate(run) == scores
+
+
+@pytest.mark.slow
+def test_starting_from_another_run_takes_its_parameters_only(finished, tmp_path):
+    config, workdir, _ = finished
+    config = with_steps(config, 1)
+    config.init_from.checkpoint = str(workdir)
+    config.optimizer.warmup_steps = 10  # the first step has learning rate 0
+    config.checkpoint.every_steps = 1
+    start(config, tmp_path / "started")
+    _, params, step = checkpoints.load_for_inference(tmp_path / "started")
+    assert step == 1
+    jax.tree.map(np.testing.assert_array_equal, params, checkpoints.load_for_inference(workdir)[1])
+    config.model.head.num_convs = 2
+    with pytest.raises(ValueError, match=r"does not fit the model[\s\S]*missing"):
+        start(config, tmp_path / "other_model")
+
+
+@pytest.mark.slow
+def test_a_workdir_of_another_config_is_refused_with_each_difference(finished):
+    config, workdir, _ = finished
+    other = with_steps(config, 9)
+    other.loss.temperature = 0.25
+    other.model.head.num_convs = 2
+    other.log_every_steps = 7  # may change
+    with pytest.raises(ValueError, match="holds another run") as error:
+        main.claim_workdir(workdir, other, fresh_allowed=True)
+    assert "loss.temperature: 0.5 -> 0.25" in str(error.value)
+    assert "model.head.num_convs: 1 -> 2" in str(error.value)
+    assert "log_every_steps" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_or_is_skipped_by_config(micro, tmp_path):
+    writer = train.MetricsWriter(tmp_path, 0)
+    progress = train.Progress(0, 10)
+    metrics = {"loss": np.float32(np.nan), "loss_box": np.float32(1.5), "finite": np.float32(0)}
+    settings = {"logged": False, "writer": writer, "progress": progress}
+    with pytest.raises(train.NonFiniteError, match=r"step 7 was not applied.*detection/loss nan.*loss_box 1.5"):
+        train.finish_step(7, "detection", metrics, stop=True, **settings)
+    train.finish_step(8, "detection", metrics, stop=False, **settings)
+    writer.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [7, 8]
+
+
+def test_resuming_removes_metrics_of_steps_that_are_done_again(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 5, "a": 3}\n{"step": 6, "a"')
+    train.MetricsWriter(tmp_path, 4).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 2}\n'
+
+
+def test_missing_files_are_listed_together(micro, tmp_path):
+    micro.scenes.num_detection = micro.scenes.num_grounding = micro.scenes.num_image_text = micro.scenes.num_eval = 0
+    micro.detection.annotations, micro.detection.images = str(tmp_path / "nope.json"), str(tmp_path / "nowhere")
+    micro.image_text.pairs, micro.image_text.images = str(tmp_path / "nope.tsv"), str(tmp_path)
+    with pytest.raises(ValueError, match="nope") as error:
+        train.prepare_run(micro, tmp_path)
+    for name in ("nope.json", "nowhere", "nope.tsv"):
+        assert name in str(error.value)
+
+
+def command(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "detclipv2_jax.main", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: --config is missing"),
+        (("--config=configs/demo.py", "--config.nmu_steps=3"), 'Did you mean "num_steps"'),
+        (("--config=configs/nope.py",), "configs/nope.py"),
+        (("--config=configs/demo.py", "--config.detection.batch_size=12"), "12, which is not divisible by 8 devices"),
+        (("--config=configs/swin_t.py",), "python -m detclipv2_jax.prepare"),
+    ],
+)
+def test_one_clear_error_before_anything_is_compiled(arguments, message, tmp_path):
+    result = command(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

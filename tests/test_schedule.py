@@ -1,0 +1,56 @@
+"""The order of steps: shares, purity, positions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detclipv2_jax.schedule import Schedule
+
+PAPER = (5156, 6016, 2116)  # batches an epoch of O365, GoldG and CC15M (spec section 4)
+
+
+def test_the_papers_run_has_159k_steps_in_the_papers_shares():
+    schedule = Schedule(PAPER, epochs=12, seed=0)
+    assert schedule.num_steps == schedule.total_steps == 159_456
+    drawn = [schedule.draw(step).stream for step in range(schedule.steps_per_epoch, 2 * schedule.steps_per_epoch)]
+    assert tuple(np.bincount(drawn)) == PAPER
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
+def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed):
+    schedule = Schedule(num_batches, epochs=epochs, seed=seed)
+    seen = [0] * len(num_batches)
+    for step in range(schedule.num_steps):
+        assert schedule.next_positions(step) == seen
+        draw = schedule.draw(step)
+        assert draw.position == seen[draw.stream]
+        seen[draw.stream] += 1
+    assert seen == [epochs * n for n in num_batches]
+
+
+def test_order_depends_on_the_seed_only():
+    order = [[Schedule(PAPER, epochs=1, seed=seed).draw(step) for step in range(200)] for seed in (0, 0, 1)]
+    assert order[0] == order[1] != order[2]
+
+
+def test_weights_multiply_the_steps_of_a_stream_and_zero_leaves_it_out():
+    schedule = Schedule((10, 10, 10), epochs=1, seed=0, weights=(0.5, 0.0, 2.0))
+    drawn = np.bincount([schedule.draw(step).stream for step in range(schedule.num_steps)], minlength=3)
+    assert drawn.tolist() == [5, 0, 20]
+
+
+def test_num_steps_caps_the_run_but_not_the_horizon():
+    capped = Schedule((4, 4), epochs=10, seed=0, num_steps=7)
+    assert (capped.num_steps, capped.total_steps) == (7, 80)
+    assert Schedule((4, 4), epochs=1, seed=0, num_steps=700).num_steps == 8
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="at least one stream"):
+        Schedule((4,), epochs=1, seed=0, weights=(0.0,))
