@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 5.0
     c.log_every_steps = 5
     if variant == "overfit":
-        c.epochs = 600  # one step each
+        c.epochs = 300  # one step each
         c.detection.max_examples = c.eval.max_examples = 8
         for section in (c.detection, c.eval):
             section.canvases = ((320, 320),)

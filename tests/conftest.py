@@ -74,7 +74,7 @@ def micro_config() -> ConfigDict:
     c.eval.num_pictures = 1
     c.loss.num_proposals = 8
     c.optimizer.learning_rate = 1e-3
-    c.optimizer.warmup_steps = 2
+    c.optimizer.warmup_steps = 50
     c.log_every_steps = 1
     c.checkpoint.every_steps = 100
     return c

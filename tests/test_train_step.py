@@ -62,7 +62,12 @@ def compiled(micro_json, kind, num_devices, num_chunks, fsdp, ema_decay):
         return train_state.create(train_state.init_params(model, key, context_length=16), tx, ema=ema_decay > 0)
 
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=CANVAS, mesh=mesh)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, sharding.REPLICATED)))
+    step = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(placed, NamedSharding(mesh, sharding.REPLICATED)),
+        compiler_options={"xla_backend_optimization_level": 0},  # compiles three times faster
+    )
     return jax.jit(create, out_shardings=placed), step, mesh
 
 
@@ -80,18 +85,17 @@ def run(micro, kind, *, num_devices=1, num_chunks=1, fsdp=1, num_steps=5, ema_de
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
-def test_eight_devices_and_chunks_agree_with_one_device(micro, kind):
+def test_eight_devices_in_chunks_agree_with_one_device(micro, kind):
     one, expected = run(micro, kind)
-    for settings in ({"num_devices": 8, "fsdp": 2}, {"num_chunks": 4}):
-        other, history = run(micro, kind, **settings)
-        for ours, theirs in zip(history, expected, strict=True):
-            for name, value in theirs.items():
-                assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (settings, name)
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(one.params), jax.tree.leaves(other.params), strict=True
-        ):
-            # Adam's first steps turn a rounding error of a gradient near zero into one of a whole step
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4, err_msg=f"{settings} {param_name(path)}")
+    other, history = run(micro, kind, num_devices=8, num_chunks=2, fsdp=2)
+    for step, (ours, theirs) in enumerate(zip(history, expected, strict=True)):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, name)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one.params), jax.tree.leaves(other.params), strict=True
+    ):
+        # Adam turns a rounding error of a gradient that is zero in theory into one of a whole step
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-4, err_msg=param_name(path))
 
 
 @pytest.mark.slow
@@ -110,9 +114,9 @@ def test_loss_falls_on_one_batch(micro, kind):
 def moved(micro, kind):
     """Returns the names of parameters that gradients reach, read from Adam's first moments.
 
-    Of two steps: offsets start at zero, so nothing goes through them in the first.
+    Of three steps: the first has learning rate zero, and nothing goes through the offsets while they are zero.
     """
-    state, _ = run(micro, kind, num_steps=2)
+    state, _ = run(micro, kind, num_steps=3)
     moments = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     return {param_name(path) for path, mu in jax.tree_util.tree_leaves_with_path(moments.mu) if np.any(mu != 0)}
 

@@ -36,6 +36,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from detclipv2_jax.builders.record_builder import Reader, RecordBuilder, Tally, features, generate, to_example
 from detclipv2_jax.data.built import INDEX, REPORT, VOCABULARY
@@ -59,12 +60,14 @@ class Job:
     def write(self, shard: int) -> int:
         """Writes a shard, its index and, last, its counts; returns its number."""
         tally, rows = Tally(), []
-        part, encode = self.file(shard, f"part{os.getpid()}"), features().serialize_example
+        part, connectors = self.file(shard, f"part{os.getpid()}"), features()
         writer = ArrayRecordWriter(str(part), "group_size:1")  # every record can be read alone
         examples = generate(self.reader, shard, tally, held_out=self.held_out, drop_held_out=self.drop_held_out)
         try:
             for name, record in examples:
-                writer.write(encode(to_example(name, record)))
+                example = tf_example_pb2.Example.FromString(connectors.serialize_example(to_example(name, record)))
+                # TFDS leaves the order of the features to chance; sorted, equal inputs give equal files
+                writer.write(example.SerializeToString(deterministic=True))
                 rows.append((*record.size, len(record.boxes), len(record.concepts)))
         finally:
             writer.close()

@@ -1,0 +1,132 @@
+"""What holds for the package as a whole: which module may import which, and every configuration can be traced."""
+
+import ast
+import collections
+import functools
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import sharding, train_state, train_step
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.models import detclip
+from detclipv2_jax.optimizer import make_optimizer
+
+PACKAGE = pathlib.Path(train_step.__file__).parent
+# what a part may import beside itself; nobody imports the command-line tools
+MAY_IMPORT = {
+    "alignment": {"data", "geometry", "inference", "models", "visualize"},
+    "builders": {"data"},
+    "checkpoints": {"config", "optimizer", "train_state"},
+    "config": set(),
+    "data": {"geometry"},
+    "drawing": set(),
+    "eval": {"data", "inference", "models", "sharding", "visualize", "vocabulary"},
+    "geometry": set(),
+    "inference": {"alignment", "checkpoints", "data", "geometry", "models", "sharding", "vocabulary"},
+    "losses": {"geometry"},
+    "main": {"config", "data", "eval", "train"},
+    "models": {"geometry"},
+    "optimizer": set(),
+    "predict": {"data", "eval", "inference", "visualize"},
+    "prepare": {"builders", "data"},
+    "schedule": set(),
+    "sharding": {"data"},
+    "train": {
+        "alignment", "checkpoints", "data", "eval", "inference", "models", "optimizer", "schedule", "sharding",
+        "train_state", "train_step", "visualize",
+    },
+    "train_state": {"models", "optimizer", "sharding"},
+    "train_step": {"data", "geometry", "losses", "models", "sharding", "train_state"},
+    "visualize": {"data", "drawing"},
+    "vocabulary": {"data"},
+}  # fmt: skip
+
+
+def imports(path):
+    """Yields every module that a file imports, as a dotted name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_follow_the_arrows():
+    found = collections.defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imports(path):
+            names = name.split(".")
+            if names[0] == "detclipv2_jax" and len(names) > 1 and names[1] != part:
+                found[part].add(names[1])
+    wrong = {part: sorted(names - MAY_IMPORT.get(part, set())) for part, names in found.items()}
+    assert not {part: names for part, names in wrong.items() if names}
+
+
+def test_data_workers_stay_light():
+    modules = [f"detclipv2_jax.data.{path.stem}" for path in (PACKAGE / "data").glob("*.py") if path.stem != "__init__"]
+    code = f"import sys, {', '.join(modules)}; print(sorted({{'tensorflow', 'flax', 'optax', 'torch'}} & set(sys.modules)))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_only_checkpoints_knows_orbax():
+    users = {path.name for path in PACKAGE.rglob("*.py") if any(name.startswith("orbax") for name in imports(path))}
+    assert users == {"checkpoints.py"}
+
+
+def shapes_of_batch(config, kind, canvas):
+    """Returns the shapes of a global batch of a configuration."""
+    section = config[kind.value]
+    b, rows = section.batch_size, 8 * 96
+    n, m = (0, section.max_phrases + 1) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
+    shape = jax.ShapeDtypeStruct
+    return Batch(
+        image=shape((b, *canvas, 3), jnp.uint8),
+        extent=shape((b, 2), jnp.int32),
+        scale=shape((b, 2), jnp.float32),
+        original_size=shape((b, 2), jnp.int32),
+        image_mask=shape((b,), bool),
+        example_id=shape((b,), jnp.int32),
+        boxes=shape((b, n, 4), jnp.float32),
+        box_mask=shape((b, n), bool),
+        box_concepts=shape((b, n), jnp.int32),
+        concept_tokens=shape((rows, config.model.text.context_length), jnp.int32),
+        concept_mask=shape((rows,), bool),
+        concept_ids=shape((rows, 2), jnp.uint32),
+        caption_concepts=shape((b, m), jnp.int32),
+        caption_mask=shape((b, m), bool),
+    )
+
+
+@functools.cache
+def traced(model_json):
+    model = detclip.from_config(config_lib.from_json(model_json))
+    return model, train_state.param_shapes(model, context_length=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("name", ["demo", "coco_json", "swin_t", "swin_l"])
+def test_every_config_can_be_traced(name, kind):
+    config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
+    model, shapes = traced(config_lib.to_json(config.model))
+    tx = make_optimizer(config.optimizer, shapes, 1000)
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
+    state = jax.eval_shape(lambda params: train_state.create(params, tx, ema=False), shapes)
+    canvas = tuple(config[kind.value].canvases[0])
+    step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=canvas, mesh=mesh)
+    with jax.set_mesh(mesh):
+        after, metrics = jax.eval_shape(step, state, shapes_of_batch(config, kind, canvas))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert all(metric.shape == () and metric.dtype == jnp.float32 for metric in metrics.values())
+    assert {"loss", "finite", "grad_norm"} <= metrics.keys()
