@@ -17,12 +17,12 @@ def get_config(variant: str = "") -> ConfigDict:
     c = config_lib.base()
     c.name = "demo"
     c.model = config_lib.model("nano")
-    c.scenes.num_detection = 2000
-    c.scenes.num_grounding = 500
-    c.scenes.num_image_text = 4000
+    c.scenes.num_detection = 1200
+    c.scenes.num_grounding = 300
+    c.scenes.num_image_text = 1600
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
-    c.epochs = 8
+    c.epochs = 5
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96
@@ -37,8 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.detection.num_concepts = c.grounding.num_concepts = 40
     c.image_text.batch_size = 32
     c.loss.num_proposals = 12  # of 194 anchors; the paper's 100 of 2,134
-    c.optimizer.learning_rate = 1e-3
-    c.optimizer.warmup_steps = 100
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_steps = 50
     c.optimizer.clip_norm = 5.0
     c.log_every_steps = 20
     c.checkpoint.every_steps = 500

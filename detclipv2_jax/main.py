@@ -154,7 +154,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         sys.exit(f"error: unknown configuration key: {' '.join(str(error.args[0]).split())}")
     except (OSError, ValueError, TypeError) as error:
-        sys.exit(f"error: {error}")
+        # ml_collections puts a whole traceback into the message; its last line says what was wrong
+        sys.exit(f"error: the configuration cannot be loaded: {str(error).strip().splitlines()[-1]}")
 
 
 def cli() -> None:

@@ -16,6 +16,7 @@ killed goes on where it was when the same command is given again. The last line 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -75,10 +76,12 @@ def run(
     if shard_size < 1 or num_workers < 1:
         raise ValueError(f"--shard_size={shard_size} and --workers={num_workers} must be 1 or more")
     from detclipv2_jax.builders import coco_json, grounding_json, image_text, lvis, shards
-    from detclipv2_jax.builders.record_builder import held_out_photos
+    from detclipv2_jax.builders.record_builder import Reader, RecordBuilder, held_out_photos
 
     if os.path.isfile(source) and not source.endswith((".tar", ".tar.gz")):
         images = images or _find_images(kind, Path(source))
+    reader: Reader
+    builder: type[RecordBuilder]
     limits = {"shard_size": shard_size, "max_bad_share": max_bad_share}
     match kind:
         case "coco_json":
@@ -94,7 +97,8 @@ def run(
             reader = image_text.open_reader(source, images, shard_size=shard_size, **options)
             builder = image_text.ImageText
     held_out = held_out_photos(validation)
-    plan = {"images": images, "shard_size": shard_size, "validation": sorted(held_out) if drop_validation else []}
+    photos = hashlib.sha256("\n".join(sorted(held_out)).encode()).hexdigest() if held_out else ""
+    plan = {"images": images, "shard_size": shard_size, "validation": photos, "drop_validation": drop_validation}
     plan |= {"num_examples": num_examples, "seed": seed} if num_examples else {}
     plan |= {"pipeline": pipeline, "max_phrases": max_phrases} if kind == "image_text" else {}
     return shards.build(

@@ -10,7 +10,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import jax
@@ -22,11 +22,12 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from detclipv2_jax import alignment, sharding, train_state, train_step, visualize
 from detclipv2_jax import checkpoints as checkpoints_lib
-from detclipv2_jax import sharding, train_state, train_step, visualize
 from detclipv2_jax.data import streams as streams_lib
-from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval.loop import Evaluator
+from detclipv2_jax.inference import Detector
 from detclipv2_jax.models import detclip
 from detclipv2_jax.optimizer import learning_rate, make_optimizer
 from detclipv2_jax.schedule import Schedule
@@ -49,6 +50,7 @@ class Run:
     model: detclip.DetCLIP
     tx: optax.GradientTransformation
     shardings: TrainState
+    detector: Detector
     evaluator: Evaluator | None  # None without config.eval.annotations
 
 
@@ -81,6 +83,7 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         model=model,
         tx=tx,
         shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
+        detector=Detector(model, mesh=mesh),
         evaluator=Evaluator(config, model, mesh=mesh, streams=eval_streams, workdir=workdir) if eval_streams else None,
     )
 
@@ -94,89 +97,88 @@ def train(run: Run) -> dict[str, float]:
     Raises:
       NonFiniteError: a loss or gradient is not finite and `config.nonfinite` is "stop".
     """
-    config, mesh, streams, schedule = run.config, run.mesh, run.streams, run.schedule
+    config, mesh, schedule = run.config, run.mesh, run.schedule
     first_process = jax.process_index() == 0
-    for stream in streams:
-        logging.info(
-            "stream %s: %d images, %d steps an epoch of %d images",
-            stream.name, stream.num_examples, stream.num_batches, stream.batch_size,
-        )  # fmt: skip
-
-    # --- state: fresh, started from other weights, or resumed
-    checkpoints = checkpoints_lib.Checkpoints(run.workdir, keep=config.checkpoint.keep)
-    state = initial_state(run, checkpoints)
-    start = int(state.step)
-    if first_process:
-        logging.info("parameters:\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
-
-    # --- one compiled step a (kind, canvas)
-    steps = [
-        jax.jit(
-            train_step.make_step(
-                stream.kind, model=run.model, tx=run.tx, config=config, canvas=stream.canvas, mesh=mesh
-            ),
-            donate_argnums=0,
-            out_shardings=(run.shardings, NamedSharding(mesh, sharding.REPLICATED)),
+    with contextlib.ExitStack() as stack:  # closes everything opened below, also after an error
+        # --- state: fresh, started from other weights, or resumed
+        checkpoints = stack.enter_context(
+            contextlib.closing(checkpoints_lib.Checkpoints(run.workdir, keep=config.checkpoint.keep))
         )
-        for stream in streams
-    ]
-    readers: dict[int, Generator[Batch, None, None]] = {}  # opened when first drawn from
-    positions = schedule.next_positions(start)
+        state = initial_state(run, checkpoints)
+        start = int(state.step)
+        if first_process:
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            logging.info("parameters:\n%s", overview)
+        logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
 
-    # --- the loop
-    rate = learning_rate(config.optimizer, schedule.total_steps)
-    writer = MetricsWriter(run.workdir, start)
-    progress = Progress(start, schedule.num_steps)
-    sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
-    try:
+        # --- one compiled step and one reader a stream, made when first drawn
+        steps = [jitted_step(run, stream) for stream in run.streams]
+        readers: dict[int, Iterator[Batch]] = {}
+        positions = schedule.next_positions(start)
+
+        # --- the loop
+        rate = learning_rate(config.optimizer, schedule.total_steps)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
+        progress = stack.enter_context(contextlib.closing(Progress(start, schedule.num_steps)))
+        sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
         for step in range(start, schedule.num_steps):
             draw = schedule.draw(step)
-            stream = streams[draw.stream]
+            stream = run.streams[draw.stream]
             with progress.waiting():
                 if draw.stream not in readers:
-                    readers[draw.stream] = stream.iterate(positions[draw.stream])
+                    reader = stream.iterate(positions[draw.stream])
+                    readers[draw.stream] = stack.enter_context(contextlib.closing(reader))
                 batch = next(readers[draw.stream])
-            if first_process and (draw.position == 0 or due(step, config.pictures_every_steps)):
-                name = f"batch_{stream.name.replace('/', '_')}_step{step}.jpg"
-                visualize.training_batch(batch, kind=stream.kind, path=run.workdir / "pictures" / name)
             with jax.set_mesh(mesh):
                 state, metrics = steps[draw.stream](state, sharding.to_global(batch, mesh))
             if sent:
                 sent()
-            metrics["learning_rate"] = rate(step)
-            done = step + 1
-            last = done == schedule.num_steps
+            done, last = step + 1, step + 1 == schedule.num_steps
             sent = functools.partial(
                 finish_step,
                 done,
                 stream.kind.value,
-                metrics,
+                metrics | {"learning_rate": rate(step)},
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
                 writer=writer,
                 progress=progress,
             )
             progress.step(stream.batch_size)
+            if draw.position == 0 or due(draw.position, config.pictures_every_steps):
+                draw_batch(run, stream, batch, state, step=done)
             if last or due(done, config.checkpoint.every_steps):
                 sent()  # first, so that a run stopped by its loss does not leave that step as its newest checkpoint
                 sent = None
                 checkpoints.save(done, state)
             if not last and due(done, config.eval.every_steps):
                 evaluate_state(run, state, writer)
-    finally:
-        for reader in readers.values():
-            reader.close()
-        progress.close()
-        checkpoints.close()
-    for stream in streams:
-        if stream.counters:
-            logging.info("stream %s: %s", stream.name, dict(stream.counters))
-    scores = evaluate_state(run, state, writer)
-    if first_process:
-        visualize.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
-    writer.close()
+
+        for stream in run.streams:
+            if stream.counters:
+                logging.info("stream %s: %s", stream.name, dict(stream.counters))
+        scores = evaluate_state(run, state, writer)
+        if first_process and schedule.num_steps > start:
+            visualize.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
     return scores
+
+
+def jitted_step(run: Run, stream: streams_lib.Stream) -> train_step.Step:
+    """Returns the training step of a stream, compiled when first called; the state given to it is gone afterwards."""
+    step = train_step.make_step(
+        stream.kind, model=run.model, tx=run.tx, config=run.config, canvas=stream.canvas, mesh=run.mesh
+    )
+    replicated = NamedSharding(run.mesh, sharding.REPLICATED)
+    return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
+
+
+def draw_batch(run: Run, stream: streams_lib.Stream, batch: Batch, state: TrainState, *, step: int) -> None:
+    """Writes what a step was trained on and, for image-text pairs, the best region of every phrase."""
+    folder, name = run.workdir / "pictures", f"{stream.name.replace('/', '_')}_step{step}"
+    if jax.process_index() == 0:
+        visualize.training_batch(batch, kind=stream.kind, path=folder / f"batch_{name}.jpg")
+    if stream.kind is Kind.IMAGE_TEXT and run.config.pictures_every_steps:
+        alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
 
 
 def evaluate(run: Run) -> dict[str, float]:

@@ -113,7 +113,8 @@ class TsvReader(PairReader):
 
     def __init__(self, path: Path, folder: str, *, shard_size: int, **options: Any):
         self._path, self._folder, self._starts = path, os.path.realpath(folder), [0]
-        at, self.num_items, first = 0, 0, []
+        at, self.num_items = 0, 0
+        first: list[str] = []
         with path.open("rb") as file:
             for line in file:
                 at += len(line)
@@ -213,7 +214,7 @@ def _read_parquet(path: Path, tally: Tally) -> dict[str, str]:
 
 def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields key and files by suffix of each sample of a tar; of a tar that is cut, the samples before the cut."""
-    current, files = "", {}
+    current, files = "", dict[str, bytes]()
     try:
         with tarfile.open(fileobj=file, mode="r|*") as archive:
             for member in archive:
@@ -230,10 +231,8 @@ def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
                     tally.noted[f"file of more than {_MAX_FILE_BYTES} bytes left out"] += 1
                     files.setdefault("", b"")  # the sample exists
                     continue
-                content = archive.extractfile(member).read()
-                if len(content) < member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                files[suffix.lower()] = content
+                if content := archive.extractfile(member):
+                    files[suffix.lower()] = content.read()
     except (tarfile.TarError, EOFError, OSError):
         tally.dropped[_CUT] += 1
         tally.seen += 1

@@ -191,7 +191,7 @@ def to_example(name: str, record: Record) -> dict[str, Any]:
     }
 
 
-class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
     """Examples of one reader; a subclass names the raw format.
 
     `prepare` writes its shards in parallel and restartably; `download_and_prepare()` writes them one after another.

@@ -92,7 +92,8 @@ def _start_worker(job: Job) -> None:
     _job = job
 
     def end_with_parent() -> None:  # killed without a word, it leaves workers waiting for ever
-        multiprocessing.parent_process().join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -33,7 +33,7 @@ def nms(
        starting with all, settles the first box, then all that depend on it, and so on; it stops when nothing
        changes, after as many rounds as the longest chain of suppressions.
     """
-    if iou_threshold < 0:
+    if isinstance(iou_threshold, int | float) and iou_threshold < 0:  # a traced one has no value yet
         raise ValueError(f"iou_threshold is {iou_threshold}; it must be at least 0")
     boxes, scores = jnp.asarray(boxes, jnp.float32), jnp.asarray(scores)
     num_boxes = boxes.shape[0]

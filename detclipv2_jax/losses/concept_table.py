@@ -33,7 +33,7 @@ class UniqueRows(NamedTuple):
 
     order: Int32[Array, " t"]  # the canonical rows in ascending order, then all others
     slot: Int32[Array, " t"]  # for each row the position of its canonical row in `order`
-    count: Int32[Array, ""]  # number of canonical rows
+    count: Int32[Array, ""]  # type: ignore[assignment]  # number of canonical rows; hides tuple.count
 
 
 def unique_rows(canonical: Int32[Array, " t"], mask: Bool[Array, " t"]) -> UniqueRows:

@@ -89,9 +89,9 @@ def word_region_loss(
         raise ValueError("matching='max_size' needs region_areas")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-    for name, value in (("temperature", temperature), ("matching_temperature", matching_temperature)):
-        if value <= 0.0:
-            raise ValueError(f"{name}={value} must be positive")
+    for name, positive in (("temperature", temperature), ("matching_temperature", matching_temperature)):
+        if positive <= 0.0:
+            raise ValueError(f"{name}={positive} must be positive")
 
     axes, per_device = on_each_device(regions.shape[0], text.shape[0])
     settings = Settings(axes, matching, matching_temperature, chunk_bytes, impl)
@@ -100,8 +100,8 @@ def word_region_loss(
     )
     arrays = {
         "regions": regions,
-        "text": text
-        * scale,  # in float32 before any cast; a negative scale turns the choice of the maximum as it should
+        # in float32 before any cast; a negative scale turns the choice of the maximum as it should
+        "text": text * scale,
         "region_mask": region_mask,
         "concept_mask": concept_mask,
         "canonical": canonical,
@@ -109,7 +109,7 @@ def word_region_loss(
         "caption_mask": caption_mask,
         "image_mask": image_mask,
     }
-    if matching == "max_size":
+    if matching == "max_size" and region_areas is not None:
         arrays["region_areas"] = region_areas
     loss, metrics = per_device(local, replicated=True)(arrays)
     unique = concept_mask & (canonical == jnp.arange(text.shape[0], dtype=canonical.dtype))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 
-def on_each_device(*num_rows: int) -> tuple[tuple[str, ...], Callable[[Callable], Callable]]:
+def on_each_device(*num_rows: int) -> tuple[tuple[str, ...], Callable[..., Callable]]:
     """Returns (mesh axes, decorator): a function of one device's rows becomes a function of global arrays.
 
     The mesh is that of `jax.set_mesh`; all axes split the rows, in order. Without a mesh there are no axes, and the

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,17 +103,15 @@ def _backward(settings, residuals, cotangents):
     best_bar = zeros_after(scores_bar, (table.shape[0], regions.shape[0]), settings.axes)
     best_bar = jax.lax.fori_loop(0, slots.shape[1], add_concept, best_bar)
 
-    if settings.matching == "one_to_many":
-        pull = functools.partial(_pull_all, settings=settings)
-    else:
+    pull: Callable[..., Any] = functools.partial(_pull_all, settings=settings)
+    if settings.matching != "one_to_many":
         # A CPU saves almost all work by following the indices; matrix units prefer the same sum as a product with a
         # one-hot matrix (their scatters are serial).
-        def pull(*args):
-            return jax.lax.platform_dependent(
-                *args,
-                cpu=functools.partial(pull_by_index, settings=settings),
-                default=functools.partial(pull_by_product, settings=settings),
-            )
+        pull = functools.partial(
+            jax.lax.platform_dependent,
+            cpu=functools.partial(pull_by_index, settings=settings),
+            default=functools.partial(pull_by_product, settings=settings),
+        )
 
     regions_bar, table_bar = pull(regions, region_mask, table, unique, chosen, best_bar)
     return regions_bar.astype(regions.dtype), reduce_scatter(table_bar, settings.axes), None, None, None, None

@@ -85,54 +85,51 @@ def _dispatch(impl: str, gather: Callable, banded: Callable, features, offsets, 
 def _gather_forward(features, offsets, mask, kernel):
     b, h, w, c = features.shape
     packed = _pack_corners(features)
+    weights, index = _corners(offsets, mask)  # for all taps first: else XLA computes them anew for every channel
 
     def add_tap(total, tap):
-        shift, offset, tap_mask, tap_kernel = tap
-        index, weights = _corners(offset, tap_mask, shift)
-        samples = _weighted_sum(_take(packed, index), weights.astype(features.dtype))
+        tap_index, tap_weights, tap_kernel = tap
+        samples = _weighted_sum(_take(packed, tap_index), tap_weights.astype(features.dtype))
         return total + jnp.matmul(samples, tap_kernel, preferred_element_type=jnp.float32), None
 
     start = jnp.zeros((b, h * w, kernel.shape[-1]), jnp.float32)
-    total, _ = jax.lax.scan(add_tap, start, _per_tap(offsets, mask, kernel))
+    total, _ = jax.lax.scan(add_tap, start, (index, weights, kernel.reshape(9, c, -1)))
     return total.reshape(b, h, w, -1).astype(features.dtype)
 
 
 def _gather_backward(features, offsets, mask, kernel, gradient):
     b, h, w, c = features.shape
     packed = _pack_corners(features)
-    gradient = gradient.reshape(b, h * w, -1)
+    weights, weights_vjp, index = jax.vjp(_corners, offsets, mask, has_aux=True)
+    gradient = gradient.reshape(b * h * w, -1)
 
     def one_tap(packed_gradient, tap):
-        shift, offset, tap_mask, tap_kernel = tap
-        (index, weights), weights_vjp = jax.vjp(lambda o, m: _corners(o, m, shift), offset, tap_mask)
-        corners = _take(packed, index)
-        samples = _weighted_sum(corners, weights.astype(features.dtype))
-        kernel_gradient = jnp.einsum("bnc,bno->co", samples, gradient, preferred_element_type=jnp.float32)
-        sample_gradient = jnp.matmul(gradient, tap_kernel.T, preferred_element_type=jnp.float32)
-        weight_gradient = jnp.sum(corners.astype(jnp.float32) * sample_gradient[:, :, None], axis=-1)
-        no_gradient = np.zeros(index.shape, jax.dtypes.float0)
-        offset_gradient, mask_gradient = weights_vjp((no_gradient, weight_gradient))
-        update = (weights[..., None] * sample_gradient[:, :, None]).reshape(b, h * w, 4 * c)
-        packed_gradient = jax.vmap(lambda into, i, rows: into.at[i].add(rows))(packed_gradient, index, update)
-        return packed_gradient, (offset_gradient, mask_gradient, kernel_gradient)
+        tap_index, tap_weights, tap_kernel = tap
+        corners = jax.lax.optimization_barrier(_take(packed, tap_index))  # gathered once for both uses
+        samples = _weighted_sum(corners, tap_weights.astype(features.dtype)).reshape(-1, c)
+        kernel_gradient = jnp.matmul(samples.T, gradient, preferred_element_type=jnp.float32)
+        sample_gradient = jnp.matmul(gradient, tap_kernel.T, preferred_element_type=jnp.float32).reshape(b, -1, c)
+        weight_gradient = jnp.einsum(
+            "bnfc,bnc->bnf", corners, sample_gradient.astype(features.dtype), preferred_element_type=jnp.float32
+        )
+        update = jnp.concatenate([tap_weights[..., i : i + 1] * sample_gradient for i in range(4)], axis=-1)
+        packed_gradient = jax.vmap(lambda into, i, rows: into.at[i].add(rows, mode="promise_in_bounds"))(
+            packed_gradient, tap_index, update
+        )
+        return packed_gradient, (weight_gradient, kernel_gradient)
 
     start = jnp.zeros((b, (h + 1) * (w + 1), 4 * c), jnp.float32)
-    packed_gradient, per_tap = jax.lax.scan(one_tap, start, _per_tap(offsets, mask, kernel))
+    packed_gradient, (weight_gradient, kernel_gradient) = jax.lax.scan(
+        one_tap, start, (index, weights, kernel.reshape(9, c, -1))
+    )
     unpack = jax.linear_transpose(_pack_corners, jax.ShapeDtypeStruct(features.shape, jnp.float32))
-    (feature_gradient,) = unpack(packed_gradient)
-    offset_gradient, mask_gradient, kernel_gradient = per_tap
+    offset_gradient, mask_gradient = weights_vjp(weight_gradient)
     return (
-        feature_gradient.astype(features.dtype),
-        jnp.moveaxis(offset_gradient, 0, 3).astype(offsets.dtype),
-        jnp.moveaxis(mask_gradient, 0, 3).astype(mask.dtype),
+        unpack(packed_gradient)[0].astype(features.dtype),
+        offset_gradient,
+        mask_gradient,
         kernel_gradient.reshape(kernel.shape).astype(kernel.dtype),
     )
-
-
-def _per_tap(offsets, mask, kernel):
-    """Returns the arguments with the nine taps in front."""
-    taps = jnp.asarray(TAPS, jnp.float32)
-    return taps, jnp.moveaxis(offsets, 3, 0), jnp.moveaxis(mask, 3, 0), kernel.reshape(9, *kernel.shape[2:])
 
 
 def _pack_corners(features: Float[Array, "b h w c"]) -> Float[Array, "b n 4c"]:
@@ -147,12 +144,13 @@ def _pack_corners(features: Float[Array, "b h w c"]) -> Float[Array, "b n 4c"]:
 
 
 def _corners(
-    offset: Float[Array, "b h w 2"], mask: Float[Array, "b h w"], shift: Float[Array, "2"]
-) -> tuple[Int[Array, "b n"], Float[Array, "b n 4"]]:
-    """Returns the row of the packed corners and their weights for one tap of every position."""
-    b, h, w, _ = offset.shape
-    y = offset[..., 0] + (jnp.arange(h, dtype=jnp.float32) + shift[0])[None, :, None]
-    x = offset[..., 1] + (jnp.arange(w, dtype=jnp.float32) + shift[1])[None, None, :]
+    offsets: Float[Array, "b h w 9 2"], mask: Float[Array, "b h w 9"]
+) -> tuple[Float[Array, "9 b n 4"], Int[Array, "9 b n"]]:
+    """Returns the weights of the four corners of every sample, and the row of the packed corners; taps first."""
+    b, h, w, _, _ = offsets.shape
+    offsets, mask = jnp.moveaxis(offsets.astype(jnp.float32), 3, 0), jnp.moveaxis(mask.astype(jnp.float32), 3, 0)
+    y = offsets[..., 0] + (TAPS[:, 0, None] + np.arange(h)).astype(np.float32)[:, None, :, None]
+    x = offsets[..., 1] + (TAPS[:, 1, None] + np.arange(w)).astype(np.float32)[:, None, None, :]
     top, left = jax.lax.stop_gradient((jnp.floor(y), jnp.floor(x)))
     inside = (top >= -1) & (top < h) & (left >= -1) & (left < w)
     row = jnp.clip(top, -1, h - 1).astype(jnp.int32) + 1
@@ -161,16 +159,17 @@ def _corners(
     mask = jnp.where(inside, mask, 0.0)
     upper, lower = mask * (1.0 - down), mask * down
     weights = [upper * (1.0 - right), upper * right, lower * (1.0 - right), lower * right]
-    return (row * (w + 1) + column).reshape(b, -1), jnp.stack(weights, axis=-1).reshape(b, -1, 4)
+    return jnp.stack(weights, axis=-1).reshape(9, b, -1, 4), (row * (w + 1) + column).reshape(9, b, -1)
 
 
-def _take(packed: Float[Array, "b n 4c"], index: Int[Array, "b m"]) -> Float[Array, "b m 4 c"]:
+def _take(packed: Float[Array, "b m 4c"], index: Int[Array, "b n"]) -> Float[Array, "b n 4 c"]:
+    """Returns the four corners of every sample."""
     rows = jax.vmap(lambda table, i: table.at[i].get(mode="promise_in_bounds"))(packed, index)
     return rows.reshape(*rows.shape[:2], 4, -1)
 
 
-def _weighted_sum(corners: Float[Array, "b m 4 c"], weights: Float[Array, "b m 4"]) -> Float[Array, "b m c"]:
-    return jnp.sum(corners * weights[..., None], axis=2)
+def _weighted_sum(corners: Float[Array, "b n 4 c"], weights: Float[Array, "b n 4"]) -> Float[Array, "b n c"]:
+    return functools.reduce(jnp.add, (corners[:, :, i] * weights[:, :, i, None] for i in range(4)))
 
 
 # --- banded form
@@ -196,7 +195,7 @@ def _banded_forward(features, offsets, mask, kernel):
     inner = np.stack(np.meshgrid(np.arange(TILE), np.arange(TILE), indexing="ij"), axis=-1)[:, :, None] + TAPS + halo
     inner = inner.reshape(-1, 2).astype(np.float32)
     cell = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
-    cell = jnp.asarray(cell.reshape(-1, 2), jnp.float32)
+    cell = cell.reshape(-1, 2).astype(np.float32)
 
     @jax.checkpoint
     def one_strip(strip):

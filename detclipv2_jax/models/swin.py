@@ -40,7 +40,7 @@ class Swin(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool) -> list[Float[Array, "b h w c"]]:
-        """Returns the three feature maps, finest first, with ceil(size / stride) cells and 2, 4, 8 x embed_dim channels.
+        """Returns the three feature maps, finest first: ceil(size / stride) cells and 2, 4, 8 x embed_dim channels.
 
         With `train` and a drop path rate, rng "dropout" is used.
         """

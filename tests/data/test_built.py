@@ -72,7 +72,8 @@ def test_reading_imports_no_tensorflow(world):
     folder = build(world, "image_text")
     code = (
         "import sys; from detclipv2_jax.data import built, schema; "
-        f"print(built.read_built({folder!r}, schema.Kind.IMAGE_TEXT)[0].caption); assert 'tensorflow' not in sys.modules"
+        f"print(built.read_built({folder!r}, schema.Kind.IMAGE_TEXT)[0].caption); "
+        "assert 'tensorflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,7 +104,7 @@ def test_a_folder_of_another_kind_is_refused(config, world):
 
 
 @pytest.mark.parametrize("folder", DATASETS)
-def test_commands_of_the_catalog_are_commands(folder, monkeypatch):
+def test_commands_of_the_catalog_are_commands(folder):
     dataset = DATASETS[folder]
     words = command_of(f"data/{folder}", dataset.kind).split()
     assert words[:3] == ["python", "-m", "detclipv2_jax.prepare"]

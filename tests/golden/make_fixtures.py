@@ -146,7 +146,7 @@ def make_swin(full: pathlib.Path | None) -> dict[str, np.ndarray]:
             load(model.eval(), swin_weights(library, size))
             features = []
             for stage in stages:
-                stage.register_forward_hook(lambda module, inputs, output: features.append(output))
+                stage.register_forward_hook(lambda module, inputs, output, features=features: features.append(output))
             with torch.inference_mode():
                 model(image)
             for stage, feature in list(enumerate(features, start=1))[1:]:

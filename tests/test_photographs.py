@@ -1,0 +1,52 @@
+"""Runs on real photographs; skipped without them."""
+
+import json
+
+import jax
+import pytest
+
+from configs import coco_json
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import main, train
+
+
+def losses(workdir, kind):
+    rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    return [row[f"{kind}/loss"] for row in rows if f"{kind}/loss" in row]
+
+
+@pytest.mark.slow
+def test_the_loss_on_eight_photographs_halves(shared_data, tmp_path):
+    """The short form of the command in CONTRIBUTING: fewer pixels, fewer steps, no evaluation."""
+    config = coco_json.get_config("overfit")
+    config.detection.annotations = str(shared_data / "coco_train" / "instances.json")
+    config.detection.images = str(shared_data / "coco_train" / "images")
+    config.detection.canvases = ((160, 160),)
+    config.detection.short_side, config.detection.long_side = (160, 160), 160
+    config.num_steps = 40
+    config.log_every_steps = 1
+    config_lib.validate(config, num_devices=jax.device_count())
+    main.claim_workdir(tmp_path, config, fresh_allowed=True)
+    train.train(train.prepare_run(config, tmp_path))
+    history = losses(tmp_path, "detection")
+    assert len(history) == 40
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_all_three_sources_are_read_with_boxes_on_the_photos(shared_data):
+    config = coco_json.get_config()
+    config.detection.annotations = str(shared_data / "coco_train" / "instances.json")
+    config.detection.images = str(shared_data / "coco_train" / "images")
+    config.grounding.annotations = str(shared_data / "grounding" / "coco_train_derived.json")
+    config.grounding.images = str(shared_data)
+    config.image_text.pairs = str(shared_data / "image_text" / "pairs.tsv")
+    config.image_text.images = str(shared_data / "image_text")
+    run = train.prepare_run(config, shared_data)
+    assert {stream.kind.value for stream in run.streams} == set(config_lib.KINDS)
+    for stream in run.streams:
+        batch = stream.batch(0)
+        assert batch.image.shape == (stream.batch_size, *stream.canvas, 3)
+        boxes, limits = batch.boxes, batch.extent[:, None, ::-1]
+        assert (boxes[..., :2] >= 0).all()
+        assert (boxes[..., 2:] <= limits).all()
+        assert batch.box_mask.any() == (stream.kind.value != "image_text")
