@@ -14,10 +14,6 @@ def get_config() -> ConfigDict:
     c = config_lib.base()
     c.name = "swin_l"
     c.model = config_lib.model("swin_l")
-    c.init_from.swin = (
-        "data/weights/swin_l.safetensors"  # ImageNet-22k at 384 px: swin_large_patch4_window12_384_22k.pth
-    )
-    c.init_from.text = "data/weights/clip_text.safetensors"
     c.detection.data = ("data/objects365",)
     c.grounding.data = ("data/gqa", "data/flickr30k")
     c.image_text.data = ("data/cc3m", "data/cc12m")

@@ -31,8 +31,6 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant {variant!r} of configs/swin_t.py is unknown; allowed are {', '.join(VARIANTS)}")
     c = config_lib.base()  # the defaults are the paper's Swin-T values
     c.name = f"swin_t_{variant}"
-    c.init_from.swin = "data/weights/swin_t.safetensors"  # ImageNet-1k, converted from swin_tiny_patch4_window7_224.pth
-    c.init_from.text = "data/weights/clip_text.safetensors"  # OpenAI CLIP ViT-B/32 (FILIP's were never published)
     c.detection.data = ("data/objects365",)
     c.grounding.data, c.image_text.data = VARIANTS[variant]
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch

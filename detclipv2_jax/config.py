@@ -86,10 +86,8 @@ def base() -> ConfigDict:
     c.epochs = 12  # passes over every source
     c.num_steps = 0  # caps the run (steps); 0: all epochs
     c.model = model("swin_t")
-    c.init_from = ConfigDict()  # start from converted weights or from another run; "" starts from scratch
-    c.init_from.checkpoint = ""  # a workdir of ours: all parameters, step and optimizer start anew
-    c.init_from.swin = ""  # .safetensors written by `detclipv2_jax.convert swin`
-    c.init_from.text = ""  # .safetensors written by `detclipv2_jax.convert clip_text`
+    c.init_from = ConfigDict()
+    c.init_from.checkpoint = ""  # a workdir of ours: start from its parameters; step and optimizer start anew
 
     # --- data. A kind without files is left out of the run.
     for kind in KINDS:

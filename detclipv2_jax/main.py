@@ -57,10 +57,13 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     try:
         config_lib.validate(config, num_devices=jax.device_count())
-        claim_workdir(workdir, config, fresh_allowed=_MODE.value == "train")
+        check_workdir(workdir, config, fresh_allowed=_MODE.value == "train")
         run = train_lib.prepare_run(with_scenes(config, workdir), workdir)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if jax.process_index() == 0:  # not before all is well: what failed has no claim on the workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config))
     scores = train_lib.train(run) if _MODE.value == "train" else train_lib.evaluate(run)
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
@@ -81,8 +84,8 @@ def init_distributed(mode: str) -> None:
     jax.distributed.initialize(coordinator_address=address, **numbers)
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: bool) -> None:
-    """Writes config.json into a new workdir; checks that an old one holds a run of this configuration.
+def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: bool) -> None:
+    """Checks that a workdir is new or holds a run of this configuration.
 
     Raises:
       ValueError: the workdir holds another run; every difference that matters is listed.
@@ -103,9 +106,6 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
             )
     elif not fresh_allowed:
         raise ValueError(f"{workdir} has no config.json, so there is no run to evaluate; give its --workdir")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(config_lib.to_json(config))
 
 
 def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
@@ -150,7 +150,10 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Returns what absl's parser does; a wrong key or a missing config file ends in one line, not in a traceback."""
     try:
-        return app.parse_flags_with_usage(list(argv))
+        rest = app.parse_flags_with_usage(list(argv))
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.name  # a file that could not be loaded shows only when something is read from it
+        return rest
     except (AttributeError, KeyError) as error:
         sys.exit(f"error: unknown configuration key: {' '.join(str(error.args[0]).split())}")
     except (OSError, ValueError, TypeError) as error:

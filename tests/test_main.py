@@ -19,8 +19,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 def start(config, workdir):
     """Returns the scores of a run, as `main` would do it."""
     config_lib.validate(config, num_devices=jax.device_count())
-    main.claim_workdir(workdir, config, fresh_allowed=True)
-    return train.train(train.prepare_run(main.with_scenes(config, workdir), workdir))
+    main.check_workdir(workdir, config, fresh_allowed=True)
+    run = train.prepare_run(main.with_scenes(config, workdir), workdir)
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    return train.train(run)
 
 
 def with_steps(config, num_steps):
@@ -49,7 +51,6 @@ def finished(tmp_path_factory, micro_session):
 def test_a_workdir_has_what_the_design_names(finished):
     _, workdir, scores = finished
     assert {"AP", "AP50", "AP75", "APr", "APf", "AR100"} <= scores.keys()
-    assert (workdir / "config.json").is_file()
     assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["8"]
     history = lines(workdir)
     assert sorted(history) == list(range(1, 9))
@@ -121,7 +122,7 @@ def test_a_workdir_of_another_config_is_refused_with_each_difference(finished):
     other.model.head.num_convs = 2
     other.log_every_steps = 7  # may change
     with pytest.raises(ValueError, match="holds another run") as error:
-        main.claim_workdir(workdir, other, fresh_allowed=True)
+        main.check_workdir(workdir, other, fresh_allowed=True)
     assert "loss.temperature: 0.5 -> 0.25" in str(error.value)
     assert "model.head.num_convs: 1 -> 2" in str(error.value)
     assert "log_every_steps" not in str(error.value)

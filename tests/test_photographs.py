@@ -7,7 +7,7 @@ import pytest
 
 from configs import coco_json
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import main, train
+from detclipv2_jax import train
 
 
 def losses(workdir, kind):
@@ -26,7 +26,6 @@ def test_the_loss_on_eight_photographs_halves(shared_data, tmp_path):
     config.num_steps = 40
     config.log_every_steps = 1
     config_lib.validate(config, num_devices=jax.device_count())
-    main.claim_workdir(tmp_path, config, fresh_allowed=True)
     train.train(train.prepare_run(config, tmp_path))
     history = losses(tmp_path, "detection")
     assert len(history) == 40

@@ -1,0 +1,89 @@
+"""Both forms of the deformable convolution against torchvision: values and all gradients."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from detclipv2_jax.models import deform_conv
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+import cases  # noqa: E402  (lives beside the fixtures, which are made in another environment)
+
+NAMES = ("output", "features", "offsets", "mask", "kernel")
+
+
+def evaluate(impl):
+    """Returns a compiled function: (four arguments, gradient from above) -> output and four gradients."""
+
+    @jax.jit
+    def run(arguments, gradient):
+        output, vjp = jax.vjp(lambda *a: deform_conv.deform_conv2d(*a, impl=impl), *arguments)
+        return output, *vjp(gradient)
+
+    return run
+
+
+@pytest.mark.parametrize("impl", ["gather", "banded"])
+@pytest.mark.parametrize("size", cases.DEFORM_SIZES, ids=str)
+def test_equal_to_torchvision(impl, size):
+    golden = np.load(GOLDEN / "deform_conv.npz")
+    run = evaluate(impl)  # one compilation for all kinds of offsets
+    for kind in cases.DEFORM_OFFSETS:
+        case = cases.deform_case(size, kind)
+        for name, value in zip(NAMES, run(case[:4], case.gradient), strict=True):
+            expected = golden[f"{size[0]}x{size[1]}/{kind}/{name}"]
+            np.testing.assert_allclose(
+                value, expected, atol=1e-5 * max(np.abs(expected).max(), 1), err_msg=f"{kind} {name}"
+            )
+
+
+def test_the_band_is_left_only_for_larger_offsets():
+    # the forms round differently, so bits tell which one ran
+    case = cases.deform_case((13, 18), "small")
+    for largest, in_band in ((deform_conv.BAND_RADIUS - 0.001, True), (deform_conv.BAND_RADIUS + 0.5, False)):
+        offsets = case.offsets.copy()
+        offsets[0, 0, 0, 0, 0] = largest
+        arguments = (case.features, offsets, case.mask, case.kernel)
+        gather, banded = (np.asarray(evaluate(impl)(arguments, case.gradient)[0]) for impl in ("gather", "banded"))
+        np.testing.assert_allclose(gather, banded, atol=1e-5)
+        assert np.array_equal(gather, banded) != in_band
+
+
+def test_zero_offsets_and_full_masks_are_a_convolution():
+    case = cases.deform_case((8, 9), "zero")
+    value = deform_conv.deform_conv2d(case.features, case.offsets, np.ones_like(case.mask), case.kernel)
+    expected = jax.lax.conv_general_dilated(
+        case.features, case.kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["gather", "banded"])
+def test_bfloat16_is_near_float32(impl):
+    case = cases.deform_case((8, 9), "small")
+    exact = evaluate("gather")(case[:4], case.gradient)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (case.features, case.kernel, case.gradient)]
+    rounded = evaluate(impl)((low[0], case.offsets, case.mask, low[1]), low[2])
+    for name, a, b in zip(NAMES, exact, rounded, strict=True):
+        assert b.dtype == (jnp.float32 if name in ("offsets", "mask") else jnp.bfloat16)
+        np.testing.assert_allclose(a, b.astype(jnp.float32), atol=0.03 * np.abs(a).max(), err_msg=name)
+
+
+def test_memory_does_not_hold_all_samples():
+    shapes = [(2, 64, 64, 32), (2, 64, 64, 9, 2), (2, 64, 64, 9), (3, 3, 32, 32), (2, 64, 64, 32)]
+    *arguments, gradient = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+    compiled = evaluate("gather").lower(tuple(arguments), gradient).compile()
+    features = 2 * 64 * 64 * 32 * 4
+    # packed corners, their gradient, one tap's corners and update, offsets and small change; the samples alone are 9
+    assert compiled.memory_analysis().temp_size_in_bytes < 26 * features
+
+
+def test_unknown_form():
+    case = cases.deform_case((1, 1), "zero")
+    with pytest.raises(ValueError, match="auto, gather, banded"):
+        deform_conv.deform_conv2d(*case[:4], impl="scatter")

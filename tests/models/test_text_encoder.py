@@ -1,0 +1,55 @@
+"""The text tower against transformers and open_clip (whose layout is OpenAI's)."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from detclipv2_jax.models.text_encoder import TextEncoder
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+import cases  # noqa: E402  (lives beside the fixtures, which are made in another environment)
+import seeded  # noqa: E402
+
+
+def build(size, **options):
+    """Returns (model, parameters seeded as for the references, with the first 16 of their 77 positions)."""
+    width, layers, heads, joint = cases.TEXT_SIZES[size]
+    model = TextEncoder(width, layers, heads, context_length=16, embed_dim=joint, **options)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), cases.text_tokens())["params"]
+
+    def fill(path, leaf):
+        return seeded.parameter("text_encoder/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+
+    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    position = seeded.parameter("text_encoder/position_embedding", (cases.TEXT_POSITIONS, width))
+    return model, {"params": params | {"position_embedding": position[:16]}}
+
+
+@pytest.mark.parametrize("size", ["nano", pytest.param("base", marks=pytest.mark.slow)])
+def test_equal_to_the_libraries(size):
+    golden = np.load(GOLDEN / "text.npz")
+    model, variables = build(size)
+    embeddings = jax.jit(model.apply)(variables, cases.text_tokens())
+    for library in ("transformers", "open_clip"):
+        np.testing.assert_allclose(embeddings, golden[f"{size}/{library}"], atol=1e-5, err_msg=library)
+
+
+def test_nothing_after_the_end_matters():
+    model, variables = build("nano")
+    tokens = cases.text_tokens()
+    after = np.arange(16)[None] > tokens.argmax(axis=1)[:, None]
+    changed = np.where(after, 1234, tokens)
+    run = jax.jit(model.apply)
+    np.testing.assert_allclose(run(variables, tokens), run(variables, changed), atol=1e-6)
+    np.testing.assert_allclose(run(variables, tokens[:8, :9]), run(variables, tokens)[:8], atol=1e-5)
+
+
+def test_an_empty_row_is_finite_and_long_rows_are_an_error():
+    model, variables = build("nano")
+    assert np.isfinite(jax.jit(model.apply)(variables, np.zeros((2, 16), np.int32))).all()
+    with pytest.raises(ValueError, match="17 positions"):
+        model.apply(variables, np.zeros((1, 17), np.int32))
