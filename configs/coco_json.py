@@ -6,7 +6,7 @@
 
 | variant            | model  | photos                              | made for                    |
 |--------------------|--------|-------------------------------------|-----------------------------|
-| nano (the default) | nano   | 384 x 512 px                        | laptops, trying things out  |
+| nano (the default) | nano   | 320 x 320 px                        | laptops, trying things out  |
 | overfit            | nano   | 320 x 320 px, no augmentation       | the first 8 photos by heart |
 | swin_t             | Swin-T | 800 x 1344 px, multi-scale          | one or more GPUs or TPUs    |
 
@@ -36,12 +36,12 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.model = config_lib.model("nano")
     for section in (c.detection, c.grounding, c.eval):
-        section.canvases = ((384, 512), (512, 384))
-        section.long_side = 512
-    c.eval.short_side = 384
+        section.canvases = ((320, 320),)
+        section.long_side = 320
+    c.eval.short_side = 320
     c.eval.batch_size = 8
     for section in (c.detection, c.grounding):
-        section.short_side = (288, 384)
+        section.short_side = (240, 320)
         section.batch_size = 8
         section.max_boxes = 100
     c.image_text.canvases = ((224, 224),)
@@ -50,16 +50,14 @@ def get_config(variant: str = "") -> ConfigDict:
     c.image_text.batch_size = 32
     c.loss.num_proposals = 50
     c.optimizer.learning_rate = 1e-3
+    c.optimizer.groups = config_lib.parameter_groups(text_factor=1.0)  # nothing here is pre-trained
     c.optimizer.warmup_steps = 50
     c.optimizer.clip_norm = 5.0
     c.log_every_steps = 5
     if variant == "overfit":
         c.epochs = 300  # one step each
         c.detection.max_examples = c.eval.max_examples = 8
-        for section in (c.detection, c.eval):
-            section.canvases = ((320, 320),)
-            section.long_side = 320
-        c.detection.short_side, c.eval.short_side = (320, 320), 320
+        c.detection.short_side = (320, 320)
         c.detection.flip_prob = 0.0
         c.optimizer.learning_rate = 2e-3
         c.optimizer.weight_decay = 0.0

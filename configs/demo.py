@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.image_text.batch_size = 32
     c.loss.num_proposals = 12  # of 194 anchors; the paper's 100 of 2,134
     c.optimizer.learning_rate = 2e-3
+    c.optimizer.groups = config_lib.parameter_groups(text_factor=1.0)  # nothing here is pre-trained
     c.optimizer.warmup_steps = 50
     c.optimizer.clip_norm = 5.0
     c.log_every_steps = 20

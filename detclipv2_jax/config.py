@@ -78,6 +78,21 @@ def model(size: str) -> ConfigDict:
     return c
 
 
+def parameter_groups(*, text_factor: float) -> tuple[tuple[str, float, bool], ...]:
+    """Returns `optimizer.groups`: (regex over the parameter's name, factor on the learning rate, weight decay?).
+
+    The first match holds, and every parameter must match one. `text_factor` is the text tower's: 0.1 in the paper,
+    whose tower is pre-trained; 1 for one that starts from scratch.
+    """
+    return (
+        (r"text_encoder/.*(embedding|bias|scale)$", text_factor, False),
+        (r"text_encoder/.*", text_factor, True),
+        (r".*(bias|relative_position_table|logit_scale|logit_bias|level_scales)$", 1.0, False),
+        (r".*(norm|norm\w+)/scale$", 1.0, False),
+        (r".*", 1.0, True),
+    )
+
+
 def base() -> ConfigDict:
     """Returns the configuration with the paper's Swin-T values wherever the paper has one (Table 9)."""
     c = ConfigDict()
@@ -159,15 +174,7 @@ def base() -> ConfigDict:
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.clip_norm = 35.0  # global gradient norm (spec section 9, point 19); 0: no clipping
-    # (regex over the parameter's path, factor on the learning rate, weight decay?): the first match holds and
-    # every parameter must match one
-    c.optimizer.groups = (
-        (r"text_encoder/.*(embedding|bias|scale)$", 0.1, False),
-        (r"text_encoder/.*", 0.1, True),
-        (r".*(bias|relative_position_table|logit_scale|logit_bias|level_scales)$", 1.0, False),
-        (r".*(norm|norm\w+)/scale$", 1.0, False),
-        (r".*", 1.0, True),
-    )
+    c.optimizer.groups = parameter_groups(text_factor=0.1)
     c.optimizer.ema_decay = 0.0  # of an exponential moving average used for evaluation; 0: none
     c.optimizer.accumulate = ConfigDict()  # chunks a step whose gradients are summed exactly; saves memory
     for kind in KINDS:
