@@ -135,7 +135,8 @@ def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -> None:
     """Prints the scores and where everything is."""
     if scores:
-        print("scores: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
+        measured = {name: value for name, value in scores.items() if value >= 0}  # -1: nothing of that kind
+        print("scores in %: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in measured.items()))
     print(f"done in {minutes:.1f} minutes; everything is in {workdir}/:")
     for name, what in {
         "checkpoints": "parameters and optimizer state",
