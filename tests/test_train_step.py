@@ -158,3 +158,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_step(micro):
     assert after.step == 1
     after = after.replace(params=after.params | {"logit_scale": before.params["logit_scale"]}, step=before.step)
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.slow
+def test_padding_does_not_blow_up_the_gradient_of_a_fresh_model(micro):
+    """Padded patches are all alike, and layer norms divide by their spread."""
+    create, step, mesh = compiled(config_lib.to_json(micro), Kind.DETECTION, 1, 1, 1, 0.0)
+    norms = []
+    for extent in (64, 33):
+        batch = make_batch(Kind.DETECTION, seed=0)
+        batch = batch._replace(extent=np.full_like(batch.extent, extent))
+        with jax.set_mesh(mesh):
+            _, metrics = step(create(jax.random.key(0)), sharding.to_global(batch, mesh))
+        norms.append(float(metrics["grad_norm"]))
+    assert norms[1] < 20 * norms[0], norms

@@ -27,6 +27,16 @@ MASKED = -100.0  # added to the logits of pairs that the cyclic shift brought to
 _dense_init = nn.initializers.truncated_normal(0.02)
 
 
+def _patch_bias_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, " c"]:
+    """Returns PyTorch's default for convolutions, which the reference keeps.
+
+    With zeros, patches of padding would be zero vectors, and every layer norm multiplies the gradient of such a vector
+    by 1 / sqrt(epsilon): a fresh model's gradient then has a norm of 1e15.
+    """
+    bound = (PATCH * PATCH * 3) ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class Swin(nn.Module):
     """Features of stages 2-4 at strides 8, 16 and 32, each after a layer norm of its own (`norm2` ... `norm4`)."""
 
@@ -48,7 +58,13 @@ class Swin(nn.Module):
         rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
         x = _pad_to_multiple(jnp.asarray(image, self.dtype), PATCH)
         x = nn.Conv(
-            self.embed_dim, (PATCH, PATCH), (PATCH, PATCH), padding="VALID", dtype=self.dtype, name="patch_embedding"
+            self.embed_dim,
+            (PATCH, PATCH),
+            (PATCH, PATCH),
+            padding="VALID",
+            bias_init=_patch_bias_init,
+            dtype=self.dtype,
+            name="patch_embedding",
         )(x)
         x = _layer_norm(self.dtype, "patch_norm")(x)
         features = []

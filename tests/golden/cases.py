@@ -38,11 +38,6 @@ class SwinCase(NamedTuple):
         """Returns the key of the case."""
         return f"{self.size}_{self.canvas[0]}x{self.canvas[1]}"
 
-    @property
-    def slow(self) -> bool:
-        """Returns whether the case is left out of quick test runs."""
-        return self.name not in FAST
-
 
 def _libraries(window: int, canvas: tuple[int, int]) -> tuple[str, ...]:
     """Returns the libraries that compute a canvas the way we do (see models/swin.py)."""
@@ -55,7 +50,8 @@ def _libraries(window: int, canvas: tuple[int, int]) -> tuple[str, ...]:
     return tuple(libraries)
 
 
-FAST = ("narrow_333x500", "narrow_800x1344", "narrow12_224x224", "narrow12_384x384", "tiny_224x224", "tiny_320x320")
+# what every test run computes; the rest on request
+QUICK = ("narrow_333x500", "narrow_800x1344", "narrow12_224x224", "narrow12_384x384", "tiny_224x224")
 SWIN = tuple(
     SwinCase(name, canvas, _libraries(size.window_size, canvas))
     for name, size in SWIN_SIZES.items()

@@ -1,5 +1,6 @@
 """The backbone against timm, torchvision and transformers, on inputs of any size."""
 
+import os
 import pathlib
 import sys
 
@@ -27,11 +28,11 @@ def build(size, **options):
     return model, {"params": jax.tree_util.tree_map_with_path(fill, shapes["params"])}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow) for case in cases.SWIN],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.SWIN, ids=lambda case: case.name)
 def test_equal_to_the_libraries(case):
+    if case.name not in cases.QUICK and not os.environ.get("EXHAUSTIVE"):
+        pytest.skip("one of the many large ones: set EXHAUSTIVE=1")
     golden = np.load(GOLDEN / "swin.npz")
     model, variables = build(case.size)
     image = seeded.uniform("image", (1, *case.canvas, 3))
