@@ -64,7 +64,6 @@ class AtssHead(nn.Module):
             )(feature, box_feature)
         class_feature = tower(name="class_tower")(class_feature)
 
-        # deltas and centerness (and IoU) read the same feature: one convolution of 5 or 6 outputs
         box_outputs = conv(4, name="box_deltas")(box_feature).astype(jnp.float32)
         centerness = conv(1, name="centerness")(box_feature).astype(jnp.float32)
         scales = self.param("level_scales", nn.initializers.ones, (self.num_levels,), jnp.float32)

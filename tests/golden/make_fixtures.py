@@ -1,10 +1,11 @@
 """Writes the reference outputs beside this file. Run once, in an environment with torch:
 
     pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.23.0 open_clip_torch==3.3.0
-    python tests/golden/make_fixtures.py [swin] [text] [deform_conv] [boxes]
+    python tests/golden/make_fixtures.py [swin] [text] [deform_conv] [boxes] [--full=EXISTING_FOLDER]
 
 Weights and inputs come from `seeded`, keyed by the names of our parameters; the tests make them again. Written are
-evenly spaced entries of the outputs and the standard deviation of the whole output.
+evenly spaced entries of the outputs and the standard deviation of the whole output; `--full` also writes Swin's
+whole outputs to that folder.
 """
 
 import pathlib
