@@ -138,7 +138,7 @@ def train(run: Run) -> dict[str, float]:
                 finish_step,
                 done,
                 stream.kind.value,
-                metrics | {"learning_rate": rate(step)},
+                metrics | {"learning_rate": rate(step)} | stream.overflow,  # overflow: of this process's rows
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
                 writer=writer,

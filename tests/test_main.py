@@ -56,6 +56,9 @@ def test_a_workdir_has_what_the_design_names(finished):
     assert sorted(history) == list(range(1, 9))
     kinds = {name.split("/")[0] for row in history.values() for name in row if "/" in name}
     assert kinds == {"detection", "grounding", "image_text", "eval"}
+    assert {"image_text/num_phrases_cut", "detection/num_negatives_cut"} <= {
+        name for row in history.values() for name in row
+    }
     assert list(workdir.glob("events.out.tfevents.*"))
     pictures = [path.name for path in (workdir / "pictures").iterdir()]
     assert sum(name.startswith("batch_") for name in pictures) == 3

@@ -26,6 +26,13 @@ from detclipv2_jax.data.schema import Batch, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
 _MAX_TRIES = 100  # unusable images in a row: then the disk is gone, not an image
+# what is cut because a static size is too small
+OVERFLOWS = (NEGATIVES_CUT, TEXTS_TRUNCATED, PHRASES_CUT, BOXES_CUT) = (
+    "negatives cut: concept table full",
+    "texts truncated",
+    "phrases cut: more than max_phrases",
+    "boxes cut: more than max_boxes",
+)
 _SIDE_WORDS = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand)?\b", re.IGNORECASE)
 
 
@@ -187,9 +194,9 @@ class BatchMaker:
                 negatives = Encoded(*(np.concatenate(arrays) for arrays in zip(*drawn, strict=True)))
         table = build_table(positives, negatives, capacity=self.capacity)
         if table.num_cut:
-            notes.counts["negatives cut: concept table full"] += table.num_cut
+            notes.counts[NEGATIVES_CUT] += table.num_cut
         if table.num_truncated:
-            notes.counts["concept texts truncated"] += table.num_truncated
+            notes.counts[TEXTS_TRUNCATED] += table.num_truncated
         return table, [table.rows[indices] for indices in owned]
 
     def _positives(self, examples: Sequence[_Example], notes: Notes) -> tuple[Encoded, list[list[int]]]:
@@ -220,7 +227,7 @@ class BatchMaker:
             first = {ids[k]: k for k in reversed([i, *range(at, at + num_phrases)])}
             distinct = sorted(first.values(), key=lambda k: (k != i, k))
             if len(distinct) > self.num_captions:
-                notes.counts["phrases cut: more than max_phrases"] += len(distinct) - self.num_captions
+                notes.counts[PHRASES_CUT] += len(distinct) - self.num_captions
             owned.append(distinct[: self.num_captions])
             at += num_phrases
         kept = sorted(itertools.chain.from_iterable(owned))
@@ -249,7 +256,7 @@ class BatchMaker:
             for row, (record, _, extent, _, flip, _) in enumerate(examples):
                 kept = np.arange(len(record.boxes))
                 if len(kept) > self.max_boxes:
-                    notes.counts["boxes cut: more than max_boxes"] += len(kept) - self.max_boxes
+                    notes.counts[BOXES_CUT] += len(kept) - self.max_boxes
                     areas = np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1)
                     kept = np.sort(np.argsort(-areas, kind="stable")[: self.max_boxes])
                 num = len(kept)

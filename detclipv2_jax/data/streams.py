@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from detclipv2_jax.data.batches import BatchMaker, Notes, Skipped
+from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictionary
@@ -40,6 +40,7 @@ class Stream:
       capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
       counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
         with the first stream of the kind.
+      overflow: what did not fit into the batch handed out last, by name of the metric.
     """
 
     def __init__(self, maker: BatchMaker, *, input_config: Any, max_bad_share: float):
@@ -51,9 +52,11 @@ class Stream:
         self.max_boxes = maker.max_boxes
         self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
         self.counters: collections.Counter[str] = collections.Counter()
+        self.overflow: dict[str, int] = {}
 
     def _account(self, batch: Batch, notes: Notes) -> Batch:
         self.counters.update(notes.counts)
+        self.overflow = {f"num_{reason.split(':')[0].replace(' ', '_')}": notes.counts[reason] for reason in OVERFLOWS}
         for member, skipped in notes.skipped.items():
             if member not in self._skipped:
                 logging.warning("%s: skipped %s: %s", self.name, *skipped)

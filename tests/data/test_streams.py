@@ -226,7 +226,10 @@ def test_full_table_cuts_negatives_and_counts_them(config):
     stream = train_streams(config)[0]
     batch = stream.batch(0)
     assert batch.concept_mask.sum() == len(batch.concept_mask) == 8
-    assert stream.counters["negatives cut: concept table full"] == 36 - 8
+    assert stream.counters["negatives cut: concept table full"] == stream.overflow["num_negatives_cut"] == 36 - 8
+    stream.batch(1)
+    assert stream.counters["negatives cut: concept table full"] == 2 * 28
+    assert stream.overflow["num_negatives_cut"] == 28  # of one batch
     rows = np.unique(batch.box_concepts[batch.box_mask])
     assert rows.tolist() == list(range(len(rows)))  # positives come first
 
@@ -237,7 +240,7 @@ def test_too_many_boxes_lose_the_smallest(config):
     batch = stream.batch(0)
     areas = np.prod((batch.boxes[:, 0, 2:] - batch.boxes[:, 0, :2]) / batch.scale[:, ::-1], axis=1)
     np.testing.assert_allclose(areas, 30 * 25, rtol=1e-4)
-    assert stream.counters["boxes cut: more than max_boxes"] == 4
+    assert stream.counters["boxes cut: more than max_boxes"] == stream.overflow["num_boxes_cut"] == 4
 
 
 def test_definitions_join_the_names(config, tmp_path):
@@ -285,7 +288,7 @@ def test_phrases_are_unique_and_capped(config, world):
     batch = stream.batch(0)
     expected = text_ids([CAPTIONS[0], "a cat", "a dog", "thing 0"])
     assert [tuple(row) for row in batch.concept_tokens[batch.caption_concepts[0]].tolist()] == expected
-    assert stream.counters["phrases cut: more than max_phrases"] == 9
+    assert stream.counters["phrases cut: more than max_phrases"] == stream.overflow["num_phrases_cut"] == 9
 
 
 def test_unusable_images_give_way_to_the_next_and_are_counted_once(config, world):

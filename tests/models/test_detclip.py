@@ -111,7 +111,7 @@ def test_images_do_not_influence_each_other(detector):
 
 
 def gradients(config, variables, output):
-    """Returns the gradient of the sum of squares of one output of the image side."""
+    """Returns the gradient of a weighted sum of one output of the image side; squares are blind to unit vectors."""
     model = detclip.from_config(config)
     image, extent = images()
 
@@ -119,9 +119,8 @@ def gradients(config, variables, output):
     def gradient(variables):
         def loss(variables):
             regions = model.apply(variables, image, extent, train=False, method="encode_image")
-            weight = jnp.arange(regions.embeddings.shape[1], dtype=jnp.float32) % 7  # no symmetric cancellation
             value = getattr(regions, output)
-            return jnp.sum(jnp.square(value) * weight.reshape(1, -1, *[1] * (value.ndim - 2)))
+            return jnp.sum(value * jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape))
 
         return jax.grad(loss)(variables)["params"]
 
@@ -167,7 +166,6 @@ def test_recomputation_changes_no_gradient(detector, remat):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="known defect: gradients through the banded form differ within the model")
 def test_both_forms_of_the_deformable_layer_agree_within_the_model(detector):
     _, variables = detector
     gather, banded = (
