@@ -156,6 +156,8 @@ def test_of_equal_regions_the_first_one_gets_the_gradient():
     arrays["regions"][:, 2:4] = arrays["regions"][:, 1:2]
     arrays["scale"] = np.float32(0.25)
     result, expected = both(arrays)
+    for metrics in (result[2], expected[2]):
+        del metrics["rank"], metrics["accuracy"]  # images tie up to rounding
     oracle.assert_close(result, expected)
     assert result[1][0][:, 1].any()
     assert not result[1][0][:, 2:4].any()
