@@ -6,6 +6,16 @@ banded: no gathers, for TPUs, where they are slow. The map is cut into tiles; a 
   every offset below `BAND_RADIUS`; a level with a larger one is computed by the gather form instead (`lax.cond`).
 
 Both recompute the samples in the backward pass instead of keeping them (9 x the feature map).
+
+P3 of an 800 x 1344 image (100 x 168, 256 -> 256 channels, bfloat16; the five levels together are 4/3 of it), from
+programs compiled for one TPU v5e by tests/benchmarks/deform_conv_cost.py; not run on one:
+
+| form   | pass     | GFLOP | GB moved |
+|--------|----------|-------|----------|
+| gather | forward  |  21.9 |      7.4 |
+| gather | backward |  43.1 |     18.7 |
+| banded | forward  |  47.7 |      5.1 |
+| banded | backward | 125.7 |      9.7 |
 """
 
 from __future__ import annotations
@@ -57,10 +67,7 @@ def _forward(impl, *arguments):
 
 
 def _backward(impl, arguments, gradient):
-    def banded(features, offsets, mask, kernel, gradient):
-        return jax.vjp(_banded_forward, features, offsets, mask, kernel)[1](gradient)
-
-    return _dispatch(impl, _gather_backward, banded, *arguments, gradient)
+    return _dispatch(impl, _gather_backward, _banded_backward, *arguments, gradient)
 
 
 _deform_conv2d.defvjp(_forward, _backward)
@@ -217,7 +224,14 @@ def _banded_forward(features, offsets, mask, kernel):
     return out.reshape(b, rows * TILE, columns * TILE, -1)[:, :h, :w]
 
 
+def _banded_backward(features, offsets, mask, kernel, gradient):
+    return jax.vjp(_banded_forward, features, offsets, mask, kernel)[1](gradient)
+
+
 def _tent(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns the linear interpolation weight max(0, 1 - |distance|), whose slope at 0 is -1 and at -1 is +1."""
     weight = jnp.where(distance >= 0.0, 1.0 - distance, 1.0 + distance)
     return jnp.where((distance >= -1.0) & (distance < 1.0), weight, 0.0)
+
+
+FORMS = {"gather": (_gather_forward, _gather_backward), "banded": (_banded_forward, _banded_backward)}
