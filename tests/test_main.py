@@ -40,6 +40,24 @@ def lines(workdir):
     return merged
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_compiled_once():
+    """Runs of the same model, data and optimizer share their steps; tracing one takes longer than eight of it."""
+    compiled = {}
+    jitted_step = train.jitted_step
+
+    def shared_step(run, stream):
+        values = (run.config[name] for name in ("seed", "model", "loss", "optimizer", "epochs", "mesh"))
+        key = (stream.name, *map(str, values), *stream.capacities.values())
+        if key not in compiled:
+            compiled[key] = jitted_step(run, stream)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "jitted_step", shared_step)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, micro_session):
     """A run of 8 steps, unbroken; (config, workdir, scores)."""

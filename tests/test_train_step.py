@@ -46,8 +46,16 @@ def make_batch(kind, *, seed, b=16, n=3, t=32, m=3):
 
 
 @functools.cache
+def fresh_params(micro_json):
+    """Returns initial parameters on the host; the same whatever a step is compiled for."""
+    model = detclip.from_config(config_lib.from_json(micro_json).model)
+    init = jax.jit(lambda key: train_state.init_params(model, key, context_length=16))
+    return jax.device_get(init(jax.random.key(0)))
+
+
+@functools.cache
 def compiled(micro_json, kind, num_devices, num_chunks, fsdp, ema_decay):
-    """Returns (fresh state, jitted step, mesh); shared by the tests because compiling is what takes time."""
+    """Returns (maker of a fresh state, jitted step, mesh); shared by the tests because compiling is what takes time."""
     config = config_lib.from_json(micro_json).unlock()
     config.optimizer.accumulate[kind.value] = num_chunks
     config.optimizer.ema_decay = ema_decay
@@ -58,22 +66,15 @@ def compiled(micro_json, kind, num_devices, num_chunks, fsdp, ema_decay):
     mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:num_devices])
     placed = train_state.state_shardings(mesh, tx, shapes, ema=ema_decay > 0)
 
-    def create(key):
-        return train_state.create(train_state.init_params(model, key, context_length=16), tx, ema=ema_decay > 0)
-
+    new = jax.jit(functools.partial(train_state.create, tx=tx, ema=ema_decay > 0), out_shardings=placed)
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=CANVAS, mesh=mesh)
-    step = jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(placed, NamedSharding(mesh, sharding.REPLICATED)),
-        compiler_options={"xla_backend_optimization_level": 0},  # compiles three times faster
-    )
-    return jax.jit(create, out_shardings=placed), step, mesh
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, sharding.REPLICATED)))
+    return lambda: new(fresh_params(micro_json)), step, mesh
 
 
 def run(micro, kind, *, num_devices=1, num_chunks=1, fsdp=1, num_steps=5, ema_decay=0.0, poison=None):
     create, step, mesh = compiled(config_lib.to_json(micro), kind, num_devices, num_chunks, fsdp, ema_decay)
-    state, history = create(jax.random.key(0)), []
+    state, history = create(), []
     with jax.set_mesh(mesh):
         for i in range(num_steps):
             if poison is not None:
@@ -102,7 +103,7 @@ def test_eight_devices_in_chunks_agree_with_one_device(micro, kind):
 @pytest.mark.parametrize("kind", Kind)
 def test_loss_falls_on_one_batch(micro, kind):
     create, step, mesh = compiled(config_lib.to_json(micro), kind, 1, 1, 1, 0.0)
-    state, losses = create(jax.random.key(0)), []
+    state, losses = create(), []
     with jax.set_mesh(mesh):
         batch = sharding.to_global(make_batch(kind, seed=0), mesh)
         for _ in range(30):
@@ -169,6 +170,6 @@ def test_padding_does_not_blow_up_the_gradient_of_a_fresh_model(micro):
         batch = make_batch(Kind.DETECTION, seed=0)
         batch = batch._replace(extent=np.full_like(batch.extent, extent))
         with jax.set_mesh(mesh):
-            _, metrics = step(create(jax.random.key(0)), sharding.to_global(batch, mesh))
+            _, metrics = step(create(), sharding.to_global(batch, mesh))
         norms.append(float(metrics["grad_norm"]))
     assert norms[1] < 20 * norms[0], norms
