@@ -2,7 +2,10 @@
 
   python -m detclipv2_jax.main --config=configs/swin_l.py
 
-Paper: 44.7 zero-shot LVIS minival (fixed AP) on 64 V100. Here: not run. Data as for configs/swin_t.py.
+Paper: 44.7 zero-shot LVIS minival (fixed AP) on 64 V100. Here: not run. Data and text tower as for configs/swin_t.py.
+The backbone starts from swin_large_patch4_window12_384_22k.pth of the Swin repository (ImageNet-22k), converted by
+`python -m detclipv2_jax.convert`:
+https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_large_patch4_window12_384_22k.pth
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +17,8 @@ def get_config() -> ConfigDict:
     c = config_lib.base()
     c.name = "swin_l"
     c.model = config_lib.model("swin_l")
+    c.init_from.swin = "weights/swin_large.safetensors"
+    c.init_from.text = "weights/clip_text_vit_b32.safetensors"
     c.detection.data = ("data/objects365",)
     c.grounding.data = ("data/gqa", "data/flickr30k")
     c.image_text.data = ("data/cc3m", "data/cc12m")

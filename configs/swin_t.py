@@ -11,6 +11,14 @@
 
 Hardware and time of the paper: 32 V100, about 2,100 V100-hours for `full`. Data folders are made by
 `python -m detclipv2_jax.prepare`; the run says which are missing and the command that builds each.
+
+It starts from two public checkpoints, converted by `python -m detclipv2_jax.convert`:
+* backbone: swin_tiny_patch4_window7_224.pth of the Swin repository (ImageNet-1k),
+  https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth
+* text tower: OpenAI's CLIP ViT-B/32, open_clip_model.safetensors of
+  https://huggingface.co/timm/vit_base_patch32_clip_224.openai (605 MB with the image tower; any other file of these
+  weights will do). The paper starts from FILIP's text tower, of the same architecture, which was never published.
+With `--config.init_from.swin= --config.init_from.text=` both start from random values.
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +39,8 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant {variant!r} of configs/swin_t.py is unknown; allowed are {', '.join(VARIANTS)}")
     c = config_lib.base()  # the defaults are the paper's Swin-T values
     c.name = f"swin_t_{variant}"
+    c.init_from.swin = "weights/swin_tiny.safetensors"
+    c.init_from.text = "weights/clip_text_vit_b32.safetensors"
     c.detection.data = ("data/objects365",)
     c.grounding.data, c.image_text.data = VARIANTS[variant]
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch

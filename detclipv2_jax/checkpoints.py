@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax.optimizer import param_name
+from detclipv2_jax import weights
+from detclipv2_jax.optimizer import named_shapes
 from detclipv2_jax.train_state import TrainState
 
 
@@ -89,23 +90,7 @@ class Checkpoints:
 
 def report_differences(stored: Any, expected: Any, *, what: str) -> None:
     """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`, if there are any."""
-
-    def shapes(tree):
-        return {param_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-    have, want = shapes(stored), shapes(expected)
-    changed = [name for name in sorted(have) if want.get(name, have[name]) != have[name]]
-    problems = {
-        "missing": sorted(want.keys() - have.keys()),
-        "unexpected": sorted(have.keys() - want.keys()),
-        "reshaped": [f"{name} {have[name]} -> {want[name]}" for name in changed],
-    }
-    lines = [
-        f"  {kind} ({len(names)}): {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if lines:
+    if lines := weights.differences(named_shapes(stored), named_shapes(expected)):
         raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
 
 

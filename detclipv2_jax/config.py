@@ -103,6 +103,10 @@ def base() -> ConfigDict:
     c.model = model("swin_t")
     c.init_from = ConfigDict()
     c.init_from.checkpoint = ""  # a workdir of ours: start from its parameters; step and optimizer start anew
+    # .safetensors files of the backbone and of the text tower, made by `python -m detclipv2_jax.convert`; "": random
+    # values. Fitted to model.swin.window_size and model.text.context_length. Not read where there is a checkpoint
+    c.init_from.swin = ""
+    c.init_from.text = ""
 
     # --- data. A kind without files is left out of the run.
     for kind in KINDS:
@@ -273,6 +277,11 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
         check(value_of(key) > 0, key, "above 0")
     check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", "0 <= value < 1")
     check(0 <= config.optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= value < 1")
+    for key in ("init_from.swin", "init_from.text"):
+        check(
+            not value_of(key) or value_of(key).endswith(".safetensors"), key,
+            "a .safetensors file that `python -m detclipv2_jax.convert` made, or nothing",
+        )  # fmt: skip
     if config.loss.selection in OBJECTNESS[1:] and config.model.head.objectness != config.loss.selection:
         problems.append(
             f"config.loss.selection is {config.loss.selection!r} but config.model.head.objectness is "

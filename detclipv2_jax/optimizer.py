@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 Group = tuple[str, float, bool]  # regex over the path, factor on the learning rate, weight decay
@@ -16,6 +19,11 @@ Group = tuple[str, float, bool]  # regex over the path, factor on the learning r
 def param_name(path: Sequence[Any]) -> str:
     """Returns the public name of a parameter, "head/box_tower/conv0/kernel", from its path in the tree."""
     return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def named_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter by its public name."""
+    return {param_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def assign_groups(params: Any, groups: Sequence[Group]) -> Any:
@@ -41,6 +49,35 @@ def assign_groups(params: Any, groups: Sequence[Group]) -> Any:
             f"{' …' if len(lost) > 10 else ''}; add a group for them"
         )
     return assigned
+
+
+@dataclasses.dataclass
+class _Row:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+    learning_rate: str  # factor of the group
+    weight_decay: str
+
+
+def overview(params: Any, groups: Sequence[Group]) -> str:
+    """Returns a table of names, shapes and groups of `params` (arrays or shapes), one parameter a line."""
+    group_of = {
+        param_name(path): groups[i] for path, i in jax.tree_util.tree_leaves_with_path(assign_groups(params, groups))
+    }
+    rows = [
+        _Row(
+            name,
+            tuple(x.shape),
+            str(x.dtype),
+            math.prod(x.shape),
+            f"x {group_of[name][1]:g}",
+            "yes" if group_of[name][2] else "no",
+        )
+        for name, x in sorted((param_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params))
+    ]
+    return f"{parameter_overview.make_table(rows)}\nTotal: {sum(row.size for row in rows):,}"
 
 
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:

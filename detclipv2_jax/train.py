@@ -17,19 +17,19 @@ import jax
 import numpy as np
 import optax
 from absl import logging
-from clu import metric_writers, parameter_overview
+from clu import metric_writers
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from detclipv2_jax import alignment, sharding, train_state, train_step, visualize
+from detclipv2_jax import alignment, sharding, train_state, train_step, visualize, weights
 from detclipv2_jax import checkpoints as checkpoints_lib
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval.loop import Evaluator
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.models import detclip
-from detclipv2_jax.optimizer import learning_rate, make_optimizer
+from detclipv2_jax.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
 from detclipv2_jax.schedule import Schedule
 from detclipv2_jax.train_state import TrainState
 
@@ -58,12 +58,22 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Returns the run of a configuration, its files checked and nothing compiled.
 
     Raises:
-      ValueError: files, sizes, parameter groups or stored parameters that do not fit.
+      ValueError: files (all that are missing), sizes, parameter groups or stored parameters that do not fit.
     """
+    model = detclip.from_config(config.model)
+    shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
-    eval_streams = streams_lib.eval_streams(config.eval, input_config=config.input, **place)
+    problems: list[str] = []
+    with listed(problems):
+        streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
+    with listed(problems):
+        eval_streams = streams_lib.eval_streams(config.eval, input_config=config.input, **place)
+    with listed(problems):
+        if not has_parameters(config, workdir):
+            weights.load_all(config.init_from, named_shapes(shapes))  # read again when needed
+    if problems:
+        raise ValueError("\n".join(problems))
     schedule = Schedule(
         [stream.num_batches for stream in streams],
         epochs=config.epochs,
@@ -71,8 +81,6 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         weights=[config[stream.kind.value].weight for stream in streams],
         num_steps=config.num_steps,
     )
-    model = detclip.from_config(config.model)
-    shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
     tx = make_optimizer(config.optimizer, shapes, schedule.total_steps)
     return Run(
         config=config,
@@ -107,8 +115,7 @@ def train(run: Run) -> dict[str, float]:
         state = initial_state(run, checkpoints)
         start = int(state.step)
         if first_process:
-            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            logging.info("parameters:\n%s", overview)
+            logging.info("parameters:\n%s", overview(state.params, config.optimizer.groups))
         logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
 
         # --- one compiled step and one reader a stream, made when first drawn
@@ -209,30 +216,50 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
 
     1. the newest checkpoint of this workdir;
     2. fresh optimizer, parameters from another run (`init_from.checkpoint`);
-    3. fresh everything.
+    3. fresh everything, but for the towers that `init_from.swin` and `init_from.text` hold.
     """
     config, shardings = run.config, run.shardings
     new = functools.partial(train_state.create, tx=run.tx, ema=config.optimizer.ema_decay > 0)
 
-    def create(key: jax.Array) -> TrainState:
-        return new(train_state.init_params(run.model, key, context_length=config.model.text.context_length))
+    def create(key: jax.Array, pretrained: dict[str, np.ndarray]) -> TrainState:
+        params = train_state.init_params(run.model, key, context_length=config.model.text.context_length)
+        return new(jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params))
 
     key = jax.random.key(config.seed)
     if checkpoints.latest_step() is not None:
         abstract = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-            jax.eval_shape(create, key),
+            jax.eval_shape(create, key, {}),
             shardings,
         )
         return checkpoints.restore(abstract)
     if config.init_from.checkpoint:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
-        shapes = jax.eval_shape(create, key).params
+        shapes = jax.eval_shape(create, key, {}).params
         checkpoints_lib.report_differences(params, shapes, what=f"init_from.checkpoint {config.init_from.checkpoint}")
         logging.info("parameters from step %d of %s", step, config.init_from.checkpoint)
         params = jax.tree.map(np.asarray, params)
         return jax.jit(new, out_shardings=shardings)(params)
-    return jax.jit(create, out_shardings=shardings)(key)
+    shapes = named_shapes(jax.eval_shape(create, key, {}).params)
+    pretrained, notes = weights.load_all(config.init_from, shapes)
+    for note in notes:
+        logging.info(note)
+    return jax.jit(create, out_shardings=shardings)(key, pretrained)
+
+
+@contextlib.contextmanager
+def listed(problems: list[str]) -> Iterator[None]:
+    """Adds the ValueError that ends what is inside to a list, so that the next thing is tried too."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error))
+
+
+def has_parameters(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Returns whether a run starts from a checkpoint, so that `init_from.swin` and `init_from.text` are not read."""
+    saved = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return saved or bool(config.init_from.checkpoint)
 
 
 def due(step: int, every: int) -> bool:

@@ -22,8 +22,9 @@ PACKAGE = pathlib.Path(train_step.__file__).parent
 MAY_IMPORT = {
     "alignment": {"data", "geometry", "inference", "models", "visualize"},
     "builders": {"data"},
-    "checkpoints": {"config", "optimizer", "train_state"},
+    "checkpoints": {"config", "optimizer", "train_state", "weights"},
     "config": set(),
+    "convert": {"data", "weights"},
     "data": {"geometry"},
     "drawing": set(),
     "eval": {"data", "inference", "models", "sharding", "visualize", "vocabulary"},
@@ -39,12 +40,13 @@ MAY_IMPORT = {
     "sharding": {"data"},
     "train": {
         "alignment", "checkpoints", "data", "eval", "inference", "models", "optimizer", "schedule", "sharding",
-        "train_state", "train_step", "visualize",
+        "train_state", "train_step", "visualize", "weights",
     },
     "train_state": {"models", "optimizer", "sharding"},
     "train_step": {"data", "geometry", "losses", "models", "sharding", "train_state"},
     "visualize": {"data", "drawing"},
     "vocabulary": {"data"},
+    "weights": set(),
 }  # fmt: skip
 
 

@@ -75,6 +75,20 @@ def text_tokens() -> np.ndarray:
     return words
 
 
+# checkpoints in every library's layout: as small as the libraries allow
+LAYOUT_SWIN, LAYOUT_CANVAS = SwinSize(8, (1, 2, 1, 1), (1, 1, 2, 2), 2), (64, 64)
+LAYOUT_TEXT = (64, 1, 1, 32)
+TABLE_WINDOWS = ((7, 12), (12, 7), (4, 2))
+
+
+def relative_position_table(window: int) -> np.ndarray:
+    """Returns a table for 5 heads that changes smoothly but for some noise, as trained ones do."""
+    side = np.arange(1 - window, window, dtype=np.float32)
+    waves = [np.cos(np.add.outer(side * (head + 1), side) / window) for head in range(5)]
+    table = np.stack(waves, axis=-1).reshape(-1, 5)
+    return (table + 0.1 * seeded.uniform("table", table.shape)).astype(np.float32)
+
+
 class DeformCase(NamedTuple):
     """Arguments of one deformable convolution, NHWC, and the gradient that comes from above."""
 

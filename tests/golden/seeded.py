@@ -30,6 +30,16 @@ def parameter(path: str, shape: tuple[int, ...]) -> np.ndarray:
     return {"bias": 0.2, "relative_position_table": 1.0, "embedding": 0.5, "position_embedding": 0.5}[leaf] * x
 
 
+def foreign(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the value of a parameter of a PyTorch library, by its name there."""
+    x = uniform(name, shape)
+    if name.endswith("weight") and len(shape) == 1:
+        return 1 + 0.2 * x
+    if len(shape) > 1 and not name.endswith(("embedding.weight", "positional_embedding", "table")):
+        return x * np.float32(np.prod(shape[1:]) ** -0.5)  # kernels are (outputs, inputs)
+    return np.asarray(x * np.float32(0.2 if name.endswith("bias") else 0.5))
+
+
 def sample(x: np.ndarray, count: int = 256) -> np.ndarray:
     """Returns evenly spaced entries of the flattened array, first and last included."""
     x = np.asarray(x).reshape(-1)
