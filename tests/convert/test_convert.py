@@ -63,7 +63,10 @@ TEXT = TextEncoder(*cases.LAYOUT_TEXT[:3], context_length=16, embed_dim=cases.LA
 TEXT_EMBEDDINGS = jax.jit(TEXT.apply)
 
 
-@pytest.mark.parametrize(("part", "layout"), EVERY)
+@pytest.mark.parametrize(
+    ("part", "layout"),
+    [pytest.param(part, layout, marks=[pytest.mark.slow] * (part == "swin")) for part, layout in EVERY],
+)
 def test_features_of_a_converted_checkpoint_are_the_librarys(part, layout, tmp_path):
     golden = np.load(GOLDEN / "layouts.npz")
     report, path = converted(part, checkpoint(part, layout), tmp_path)
