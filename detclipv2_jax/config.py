@@ -102,7 +102,7 @@ def base() -> ConfigDict:
     c.num_steps = 0  # caps the run (steps); 0: all epochs
     c.model = model("swin_t")
     c.init_from = ConfigDict()
-    c.init_from.checkpoint = ""  # a workdir of ours: start from its parameters; step and optimizer start anew
+    c.init_from.checkpoint = ""  # a workdir of ours: start from its parameters, step and optimizer anew; or evaluate it
     # .safetensors files of the backbone and of the text tower, made by `python -m detclipv2_jax.convert`; "": random
     # values. Fitted to model.swin.window_size and model.text.context_length. Not read where there is a checkpoint
     c.init_from.swin = ""

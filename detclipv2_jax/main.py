@@ -5,6 +5,7 @@ Run the same command on every host. A run continues from the newest checkpoint o
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import sys
@@ -28,7 +29,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where checkpoints, metrics and pictures go; default: runs/<config name>"
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train (and evaluate), or evaluate the newest checkpoint")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval"],
+    "train (and evaluate), or evaluate the newest checkpoint of --workdir or of config.init_from.checkpoint",
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ["auto", "off", "on"],
     "several processes: on, off, or auto (on where a TPU pod, Slurm or the JAX_COORDINATOR_ADDRESS variable says so)",
@@ -57,14 +63,20 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     try:
         config_lib.validate(config, num_devices=jax.device_count())
-        check_workdir(workdir, config, fresh_allowed=_MODE.value == "train")
-        run = train_lib.prepare_run(with_scenes(config, workdir), workdir)
+        training = _MODE.value == "train"
+        check_workdir(workdir, config, fresh_allowed=training or bool(config.init_from.checkpoint))
+        complete = with_scenes(config, workdir)
+        if training:
+            work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
+        else:
+            work = train_lib.prepare_evaluation(complete, workdir)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if jax.process_index() == 0:  # not before all is well: what failed has no claim on the workdir
+    # not before all is well: what failed has no claim on the workdir; an evaluation changes nothing of a run
+    if jax.process_index() == 0 and (training or not (workdir / "config.json").exists()):
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config_lib.to_json(config))
-    scores = train_lib.train(run) if _MODE.value == "train" else train_lib.evaluate(run)
+    scores = work()
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
 
@@ -105,7 +117,10 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
                 + "\nGive another --workdir, or the stored values to continue that run."
             )
     elif not fresh_allowed:
-        raise ValueError(f"{workdir} has no config.json, so there is no run to evaluate; give its --workdir")
+        raise ValueError(
+            f"{workdir} has no config.json, so there is no run to evaluate; give its --workdir, or another"
+            " workdir and --config.init_from.checkpoint=<workdir of the run>"
+        )
 
 
 def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:

@@ -64,11 +64,13 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    detector, evaluator = Detector(model, mesh=mesh), None
     problems: list[str] = []
     with listed(problems):
         streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
     with listed(problems):
-        eval_streams = streams_lib.eval_streams(config.eval, input_config=config.input, **place)
+        if config.eval.annotations or config.eval.images:
+            evaluator = _evaluator(config, model, mesh, workdir)
     with listed(problems):
         if not has_parameters(config, workdir):
             weights.load_all(config.init_from, named_shapes(shapes))  # read again when needed
@@ -91,9 +93,15 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         model=model,
         tx=tx,
         shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
-        detector=Detector(model, mesh=mesh),
-        evaluator=Evaluator(config, model, mesh=mesh, streams=eval_streams, workdir=workdir) if eval_streams else None,
+        detector=detector,
+        evaluator=evaluator,
     )
+
+
+def _evaluator(config: ConfigDict, model: detclip.DetCLIP, mesh: Mesh, workdir: pathlib.Path) -> Evaluator:
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    streams = streams_lib.eval_streams(config.eval, input_config=config.input, **place)
+    return Evaluator(config, model, mesh=mesh, streams=streams, workdir=workdir)
 
 
 def train(run: Run) -> dict[str, float]:
@@ -188,17 +196,22 @@ def draw_batch(run: Run, stream: streams_lib.Stream, batch: Batch, state: TrainS
         alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Returns the scores of the newest checkpoint of a run; writes eval/ and pictures/.
+def prepare_evaluation(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str, float]]:
+    """Returns the function that scores the newest checkpoint of a run on `config.eval`; it writes eval/ and pictures/.
+
+    A workdir without checkpoints gets the scores of the run `init_from.checkpoint`, whose model and averaging hold.
 
     Raises:
       ValueError: no checkpoint, or nothing to evaluate on.
     """
-    if run.evaluator is None:
-        raise ValueError("nothing to evaluate on: set config.eval.annotations and config.eval.images")
-    _, params, step = checkpoints_lib.load_for_inference(run.workdir)
-    params = jax.device_put(jax.tree.map(np.asarray, params), run.shardings.params)
-    return run.evaluator(params, step=step)
+    own = (workdir / "checkpoints").is_dir() or not config.init_from.checkpoint
+    stored, params, step = checkpoints_lib.load_for_inference(workdir if own else config.init_from.checkpoint)
+    config = config.copy_and_resolve_references()
+    config.model, config.optimizer.ema_decay = stored.model, stored.optimizer.ema_decay
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
+    evaluator = _evaluator(config, detclip.from_config(config.model), mesh, workdir)
+    params = jax.device_put(jax.tree.map(np.asarray, params), sharding.param_shardings(mesh, params))
+    return functools.partial(evaluator, params, step=step)
 
 
 def evaluate_state(run: Run, state: TrainState, writer: MetricsWriter) -> dict[str, float]:

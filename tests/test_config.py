@@ -7,7 +7,11 @@ import pytest
 from detclipv2_jax import config as config_lib
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-VARIANTS = {"swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"), "coco_json": ("nano", "overfit", "swin_t")}
+VARIANTS = {
+    "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"),
+    "coco_json": ("nano", "overfit", "swin_t"),
+    "eval_lvis": ("val",),
+}
 EVERY = [(path.stem, variant) for path in FILES for variant in ("", *VARIANTS.get(path.stem, ()))]
 
 

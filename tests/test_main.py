@@ -12,6 +12,7 @@ import pytest
 
 from detclipv2_jax import checkpoints, main, train
 from detclipv2_jax import config as config_lib
+from detclipv2_jax.eval import coco
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -115,8 +116,14 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
     config, workdir, scores = finished
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
-    run = train.prepare_run(main.with_scenes(with_steps(config, 8), copy), copy)
-    assert train.evaluate(run) == scores
+    config = main.with_scenes(with_steps(config, 8), copy)
+    assert train.prepare_evaluation(config, copy)() == scores
+    # or from elsewhere: the model is the checkpoint's, whatever the configuration says
+    config.init_from.checkpoint, config.model = str(copy), config_lib.model("nano")
+    elsewhere = tmp_path / "elsewhere"
+    assert train.prepare_evaluation(config, elsewhere)() == scores
+    protocol = json.loads((elsewhere / "eval" / "step_00000008_scores.json").read_text())["protocol"]
+    assert (protocol["checkpoint_step"], protocol["ap"]) == (8, coco.AP_KIND)  # everything is annotated: COCO's rules
 
 
 @pytest.mark.slow

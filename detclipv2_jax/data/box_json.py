@@ -46,6 +46,7 @@ class BoxSource:
         self.vocabulary = vocabulary
         self.counters = counters
         self.image_ids = [image["id"] for image in images]
+        self.federated = any("neg_category_ids" in image for image in images)  # not every box is annotated (LVIS)
         self.sizes = np.array([_size(image) for image in images], np.int32).reshape(-1, 2)
         self._folder = folder
         self._files = [_file_name(image) for image in images]

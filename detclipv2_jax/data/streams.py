@@ -107,6 +107,7 @@ class GroundTruth:
     image_ids: tuple[int, ...]  # by example id
     vocabulary: Vocabulary  # the categories in the order of the json
     definitions: bool  # whether a category is encoded with its definition
+    federated: bool = False  # whether only some categories are annotated on an image (LVIS)
 
     @property
     def texts(self) -> list[str]:
@@ -274,7 +275,8 @@ def eval_streams(
     source = open_evaluation(section, prefix="config.eval")
     if source is None:
         return []
-    ground_truth = GroundTruth(source.path, tuple(source.image_ids), source.vocabulary, section.definitions)
+    ids = tuple(source.image_ids)
+    ground_truth = GroundTruth(source.path, ids, source.vocabulary, section.definitions, source.federated)
     streams = []
     for canvas, members in zip(section.canvases, _assign_canvases([source], section.canvases), strict=True):
         if not len(members):

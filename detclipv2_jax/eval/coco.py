@@ -13,16 +13,17 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import pathlib
 import sys
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+PART_CHARS = 1 << 23  # of a file of detections read at once: some 80,000 rows, 60 MB
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent
 AP_KIND = "COCO: pycocotools, IoU 0.50:0.95, 101 recall points, best 100 detections an image and category"
@@ -30,7 +31,7 @@ AP_KIND = "COCO: pycocotools, IoU 0.50:0.95, 101 recall points, best 100 detecti
 
 def evaluate(
     annotations: str | pathlib.Path | dict[str, Any],
-    detections: str | pathlib.Path | list[dict[str, Any]],
+    detections: Any,
     *,
     image_ids: Collection[int] | None = None,
 ) -> dict[str, float]:
@@ -38,8 +39,8 @@ def evaluate(
 
     Args:
       annotations: COCO json (path or content); "area" and "iscrowd" may be missing.
-      detections: COCO results (path or content): rows of image_id, category_id, bbox (x, y, width, height), score. No
-        rows at all score 0.
+      detections: COCO results (see `read_detections`): rows of image_id, category_id, bbox (xywh), score.
+        No rows at all score 0.
       image_ids: images that were evaluated; all listed ones by default. The boxes of others do not count as missed.
 
     Raises:
@@ -49,10 +50,10 @@ def evaluate(
     rows = load_detections(detections)
     known = {image["id"] for image in truth["images"]}
     evaluated = sorted(known if image_ids is None else image_ids)
-    _refuse_unknown("evaluated images", set(evaluated), known)
-    _refuse_unknown("images of the detections", {row["image_id"] for row in rows}, set(evaluated))
+    refuse_unknown("evaluated images", set(evaluated), known)
+    refuse_unknown("images of the detections", {row["image_id"] for row in rows}, set(evaluated))
     categories = {category["id"] for category in truth["categories"]}
-    _refuse_unknown("categories of the detections", {row["category_id"] for row in rows}, categories)
+    refuse_unknown("categories of the detections", {row["category_id"] for row in rows}, categories)
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         reference = _index(truth)
@@ -103,42 +104,115 @@ def load_annotations(annotations: str | pathlib.Path | dict[str, Any]) -> dict[s
     return content | {"annotations": full}
 
 
-def load_detections(detections: str | pathlib.Path | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def load_detections(detections: Any) -> list[dict[str, Any]]:
     """Returns COCO results reduced to their four keys; ValueError naming the first row that is wrong."""
-    content = _read(detections)
-    if not isinstance(content, list):
-        raise ValueError(
-            f"{_name(detections)} is no COCO results file: it holds a {_kind(content)}, not a list of objects with"
-            " image_id, category_id, bbox and score"
-            + ("; are annotations and detections exchanged?" if isinstance(content, dict) else "")
+    return [
+        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        for chunk in read_detections(detections)
+        for image_id, category_id, box, score in zip(
+            *chunk[:2], chunk.boxes.tolist(), chunk.scores.tolist(), strict=True
         )
-    rows = []
-    for i, row in enumerate(content):
-        try:
-            box, score = [float(value) for value in row["bbox"]], float(row["score"])
-            ids = {"image_id": row["image_id"], "category_id": row["category_id"]}
-        except (KeyError, TypeError, ValueError) as error:
+    ]
+
+
+class Columns(NamedTuple):
+    """Detections, one a row."""
+
+    image_ids: list[Any]
+    category_ids: list[Any]
+    boxes: Float[np.ndarray, "d 4"]  # xywh
+    scores: Float[np.ndarray, " d"]
+
+
+def read_detections(detections: Any) -> Iterator[Columns]:
+    """Yields COCO results in order, part by part, so that a file need not fit into memory as Python objects.
+
+    Args:
+      detections: a path, rows, or an iterator of lists of rows or of what this yields.
+
+    Raises:
+      ValueError: naming the first row that is wrong.
+    """
+    if isinstance(detections, (str, pathlib.Path)):
+        parts = _read_list(detections)
+    else:
+        parts = detections if isinstance(detections, Iterator) else iter([detections])
+    start = 0
+    for rows in parts:
+        if isinstance(rows, Columns):
+            yield rows
+            continue
+        if not isinstance(rows, list):
             raise ValueError(
-                f"{_name(detections)}: row {i} is {str(row)[:120]}, not an object with image_id, category_id,"
-                " bbox (x, y, width, height) and score"
-            ) from error
-        if len(box) != 4 or not all(map(math.isfinite, [*box, score])):
-            raise ValueError(
-                f"{_name(detections)}: row {i} has bbox {box} and score {score}; all must be finite numbers"
+                f"{_name(detections)} is no COCO results file: it holds a {_kind(rows)}, not a list of objects with"
+                " image_id, category_id, bbox and score"
+                + ("; are annotations and detections exchanged?" if isinstance(rows, dict) else "")
             )
-        rows.append({**ids, "bbox": box, "score": score})
-    return rows
+        try:
+            yield _columns(rows)
+        except (KeyError, TypeError, ValueError):
+            for i, row in enumerate(rows):
+                try:
+                    _columns([row])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"{_name(detections)}: row {start + i} is {str(row)[:120]}, not an object with image_id,"
+                        " category_id, bbox (x, y, width, height) and score; all must be finite numbers"
+                    ) from error
+        start += len(rows)
+
+
+def _columns(rows: list[Any]) -> Columns:
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(len(rows), -1)
+    scores = np.array([row["score"] for row in rows], np.float64)
+    if scores.ndim != 1 or boxes.shape[1] != 4 or not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise ValueError
+    return Columns([row["image_id"] for row in rows], [row["category_id"] for row in rows], boxes, scores)
+
+
+def _read_list(path: str | pathlib.Path) -> Iterator[Any]:
+    """Yields the objects of a file with one JSON list in several lists, or else the whole content."""
+    with _reading(path), open(path, encoding="utf-8") as file:
+        text = file.read(PART_CHARS)
+        if text.lstrip().startswith("["):
+            text = text.lstrip()[1:]
+            while more := file.read(PART_CHARS):
+                text += more
+                cut = len(text)
+                for _ in range(
+                    4
+                ):  # a brace of a nested object or within a text is no place to cut: the part is no JSON
+                    cut = text.rfind("{", 0, cut)
+                    before = text[: max(cut, 0)].rstrip()
+                    with contextlib.suppress(ValueError):
+                        if before.endswith(","):
+                            yield json.loads(f"[{before[:-1]}]")
+                            text = text[cut:]
+                            break
+            text = f"[{text}"
+        yield json.loads(text + file.read())
 
 
 def _read(source: Any) -> Any:
     if not isinstance(source, (str, pathlib.Path)):
         return source
+    with _reading(source):
+        return json.loads(pathlib.Path(source).read_bytes(), object_hook=_without_outlines)
+
+
+def _without_outlines(content: dict[str, Any]) -> dict[str, Any]:
+    content.pop("segmentation", None)  # most of the memory of a file, and boxes alone are scored
+    return content
+
+
+@contextlib.contextmanager
+def _reading(path: str | pathlib.Path) -> Iterator[None]:
     try:
-        return json.loads(pathlib.Path(source).read_bytes())
+        yield
     except OSError as error:
-        raise ValueError(f"cannot read {source}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _name(source: Any) -> str:
@@ -149,7 +223,7 @@ def _kind(content: Any) -> str:
     return "JSON object" if isinstance(content, dict) else "JSON list" if isinstance(content, list) else "JSON value"
 
 
-def _refuse_unknown(what: str, found: set[Any], known: set[Any]) -> None:
+def refuse_unknown(what: str, found: set[Any], known: set[Any]) -> None:
     unknown = sorted(found - known, key=str)
     if unknown:
         examples = ", ".join(map(str, unknown[:5]))
@@ -188,46 +262,89 @@ def table(scores: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
+    parser = command_line("detclipv2_jax.eval.coco", __doc__)
+    options = parser.parse_args(arguments)
+    return run_command(options, evaluate, ap=AP_KIND, table=table)
+
+
+def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Returns the parser of the arguments that every evaluation of files has."""
     parser = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.eval.coco",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO json with the true boxes")
     parser.add_argument("--detections", required=True, metavar="FILE", help="COCO results json with the found boxes")
     parser.add_argument("--output", metavar="FILE", help="also write the JSON object to this file")
-    options = parser.parse_args(arguments)
-    try:
-        truth, rows = load_annotations(options.annotations), load_detections(options.detections)
-        if not rows:
+    return parser
+
+
+def run_command(
+    options: argparse.Namespace,
+    evaluate: Callable[..., dict[str, float]],
+    *,
+    ap: str,
+    table: Callable[[dict[str, float]], str],
+    rename: Callable[[dict[str, float]], dict[str, float]] = dict,
+) -> int:
+    """Scores `options.detections`, prints counts, table and JSON object; returns the exit status.
+
+    Args:
+      options: of `command_line`.
+      evaluate: (annotations, detections) → scores.
+      ap: what kind of AP it is.
+      table: scores → text.
+      rename: scores → those of the JSON object.
+    """
+    images: set[Any] = set()
+    num_detections = 0
+
+    def counted() -> Iterator[Columns]:
+        nonlocal num_detections
+        for chunk in read_detections(options.detections):
+            images.update(chunk.image_ids)
+            num_detections += len(chunk.scores)
+            yield chunk
+        if not num_detections:
             raise ValueError(f"{options.detections} is an empty list: no detections, nothing to score")
-        scores = evaluate(truth, rows)
+
+    try:
+        truth = load_annotations(options.annotations)
+        scores = evaluate(truth, counted())
         protocol = {
-            "ap": AP_KIND,
+            "ap": ap,
             "annotations": options.annotations,
             "annotations_sha256": sha256(options.annotations),
             "detections": options.detections,
             "detections_sha256": sha256(options.detections),
-            "num_images": len(truth["images"]),
-            "num_images_with_detections": int(np.unique([row["image_id"] for row in rows]).size),
+            "images_evaluated": len(truth["images"]),
+            "images_listed": len(truth["images"]),
+            "images_with_detections": len(images),
             "num_categories": len(truth["categories"]),
             "num_boxes": len(truth["annotations"]),
-            "num_detections": len(rows),
+            "num_detections": num_detections,
+            "made_under": _protocol_beside(options.detections),
         }
-        line = json.dumps(scores | {"protocol": protocol})
+        line = json.dumps(rename(scores) | {"protocol": protocol})
         if options.output:
             pathlib.Path(options.output).write_text(line + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if any("neg_category_ids" in image for image in truth["images"]):
-        print("note: an LVIS file scored by COCO's rules; its federated rules are not applied", file=sys.stderr)
-    counted = {name: protocol[name] for name in protocol if name.startswith("num_")}
-    print(AP_KIND)
-    print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in counted.items()))
+    if ap == AP_KIND and any("neg_category_ids" in image for image in truth["images"]):
+        print("note: an LVIS file scored by COCO's rules; detclipv2_jax.eval.lvis applies LVIS's", file=sys.stderr)
+    print(ap)
+    counts = {name: value for name, value in protocol.items() if name.startswith(("num_", "images_"))}
+    print(", ".join(f"{value} {name.removeprefix('num_').replace('_', ' ')}" for name, value in counts.items()))
     print(table(scores))
     print(line)
     return 0
+
+
+def _protocol_beside(detections: str) -> dict[str, Any] | None:
+    """Returns the protocol (step, prompts, EMA, …) that an evaluation of ours wrote beside these detections."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return json.loads(pathlib.Path(detections.replace("_detections.json", "_scores.json")).read_bytes())["protocol"]
+    return None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
@@ -22,7 +23,7 @@ from detclipv2_jax import visualize, vocabulary
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream
-from detclipv2_jax.eval import coco
+from detclipv2_jax.eval import coco, lvis
 from detclipv2_jax.eval.result import Parts, Rows, write
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits
 from detclipv2_jax.models.detclip import DetCLIP
@@ -53,6 +54,7 @@ class Evaluator:
         self._config, self._mesh, self._streams = config, mesh, streams
         self._workdir = pathlib.Path(workdir)
         self._truth = streams[0].ground_truth
+        self._scorer = lvis if self._truth.federated else coco
         self._limits = Limits.from_config(config.eval)
         self._detector = Detector(model, mesh=mesh)
         whole = NamedSharding(mesh, REPLICATED)
@@ -61,6 +63,8 @@ class Evaluator:
 
     def __call__(self, params: Any, *, step: int) -> dict[str, float]:
         """Returns the scores of `params` as fractions (see `coco.evaluate`), the same on every process.
+
+        Federated annotations are scored by `lvis.evaluate`.
 
         Process 0 writes `eval/step_<step>_detections.json`, `eval/step_<step>_scores.json` and pictures. An evaluation
         that was killed continues where it was, if it is the same one.
@@ -136,8 +140,8 @@ class Evaluator:
     def _score(self, parts: Parts, samples: list[_Sample], *, step: int) -> dict[str, float]:
         """Returns the scores; writes them, the detections and the pictures."""
         annotations = coco.load_annotations(self._truth.annotations)
-        detections = parts.all_rows().to_coco()
-        scores = coco.evaluate(annotations, detections, image_ids=self._truth.image_ids)
+        detections = parts.all_rows()
+        scores = self._scorer.evaluate(annotations, detections.parts(), image_ids=self._truth.image_ids)
         protocol = self._protocol(step) | {
             "images_evaluated": len(self._truth.image_ids),
             "images_listed": len(annotations["images"]),
@@ -145,6 +149,7 @@ class Evaluator:
         name = f"step_{step:08d}"
         write(self._workdir / "eval", name=name, detections=detections, scores=scores, protocol=protocol)
         parts.remove()
+        logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, self._scorer.table(scores))
         for sample in samples:
             self._draw(sample, annotations, name=name)
         return scores
@@ -174,7 +179,7 @@ class Evaluator:
         """Returns all that the detections and scores depend on beside the parameters."""
         section, truth = self._config.eval, self._truth
         return {
-            "ap": coco.AP_KIND,
+            "ap": self._scorer.AP_KIND,
             "checkpoint_step": step,
             "ema": self._config.optimizer.ema_decay > 0,
             "annotations": str(truth.annotations),

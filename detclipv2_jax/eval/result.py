@@ -10,12 +10,13 @@ import pathlib
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+PART_ROWS = 1 << 16
 _PART = re.compile(r"(\d{6})-(\d{6})\.npz")
 
 
@@ -36,6 +37,12 @@ class Rows:
         image_ids, *others = (np.concatenate(column) for column in columns)
         order = np.argsort(image_ids, kind="stable")
         return cls(image_ids[order], *(column[order] for column in others))
+
+    def parts(self) -> Iterator[list[dict[str, Any]]]:
+        """Yields `to_coco` of some rows after the other: as Python objects they need ten times the memory."""
+        for start in range(0, max(len(self.scores), 1), PART_ROWS):
+            columns = (getattr(self, field.name)[start : start + PART_ROWS] for field in dataclasses.fields(self))
+            yield Rows(*columns).to_coco()
 
     def to_coco(self) -> list[dict[str, Any]]:
         """Returns COCO results: bbox (x, y, width, height) rounded to 1/1000 px, scores in float32's shortest form."""
@@ -105,22 +112,33 @@ def write(
     folder: pathlib.Path,
     *,
     name: str,
-    detections: list[dict[str, Any]],
+    detections: Rows,
     scores: Mapping[str, float],
     protocol: Mapping[str, Any],
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes `<name>_detections.json` and `<name>_scores.json` (scores and "protocol"); returns their paths."""
     paths = folder / f"{name}_detections.json", folder / f"{name}_scores.json"
-    write_json(paths[0], detections, indent=None)
+    write_text(paths[0], _json_list(detections.parts()))
     write_json(paths[1], {**scores, "protocol": {**protocol, "detections": paths[0].name}}, indent=2)
     return paths
 
 
 def write_json(path: pathlib.Path, content: Any, *, indent: int | None) -> None:
     """Writes a JSON file, at once or not at all."""
+    write_text(path, [json.dumps(content, indent=indent, ensure_ascii=False), "\n"])
+
+
+def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:
+    """Yields the text of one JSON list whose entries come in parts."""
+    for i, part in enumerate(parts):
+        yield (", " if i else "[") + json.dumps(part)[1:-1]
+    yield "]\n"
+
+
+def write_text(path: pathlib.Path, pieces: Iterable[str]) -> None:
+    """Writes a text file, at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=indent, ensure_ascii=False)
-        file.write("\n")
+        file.writelines(pieces)
     os.replace(partial, path)

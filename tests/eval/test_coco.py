@@ -43,7 +43,7 @@ def test_published_numbers(shared_data, tmp_path, capsys):
     assert printed == json.loads(output.read_text())
     for name in coco.METRICS:
         assert round(printed[name], 3) == pytest.approx(expected[name], abs=1e-9)  # published with three digits
-    assert printed["protocol"]["num_images"] == 100
+    assert printed["protocol"]["images_evaluated"] == 100
     assert printed["protocol"]["annotations_sha256"] == coco.sha256(annotations)
     # the function gives the same, whatever the order of the images (pycocotools keeps that of equal scores in an image)
     rows = json.loads((folder / FIXTURES[1]).read_text())
@@ -101,8 +101,9 @@ def test_nothing_small_is_minus_one():
     [
         ({"image_id": 99}, "1 of 3 images of the detections are unknown: 99; they belong to another annotation file"),
         ({"category_id": "cat"}, "1 of 3 categories of the detections are unknown: cat"),
-        ({"bbox": [1, 2, 3]}, r"row 3 has bbox \[1.0, 2.0, 3.0\] and score 0.9; all must be finite"),
-        ({"score": math.nan}, "row 3 has bbox .* and score nan"),
+        ({"bbox": [1, 2, 3]}, r"row 3 is .*\[1, 2, 3\].*all must be finite numbers"),
+        ({"bbox": [1, 2, 3, [4]]}, "row 3 is .*, not an object with image_id"),
+        ({"score": math.nan}, "row 3 is .*nan.*, not an object with image_id"),
         ({"bbox": None}, "row 3 is .*, not an object with image_id, category_id, bbox"),
         ({"score": "high"}, "row 3 is .*, not an object with image_id"),
     ],
@@ -148,4 +149,4 @@ def test_command_notes_lvis_files(tmp_path, capsys):
     truth = _truth()
     truth["images"][0]["neg_category_ids"] = []
     assert _command(tmp_path, truth, _perfect(truth)) == 0
-    assert "federated rules are not applied" in capsys.readouterr().err
+    assert "scored by COCO's rules" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from PIL import Image
 
 from detclipv2_jax import sharding
 from detclipv2_jax.data import streams as streams_lib
-from detclipv2_jax.eval import coco, loop
+from detclipv2_jax.eval import coco, loop, lvis
 
 NUM_IMAGES = 19  # no multiple of a batch
 
@@ -59,6 +59,26 @@ def test_planted_objects_are_found(dataset, tmp_path):
     rows = [json.loads(path.read_text()) for path in (detections, tmp_path / "other" / "eval" / detections.name)]
     assert [row["image_id"] for row in rows[0]] == [row["image_id"] for row in rows[1]]
     np.testing.assert_allclose([row["bbox"] for row in rows[0]], [row["bbox"] for row in rows[1]], atol=2e-3)
+
+
+@pytest.mark.slow
+def test_federated_annotations_are_scored_by_lvis_rules(dataset, tmp_path):
+    truth = json.loads(dataset.read_text())
+    for image in truth["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    truth["annotations"] = [row for row in truth["annotations"] if row["category_id"] == 5]  # nobody looked for blue
+    federated = dataset.with_name("federated.json")
+    federated.write_text(json.dumps(truth))
+    evaluate, params = _evaluator(federated, tmp_path, num_pictures=0)
+    scores = evaluate(params, step=1)
+    assert scores["AP50"] > 0.95
+    assert scores["fixed_AP50"] > 0.95
+    assert (scores["APr"], scores["fixed_APr"]) == (-1.0, -1.0)
+    folder = tmp_path / "eval"
+    assert lvis.evaluate(federated, folder / "step_00000001_detections.json") == scores  # blue ones are in the file
+    assert 3 in {row["category_id"] for row in json.loads((folder / "step_00000001_detections.json").read_text())}
+    protocol = json.loads((folder / "step_00000001_scores.json").read_text())["protocol"]
+    assert protocol["ap"] == lvis.AP_KIND
 
 
 def test_a_killed_evaluation_continues(dataset, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from detclipv2_jax.eval import result
 from detclipv2_jax.eval.result import Parts, Rows, write
 
 
@@ -52,11 +53,12 @@ def test_a_missing_part_ends_the_known_batches(tmp_path):
     assert Parts(tmp_path, fingerprint={}).done == 0
 
 
-def test_scores_stand_beside_their_protocol(tmp_path):
-    detections = _rows(1).to_coco()
+def test_scores_stand_beside_their_protocol(tmp_path, monkeypatch):
+    monkeypatch.setattr(result, "PART_ROWS", 2)
+    detections = _rows(1, 2, 3)
     paths = write(tmp_path / "eval", name="step_3", detections=detections, scores={"AP": 0.5}, protocol={"ap": "COCO"})
     assert [path.name for path in paths] == ["step_3_detections.json", "step_3_scores.json"]
-    assert json.loads(paths[0].read_text()) == detections
+    assert json.loads(paths[0].read_text()) == detections.to_coco()
     assert json.loads(paths[1].read_text()) == {
         "AP": 0.5,
         "protocol": {"ap": "COCO", "detections": "step_3_detections.json"},

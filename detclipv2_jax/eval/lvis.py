@@ -1,0 +1,299 @@
+"""LVIS v1 scores of a file of detections, standard and fixed AP at once.
+
+* standard: the best 300 detections an image, as lvis-api;
+* fixed (Dave et al. 2021): the best 10,000 detections a category over the whole set, no limit an image.
+
+Of equal scores the earlier detection of the file counts. Federated rules: a detection counts only where its category is
+annotated on the image or listed as absent (neg_category_ids); an unmatched one of a category that is not annotated
+exhaustively (not_exhaustive_category_ids) is ignored.
+
+Prints both side by side and, as its last line, one JSON object of fractions: AP, AP50, AP75, APs, APm, APl, APr, APc,
+APf, AR@300, ARs@300, ARm@300, ARl@300 of the standard protocol, the same of the fixed one led by "fixed_" (its AR has
+no limit to name), and the protocol. With --fixed_ap the names without prefix are the fixed ones and the others are led
+by "standard_". -1 means that there was nothing to measure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int8
+
+from detclipv2_jax.eval import coco
+
+MAX_AN_IMAGE = 300  # standard
+MAX_A_CATEGORY = 10_000  # fixed
+AP_KIND = (
+    f"LVIS v1, IoU 0.50:0.95, 101 recall points, federated rules; standard: best {MAX_AN_IMAGE} detections an image;"
+    f" fixed: best {MAX_A_CATEGORY} a category over the whole set"
+)
+IOUS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0.0, 1.0, 101)
+AREAS = {"": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}  # px², ends included
+FREQUENCIES = coco.FREQUENCIES
+PAIRS_AT_ONCE = 1 << 21  # (detection, box) pairs whose IoU is computed at once: about 200 MB
+UNMATCHED, MATCHED, MATCHED_IGNORED = 0, 1, 2
+_AREA_OF = np.repeat(np.arange(len(AREAS)), len(IOUS))  # a column is an area and an IoU threshold
+_LOWEST, _HIGHEST = np.array(list(AREAS.values())).T
+
+
+def evaluate(
+    annotations: str | pathlib.Path | dict[str, Any],
+    detections: Any,
+    *,
+    image_ids: Collection[int] | None = None,
+) -> dict[str, float]:
+    """Returns the 13 standard scores and, led by "fixed_", the 13 of fixed AP, as fractions; see the module.
+
+    Args:
+      annotations: LVIS json (path or content).
+      detections: COCO results (see `coco.read_detections`); what is held of a row are 64 bytes or so.
+      image_ids: images that were evaluated; all listed ones by default. The boxes of others do not count as missed.
+
+    Raises:
+      ValueError: a file is not what it should be, or detections name unknown images or categories.
+    """
+    truth = _Truth.read(coco.load_annotations(annotations), image_ids)
+    found = _read_detections(detections, truth)
+    standard = _summary(truth, *_measure(truth, found, _best(found.images, found.scores, MAX_AN_IMAGE)))
+    fixed = _summary(truth, *_measure(truth, found, _best(found.categories, found.scores, MAX_A_CATEGORY)))
+    named = {f"{name}@{MAX_AN_IMAGE}" if name.startswith("AR") else name: value for name, value in standard.items()}
+    return named | {f"fixed_{name}": value for name, value in fixed.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Truth:
+    """Annotated boxes and what is known of images and categories; a key is category * number of images + image."""
+
+    image_ids: list[Any]  # in order, as are the categories
+    category_ids: list[Any]
+    frequencies: list[str | None]
+    keys: Int[np.ndarray, " g"]  # of the boxes, ascending; within a key in the order of the file
+    boxes: Float[np.ndarray, "g 4"]  # xywh
+    ignored: Bool[np.ndarray, "g 4"]  # for each area
+    known: Int[np.ndarray, " k"]  # keys of which it is known whether the category is on the image
+    incomplete: Int[np.ndarray, " i"]  # keys with more objects than annotated boxes
+
+    @classmethod
+    def read(cls, content: dict[str, Any], image_ids: Collection[int] | None) -> _Truth:
+        listed = {image["id"]: image for image in content["images"]}
+        evaluated = sorted(listed if image_ids is None else set(image_ids))
+        coco.refuse_unknown("evaluated images", set(evaluated), set(listed))
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        image_of = {image_id: i for i, image_id in enumerate(evaluated)}
+        category_of = {category["id"]: i for i, category in enumerate(categories)}
+        rows = [row for row in content["annotations"] if row["image_id"] in image_of]
+        coco.refuse_unknown("categories of the boxes", {row["category_id"] for row in rows}, set(category_of))
+
+        def key(image_id: Any, category_id: Any) -> int:
+            return category_of[category_id] * len(evaluated) + image_of[image_id]
+
+        def listed_keys(name: str) -> np.ndarray:
+            pairs = ((i, c) for i in evaluated for c in listed[i].get(name) or () if c in category_of)
+            return np.array([key(*pair) for pair in pairs], np.int64)
+
+        keys = np.array([key(row["image_id"], row["category_id"]) for row in rows], np.int64)
+        order = np.argsort(keys, kind="stable")
+        area = np.array([row["area"] for row in rows], np.float64)[order, None]
+        ignore = np.array([bool(row.get("ignore", 0)) for row in rows], bool)[order, None]
+        return cls(
+            image_ids=evaluated,
+            category_ids=list(category_of),
+            frequencies=[category.get("frequency") for category in categories],
+            keys=keys[order],
+            boxes=np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)[order],
+            ignored=ignore | (area < _LOWEST) | (area > _HIGHEST),
+            known=np.unique(np.concatenate([keys, listed_keys("neg_category_ids")])),
+            incomplete=np.unique(listed_keys("not_exhaustive_category_ids")),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Detections, one a row."""
+
+    images: Int[np.ndarray, " d"]
+    categories: Int[np.ndarray, " d"]
+    boxes: Float[np.ndarray, "d 4"]  # xywh
+    scores: Float[np.ndarray, " d"]
+
+    def take(self, rows: np.ndarray) -> _Found:
+        return _Found(self.images[rows], self.categories[rows], self.boxes[rows], self.scores[rows])
+
+
+def _read_detections(detections: Any, truth: _Truth) -> _Found:
+    image_of = {image_id: i for i, image_id in enumerate(truth.image_ids)}
+    category_of = {category_id: i for i, category_id in enumerate(truth.category_ids)}
+    parts = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0))]
+    for chunk in coco.read_detections(detections):
+        coco.refuse_unknown("images of the detections", set(chunk.image_ids), image_of.keys())
+        coco.refuse_unknown("categories of the detections", set(chunk.category_ids), category_of.keys())
+        images = np.array([image_of[i] for i in chunk.image_ids], np.int32)
+        parts.append((images, np.array([category_of[c] for c in chunk.category_ids], np.int32), *chunk[2:]))
+    return _Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _best(groups: Int[np.ndarray, " d"], scores: Float[np.ndarray, " d"], limit: int) -> Bool[np.ndarray, " d"]:
+    """Returns which rows are among the best `limit` of their group; of equal scores the earlier is better."""
+    counts = np.bincount(groups)
+    if counts.max(initial=0) <= limit:
+        return np.ones(len(groups), bool)
+    order = np.lexsort((-scores, groups))
+    chosen = np.empty(len(groups), bool)
+    chosen[order] = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts) < limit
+    return chosen
+
+
+def _measure(
+    truth: _Truth, found: _Found, chosen: Bool[np.ndarray, " d"]
+) -> tuple[Float[np.ndarray, "c x"], Float[np.ndarray, "c x"]]:
+    """Returns average precision and recall of every category and column; -1 without boxes.
+
+    1. Keep detections of which it is known whether they are right, by (category, image, falling score).
+    2. Match them with the boxes.
+    3. A category at a time, order them by score and count.
+    """
+    # 1
+    keys = found.categories * np.int64(len(truth.image_ids)) + found.images
+    rows = np.flatnonzero(chosen & _member(keys, truth.known))
+    rows = rows[np.lexsort((-found.scores[rows], keys[rows]))]
+    found, keys = found.take(rows), keys[rows]
+    # 2
+    state = _match(truth, found, keys)
+    area = (found.boxes[:, 2] * found.boxes[:, 3])[:, None]
+    ignored = (area < _LOWEST) | (area > _HIGHEST) | _member(keys, truth.incomplete)[:, None]  # where unmatched
+    # 3
+    num_columns, num_categories = len(_AREA_OF), len(truth.category_ids)
+    precision, recall = np.full((2, num_categories, num_columns), -1.0)
+    starts = np.searchsorted(found.categories, np.arange(num_categories + 1))
+    category_of_box = truth.keys // len(truth.image_ids)
+    num_boxes = np.stack([np.bincount(category_of_box[~x], minlength=num_categories) for x in truth.ignored.T], axis=1)
+    for category in np.flatnonzero(num_boxes[:, 0]):
+        own = slice(starts[category], starts[category + 1])
+        order = np.argsort(-found.scores[own], kind="stable")
+        states, unmatched_ignored = state[own][order], ignored[own][order]
+        for column, area_index in enumerate(_AREA_OF):
+            if not (total := num_boxes[category, area_index]):
+                continue
+            matched = states[:, column] == MATCHED
+            counted = matched | ((states[:, column] == UNMATCHED) & ~unmatched_ignored[:, area_index])
+            rank = np.cumsum(counted)[matched]  # true and false ones up to each true one
+            hits = np.arange(1, len(rank) + 1)
+            recall[category, column] = len(rank) / total
+            # precision rises at true ones only, so that the best one from a recall on stands at one of them
+            best = np.maximum.accumulate((hits / (rank + np.spacing(1)))[::-1])[::-1]
+            at = np.searchsorted(hits / total, RECALLS)
+            precision[category, column] = np.append(best, 0.0)[at].mean()
+    return precision, recall
+
+
+def _member(keys: Int[np.ndarray, " d"], known: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " d"]:
+    """Returns which keys are among the known ones, which ascend."""
+    if not len(known):
+        return np.zeros(len(keys), bool)
+    return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
+
+
+def _match(truth: _Truth, found: _Found, keys: Int[np.ndarray, " d"]) -> Int8[np.ndarray, "d x"]:
+    """Returns UNMATCHED, MATCHED or MATCHED_IGNORED for every detection and column.
+
+    Within an image and category, better detections choose first: among the free boxes that overlap enough the one with
+    the largest IoU (of equals the last), ignored boxes only where there is no other. The n-th detections of all images
+    and categories choose at once.
+    """
+    state = np.zeros((len(keys), len(_AREA_OF)), np.int8)
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)), *_overlapping_pairs(truth, found, keys)]
+    detection, box, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
+    place = detection - np.searchsorted(keys, keys[detection])  # of the detection within its image and category
+    order = np.lexsort((box, iou, detection, place))
+    detection, box, iou, place = detection[order], box[order], iou[order], place[order]
+    thresholds = np.tile(IOUS, len(AREAS))
+    taken = np.zeros((len(truth.keys), len(_AREA_OF)), bool)
+    steps = np.flatnonzero(np.diff(place, prepend=-1, append=-1))
+    for start, end in itertools.pairwise(steps):
+        boxes, num = box[start:end], end - start
+        free = (iou[start:end, None] >= thresholds) & ~taken[boxes]
+        regular = ~truth.ignored[boxes][:, _AREA_OF]
+        preference = np.where(free, np.arange(num, dtype=np.int32)[:, None] + np.int32(num) * regular, -1)
+        firsts = np.flatnonzero(np.diff(detection[start:end], prepend=-1))
+        best = np.maximum.reduceat(preference, firsts, axis=0)
+        state[detection[start:end][firsts]] = np.where(
+            best < 0, UNMATCHED, np.where(best < num, MATCHED_IGNORED, MATCHED)
+        )
+        who, column = np.nonzero(best >= 0)
+        taken[boxes[best[who, column] % num], column] = True
+    return state
+
+
+def _overlapping_pairs(
+    truth: _Truth, found: _Found, keys: Int[np.ndarray, " d"]
+) -> Iterator[tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Float[np.ndarray, " p"]]]:
+    """Yields (detection, box, IoU) of all pairs of one image and category with an IoU that may match."""
+    first = np.searchsorted(truth.keys, keys)
+    count = np.searchsorted(truth.keys, keys, side="right") - first
+    ends = np.cumsum(count)
+    start = 0
+    while start < len(keys):
+        before = ends[start] - count[start]
+        end = max(start + 1, int(np.searchsorted(ends, before + PAIRS_AT_ONCE, side="right")))
+        detection = np.repeat(np.arange(start, end), count[start:end])
+        box = np.arange(len(detection)) + np.repeat(
+            first[start:end] - (ends - count)[start:end] + before, count[start:end]
+        )
+        a, b = found.boxes[detection], truth.boxes[box]
+        sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+        near = np.flatnonzero((sides > 0).all(axis=1))
+        common = sides[near, 0] * sides[near, 1]
+        iou = common / (a[near, 2] * a[near, 3] + b[near, 2] * b[near, 3] - common)
+        enough = iou >= IOUS[0]
+        yield detection[near[enough]], box[near[enough]], iou[enough]
+        start = end
+
+
+def _summary(truth: _Truth, precision: Float[np.ndarray, "c x"], recall: Float[np.ndarray, "c x"]) -> dict[str, float]:
+    def mean(values: np.ndarray) -> float:
+        measured = values[values > -1]
+        return float(measured.mean()) if measured.size else -1.0
+
+    columns = [i == _AREA_OF for i in range(len(AREAS))]
+    all_areas = precision[:, columns[0]]
+    scores = {"AP": mean(all_areas), "AP50": mean(all_areas[:, 0]), "AP75": mean(all_areas[:, 5])}
+    scores |= {f"AP{name}": mean(precision[:, own]) for name, own in zip(AREAS, columns, strict=True) if name}
+    for name in FREQUENCIES:
+        scores[f"AP{name}"] = mean(all_areas[[frequency == name for frequency in truth.frequencies]])
+    return scores | {f"AR{name}": mean(recall[:, own]) for name, own in zip(AREAS, columns, strict=True)}
+
+
+def table(scores: dict[str, float]) -> str:
+    """Returns both protocols side by side in percent; a dash where there was nothing to measure."""
+    names = [name for name in scores if not name.startswith("fixed_")]
+    lines = [f"{'':10}{'standard':>10}{'fixed':>10}"]
+    for name in names:
+        values = (scores[name], scores[f"fixed_{name.split('@')[0]}"])
+        lines.append(f"{name:10}" + "".join(f"{'-' if x < 0 else format(100 * x, '.1f'):>10}" for x in values))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = coco.command_line("detclipv2_jax.eval.lvis", __doc__)
+    parser.add_argument("--fixed_ap", action="store_true", help="the names without prefix are those of fixed AP")
+    options = parser.parse_args(arguments)
+    ap = f"{AP_KIND}; names without prefix: {'fixed' if options.fixed_ap else 'standard'}"
+    rename = _fixed_first if options.fixed_ap else dict
+    return coco.run_command(options, evaluate, ap=ap, table=table, rename=rename)
+
+
+def _fixed_first(scores: dict[str, float]) -> dict[str, float]:
+    fixed = {name.removeprefix("fixed_"): value for name, value in scores.items() if name.startswith("fixed_")}
+    return fixed | {f"standard_{name}": value for name, value in scores.items() if not name.startswith("fixed_")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
