@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only writes TensorBoard events here
 
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
     started = time.monotonic()
+    work: Callable[[], dict[str, float]]
     try:
         config_lib.validate(config, num_devices=jax.device_count())
         training = _MODE.value == "train"

@@ -177,18 +177,18 @@ def _measure(
     for category in np.flatnonzero(num_boxes[:, 0]):
         own = slice(starts[category], starts[category + 1])
         order = np.argsort(-found.scores[own], kind="stable")
-        states, unmatched_ignored = state[own][order], ignored[own][order]
-        for column, area_index in enumerate(_AREA_OF):
-            if not (total := num_boxes[category, area_index]):
-                continue
-            matched = states[:, column] == MATCHED
-            counted = matched | ((states[:, column] == UNMATCHED) & ~unmatched_ignored[:, area_index])
-            rank = np.cumsum(counted)[matched]  # true and false ones up to each true one
-            hits = np.arange(1, len(rank) + 1)
-            recall[category, column] = len(rank) / total
-            # precision rises at true ones only, so that the best one from a recall on stands at one of them
-            best = np.maximum.accumulate((hits / (rank + np.spacing(1)))[::-1])[::-1]
-            at = np.searchsorted(hits / total, RECALLS)
+        states, unmatched_ignored = state[own][order], ignored[own][order][:, _AREA_OF]
+        matched = states == MATCHED
+        places = np.cumsum(matched | ((states == UNMATCHED) & ~unmatched_ignored), axis=0, dtype=np.int32)
+        hits, totals = matched.sum(axis=0), num_boxes[category, _AREA_OF]
+        measured = totals > 0
+        precision[category, measured], recall[category, measured] = 0.0, hits[measured] / totals[measured]
+        for column in np.flatnonzero(measured & (hits > 0)):
+            place = places[matched[:, column], column]  # of each right one among those that count
+            rank = np.arange(1, len(place) + 1)
+            # precision rises at right ones only, so that the best one from a recall on stands at one of them
+            best = np.maximum.accumulate((rank / (place + np.spacing(1)))[::-1])[::-1]
+            at = np.searchsorted(rank / totals[column], RECALLS)
             precision[category, column] = np.append(best, 0.0)[at].mean()
     return precision, recall
 
