@@ -212,29 +212,30 @@ class Detector:
     """
 
     def __init__(self, model: DetCLIP, *, mesh: Mesh | None = None):
-        self.model, self._mesh = model, mesh
+        self.model, self.mesh = model, mesh
         whole = None if mesh is None else NamedSharding(mesh, REPLICATED)
         encode = self._split(self._encode, REPLICATED, BATCH)
         predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
         self._compiled_encode = jax.jit(encode, out_shardings=whole)
         self._compiled_predict = jax.jit(predict, out_shardings=whole)
         self._compiled_align = jax.jit(self._align, out_shardings=whole)
+        self._compiled_ground = jax.jit(self._ground, out_shardings=whole)
 
     def _split(self, method: Callable, *specs: PartitionSpec) -> Callable:
         """Returns the method computed by every device for its own rows, arguments and results laid out by `specs`.
 
         Left to the partitioner, every top_k would gather the scores of all images.
         """
-        if self._mesh is None:
+        if self.mesh is None:
             return method
-        return jax.shard_map(method, mesh=self._mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+        return jax.shard_map(method, mesh=self.mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
 
     def to_global(self, batch: Batch) -> Photos:
         """Returns the photos of the global batch, of which this process holds `batch`."""
         photos = Photos(batch.image, batch.extent, batch.scale, batch.original_size)
-        if self._mesh is None:
+        if self.mesh is None:
             return photos
-        sharding = NamedSharding(self._mesh, BATCH)
+        sharding = NamedSharding(self.mesh, BATCH)
         return Photos(*(jax.make_array_from_process_local_data(sharding, np.asarray(array)) for array in photos))
 
     def encode_vocabulary(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "w d"]:
@@ -244,7 +245,7 @@ class Detector:
     def encode_tokens(self, params: Any, tokens: Int[np.ndarray, "w l"]) -> Float[np.ndarray, "w d"]:
         """Returns the L2-normalised embeddings of rows of tokens, encoded in batches of few sizes."""
         size = min(TEXT_BATCH, 1 << max(3, (len(tokens) - 1).bit_length()))  # a power of two from 8
-        num_shards = 1 if self._mesh is None else self._mesh.size
+        num_shards = 1 if self.mesh is None else self.mesh.size
         size = -(-size // num_shards) * num_shards
         padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)))
         batches = np.split(padded, len(padded) // size)
@@ -267,6 +268,10 @@ class Detector:
         """Returns what `alignment.align` finds for the m phrases of each of the p photos `index`, stacked."""
         return self._compiled_align(params, photos, phrases, index)
 
+    def ground(self, params: Any, photos: Photos, phrases: Float[AnyArray, "p d"], limits: Limits) -> Detections:
+        """Returns what `detect` finds for each phrase alone on one photo; arrays begin with [p]."""
+        return self._compiled_ground(params, photos, phrases, limits)
+
     # what is compiled
 
     def _apply(self, params: Any, *arguments: Any, method: str, **options: Any) -> Any:
@@ -281,10 +286,31 @@ class Detector:
     def _predict(
         self, params: Any, photos: Photos, text: Float[Array, "w d"], text_mask: Bool[Array, " w"], limits: Limits
     ) -> Detections:
+        return self._detect(params, self._regions(params, photos), photos, text, text_mask, limits)
+
+    def _ground(self, params: Any, photos: Photos, phrases: Float[Array, "p d"], limits: Limits) -> Detections:
+        regions = self._regions(params, photos)
+
+        def find(phrase: Float[Array, " d"]) -> Detections:
+            return self._detect(params, regions, photos, phrase[None], jnp.ones(1, bool), limits, word_chunk=1)
+
+        return jax.tree.map(lambda array: array[:, 0], jax.lax.map(find, phrases))
+
+    def _detect(
+        self,
+        params: Any,
+        regions: Regions,
+        photos: Photos,
+        text: Float[Array, "w d"],
+        text_mask: Bool[Array, " w"],
+        limits: Limits,
+        *,
+        word_chunk: int = WORD_CHUNK,
+    ) -> Detections:
         scale, bias = self._apply(params, method="logit_parameters")
         _, height, width, _ = photos.image.shape
         return detect(
-            self._regions(params, photos),
+            regions,
             text,
             text_mask,
             anchors=anchor_lib.grid((height, width)).boxes,
@@ -297,6 +323,7 @@ class Detector:
             nms_iou=limits.nms_iou,
             pre_nms=limits.pre_nms,
             max_detections=limits.max_detections,
+            word_chunk=word_chunk,
             class_agnostic=limits.class_agnostic,
         )
 
@@ -440,6 +467,19 @@ class Predictor:
         found = self._detector.align(self.params, photos, text[None], np.array([index], np.int32))
         found = jax.tree.map(lambda array: np.asarray(array)[0], found)
         return found.replace(maps=found.photo_maps(photos.extent[index]))
+
+    def ground(self, image: Any, phrases: Float[np.ndarray, "p d"], *, max_detections: int) -> Detections:
+        """Returns the best boxes of each phrase alone on one image, arrays beginning with [p].
+
+        Args:
+          image: path or RGB array.
+          phrases: rows of what `vocabulary` gives; their number is padded to a multiple of 8, so that few are compiled.
+          max_detections: boxes a phrase.
+        """
+        limits = Limits.from_config(self.config.eval, max_detections=max_detections)
+        padded, _ = vocabulary.pad(phrases, multiple=8)
+        found = self._detector.ground(self.params, _stack([self._photo(image)]), padded, limits)
+        return jax.tree.map(lambda array: np.asarray(array)[: len(phrases)], found)
 
     def vocabulary(self, words: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         """Returns (names, padded embeddings, mask) of words, from the cache where it has exactly them.

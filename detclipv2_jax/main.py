@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.data import scenes
+from detclipv2_jax.eval import loop as evaluation
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration, e.g. configs/demo.py or configs/swin_t.py:full"
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         if training:
             work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
         else:
-            work = train_lib.prepare_evaluation(complete, workdir)
+            work = evaluation.prepare(complete, workdir)
     except ValueError as error:
         sys.exit(f"error: {error}")
     # not before all is well: what failed has no claim on the workdir; an evaluation changes nothing of a run

@@ -26,7 +26,7 @@ from detclipv2_jax import alignment, sharding, train_state, train_step, visualiz
 from detclipv2_jax import checkpoints as checkpoints_lib
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
-from detclipv2_jax.eval.loop import Evaluator
+from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.models import detclip
 from detclipv2_jax.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
@@ -51,7 +51,7 @@ class Run:
     tx: optax.GradientTransformation
     shardings: TrainState
     detector: Detector
-    evaluator: Evaluator | None  # None without config.eval.annotations
+    evaluator: evaluation.Evaluator | None  # None without config.eval.annotations
 
 
 def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
@@ -70,7 +70,7 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
     with listed(problems):
         if config.eval.annotations or config.eval.images:
-            evaluator = _evaluator(config, model, mesh, workdir)
+            evaluator = evaluation.make(config, detector, workdir)
     with listed(problems):
         if not has_parameters(config, workdir):
             weights.load_all(config.init_from, named_shapes(shapes))  # read again when needed
@@ -96,12 +96,6 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         detector=detector,
         evaluator=evaluator,
     )
-
-
-def _evaluator(config: ConfigDict, model: detclip.DetCLIP, mesh: Mesh, workdir: pathlib.Path) -> Evaluator:
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    streams = streams_lib.eval_streams(config.eval, input_config=config.input, **place)
-    return Evaluator(config, model, mesh=mesh, streams=streams, workdir=workdir)
 
 
 def train(run: Run) -> dict[str, float]:
@@ -194,24 +188,6 @@ def draw_batch(run: Run, stream: streams_lib.Stream, batch: Batch, state: TrainS
         visualize.training_batch(batch, kind=stream.kind, path=folder / f"batch_{name}.jpg")
     if stream.kind is Kind.IMAGE_TEXT and run.config.pictures_every_steps:
         alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
-
-
-def prepare_evaluation(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str, float]]:
-    """Returns the function that scores the newest checkpoint of a run on `config.eval`; it writes eval/ and pictures/.
-
-    A workdir without checkpoints gets the scores of the run `init_from.checkpoint`, whose model and averaging hold.
-
-    Raises:
-      ValueError: no checkpoint, or nothing to evaluate on.
-    """
-    own = (workdir / "checkpoints").is_dir() or not config.init_from.checkpoint
-    stored, params, step = checkpoints_lib.load_for_inference(workdir if own else config.init_from.checkpoint)
-    config = config.copy_and_resolve_references()
-    config.model, config.optimizer.ema_decay = stored.model, stored.optimizer.ema_decay
-    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
-    evaluator = _evaluator(config, detclip.from_config(config.model), mesh, workdir)
-    params = jax.device_put(jax.tree.map(np.asarray, params), sharding.param_shardings(mesh, params))
-    return functools.partial(evaluator, params, step=step)
 
 
 def evaluate_state(run: Run, state: TrainState, writer: MetricsWriter) -> dict[str, float]:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "convert": {"data", "weights"},
     "data": {"geometry"},
     "drawing": set(),
-    "eval": {"data", "inference", "models", "sharding", "visualize", "vocabulary"},
+    "eval": {"checkpoints", "data", "geometry", "inference", "models", "sharding", "visualize", "vocabulary"},
     "geometry": set(),
     "inference": {"alignment", "checkpoints", "data", "geometry", "models", "sharding", "vocabulary"},
     "losses": {"geometry"},

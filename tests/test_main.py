@@ -12,7 +12,7 @@ import pytest
 
 from detclipv2_jax import checkpoints, main, train
 from detclipv2_jax import config as config_lib
-from detclipv2_jax.eval import coco
+from detclipv2_jax.eval import coco, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -117,11 +117,11 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     config = main.with_scenes(with_steps(config, 8), copy)
-    assert train.prepare_evaluation(config, copy)() == scores
+    assert loop.prepare(config, copy)() == scores
     # or from elsewhere: the model is the checkpoint's, whatever the configuration says
     config.init_from.checkpoint, config.model = str(copy), config_lib.model("nano")
     elsewhere = tmp_path / "elsewhere"
-    assert train.prepare_evaluation(config, elsewhere)() == scores
+    assert loop.prepare(config, elsewhere)() == scores
     protocol = json.loads((elsewhere / "eval" / "step_00000008_scores.json").read_text())["protocol"]
     assert (protocol["checkpoint_step"], protocol["ap"]) == (8, coco.AP_KIND)  # everything is annotated: COCO's rules
 

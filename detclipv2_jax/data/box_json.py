@@ -49,7 +49,7 @@ class BoxSource:
         self.federated = any("neg_category_ids" in image for image in images)  # not every box is annotated (LVIS)
         self.sizes = np.array([_size(image) for image in images], np.int32).reshape(-1, 2)
         self._folder = folder
-        self._files = [_file_name(image) for image in images]
+        self._files = [file_name(image) for image in images]
         self._captions = [image.get("caption", "") for image in images] if kind is Kind.GROUNDING else None
         index_of = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
         self._federated = {i: lists for i, image in enumerate(images) if any(lists := _federated(image, index_of))}
@@ -101,7 +101,7 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
     return 0, 0
 
 
-def _file_name(image: dict[str, Any]) -> str:
+def file_name(image: dict[str, Any]) -> str:
     # LVIS gives no file name but an address that ends with split/file
     return str(image.get("file_name") or "/".join(str(image.get("coco_url", "")).split("/")[-2:]))
 
@@ -113,7 +113,7 @@ def _federated(image: dict[str, Any], index_of: dict[Any, int]) -> tuple[list[in
     return absent, incomplete
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -135,10 +135,10 @@ def _select_images(
     repaired: collections.Counter[str] = collections.Counter()
     files = collections.defaultdict(set)
     for image in images:
-        files[image.get("id")].add(_file_name(image))
+        files[image.get("id")].add(file_name(image))
     seen, kept = set(), []
     for image in images:
-        if "id" not in image or unsafe_path(_file_name(image)):
+        if "id" not in image or unsafe_path(file_name(image)):
             bad["without id" if "id" not in image else "with a file name outside the folder"] += 1
         elif len(files[image["id"]]) > 1:
             bad["sharing their id with another image"] += 1
@@ -148,7 +148,7 @@ def _select_images(
             seen.add(image["id"])
             kept.append(image)
     refuse_above_share(bad, len(images), max_bad_share, what="images", where=path)
-    probe_images(folder, map(_file_name, kept), path)
+    probe_images(folder, map(file_name, kept), path)
     return kept, dict(bad + repaired)
 
 
@@ -203,7 +203,7 @@ def _collect_boxes(
 
 def read_vocabulary(path: str | Path, *, dictionary: str = "") -> Vocabulary:
     """Returns the categories of a COCO json in their order; definitions from the json, else from the dictionary."""
-    return _vocabulary(_load_json(Path(path)), Path(path), read_dictionary(dictionary) if dictionary else None)
+    return _vocabulary(load_json(Path(path)), Path(path), read_dictionary(dictionary) if dictionary else None)
 
 
 def _vocabulary(content: dict[str, Any], path: Path, dictionary: Vocabulary | None) -> Vocabulary:
@@ -224,7 +224,7 @@ def _vocabulary(content: dict[str, Any], path: Path, dictionary: Vocabulary | No
     return Vocabulary(tuple(names), tuple(definitions), ids)
 
 
-def _check_kind(content: dict[str, Any], path: Path, kind: Kind) -> None:
+def check_kind(content: dict[str, Any], path: Path, kind: Kind) -> None:
     """Raises if the json is of another kind than its key says."""
     sample = content["annotations"][:100]
     has_spans = any("tokens_positive" in annotation for annotation in sample)
@@ -265,8 +265,8 @@ def read_detection(
       ValueError: see the module; the message says which file, how many and why.
     """
     path, folder = Path(annotations), os.path.realpath(images)
-    content = _load_json(path)
-    _check_kind(content, path, Kind.DETECTION)
+    content = load_json(path)
+    check_kind(content, path, Kind.DETECTION)
     vocabulary = _vocabulary(content, path, read_dictionary(dictionary) if dictionary else None)
     kept, counters = _select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     label_of: dict[Any, int | str] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
@@ -314,8 +314,8 @@ def read_grounding(
     Its vocabulary are the distinct phrases, without definitions.
     """
     path, folder = Path(annotations), os.path.realpath(images)
-    content = _load_json(path)
-    _check_kind(content, path, Kind.GROUNDING)
+    content = load_json(path)
+    check_kind(content, path, Kind.GROUNDING)
     kept, counters = _select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     empty = sum(not str(image.get("caption") or "").strip() for image in kept)
     refuse_above_share({"with an empty caption": empty}, len(kept), max_bad_share, what="images", where=path)

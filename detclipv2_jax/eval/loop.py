@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,19 @@ import numpy as np
 import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from detclipv2_jax import visualize, vocabulary
+from detclipv2_jax import checkpoints, visualize, vocabulary
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
-from detclipv2_jax.data.streams import EvalStream
+from detclipv2_jax.data.streams import EvalStream, eval_streams
 from detclipv2_jax.eval import coco, lvis
 from detclipv2_jax.eval.result import Parts, Rows, write
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits
-from detclipv2_jax.models.detclip import DetCLIP
-from detclipv2_jax.sharding import BATCH, REPLICATED
+from detclipv2_jax.models import detclip
+from detclipv2_jax.sharding import BATCH, REPLICATED, make_mesh, param_shardings
 
 PART_SECONDS = 60  # a killed evaluation loses at most about this much
 
@@ -38,14 +39,14 @@ class Evaluator:
     def __init__(
         self,
         config: ConfigDict,
-        model: DetCLIP,
+        detector: Detector,
         *,
-        mesh: Mesh,
         streams: Sequence[EvalStream],
         workdir: str | pathlib.Path,
     ):
         if not streams:
             raise ValueError("nothing to evaluate on: set config.eval.annotations and config.eval.images")
+        mesh = detector.mesh or make_mesh()
         if config.eval.batch_size % mesh.size:
             raise ValueError(
                 f"config.eval.batch_size {config.eval.batch_size} is not divisible by the number of devices {mesh.size}"
@@ -56,7 +57,7 @@ class Evaluator:
         self._truth = streams[0].ground_truth
         self._scorer = lvis if self._truth.federated else coco
         self._limits = Limits.from_config(config.eval)
-        self._detector = Detector(model, mesh=mesh)
+        self._detector = detector
         whole = NamedSharding(mesh, REPLICATED)
         self._gather = jax.jit(lambda *arrays: arrays, out_shardings=whole)
         self._checksum = jax.jit(_checksum, out_shardings=whole)
@@ -200,6 +201,50 @@ class Evaluator:
                 np.sum(tokenizer.num_tokens(truth.texts) > self._config.model.text.context_length)
             ),
         }
+
+
+def make(config: ConfigDict, detector: Detector, workdir: str | pathlib.Path) -> Evaluator:
+    """Returns the evaluator of `config.eval`, its files checked; writes to `workdir`."""
+    return Evaluator(config, detector, streams=make_streams(config), workdir=workdir)
+
+
+def make_streams(config: ConfigDict) -> list[EvalStream]:
+    """Returns this process's part of the images of `config.eval`."""
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return eval_streams(config.eval, input_config=config.input, **place)
+
+
+class Checkpoint(NamedTuple):
+    """A trained model, ready for evaluation."""
+
+    config: ConfigDict  # of its run
+    detector: Detector
+    params: Any
+    step: int
+
+    @classmethod
+    def load(cls, workdir: str | pathlib.Path, *, fsdp: int = 1) -> Checkpoint:
+        """Returns the newest checkpoint of a run on all devices, averaged if it averages; ValueError without one."""
+        config, params, step = checkpoints.load_for_inference(workdir)
+        mesh = make_mesh(fsdp=fsdp)
+        params = jax.device_put(jax.tree.map(np.asarray, params), param_shardings(mesh, params))
+        return cls(config, Detector(detclip.from_config(config.model), mesh=mesh), params, step)
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str, float]]:
+    """Returns the function that scores the newest checkpoint of a run on `config.eval`; it writes eval/ and pictures/.
+
+    A workdir without checkpoints gets the scores of the run `init_from.checkpoint`, whose model and averaging hold.
+
+    Raises:
+      ValueError: no checkpoint, or nothing to evaluate on.
+    """
+    own = (workdir / "checkpoints").is_dir() or not config.init_from.checkpoint
+    checkpoint = Checkpoint.load(workdir if own else config.init_from.checkpoint, fsdp=config.mesh.fsdp)
+    config = config.copy_and_resolve_references()
+    config.model, config.optimizer.ema_decay = checkpoint.config.model, checkpoint.config.optimizer.ema_decay
+    evaluator = make(config, checkpoint.detector, workdir)
+    return functools.partial(evaluator, checkpoint.params, step=checkpoint.step)
 
 
 @dataclasses.dataclass(frozen=True)

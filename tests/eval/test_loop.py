@@ -12,6 +12,7 @@ from PIL import Image
 from detclipv2_jax import sharding
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.eval import coco, loop, lvis
+from detclipv2_jax.inference import Detector
 
 NUM_IMAGES = 19  # no multiple of a batch
 
@@ -27,7 +28,7 @@ def _evaluator(dataset, workdir, *, batch_size=8, num_devices=8, **section):
     config.eval.update({"batch_size": batch_size, "num_pictures": 2, "max_detections": 20} | section)
     mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
     streams = streams_lib.eval_streams(config.eval, input_config=config.input)
-    return loop.Evaluator(config, model, mesh=mesh, streams=streams, workdir=workdir), params
+    return loop.Evaluator(config, Detector(model, mesh=mesh), streams=streams, workdir=workdir), params
 
 
 @pytest.mark.slow
@@ -122,4 +123,4 @@ def test_sizes_are_checked_first(dataset, tmp_path):
         _evaluator(dataset, tmp_path, batch_size=12)
     config, model, _ = planted.make()
     with pytest.raises(ValueError, match=r"set config\.eval\.annotations and config\.eval\.images"):
-        loop.Evaluator(config, model, mesh=sharding.make_mesh(), streams=[], workdir=tmp_path)
+        loop.make(config, Detector(model, mesh=sharding.make_mesh()), tmp_path)

@@ -1,0 +1,168 @@
+"""ODinW13 and ODinW35: COCO AP of every member, and the means, zero-shot and fine-tuned.
+
+  python -m detclipv2_jax.eval.odinw --checkpoint=DIR --data=DIR [--finetuned=DIR] [--output=DIR]
+
+--data holds the members as GLIP publishes them (`odinw.json` beside this file has folder and prompts of each), or as
+<name>/test with an annotations.json among the photos. --checkpoint is one run scored on all of them, --finetuned a
+folder with a run of each, named after it. Prompts are GLIP's, where it has one for a category, else the category's
+name; --plain_names leaves them out. A mean is given only over all of its members; what is missing is listed.
+
+Writes <output>/<zero_shot|finetuned>/<name>/eval and, as the last line and to <output>/scores.json, one JSON object of
+fractions. A command that was killed continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.eval import loop
+from detclipv2_jax.eval.result import write_json
+
+FILES = (
+    "annotations_without_background.json",
+    "test_annotations_without_background.json",
+    "annotations.json",
+    "_annotations.coco.json",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """One data set."""
+
+    name: str
+    folder: str  # of its test photos in GLIP's layout
+    odinw13: bool
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)  # of categories that are not called by their name
+
+    def find(self, data: pathlib.Path) -> pathlib.Path | None:
+        """Returns its annotations in a folder of members, None without them."""
+        folder = data / self.folder
+        split = data / self.name / ("valid" if folder.name == "valid" else "test")
+        paths = (parent / name for parent in (folder, split) for name in FILES)
+        return next((path for path in paths if path.is_file()), None)
+
+
+def members() -> list[Member]:
+    """Returns the 35 members; 13 of them are ODinW13."""
+    return [Member(**row) for row in json.loads(pathlib.Path(__file__).with_name("odinw.json").read_text())]
+
+
+def evaluate(
+    checkpoint: loop.Checkpoint, member: Member, annotations: pathlib.Path, *, plain_names: bool, output: pathlib.Path
+) -> dict[str, float]:
+    """Returns the COCO scores of a member, see `coco.evaluate`; writes them to `output`/eval.
+
+    Raises:
+      ValueError: its files are not what they should be.
+    """
+    config = checkpoint.config.copy_and_resolve_references()
+    config.eval.update({"annotations": str(annotations), "images": str(annotations.parent), "dictionary": ""})
+    config.eval.update({"definitions": False, "max_examples": 0})
+    config.eval.batch_size = -(-config.eval.batch_size // jax.device_count()) * jax.device_count()
+    streams = loop.make_streams(config)
+    for stream in streams:
+        vocabulary = stream.ground_truth.vocabulary
+        names = tuple(vocabulary.names if plain_names else (member.prompts.get(x, x) for x in vocabulary.names))
+        prompts = Vocabulary(names, vocabulary.definitions, vocabulary.category_ids)
+        stream.ground_truth = dataclasses.replace(stream.ground_truth, vocabulary=prompts)
+    evaluator = loop.Evaluator(config, checkpoint.detector, streams=streams, workdir=output)
+    return evaluator(checkpoint.params, step=checkpoint.step)
+
+
+def run(
+    *, data: pathlib.Path, output: pathlib.Path, checkpoint: str = "", finetuned: str = "", plain_names: bool = False
+) -> dict[str, Any]:
+    """Returns {"zero_shot" | "finetuned": {member: AP, "mean_13", "mean_35"}} of what is there; None is missing.
+
+    Raises:
+      ValueError: no member in `data`, or no checkpoint.
+    """
+    found = {member: path for member in members() if (path := member.find(data))}
+    if not found:
+        names = ", ".join(member.name for member in members())
+        raise ValueError(
+            f"{data} holds no member of ODinW as <name>/test/annotations.json or in GLIP's layout: {names}"
+        )
+    if not checkpoint and not finetuned:
+        raise ValueError("give --checkpoint, a run scored on all members, or --finetuned, a folder with a run of each")
+    result = {}
+    for kind, folder in (("zero_shot", checkpoint), ("finetuned", finetuned)):
+        if not folder:
+            continue
+        loaded = loop.Checkpoint.load(folder) if kind == "zero_shot" else None
+        scores: dict[str, float | None] = dict.fromkeys(member.name for member in members())
+        for member, path in found.items():
+            if kind == "finetuned" and not (pathlib.Path(folder) / member.name).is_dir():
+                continue
+            own = loaded or loop.Checkpoint.load(pathlib.Path(folder) / member.name)
+            place = output / kind / member.name
+            scores[member.name] = evaluate(own, member, path, plain_names=plain_names, output=place)["AP"]
+        for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
+            values = [scores[member.name] for member in group]
+            scores[name] = None if None in values else float(np.mean(values))
+        result[kind] = scores
+    return result
+
+
+def table(result: dict[str, dict[str, float | None]]) -> str:
+    """Returns the scores of every member that has one, in percent, and the means."""
+    names = [m.name for m in members() if any(scores[m.name] is not None for scores in result.values())]
+    lines = [f"{'':24}" + "".join(f"{kind:>12}" for kind in result)]
+    for name in (*names, "mean_13", "mean_35"):
+        values = (scores[name] for scores in result.values())
+        lines.append(f"{name:24}" + "".join(f"{'-' if x is None else format(100 * x, '.1f'):>12}" for x in values))
+    missing = [m.name for m in members() if m.name not in names]
+    return "\n".join(lines) + (f"\nnot scored ({len(missing)}): {', '.join(missing)}" if missing else "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detclipv2_jax.eval.odinw",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", default="", metavar="DIR", help="workdir of a run, scored on all members")
+    parser.add_argument("--finetuned", default="", metavar="DIR", help="folder with a workdir of each member")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the members")
+    parser.add_argument("--output", default="runs/odinw", metavar="DIR", help="where results go")
+    parser.add_argument("--plain_names", action="store_true", help="category names alone, without GLIP's prompts")
+    options = parser.parse_args(arguments)
+    output = pathlib.Path(options.output)
+    try:
+        result = run(
+            data=pathlib.Path(options.data),
+            output=output,
+            checkpoint=options.checkpoint,
+            finetuned=options.finetuned,
+            plain_names=options.plain_names,
+        )
+        protocol = {
+            "ap": loop.coco.AP_KIND,
+            "prompts": "category names" if options.plain_names else "GLIP's",
+            "data": options.data,
+            "checkpoint": options.checkpoint,
+            "finetuned": options.finetuned,
+            "of each member": f"{output}/<zero_shot|finetuned>/<name>/eval",
+        }
+        write_json(output / "scores.json", result | {"protocol": protocol}, indent=2)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    print(json.dumps(result | {"protocol": protocol}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

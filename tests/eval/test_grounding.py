@@ -1,0 +1,113 @@
+"""Recall of phrases and accuracy of expressions with planted answers; the command with a planted model."""
+
+import json
+
+import numpy as np
+import planted
+import pytest
+from PIL import Image
+
+from detclipv2_jax.eval import grounding
+from detclipv2_jax.inference import Predictor
+
+CAPTION = "a dog , two cats and a dog"
+
+
+def _write(path):
+    spans = {"dog": [[2, 5]], "cats": [[8, 16]], "other dog": [[23, 26]]}
+    images = [
+        {"id": 7, "file_name": "a.png", "caption": CAPTION},
+        {"id": 8, "file_name": "b.png", "caption": "a red hat"},
+    ]
+    rows = [
+        (7, spans["dog"], [0, 0, 10, 10]),
+        (7, spans["cats"], [0, 0, 10, 10]),
+        (7, spans["cats"], [10, 0, 10, 10]),
+        (7, spans["other dog"], [50, 50, 10, 10]),  # the same word, another phrase
+        (8, [[2, 5]], [5, 5, 20, 20]),
+    ]
+    annotations = [
+        {"id": i, "image_id": image, "tokens_positive": span, "bbox": box} for i, (image, span, box) in enumerate(rows)
+    ]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return str(path)
+
+
+def test_phrases_are_the_annotations_with_the_same_spans(tmp_path):
+    queries = grounding.read_queries(_write(tmp_path / "g.json"), task="phrases")
+    assert [(query.file, query.text, len(query.boxes)) for query in queries] == [
+        ("a.png", "dog", 1), ("a.png", "two cats", 2), ("a.png", "dog", 1), ("b.png", "red", 1)
+    ]  # fmt: skip
+
+
+def test_recall_of_any_box_and_of_merged_boxes(tmp_path):
+    queries = grounding.read_queries(_write(tmp_path / "g.json"), task="phrases")
+    far = [500.0, 500.0, 5.0, 5.0]
+    answers = {
+        "dog": [far, far, [0, 0, 10, 5.0], far, far, [50, 50, 10, 10]],  # IoU 0.5 at rank 3, the other dog at rank 6
+        "two cats": [[0, 0, 20, 10.0], *[far] * 6, [10, 0, 10, 9.0]],  # both at rank 1 (IoU 0.5 with each), one at 8
+        "red": [],
+    }
+
+    def find(file, texts):
+        assert len(set(texts)) == len(texts)
+        return [np.array(answers[text], np.float64).reshape(-1, 4) for text in texts]
+
+    scores = grounding.evaluate(queries, find, task="phrases")
+    assert scores == {
+        "R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "merged_R@1": 0.25, "merged_R@5": 0.5, "merged_R@10": 0.75
+    }  # fmt: skip
+    answers["two cats"] = [[10, 0, 10, 9.0], *[far] * 5, [1, 0, 19, 10.0]]  # one cat first, both at rank 7
+    scores = grounding.evaluate(queries, find, task="phrases")
+    assert (scores["R@1"], scores["merged_R@1"], scores["merged_R@5"], scores["merged_R@10"]) == (0.25, 0.0, 0.25, 0.75)
+
+
+def test_expressions_are_whole_captions(tmp_path):
+    path = tmp_path / "g.json"
+    box = [10, 10, 20, 20]
+    captions = {1: "left red thing", 2: "blue thing", 3: "the largest one"}
+    images = [{"id": i, "file_name": "same.png", "caption": caption} for i, caption in captions.items()]
+    annotations = [{"id": i, "image_id": i, "bbox": box, "tokens_positive": [[0, 4]]} for i in captions]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    queries = grounding.read_queries(str(path), task="referring")
+    assert [query.text for query in queries] == list(captions.values())
+    calls = []
+
+    def find(file, texts):
+        calls.append(file)
+        return [np.array([[10, 10, 20, 20 if "thing" in text else 50], box], np.float64) for text in texts]
+
+    assert grounding.evaluate(queries, find, task="referring") == {"accuracy": pytest.approx(2 / 3)}
+    assert calls == ["same.png"]  # the photo is looked at once
+
+
+def test_other_files_are_refused(tmp_path, capsys):
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 3, "image_id": 1}]}))
+    with pytest.raises(ValueError, match="annotation 3 has no box, no caption or no tokens_positive"):
+        grounding.read_queries(str(path), task="phrases")
+    assert grounding.main(["--checkpoint=x", "--annotations=absent.json", f"--images={tmp_path}"]) == 1
+    assert "error: --annotations" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: Predictor(*planted.make(), step=5))
+    boxes = {"red": (20, 10, 60, 60), "blue": (120, 20, 200, 70)}
+    Image.fromarray(planted.paint((100, 250), boxes)).save(tmp_path / "0.png")
+    caption = "red over blue"
+    spans = {"red": [[0, 3]], "blue": [[9, 13]]}
+    annotations = [
+        {"id": i, "image_id": 1, "tokens_positive": spans[name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for i, (name, (x1, y1, x2, y2)) in enumerate(boxes.items())
+    ]
+    annotations[1]["bbox"][0] += 500  # not there
+    content = {"images": [{"id": 1, "file_name": "0.png", "caption": caption}], "annotations": annotations}
+    (tmp_path / "g.json").write_text(json.dumps(content))
+    output = tmp_path / "scores.json"
+    arguments = ["--checkpoint=run", f"--annotations={tmp_path}/g.json", f"--images={tmp_path}", f"--output={output}"]
+    assert grounding.main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads(output.read_text())
+    assert (printed["R@1"], printed["merged_R@10"]) == (0.5, 0.5)
+    assert (printed["protocol"]["checkpoint_step"], printed["protocol"]["num_texts"]) == (5, 2)

@@ -1,0 +1,93 @@
+"""The list of ODinW's members; the command on members with a planted model; the real ones read."""
+
+import json
+import shutil
+
+import jax
+import planted
+import pytest
+
+from detclipv2_jax import sharding
+from detclipv2_jax.eval import loop, odinw
+from detclipv2_jax.inference import Detector
+
+
+def test_members():
+    members = odinw.members()
+    assert len({member.name for member in members}) == 35
+    assert [member.name for member in members if member.odinw13] == [
+        "AerialMaritimeDrone_large", "Aquarium", "CottontailRabbits", "EgoHands_generic", "NorthAmericaMushrooms",
+        "Packages", "PascalVOC", "Raccoon", "ShellfishOpenImages", "VehiclesOpenImages", "pistols", "pothole",
+        "thermalDogsAndPeople",
+    ]  # fmt: skip
+
+
+def test_members_are_found_in_both_layouts(tmp_path):
+    for path in ("pistols/export/test_annotations_without_background.json", "PascalVOC/valid/annotations.json"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("{}")
+    (tmp_path / "dice" / "train").mkdir(parents=True)
+    found = {member.name: member.find(tmp_path) for member in odinw.members()}
+    assert {name for name, path in found.items() if path} == {"pistols", "PascalVOC"}
+
+
+def test_the_real_members(shared_data):
+    found = {member.name: member.find(shared_data / "odinw") for member in odinw.members()}
+    paths = {name: path for name, path in found.items() if path}
+    assert set(paths) == {"NorthAmericaMushrooms", "Packages"}
+    for member in odinw.members():
+        if member.name in paths:
+            names = {category["name"] for category in json.loads(paths[member.name].read_text())["categories"]}
+            assert set(member.prompts) == names
+
+
+def test_what_is_missing_is_said(tmp_path, capsys):
+    assert odinw.main([f"--data={tmp_path}", "--checkpoint=run"]) == 1
+    assert "holds no member of ODinW" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
+    for name in ("Packages", "Raccoon"):
+        dataset = planted.write_dataset(tmp_path / "made" / name, num_images=5)
+        shutil.copytree(dataset.parent / "images", tmp_path / "data" / name / "test")
+        shutil.copy(dataset, tmp_path / "data" / name / "test" / "annotations.json")
+    prompts = odinw.Member("Packages", "Packages/Raw/test", True, {"red": "blue", "blue": "red"})  # wrong on purpose
+    others = [member for member in odinw.members() if member.name != "Packages"]
+    monkeypatch.setattr(odinw, "members", lambda: [prompts, *others])
+    config, model, params = planted.make()
+    config.eval.num_pictures, config.eval.batch_size = 0, 3
+    detector = Detector(model, mesh=sharding.make_mesh())
+    loaded = []
+
+    def load(workdir, *, fsdp=1):
+        loaded.append(str(workdir))
+        return loop.Checkpoint(config, detector, params, 4)
+
+    monkeypatch.setattr(loop.Checkpoint, "load", load)
+    (tmp_path / "tuned" / "Raccoon").mkdir(parents=True)
+    arguments = [f"--data={tmp_path}/data", f"--output={tmp_path}/out", "--checkpoint=run"]
+    assert odinw.main([*arguments, f"--finetuned={tmp_path}/tuned"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result == json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert result["zero_shot"]["Raccoon"] > 0.5
+    assert result["zero_shot"]["Packages"] < 0.7 * result["zero_shot"]["Raccoon"]  # every box has a low score too
+    assert result["finetuned"]["Packages"] is None
+    assert result["finetuned"]["Raccoon"] == result["zero_shot"]["Raccoon"]
+    assert result["zero_shot"]["mean_13"] is None  # eleven are missing
+    assert loaded == ["run", str(tmp_path / "tuned" / "Raccoon")]
+    folder = tmp_path / "out" / "zero_shot" / "Packages" / "eval"
+    protocol = json.loads((folder / "step_00000004_scores.json").read_text())["protocol"]
+    assert protocol["prompts"] == ["blue", "red"]
+    assert any(line.startswith("not scored (33)") for line in lines)
+    assert jax.device_count() == 8  # a batch of 3 was made one of 8
+    assert odinw.main([*arguments, "--plain_names"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
+
+
+def test_means_need_every_member():
+    scores = dict.fromkeys((member.name for member in odinw.members()), 0.5)
+    text = odinw.table({"zero_shot": scores | {"mean_13": 0.5, "mean_35": 0.5}})
+    assert "not scored" not in text
+    assert text.splitlines()[-1].split() == ["mean_35", "50.0"]
