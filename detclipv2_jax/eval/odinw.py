@@ -82,7 +82,7 @@ def evaluate(
 def run(
     *, data: pathlib.Path, output: pathlib.Path, checkpoint: str = "", finetuned: str = "", plain_names: bool = False
 ) -> dict[str, Any]:
-    """Returns {"zero_shot" | "finetuned": {member: AP, "mean_13", "mean_35"}} of what is there; None is missing.
+    """Returns {"zero_shot" | "finetuned": {member: AP, "mean_13", "mean_35"}}; a mean that lacks a member is None.
 
     Raises:
       ValueError: no member in `data`, or no checkpoint.
@@ -100,7 +100,7 @@ def run(
         if not folder:
             continue
         loaded = loop.Checkpoint.load(folder) if kind == "zero_shot" else None
-        scores: dict[str, float | None] = dict.fromkeys(member.name for member in members())
+        scores: dict[str, float | None] = {}
         for member, path in found.items():
             if kind == "finetuned" and not (pathlib.Path(folder) / member.name).is_dir():
                 continue
@@ -108,7 +108,7 @@ def run(
             place = output / kind / member.name
             scores[member.name] = evaluate(own, member, path, plain_names=plain_names, output=place)["AP"]
         for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
-            values = [scores[member.name] for member in group]
+            values = [scores.get(member.name) for member in group]
             scores[name] = None if None in values else float(np.mean(values))
         result[kind] = scores
     return result
@@ -116,10 +116,10 @@ def run(
 
 def table(result: dict[str, dict[str, float | None]]) -> str:
     """Returns the scores of every member that has one, in percent, and the means."""
-    names = [m.name for m in members() if any(scores[m.name] is not None for scores in result.values())]
+    names = [m.name for m in members() if any(m.name in scores for scores in result.values())]
     lines = [f"{'':24}" + "".join(f"{kind:>12}" for kind in result)]
     for name in (*names, "mean_13", "mean_35"):
-        values = (scores[name] for scores in result.values())
+        values = (scores.get(name) for scores in result.values())
         lines.append(f"{name:24}" + "".join(f"{'-' if x is None else format(100 * x, '.1f'):>12}" for x in values))
     missing = [m.name for m in members() if m.name not in names]
     return "\n".join(lines) + (f"\nnot scored ({len(missing)}): {', '.join(missing)}" if missing else "")

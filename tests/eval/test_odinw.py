@@ -73,7 +73,7 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert result == json.loads((tmp_path / "out" / "scores.json").read_text())
     assert result["zero_shot"]["Raccoon"] > 0.5
     assert result["zero_shot"]["Packages"] < 0.7 * result["zero_shot"]["Raccoon"]  # every box has a low score too
-    assert result["finetuned"]["Packages"] is None
+    assert set(result["finetuned"]) == {"Raccoon", "mean_13", "mean_35"}
     assert result["finetuned"]["Raccoon"] == result["zero_shot"]["Raccoon"]
     assert result["zero_shot"]["mean_13"] is None  # eleven are missing
     assert loaded == ["run", str(tmp_path / "tuned" / "Raccoon")]
@@ -83,7 +83,9 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert any(line.startswith("not scored (33)") for line in lines)
     assert jax.device_count() == 8  # a batch of 3 was made one of 8
     assert odinw.main([*arguments, "--plain_names"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
+    assert (
+        json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
+    )
 
 
 def test_means_need_every_member():
