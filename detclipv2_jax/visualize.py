@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -122,6 +122,10 @@ def training_batch(
     footer = f"{int(batch.concept_mask.sum())} concepts in the table: {len(used)} of images, {len(others)} negatives"
     footer += f"\nnegatives: {' | '.join(others[:60])}{' | …' if len(others) > 60 else ''}" if others else ""
     title = f"{kind.value}: {len(cells)} of {len(batch.image)} images on {height}×{width} canvases (hatched: padding)"
+    masks = {"images": batch.image_mask, "boxes": batch.box_mask, "concepts": batch.concept_mask}
+    masks["captions and phrases"] = batch.caption_mask
+    filled = [f"{mask.sum()} of {mask.size} {name}" for name, mask in masks.items() if mask.size]
+    title += f"; of the padded arrays hold data: {', '.join(filled)}"
     top = drawing.text_block(title, width=body.shape[1], size=18, bold=True)
     bottom = drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)
     return drawing.save(drawing.frame(drawing.stack([top, body, bottom])), path)
@@ -236,9 +240,35 @@ def curves(
     line = functools.partial(matplotlib.lines.Line2D, [], [], linewidth=3)
     handles = [line(color=colors[group], label=group) for group in groups if group in shown]
     figure.legend(handles=handles, loc="outside upper center", ncols=max(len(handles), 1), frameon=False, fontsize=11)
+    return _render(figure, path)
+
+
+def _render(figure: Figure, path: str | pathlib.Path | None) -> drawing.Picture:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return drawing.save(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]), path)
+
+
+def histograms(
+    rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], *, path: str | pathlib.Path | None = None
+) -> drawing.Picture:
+    """Returns a panel for each histogram, those of one row beside each other.
+
+    Args:
+      rows: title of the row → name of the quantity → (edges [n + 1], counts [n]).
+      path: where to write the picture.
+    """
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(4.2 * columns, 2.6 * len(rows) + 0.2), dpi=100, layout="constrained")
+    for line, (title, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        for axes in line[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (name, (edges, counts)) in zip(line, panels.items(), strict=False):
+            axes.stairs(counts, edges, fill=True, color="#{:02x}{:02x}{:02x}".format(*drawing.PALETTE[0]))
+            axes.set_title(f"{title}\n{name}", fontsize=11)
+            axes.tick_params(labelsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+    return _render(figure, path)
 
 
 def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

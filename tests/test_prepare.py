@@ -84,3 +84,16 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     final = {f"{i:06d}": p.stat().st_ino for i, p in enumerate(sorted(out.glob("*.array_record-*")))}
     assert len(final) == 200
     assert inodes.items() <= final.items()
+
+
+@pytest.mark.slow
+def test_inspect_draws_what_a_configuration_or_a_folder_names(tmp_path):
+    path = write_coco(tmp_path / "raw")
+    values = {"annotations": path, "images": path.parent / "images", "canvases": "((64, 64),)", "batch_size": 3}
+    overrides = [f"--config.detection.{key}={value}" for key, value in values.items()]
+    arguments = command("inspect", "--config=configs/coco_json.py", *overrides, f"--output={tmp_path / 'out'}")
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "detection/64x64: an epoch has 6 images, 6 were counted"
+    assert (tmp_path / "out" / "detection_64x64_1.jpg").stat().st_size > 1000
+    done = subprocess.run(command("inspect", f"--output={tmp_path}"), capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("error: inspect needs --data=FOLDER or --config=FILE")
