@@ -18,6 +18,12 @@ killed goes on where it was when the same command is given again. The last line 
 
 draws batches as training gets them and writes histograms, as a picture and as JSON: of built folders, or of what a
 configuration names, raw files too. With both, the configuration gives canvases and numbers of concepts.
+
+  python -m detclipv2_jax.prepare dictionary --input=lvis_v1_categories.json,objects365.csv,data/cc3m,… \
+    --wordnet=FOLDER --output=FILE.tsv
+
+writes names with definitions for `config.*.dictionary`, and FILE.review.tsv, which tells where each definition comes
+from; `detclipv2_jax.builders.dictionary` documents the inputs.
 """
 
 from __future__ import annotations
@@ -159,8 +165,8 @@ def summary(report: dict[str, Any], output: str) -> str:
 
 def _define_flags() -> None:
     # not at import: other tools have flags of these names
-    flags.DEFINE_string("input", "", "json, TSV, .tar or folder of .tar files")
-    flags.DEFINE_string("output", None, "folder to build", required=True)
+    flags.DEFINE_string("input", "", "json, TSV, .tar or folder of .tar files; dictionary: several, with commas")
+    flags.DEFINE_string("output", None, "folder to build; dictionary: TSV to write", required=True)
     flags.DEFINE_string("images", "", "folder that file names are relative to")
     flags.DEFINE_integer(
         "num_examples", 0, "coco_json, lvis: size of a class-balanced subset, 0: everything; "
@@ -177,6 +183,8 @@ def _define_flags() -> None:
     flags.DEFINE_list("validation", [], "jsons of validation sets (COCO, LVIS): their photos are reported")
     flags.DEFINE_boolean("drop_validation", False, "leave the photos of --validation out")
     flags.DEFINE_list("data", [], "inspect: built folders")
+    flags.DEFINE_string("wordnet", "", "dictionary: dict/ folder of WordNet 3.x; empty: no glosses")
+    flags.DEFINE_integer("num_names", 14_000, "dictionary: names, filled with the most frequent phrases of captions")
     config_flags.DEFINE_config_file("config", None, "inspect: a configuration that names the data")
 
 
@@ -192,13 +200,25 @@ def _inspect(values: Any) -> None:
     print(f"sheets of batches, histograms.png and inspection.json are in {values.output}")
 
 
+def _dictionary(values: Any) -> None:
+    from detclipv2_jax.builders import dictionary
+
+    options = {"wordnet": values.wordnet, "num_names": values.num_names}
+    origins = dictionary.make([path for path in values.input.split(",") if path], values.output, **options)
+    print(f"{sum(origins.values())} names; definitions by origin: {origins}")
+    print(f'put in the config: config.detection.dictionary = "{values.output}"; the same for grounding and eval')
+
+
+_OTHERS = {"inspect": _inspect, "dictionary": _dictionary}
+
+
 def _main(argv: list[str]) -> None:
     if len(argv) != 2:
-        raise app.UsageError(f"give one KIND of {', '.join(KINDS)}, or inspect; got {argv[1:]}")
+        raise app.UsageError(f"give one KIND of {', '.join(KINDS)}, inspect or dictionary; got {argv[1:]}")
     values = flags.FLAGS
     try:
-        if argv[1] == "inspect":
-            _inspect(values)
+        if argv[1] in _OTHERS:
+            _OTHERS[argv[1]](values)
             return
         report = run(
             argv[1],

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import checkpoints, main, train
+from detclipv2_jax import checkpoints, main, prepare, train
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import coco, loop
 
@@ -124,6 +124,30 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
     assert loop.prepare(config, elsewhere)() == scores
     protocol = json.loads((elsewhere / "eval" / "step_00000008_scores.json").read_text())["protocol"]
     assert (protocol["checkpoint_step"], protocol["ap"]) == (8, coco.AP_KIND)  # everything is annotated: COCO's rules
+
+
+@pytest.mark.slow
+def test_built_folders_train_as_the_raw_files_do(finished, tmp_path):
+    config, whole, _ = finished
+    config, data = with_steps(config, 4), whole / "data"
+    for kind, builder, key, file in (
+        ("detection", "coco_json", "annotations", "detection.json"),
+        ("grounding", "grounding_json", "annotations", "grounding.json"),
+        ("image_text", "image_text", "pairs", "pairs.tsv"),
+    ):
+        output = str(tmp_path / kind)
+        prepare.run(builder, source=str(data / file), images=str(data), output=output, shard_size=10)
+        config[kind].data = (output,)
+        config.scenes[f"num_{kind}"] = 0
+    assert not any(config[kind].images for kind in config_lib.KINDS)
+    config.eval.annotations, config.eval.images, config.scenes.num_eval = str(data / "eval.json"), str(data), 0
+    start(config, tmp_path / "run")
+    expected, built = lines(whole), lines(tmp_path / "run")
+    assert {name.split("/")[0] for step in range(1, 5) for name in built[step] if "/" in name} >= {
+        "detection", "grounding", "image_text",
+    }  # fmt: skip
+    for step in range(1, 5):
+        assert {name: value for name, value in built[step].items() if not name.startswith("eval/")} == expected[step]
 
 
 @pytest.mark.slow

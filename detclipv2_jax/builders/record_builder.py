@@ -34,6 +34,7 @@ from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 
 CONTEXT_LENGTH = 16  # tokens of a concept; longer ones are counted, not changed
+MAX_PHRASES = 100_000  # whose frequencies are kept: a dictionary has some 14,000 names
 _COCO_NUMBER = re.compile(r"\d{12}(?!\d)")  # COCO_val2014_000000000042.jpg and val2017/000000000042.jpg are one photo
 
 
@@ -50,14 +51,17 @@ class Tally:
     noted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # repaired, or left out
     longest: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # maxima
     leaked: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # by held-out photo
+    phrases: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # of captions
     inputs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # file → bytes, sha256
 
     def add(self, other: Tally) -> None:
         """Adds the counts of another shard."""
         for key in ("seen", "examples", "boxes", "concepts", "long_concepts"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
-        for key in ("dropped", "noted", "leaked"):
+        for key in ("dropped", "noted", "leaked", "phrases"):
             getattr(self, key).update(getattr(other, key))
+        if len(self.phrases) > 4 * MAX_PHRASES:  # what is rare after many shards is never frequent
+            self.phrases = collections.Counter(dict(self.phrases.most_common(2 * MAX_PHRASES)))
         self.longest |= collections.Counter(other.longest)
         self.inputs.update(other.inputs)
 
@@ -158,8 +162,10 @@ def generate(
                 continue
         new = [text for text in dict.fromkeys(record.concepts) if text not in lengths]
         lengths.update(zip(new, tokenizer.num_tokens(new).tolist(), strict=True))
-        if record.kind is Kind.IMAGE_TEXT and len(record.concepts) == 1:
-            tally.noted["caption without a noun phrase"] += 1
+        if record.kind is Kind.IMAGE_TEXT:
+            tally.phrases.update(phrase.lower() for phrase in record.concepts[1:])
+            if len(record.concepts) == 1:
+                tally.noted["caption without a noun phrase"] += 1
         tally.examples += 1
         tally.boxes += len(record.boxes)
         tally.concepts += len(record.concepts)

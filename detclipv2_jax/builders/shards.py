@@ -13,6 +13,7 @@
 | `dataset_info.json`, `features.json` | TFDS: `tfds.builder_from_directory(folder).as_data_source("train")` |
 | `index.npz` | by example: sizes int32 [n, 2] (height, width), num_boxes int32 [n], num_concepts int32 [n] |
 | `vocabulary.json` | categories or distinct phrases: names, definitions, category_ids |
+| `phrases.tsv` | image-text: the most frequent noun phrases, lower case, with the number of captions that have them |
 | `build_report.json` | what was kept, what was not and why, sha256 of the inputs, the command |
 """
 
@@ -38,8 +39,16 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from detclipv2_jax.builders.record_builder import Reader, RecordBuilder, Tally, features, generate, to_example
-from detclipv2_jax.data.built import INDEX, REPORT, VOCABULARY
+from detclipv2_jax.builders.record_builder import (
+    MAX_PHRASES,
+    Reader,
+    RecordBuilder,
+    Tally,
+    features,
+    generate,
+    to_example,
+)
+from detclipv2_jax.data.built import INDEX, PHRASES, REPORT, VOCABULARY
 from detclipv2_jax.data.checks import refuse_above_share
 
 _BUILDING = "building"
@@ -189,6 +198,10 @@ def build(
     for tally in tallies:  # in order, so that a report does not depend on which process was faster
         total.add(tally)
     _write_metadata(builder_class, job, output, tallies)
+    if total.phrases:
+        most_frequent = sorted(total.phrases.items(), key=lambda item: (-item[1], item[0]))[:MAX_PHRASES]
+        lines = (f"{' '.join(phrase.split())}\t{number}\n" for phrase, number in most_frequent)
+        (output / PHRASES).write_text("".join(lines), encoding="utf-8")
     report = {
         "kind": reader.kind.value,
         "examples": total.examples,

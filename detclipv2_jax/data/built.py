@@ -18,6 +18,7 @@ from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import Kind, Record
 
 INDEX, VOCABULARY, REPORT = "index.npz", "vocabulary.json", "build_report.json"
+PHRASES = "phrases.tsv"
 
 
 class BuiltSource:
