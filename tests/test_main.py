@@ -22,6 +22,7 @@ def start(config, workdir):
     config_lib.validate(config, num_devices=jax.device_count())
     main.check_workdir(workdir, config, fresh_allowed=True)
     run = train.prepare_run(main.with_scenes(config, workdir), workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config_lib.to_json(config))
     return train.train(run)
 

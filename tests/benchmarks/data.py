@@ -1,7 +1,7 @@
 """Images a second and core of the streams beside a Pillow pipeline; concept work; workers; memory.
 
 Run: `python tests/benchmarks/data.py [--data=../shared/data] [--batches=40]`. Both pipelines run in turns on one core,
-and their CPU seconds count, not the clock, so that other work on the machine matters little. Only workers need the clock.
+and their CPU seconds count, not the clock, so that other work on the machine matters little; workers need the clock.
 """
 
 import argparse
