@@ -244,7 +244,7 @@ class BatchMaker:
             first=record.negatives,
             never=record.not_negatives,
         )
-        return Encoded(*(array[drawn] for array in pool.encoded))
+        return Encoded(*(array.take(drawn, axis=0) for array in pool.encoded))
 
     def _boxes(
         self, rows: int, examples: Sequence[_Example], scale: np.ndarray, concepts: Sequence[np.ndarray], notes: Notes
