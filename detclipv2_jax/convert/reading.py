@@ -40,10 +40,11 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what is broken or refused
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # what follows advises to run the code
         raise ValueError(
-            f"{path} holds more than plain weights or is broken; nothing in it was run. PyTorch says: "
-            f"{str(error).splitlines()[0]}\nSave plain weights if you trust its author; for OpenAI's TorchScript files "
-            f"python -c \"import torch; torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pth')\""
+            f"{path} holds more than plain weights or is broken; nothing in it was run ({reason}). Give a .safetensors "
+            "file of the same weights or, if you trust it, save them plainly: for OpenAI's TorchScript files with\n"
+            f"    python -c \"import torch; torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pth')\""
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
