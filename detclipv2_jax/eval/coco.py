@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -29,11 +30,28 @@ FREQUENCIES = ("r", "c", "f")  # rare, common, frequent
 AP_KIND = "COCO: pycocotools, IoU 0.50:0.95, 101 recall points, best 100 detections an image and category"
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of the categories, in the order of their ids, a process scores, and how all come together."""
+
+    index: int
+    count: int
+    join: Callable[[np.ndarray], np.ndarray]  # → the elementwise maximum over the processes
+
+    def owns(self, categories: np.ndarray) -> np.ndarray:
+        """Returns which positions of categories are of this share."""
+        return categories % self.count == self.index
+
+
+WHOLE = Share(0, 1, lambda array: array)
+
+
 def evaluate(
     annotations: str | pathlib.Path | dict[str, Any],
     detections: Any,
     *,
     image_ids: Collection[int] | None = None,
+    share: Share = WHOLE,
 ) -> dict[str, float]:
     """Returns the 12 COCO numbers (and APr, APc, APf where categories carry a frequency) as fractions.
 
@@ -42,6 +60,7 @@ def evaluate(
       detections: COCO results (see `read_detections`): rows of image_id, category_id, bbox (xywh), score.
         No rows at all score 0.
       image_ids: images that were evaluated; all listed ones by default. The boxes of others do not count as missed.
+      share: the categories of this process.
 
     Raises:
       ValueError: a file is not what it should be, or detections name unknown images or categories.
@@ -60,8 +79,17 @@ def evaluate(
         results = reference.loadRes(rows) if rows else _index({**truth, "annotations": []})
         evaluation = COCOeval(reference, results, "bbox")
         evaluation.params.imgIds = evaluated
+        ids = evaluation.params.catIds
+        own = share.owns(np.arange(len(ids)))
+        evaluation.params.catIds = [category_id for category_id, mine in zip(ids, own, strict=True) if mine]
         evaluation.evaluate()
         evaluation.accumulate()
+        evaluation.params.catIds = ids
+        for name, axis in (("precision", 2), ("recall", 1)):
+            values = np.moveaxis(evaluation.eval[name], axis, 0)
+            full = np.full((len(ids), *values.shape[1:]), -1.0)
+            full[own] = values
+            evaluation.eval[name] = np.moveaxis(share.join(full), 0, axis)
         evaluation.summarize()
     scores = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
     return scores | _by_frequency(evaluation, truth["categories"])

@@ -102,7 +102,12 @@ class Evaluator:
                 if time.monotonic() - written > PART_SECONDS:
                     parts.write()
                     written = time.monotonic()
-        return _from_first_process(parts and self._score(parts, samples, step=step))
+        rows = _rows_of_first_process(parts.all_rows() if parts else Rows.concatenate([]))
+        scores = self._score(rows)
+        if parts:
+            self._write(rows, scores, samples, step=step)
+            parts.remove()
+        return scores
 
     def _batches(self, done: int) -> Iterator[Batch]:
         """Yields the batches of all streams one after the other, without the first `done`."""
@@ -138,22 +143,25 @@ class Evaluator:
             scores=np.asarray(found.scores)[keep],
         )
 
-    def _score(self, parts: Parts, samples: list[_Sample], *, step: int) -> dict[str, float]:
-        """Returns the scores; writes them, the detections and the pictures."""
+    def _score(self, rows: Rows) -> dict[str, float]:
+        """Returns the scores; each process scores its share of the categories."""
+        share = coco.Share(jax.process_index(), jax.process_count(), _maximum_over_processes)
+        return self._scorer.evaluate(
+            self._truth.annotations, rows.parts(), image_ids=self._truth.image_ids, share=share
+        )
+
+    def _write(self, rows: Rows, scores: dict[str, float], samples: list[_Sample], *, step: int) -> None:
+        """Writes scores, detections and pictures."""
         annotations = coco.load_annotations(self._truth.annotations)
-        detections = parts.all_rows()
-        scores = self._scorer.evaluate(annotations, detections.parts(), image_ids=self._truth.image_ids)
         protocol = self._protocol(step) | {
             "images_evaluated": len(self._truth.image_ids),
             "images_listed": len(annotations["images"]),
         }
         name = f"step_{step:08d}"
-        write(self._workdir / "eval", name=name, detections=detections, scores=scores, protocol=protocol)
-        parts.remove()
+        write(self._workdir / "eval", name=name, detections=rows, scores=scores, protocol=protocol)
         logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, self._scorer.table(scores))
         for sample in samples:
             self._draw(sample, annotations, name=name)
-        return scores
 
     def _draw(self, sample: _Sample, annotations: dict[str, Any], *, name: str) -> None:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""
@@ -287,7 +295,30 @@ def _from_first_process(value: Any) -> Any:
     """Returns process 0's value (anything that JSON holds) on every process."""
     if jax.process_count() == 1:
         return value
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return json.loads(_bytes_of_first_process(json.dumps(value).encode()))
+
+
+def _rows_of_first_process(rows: Rows) -> Rows:
+    """Returns process 0's rows on every process."""
+    if jax.process_count() == 1:
+        return rows
+    columns = [np.array(column) for column in dataclasses.astuple(rows)]
+    types = _from_first_process([column.dtype.str for column in columns])
+    data = [
+        np.frombuffer(_bytes_of_first_process(column.tobytes()), t) for column, t in zip(columns, types, strict=True)
+    ]
+    return Rows(data[0], data[1], data[2].reshape(-1, 4), data[3])
+
+
+def _maximum_over_processes(array: np.ndarray) -> np.ndarray:
+    """Returns the elementwise maximum of every process's array of float64, which a device would round."""
+    parts = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
+    return np.asarray(parts, np.uint8).view(np.float64).reshape(-1, *array.shape).max(axis=0)
+
+
+def _bytes_of_first_process(own: bytes) -> bytes:
+    """Returns process 0's bytes on every process."""
+    data = np.frombuffer(own, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(data)).astype(np.uint8).tobytes())
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).astype(np.uint8).tobytes()

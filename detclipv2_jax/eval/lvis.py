@@ -48,6 +48,7 @@ def evaluate(
     detections: Any,
     *,
     image_ids: Collection[int] | None = None,
+    share: coco.Share = coco.WHOLE,
 ) -> dict[str, float]:
     """Returns the 13 standard scores and, led by "fixed_", the 13 of fixed AP, as fractions; see the module.
 
@@ -55,14 +56,16 @@ def evaluate(
       annotations: LVIS json (path or content).
       detections: COCO results (see `coco.read_detections`); what is held of a row are 64 bytes or so.
       image_ids: images that were evaluated; all listed ones by default. The boxes of others do not count as missed.
+      share: the categories of this process.
 
     Raises:
       ValueError: a file is not what it should be, or detections name unknown images or categories.
     """
     truth = _Truth.read(coco.load_annotations(annotations), image_ids)
     found = _read_detections(detections, truth)
-    standard = _summary(truth, *_measure(truth, found, _best(found.images, found.scores, MAX_AN_IMAGE)))
-    fixed = _summary(truth, *_measure(truth, found, _best(found.categories, found.scores, MAX_A_CATEGORY)))
+    chosen = _best(found.images, found.scores, MAX_AN_IMAGE), _best(found.categories, found.scores, MAX_A_CATEGORY)
+    measured = np.stack([_measure(truth, found, rows, share=share) for rows in chosen])
+    standard, fixed = (_summary(truth, *both) for both in share.join(measured))
     named = {f"{name}@{MAX_AN_IMAGE}" if name.startswith("AR") else name: value for name, value in standard.items()}
     return named | {f"fixed_{name}": value for name, value in fixed.items()}
 
@@ -151,9 +154,9 @@ def _best(groups: Int[np.ndarray, " d"], scores: Float[np.ndarray, " d"], limit:
 
 
 def _measure(
-    truth: _Truth, found: _Found, chosen: Bool[np.ndarray, " d"]
-) -> tuple[Float[np.ndarray, "c x"], Float[np.ndarray, "c x"]]:
-    """Returns average precision and recall of every category and column; -1 without boxes.
+    truth: _Truth, found: _Found, chosen: Bool[np.ndarray, " d"], *, share: coco.Share
+) -> Float[np.ndarray, "2 c x"]:
+    """Returns average precision and recall of every category and column; -1 without boxes and of others' categories.
 
     1. Keep detections of which it is known whether they are right, by (category, image, falling score).
     2. Match them with the boxes.
@@ -161,7 +164,7 @@ def _measure(
     """
     # 1
     keys = found.categories * np.int64(len(truth.image_ids)) + found.images
-    rows = np.flatnonzero(chosen & _member(keys, truth.known))
+    rows = np.flatnonzero(chosen & share.owns(found.categories) & _member(keys, truth.known))
     rows = rows[np.lexsort((-found.scores[rows], keys[rows]))]
     found, keys = found.take(rows), keys[rows]
     # 2
@@ -170,11 +173,12 @@ def _measure(
     ignored = (area < _LOWEST) | (area > _HIGHEST) | _member(keys, truth.incomplete)[:, None]  # where unmatched
     # 3
     num_columns, num_categories = len(_AREA_OF), len(truth.category_ids)
-    precision, recall = np.full((2, num_categories, num_columns), -1.0)
+    both = np.full((2, num_categories, num_columns), -1.0)
+    precision, recall = both
     starts = np.searchsorted(found.categories, np.arange(num_categories + 1))
     category_of_box = truth.keys // len(truth.image_ids)
     num_boxes = np.stack([np.bincount(category_of_box[~x], minlength=num_categories) for x in truth.ignored.T], axis=1)
-    for category in np.flatnonzero(num_boxes[:, 0]):
+    for category in np.flatnonzero((num_boxes[:, 0] > 0) & share.owns(np.arange(num_categories))):
         own = slice(starts[category], starts[category + 1])
         order = np.argsort(-found.scores[own], kind="stable")
         states, unmatched_ignored = state[own][order], ignored[own][order][:, _AREA_OF]
@@ -190,7 +194,7 @@ def _measure(
             best = np.maximum.accumulate((rank / (place + np.spacing(1)))[::-1])[::-1]
             at = np.searchsorted(rank / totals[column], RECALLS)
             precision[category, column] = np.append(best, 0.0)[at].mean()
-    return precision, recall
+    return both
 
 
 def _member(keys: Int[np.ndarray, " d"], known: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " d"]:

@@ -160,6 +160,16 @@ def test_both_protocols_equal_brute_force(seed, monkeypatch):
         assert scores[f"{name}@12" if name.startswith("AR") else name] == pytest.approx(standard[name], abs=1e-12), name
 
 
+@pytest.mark.parametrize("module", [lvis, coco])
+def test_shares_of_the_categories_make_the_whole(module):
+    truth, rows = _case(0)
+    collected = []
+    for i in range(8):  # more processes than categories
+        module.evaluate(truth, rows, share=coco.Share(i, 8, lambda array: collected.append(array.copy()) or array))
+    whole = coco.Share(1, 8, lambda array: np.max([x for x in collected if x.shape == array.shape], axis=0))
+    assert module.evaluate(truth, rows, share=whole) == module.evaluate(truth, rows)
+
+
 # --- federated rules, by hand
 
 
