@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax
@@ -12,14 +13,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
-from detclipv2_jax import visualize
+from detclipv2_jax import drawing, visualize
+from detclipv2_jax.data import transforms
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.models.detclip import Regions
 
 if TYPE_CHECKING:
-    from detclipv2_jax.inference import Detector
+    from detclipv2_jax.inference import Detector, Predictor
 
 AnyArray = Array | np.ndarray
 
@@ -72,6 +74,40 @@ def align(
         rows, columns = np.arange(height) * level_height // height, np.arange(width) * level_width // width
         maps = jnp.maximum(maps, level.reshape(-1, level_height, level_width)[:, rows][:, :, columns])
     return Alignment(boxes, best[index], 1 + jnp.sum(best > best[index][None], axis=0), maps)
+
+
+def draw(
+    predictor: Predictor,
+    images: Sequence[Any],
+    phrases: Sequence[str],
+    *,
+    index: int = 0,
+    caption: str = "",
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the picture of one photo's best regions: boxes, scores, ranks and similarity maps of its phrases.
+
+    Args:
+      predictor: a checkpoint of ours.
+      images: paths or RGB arrays; the ranks are among them.
+      phrases: of the photo's caption.
+      index: position of the photo.
+      caption: text above the picture.
+      path: where to write the picture.
+    """
+    found = predictor.align(images, phrases, index=index)
+    photo = images[index] if isinstance(images[index], np.ndarray) else transforms.read(images[index])
+    return visualize.alignment(
+        photo,
+        phrases,
+        found.boxes,
+        scores=found.scores,
+        ranks=found.ranks,
+        num_images=len(images),
+        maps=found.maps,
+        caption=caption,
+        path=path,
+    )
 
 
 def draw_batch(

@@ -68,7 +68,7 @@ def run(
     def load() -> Iterator[np.ndarray]:
         for i, path in enumerate(paths):
             try:
-                pixels = read_image(path)
+                pixels = transforms.read(path)
             except (OSError, ValueError) as error:
                 logging.error("cannot read %s: %s", path, getattr(error, "strerror", None) or error)
                 progress.update()
@@ -146,15 +146,6 @@ def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[p
             f"--output: the picture {min(own)} would overwrite an image of the input; choose another folder"
         )
     return pictures
-
-
-def read_image(path: pathlib.Path) -> np.ndarray:
-    """Returns the image as it is displayed, RGB uint8[h, w, 3], at full size; ValueError or OSError if it is none."""
-    data = path.read_bytes()
-    height, width = transforms.read_header(data).displayed_size
-    pixels = np.zeros((height, width, 3), np.uint8)
-    transforms.place(data, pixels, annotated_size=(0, 0), short_side=min(height, width), long_side=max(height, width))
-    return pixels
 
 
 def parse_words(words: str, *, words_file: str = "") -> dict[str, str]:

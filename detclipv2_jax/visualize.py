@@ -153,7 +153,7 @@ def alignment(
 ) -> drawing.Picture:
     """Returns the paper's Figure 1 for one photo: the best region of every phrase, and where each phrase is similar.
 
-    `inference.align` and `Predictor.align` compute the arrays.
+    `alignment.draw` makes it from a checkpoint, images and phrases; `Predictor.align` computes the arrays.
 
     Args:
       image: the photo.

@@ -20,7 +20,7 @@ from detclipv2_jax.optimizer import make_optimizer
 PACKAGE = pathlib.Path(train_step.__file__).parent
 # what a part may import beside itself; nobody imports the command-line tools
 MAY_IMPORT = {
-    "alignment": {"data", "geometry", "inference", "models", "visualize"},
+    "alignment": {"data", "drawing", "geometry", "inference", "models", "visualize"},
     "builders": {"data"},
     "checkpoints": {"config", "optimizer", "train_state", "weights"},
     "config": set(),

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from detclipv2_jax import sharding, vocabulary
+from detclipv2_jax import alignment, sharding, vocabulary
 from detclipv2_jax.data import transforms
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference import Detector, Limits, Photos, Predictor, detect
@@ -260,6 +260,18 @@ def test_predictor_aligns_a_caption(predictor):
     assert found.maps.shape == (2, 8, 13)  # 60 x 100 px shown as 64 x 107
     assert found.maps[0].max() == 10.0
     np.testing.assert_allclose(found.boxes[0], [5, 5, 35, 35], atol=1)
+
+
+def test_the_alignment_of_a_photo_is_drawn_from_a_checkpoint(predictor, tmp_path):
+    images = [planted.paint((60, 100), {"red": (5, 5, 35, 35)}), planted.paint((60, 100), {"blue": (5, 5, 40, 40)})]
+    Image.fromarray(images[0]).save(tmp_path / "photo.png")
+    path = tmp_path / "figure.png"
+    picture = alignment.draw(predictor, [tmp_path / "photo.png", images[1]], ["red", "blue"], caption="a", path=path)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    other = alignment.draw(predictor, images, ["red", "blue"], index=1, caption="a")
+    assert picture.shape == other.shape
+    assert not np.array_equal(picture, other)
+    np.testing.assert_array_equal(picture, alignment.draw(predictor, images, ["red", "blue"], caption="a"))
 
 
 def test_limits_take_the_given_values_only():

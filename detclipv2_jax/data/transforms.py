@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import struct
 from typing import NamedTuple
 
@@ -208,6 +209,16 @@ def place(
     else:
         view[:] = upright
     return extent, size
+
+
+def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the image as it is displayed, RGB at full size; UnusableError or OSError if it is none."""
+    with open(path, "rb") as file:
+        data = file.read()
+    height, width = read_header(data).displayed_size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    place(data, pixels, annotated_size=(0, 0), short_side=min(height, width), long_side=max(height, width))
+    return pixels
 
 
 def place_boxes(
