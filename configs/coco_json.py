@@ -55,12 +55,12 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 5.0
     c.log_every_steps = 5
     if variant == "overfit":
-        c.epochs = 600  # one step each
+        c.epochs = 300  # one step each
         c.optimizer.groups = config_lib.parameter_groups(text_factor=0.1)  # eight photos need few words
         c.detection.max_examples = c.eval.max_examples = 8
         c.detection.short_side = (320, 320)
         c.detection.flip_prob = 0.0
         c.optimizer.learning_rate = 2e-3
         c.optimizer.weight_decay = 0.0
-        c.checkpoint.every_steps = 300
+        c.checkpoint.every_steps = 150
     return c
