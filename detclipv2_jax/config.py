@@ -208,8 +208,8 @@ def base() -> ConfigDict:
 
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
     c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
-    # training batches, and for pairs the best region of each phrase, every n-th step of a stream; 0: only first batches
-    c.pictures_every_steps = 0
+    # first batches, and every n-th batch of a stream, those of pairs with the best region of each phrase; 0: only first
+    c.pictures_every_steps = 1000
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep = 3

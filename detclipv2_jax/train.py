@@ -155,7 +155,7 @@ def train(run: Run) -> dict[str, float]:
             )
             progress.step(stream.batch_size)
             if draw.position == 0 or due(draw.position, config.pictures_every_steps):
-                draw_batch(run, stream, batch, state, step=done)
+                draw_batch(run, stream, batch, state, step=done, aligned=draw.position > 0)
             if last or due(done, config.checkpoint.every_steps):
                 sent()  # first, so that a run stopped by its loss does not leave that step as its newest checkpoint
                 sent = None
@@ -181,12 +181,14 @@ def jitted_step(run: Run, stream: streams_lib.Stream) -> train_step.Step:
     return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
 
 
-def draw_batch(run: Run, stream: streams_lib.Stream, batch: Batch, state: TrainState, *, step: int) -> None:
-    """Writes what a step was trained on and, for image-text pairs, the best region of every phrase."""
+def draw_batch(
+    run: Run, stream: streams_lib.Stream, batch: Batch, state: TrainState, *, step: int, aligned: bool
+) -> None:
+    """Writes what a step was trained on and, if `aligned`, the best region of every phrase of image-text pairs."""
     folder, name = run.workdir / "pictures", f"{stream.name.replace('/', '_')}_step{step}"
     if jax.process_index() == 0:
         visualize.training_batch(batch, kind=stream.kind, path=folder / f"batch_{name}.jpg")
-    if stream.kind is Kind.IMAGE_TEXT and run.config.pictures_every_steps:
+    if stream.kind is Kind.IMAGE_TEXT and aligned:
         alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
 
 

@@ -64,7 +64,9 @@ def _steps_are_compiled_once():
 def finished(tmp_path_factory, micro_session):
     """A run of 8 steps, unbroken; (config, workdir, scores)."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    return micro_session, workdir, start(with_steps(micro_session, 8), workdir)
+    drawn = with_steps(micro_session, 8)
+    drawn.pictures_every_steps = 2
+    return micro_session, workdir, start(drawn, workdir)
 
 
 @pytest.mark.slow
@@ -81,7 +83,10 @@ def test_a_workdir_has_what_the_design_names(finished):
     }
     assert list(workdir.glob("events.out.tfevents.*"))
     pictures = [path.name for path in (workdir / "pictures").iterdir()]
-    assert sum(name.startswith("batch_") for name in pictures) == 3
+    for kind in config_lib.KINDS:
+        assert sum(name.startswith(f"batch_{kind}") for name in pictures) >= 1 + (kind == "image_text")
+    # of pairs also the best region of each phrase, four photos of every second batch but the first
+    assert sum(name.startswith("alignment_image_text") for name in pictures) == 4
     assert "curves.png" in pictures
     found = json.loads(next((workdir / "eval").glob("*detections.json")).read_text())
     assert {"image_id", "category_id", "bbox", "score"} <= found[0].keys()
