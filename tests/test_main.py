@@ -12,7 +12,7 @@ import pytest
 
 from detclipv2_jax import checkpoints, main, prepare, train
 from detclipv2_jax import config as config_lib
-from detclipv2_jax.eval import coco, loop
+from detclipv2_jax.eval import loop, lvis
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def finished(tmp_path_factory, micro_session):
 @pytest.mark.slow
 def test_a_workdir_has_what_the_design_names(finished):
     _, workdir, scores = finished
-    assert {"AP", "AP50", "AP75", "APr", "APf", "AR100"} <= scores.keys()
+    assert {"AP", "AP50", "AP75", "APr", "APf", "AR@300", "fixed_AP"} <= scores.keys()
     assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["8"]
     history = lines(workdir)
     assert sorted(history) == list(range(1, 9))
@@ -129,7 +129,7 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
     elsewhere = tmp_path / "elsewhere"
     assert loop.prepare(config, elsewhere)() == scores
     protocol = json.loads((elsewhere / "eval" / "step_00000008_scores.json").read_text())["protocol"]
-    assert (protocol["checkpoint_step"], protocol["ap"]) == (8, coco.AP_KIND)  # everything is annotated: COCO's rules
+    assert (protocol["checkpoint_step"], protocol["ap"]) == (8, lvis.AP_KIND)  # scenes list absent categories
 
 
 @pytest.mark.slow
