@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.scenes.num_image_text = 800
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
-    c.epochs = 6
+    c.epochs = 5
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96
