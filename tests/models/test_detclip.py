@@ -157,11 +157,10 @@ def test_boxes_do_not_train_the_class_branch(detector):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["heads", "all"])  # of blocks alone: test_swin.py
-def test_recomputation_changes_no_gradient(detector, remat):
+def test_recomputation_changes_no_gradient(detector):
     _, variables = detector
     plain = gradients(small(), variables, "embeddings")
-    recomputed = gradients(small(remat=remat), variables, "embeddings")
+    recomputed = gradients(small(remat="all"), variables, "embeddings")  # of blocks alone: test_swin.py
     scale = size(plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), plain, recomputed)
 
