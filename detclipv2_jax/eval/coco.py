@@ -370,8 +370,9 @@ def run_command(
 
 def _protocol_beside(detections: str) -> dict[str, Any] | None:
     """Returns the protocol (step, prompts, EMA, …) that an evaluation of ours wrote beside these detections."""
+    scores = pathlib.Path(detections.removesuffix("_detections.json") + "_scores.json")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return json.loads(pathlib.Path(detections.replace("_detections.json", "_scores.json")).read_bytes())["protocol"]
+        return json.loads(scores.read_bytes())["protocol"]
     return None
 
 

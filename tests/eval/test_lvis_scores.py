@@ -237,5 +237,8 @@ def test_command_carries_the_protocol_that_lies_beside(tmp_path, capsys):
     arguments = [f"--annotations={tmp_path}/truth.json", f"--detections={tmp_path}/step_3_detections.json"]
     assert lvis.main(arguments) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]["made_under"] == {"checkpoint_step": 3}
+    (tmp_path / "found.json").write_text((tmp_path / "step_3_detections.json").read_text())
+    assert lvis.main([arguments[0], f"--detections={tmp_path}/found.json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]["made_under"] is None
     assert lvis.main([arguments[0], "--detections=absent.json"]) == 1
     assert "error: cannot read absent.json" in capsys.readouterr().err
