@@ -10,7 +10,7 @@
 | overfit            | nano   | 320 x 320 px, no augmentation       | the first 8 photos by heart |
 | swin_t             | Swin-T | 800 x 1344 px, multi-scale          | one or more GPUs or TPUs    |
 
-Numbers that `nano` and `overfit` reached on 2 CPU cores stand in the README; swin_t was not run.
+What `overfit` reached on 2 CPU cores stands in the README; swin_t was not run.
 """
 
 from ml_collections import ConfigDict

@@ -1,21 +1,17 @@
 """Evaluation in 2 processes with 4 devices each equals one process; this file is also the program of a process."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import jax
 import planted
-import portpicker
 import pytest
+import two_processes
 
 from detclipv2_jax.eval import loop
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.sharding import make_mesh
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -26,26 +22,7 @@ def test_two_processes_equal_one(tmp_path):
         image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
     federated = dataset.with_name("federated.json")
     federated.write_text(json.dumps(truth))
-    address = f"localhost:{portpicker.pick_unused_port()}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, address, str(i), str(dataset), str(federated), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    outputs = two_processes.outputs_of(__file__, dataset, federated, tmp_path, timeout_s=240)
     for path in (dataset, federated):
         expected = run(path, tmp_path / "one" / path.stem)
         for output in outputs:

@@ -1,41 +1,18 @@
 """The loss over 2 processes with 4 devices each equals brute force; this file is also the program of a process."""
 
-import pathlib
-import subprocess
 import sys
 
 import contrastive_oracle as oracle
 import jax
 import numpy as np
-import portpicker
 import pytest
+import two_processes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_two_processes_equal_brute_force():
-    address = f"localhost:{portpicker.pick_unused_port()}"
-    environment = oracle.environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, address, str(i)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    for output in two_processes.outputs_of(__file__, timeout_s=120):
         assert "8 devices of 2 processes" in output
 
 
