@@ -11,8 +11,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+from absl import app, flags
 from ml_collections import ConfigDict
 
 LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
@@ -214,6 +217,26 @@ def base() -> ConfigDict:
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep = 3
     return c
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Returns what absl's parser does, for programs with --config.
+
+    A wrong key or a missing config file ends in one line, not in a traceback.
+    """
+    try:
+        rest = app.parse_flags_with_usage(list(argv))
+        if flags.FLAGS.config is not None:
+            _ = flags.FLAGS.config.name  # a file that could not be loaded shows only when something is read from it
+        return rest
+    except (AttributeError, KeyError) as error:
+        words = (
+            str(error.args[0]).strip("'").replace("\\n", " ").replace("\\'", "'")
+        )  # it may hold another error's repr
+        sys.exit(f"error: unknown configuration key: {' '.join(words.split())}")
+    except (OSError, ValueError, TypeError) as error:
+        # ml_collections puts a whole traceback into the message; its last line says what was wrong
+        sys.exit(f"error: the configuration cannot be loaded: {str(error).strip().splitlines()[-1]}")
 
 
 def to_json(config: ConfigDict) -> str:

@@ -165,22 +165,8 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
             print(f"  {name:14} {what}")
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns what absl's parser does; a wrong key or a missing config file ends in one line, not in a traceback."""
-    try:
-        rest = app.parse_flags_with_usage(list(argv))
-        if _CONFIG.value is not None:
-            _ = _CONFIG.value.name  # a file that could not be loaded shows only when something is read from it
-        return rest
-    except (AttributeError, KeyError) as error:
-        sys.exit(f"error: unknown configuration key: {' '.join(str(error.args[0]).split())}")
-    except (OSError, ValueError, TypeError) as error:
-        # ml_collections puts a whole traceback into the message; its last line says what was wrong
-        sys.exit(f"error: the configuration cannot be loaded: {str(error).strip().splitlines()[-1]}")
-
-
 def cli() -> None:
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=config_lib.parse_flags)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from detclipv2_jax import config as config_lib
+
 KINDS = ("coco_json", "lvis", "grounding_json", "image_text")
 
 
@@ -243,4 +245,4 @@ def _main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(_main)
+    app.run(_main, flags_parser=config_lib.parse_flags)

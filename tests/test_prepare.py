@@ -97,3 +97,6 @@ def test_inspect_draws_what_a_configuration_or_a_folder_names(tmp_path):
     assert (tmp_path / "out" / "detection_64x64_1.jpg").stat().st_size > 1000
     done = subprocess.run(command("inspect", f"--output={tmp_path}"), capture_output=True, text=True, check=False)
     assert done.stderr.strip().endswith("error: inspect needs --data=FOLDER or --config=FILE")
+    mistyped = command("inspect", "--config=configs/coco_json.py", "--config.detection.batchsize=3", "--output=x")
+    done = subprocess.run(mistyped, capture_output=True, text=True, check=False)
+    assert 'Did you mean "batch_size" instead of "batchsize"?' in done.stderr.splitlines()[-1]

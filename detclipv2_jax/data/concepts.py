@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import inflect
 import numpy as np
 from jaxtyping import Bool, Int32, UInt64
 
 from detclipv2_jax.data import tokenizer
 
 _DETERMINER = re.compile(r"^(?:an?|the|some|his|her|its|their|this|that|these|those)\s+")
+_WORD, _LAST_WORD = re.compile("[a-z]+"), re.compile("[a-z]+$")
 
 
 def display_name(name: str) -> str:
@@ -29,10 +31,26 @@ def concept_text(name: str, definition: str = "") -> str:
     return f"{name}, {definition}" if definition else name
 
 
+@functools.cache
+def _english() -> inflect.engine:
+    return inflect.engine()
+
+
+@functools.lru_cache(1 << 16)
+def _singular(word: str) -> str:
+    """Returns a form that a clean word and its plural share: "bus" for "buses", "woman" for "women".
+
+    It need not be a word: the rules are followed to their end, so that "lens" meets "lenses" at "len".
+    """
+    for _ in range(3):
+        if len(word) > 3 or not word.endswith("s"):  # "bus", "gas"
+            word = _english().singular_noun(word) or word
+    return word
+
+
 def key(name: str) -> str:
-    """Returns the form in which names are compared: clean, lower case, without a leading determiner or plural s."""
-    bare = _DETERMINER.sub("", tokenizer.clean(name))
-    return bare[:-1] if len(bare) > 3 and bare.endswith("s") and not bare.endswith("ss") else bare
+    """Returns the form in which names are compared: clean, lower case, no leading determiner, last word singular."""
+    return _LAST_WORD.sub(lambda match: _singular(match[0]), _DETERMINER.sub("", tokenizer.clean(name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,20 +195,21 @@ class Pool:
           num: how many are wanted.
           rng: the only source of randomness.
           present: names of the positives; they and their synonyms are left out.
-          caption: nothing it contains is drawn.
+          caption: nothing it contains, in singular or plural, is drawn.
           first: names known to be absent; drawn before the others.
           never: names that are not drawn.
         """
         if num <= 0:
             return np.zeros(0, np.int32)
         text = tokenizer.clean(caption)
+        text = f"{text}\n{_WORD.sub(lambda match: _singular(match[0]), text)}"
         taken = {*self._find(present), *self._find(never)}
         known = self._find(first)
         drawn: list[int] = []
         for i in itertools.chain(rng.permutation(known).tolist() if known else (), self._shuffled(2 * num + 64, rng)):
             if len(drawn) == num:
                 break
-            if i not in taken and not (text and self._keys[i] in text):
+            if i not in taken and not (caption and self._keys[i] in text):
                 taken.add(i)
                 drawn.append(i)
         return np.array(drawn, np.int32)

@@ -30,6 +30,22 @@ def test_names_and_texts():
     assert concepts.key("bus") == "bus"
 
 
+@pytest.mark.parametrize(
+    ("singular", "plural"),
+    [
+        ("bus", "buses"), ("wine glass", "wine glasses"), ("T-shirt", "T-shirts"), ("woman", "women"),
+        ("man", "men"), ("knife", "knives"), ("leaf", "the leaves"), ("mouse", "mice"), ("goose", "geese"),
+        ("berry", "berries"), ("box", "boxes"), ("cookie", "cookies"), ("lens", "lenses"), ("person", "people"),
+        ("sheep", "sheep"), ("menu", "menus"), ("tooth", "teeth"), ("church", "churches"),
+    ],
+)  # fmt: skip
+def test_a_plural_is_the_same_concept(singular, plural):
+    assert concepts.key(singular) == concepts.key(plural)
+    source = pool(singular, "anvil")
+    for name, caption in ((plural, ""), ("", f"a photo of {plural}.")):
+        assert drawn_names(source, (singular, "anvil"), 9, present=[name], caption=caption) == ["anvil"]
+
+
 def test_dictionary(tmp_path):
     path = tmp_path / "dictionary.tsv"
     path.write_text("name\tdefinition\tsource\ncat\ta small animal\tlvis\n\nred_car\n")
