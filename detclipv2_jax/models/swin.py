@@ -185,10 +185,25 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch o"]:
         kernel = self.param("kernel", _dense_init, (x.shape[-1], self.features), jnp.float32)
-        y = jnp.asarray(x, self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        y = _matmul(jnp.asarray(x, self.dtype).reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)[None]
         return y.reshape(*x.shape[:-1], self.features)
+
+
+@jax.custom_vjp
+def _matmul(x: Float[Array, "n c"], kernel: Float[Array, "c o"]) -> Float[Array, "n o"]:
+    """Returns x @ kernel; a tall gradient of the kernel is computed lying, which is a third faster on CPUs."""
+    return x @ kernel
+
+
+def _matmul_gradient(operands, gradient):
+    x, kernel = operands
+    tall = kernel.shape[0] > kernel.shape[1]
+    return gradient @ kernel.T, (gradient.T @ x).T if tall else x.T @ gradient
+
+
+_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_gradient)
 
 
 @jax.custom_jvp
