@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from detclipv2_jax import drawing, visualize
-from detclipv2_jax.data import transforms
+from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
@@ -138,7 +138,7 @@ def draw_batch(
     found = jax.tree.map(np.asarray, found)
     for i in range(num_pictures):
         mask, (height, width) = batch.caption_mask[i], batch.extent[i]
-        caption, *rest = visualize.concept_texts(tokens[i][mask])
+        caption, *rest = tokenizer.decode(tokens[i][mask])
         own = jax.tree.map(lambda array, i=i, mask=mask: array[i][mask], found)
         visualize.alignment(
             batch.image[i, :height, :width],

@@ -380,9 +380,9 @@ class Predictor:
         self, config: ConfigDict, model: DetCLIP, params: Any, *, step: int = 0, cache: str | pathlib.Path | None = None
     ):
         self.config, self.params, self.step = config, params, step
-        self._detector = Detector(model)
+        self.detector = Detector(model)
         self._embed = vocabulary.Cache(
-            functools.partial(self._detector.encode_vocabulary, params),
+            functools.partial(self.detector.encode_vocabulary, params),
             text_config=config.model.text.to_dict(),
             text_params=params["text_encoder"],
             folder=cache,
@@ -448,7 +448,7 @@ class Predictor:
     def _find(self, batch, names, text, mask, *, limits: Limits, batch_size: int) -> Iterator[tuple[int, Found]]:
         photos = [photo for _, photo in batch]
         photos += photos[-1:] * (batch_size - len(photos))  # the compiled size; the copies' results are not read
-        found = self._detector.predict(self.params, _stack(photos), text, mask, limits)
+        found = self.detector.predict(self.params, _stack(photos), text, mask, limits)
         found = jax.tree.map(np.asarray, found)
         for row, (i, photo) in enumerate(batch):
             keep = found.mask[row]
@@ -464,7 +464,7 @@ class Predictor:
         height, width, _ = self._photo(images[index]).image.shape
         photos = _stack([self._photo(image, (height, width)) for image in images])
         text = self.vocabulary(phrases)[1][: len(phrases)]
-        found = self._detector.align(self.params, photos, text[None], np.array([index], np.int32))
+        found = self.detector.align(self.params, photos, text[None], np.array([index], np.int32))
         found = jax.tree.map(lambda array: np.asarray(array)[0], found)
         return found.replace(maps=found.photo_maps(photos.extent[index]))
 
@@ -478,7 +478,7 @@ class Predictor:
         """
         limits = Limits.from_config(self.config.eval, max_detections=max_detections)
         padded, _ = vocabulary.pad(phrases, multiple=8)
-        found = self._detector.ground(self.params, _stack([self._photo(image)]), padded, limits)
+        found = self.detector.ground(self.params, _stack([self._photo(image)]), padded, limits)
         return jax.tree.map(lambda array: np.asarray(array)[: len(phrases)], found)
 
     def vocabulary(self, words: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:

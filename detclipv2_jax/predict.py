@@ -2,8 +2,9 @@
 
   python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
 
-Words need not occur in training. Writes <output>/detections.json (COCO results with the name and the file of every box;
-image ids count the files and category ids the words, from 1) and a picture of every image in <output>/pictures.
+Words need not occur in training; --vocabulary=lvis is a ready list of words with definitions. Writes
+<output>/detections.json (COCO results with the name and the file of every box; image ids count the files and category
+ids the words, from 1) and a picture of every image in <output>/pictures.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from detclipv2_jax import visualize
-from detclipv2_jax.data import concepts, transforms
-from detclipv2_jax.data.box_json import read_vocabulary
+from detclipv2_jax import visualize, vocabulary
+from detclipv2_jax.data import transforms
 from detclipv2_jax.eval.result import Rows, write_json
 from detclipv2_jax.inference import Found, Predictor
 
@@ -148,46 +148,11 @@ def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[p
     return pictures
 
 
-def parse_words(words: str, *, words_file: str = "") -> dict[str, str]:
-    """Returns name → definition ("" without one) of words on the line and in a file, in order, each once.
-
-    Args:
-      words: separated by commas, each "name" or "name: definition".
-      words_file: one word a line ("name", "name: definition" or "name <tab> definition"), or the categories of a .json
-        in COCO's format.
-
-    Raises:
-      ValueError: no word, or the file cannot be read.
-    """
-    parsed: dict[str, str] = {}
-    lines = words.split(",")
-    if words_file.endswith(".json"):
-        vocabulary = read_vocabulary(words_file)
-        parsed = dict(zip(vocabulary.names, vocabulary.definitions, strict=True))
-    elif words_file:
-        try:
-            lines += pathlib.Path(words_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--words_file: cannot read {words_file}: {error}") from error
-    for line in lines:
-        name, _, definition = line.partition("\t") if "\t" in line else line.partition(":")
-        if concepts.display_name(name):
-            parsed.setdefault(concepts.display_name(name), definition.strip())
-    if not parsed:
-        raise ValueError('no words: give --words="cat, red car" or --words_file=FILE')
-    return parsed
-
-
 def _define_flags() -> None:
     # not at import: other tools have flags of these names
     flags.DEFINE_string("checkpoint", None, "workdir of a training run", required=True)
     flags.DEFINE_string("images", None, "pattern, folder, file, or - for paths on stdin", required=True)
-    flags.DEFINE_string("words", "", 'what to look for, e.g. "cat, red car" or "ram: male sheep, red car"')
-    flags.DEFINE_string(
-        "words_file",
-        "",
-        'one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories',
-    )
+    vocabulary.define_flags()
     flags.DEFINE_string("output", None, "folder for detections.json and pictures/", required=True)
     flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
     flags.DEFINE_float(
@@ -212,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
         num_unreadable = run(
             checkpoint=options.checkpoint,
             images=options.images,
-            words=parse_words(options.words, words_file=options.words_file),
+            words=vocabulary.parse_words(options.words, words_file=options.words_file, vocabulary=options.vocabulary),
             output=options.output,
             score_threshold=options.score_threshold,
             nms_iou=options.nms_iou,

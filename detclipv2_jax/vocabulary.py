@@ -1,9 +1,11 @@
-"""Embeddings of a vocabulary: padded to few sizes, and kept on disk under a hash of all they depend on."""
+"""Words from wherever they come; their embeddings, kept on disk under a hash of all they depend on."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
+import importlib.resources
 import json
 import os
 import pathlib
@@ -13,12 +15,68 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from jaxtyping import Bool, Float
 
-from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data import concepts, tokenizer
+from detclipv2_jax.data.box_json import read_vocabulary
 
 Embeddings = Float[np.ndarray, "w d"]
+NAMED = ("lvis", "coco", "objects365")  # data/vocabularies
+
+
+def named(name: str) -> concepts.Vocabulary:
+    """Returns the categories of LVIS v1, COCO or Objects365 in order of their ids, with definitions but Objects365."""
+    if name not in NAMED:
+        near = difflib.get_close_matches(name.lower(), NAMED, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--vocabulary is {name!r}; there are {', '.join(NAMED)}{hint}")
+    with importlib.resources.as_file(importlib.resources.files(concepts.__package__) / "vocabularies") as folder:
+        return concepts.read_dictionary(folder / f"{name}.tsv")
+
+
+def parse_words(words: str, *, words_file: str = "", vocabulary: str = "") -> dict[str, str]:
+    """Returns name → definition ("" without one) of a vocabulary, a file and words on the line, each name once.
+
+    Of several definitions of a name the last counts.
+
+    Args:
+      words: separated by commas, each "name" or "name: definition".
+      words_file: one word a line ("name", "name: definition" or "name <tab> definition"), or the categories of a .json
+        in COCO's format.
+      vocabulary: one of `NAMED`, or "".
+
+    Raises:
+      ValueError: no word, or the file cannot be read.
+    """
+    listed = [named(vocabulary)] if vocabulary else []
+    listed += [read_vocabulary(words_file)] if words_file.endswith(".json") else []
+    parsed = {name: text for known in listed for name, text in zip(known.names, known.definitions, strict=True)}
+    lines = []
+    if words_file and not words_file.endswith(".json"):
+        try:
+            lines = pathlib.Path(words_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--words_file: cannot read {words_file}: {error}") from error
+    for line in [*lines, *words.split(",")]:
+        name, _, definition = line.partition("\t") if "\t" in line else line.partition(":")
+        name = concepts.display_name(name)
+        if name:
+            parsed[name] = definition.strip() or parsed.get(name, "")
+    if not parsed:
+        raise ValueError(f'no words: give --words="cat, red car", --words_file=FILE or --vocabulary={"|".join(NAMED)}')
+    return parsed
+
+
+def define_flags() -> None:
+    """Defines the flags of `parse_words`, for the tools that take words."""
+    flags.DEFINE_string("words", "", 'e.g. "cat, red car" or "ram: male sheep, red car"')
+    flags.DEFINE_string(
+        "words_file",
+        "",
+        'one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories',
+    )
+    flags.DEFINE_string("vocabulary", "", f"the categories of a data set and their definitions: {', '.join(NAMED)}")
 
 
 def pad(text: Embeddings, *, multiple: int) -> tuple[Float[np.ndarray, "v d"], Bool[np.ndarray, " v"]]:

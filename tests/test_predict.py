@@ -109,26 +109,6 @@ def test_pictures_have_names_of_their_own(tmp_path):
         predict.name_pictures([tmp_path / "1.jpg"], tmp_path)
 
 
-def test_words(tmp_path):
-    assert predict.parse_words(" cat, red car ,cat,") == {"cat": "", "red car": ""}
-    assert predict.parse_words("ram: male sheep, dog") == {"ram": "male sheep", "dog": ""}
-    path = tmp_path / "words.txt"
-    path.write_text("aerosol_can\nram: an adult, male sheep\nowl\ta bird: of prey\n\ncat\n", encoding="utf-8")
-    words = predict.parse_words("cat", words_file=str(path))
-    assert words == {"cat": "", "aerosol can": "", "ram": "an adult, male sheep", "owl": "a bird: of prey"}
-    categories = [{"id": 4, "name": "wild_cat", "def": "not tame"}, {"id": 9, "name": "dog"}]
-    (tmp_path / "lvis.json").write_text(
-        json.dumps({"images": [{"id": 1}], "annotations": [], "categories": categories})
-    )
-    assert predict.parse_words("owl", words_file=str(tmp_path / "lvis.json")) == {
-        "wild cat": "not tame", "dog": "", "owl": "",
-    }  # fmt: skip
-    with pytest.raises(ValueError, match='no words: give --words="cat, red car"'):
-        predict.parse_words(" , ")
-    with pytest.raises(ValueError, match=r"--words_file: cannot read .*absent\.txt"):
-        predict.parse_words("cat", words_file=str(tmp_path / "absent.txt"))
-
-
 def test_definitions_and_truncation_reach_the_model(photos, caplog):
     seen = []
     predictor = Predictor.from_checkpoint("run")

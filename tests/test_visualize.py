@@ -9,6 +9,7 @@ from PIL import Image
 from detclipv2_jax import drawing, visualize
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.visualize import __main__ as command
 
 NAMES = ("cat", "dog", "a very long name of a thing")
 
@@ -161,12 +162,6 @@ def test_padding_is_hatched():
     assert set(np.unique(hatched[30:])) == set(np.unique(hatched[:, 50:])) == {200, 225}
 
 
-def test_concept_texts_are_read_back():
-    texts = ["a red car", "café, näive", "東京", "dog's", ""]
-    tokens = np.concatenate([tokenizer.tokenize(texts), np.zeros((1, 16), np.int32)])
-    assert visualize.concept_texts(tokens) == ["a red car", "café , näive", "東京", "dog 's", "", ""]
-
-
 def test_alignment_shows_region_and_map_of_every_phrase(tmp_path):
     phrases = ["a red car", "the sky"]
     boxes = np.array([[20, 60, 90, 110], [0, 0, 180, 40]], np.float32)
@@ -221,3 +216,71 @@ def test_curves_of_something_else(tmp_path, content):
         path.write_text(content)
     with pytest.raises(ValueError, match=r"metrics\.jsonl (is no metrics\.jsonl|holds no metrics yet)"):
         visualize.curves(path)
+
+
+def _command(*arguments):
+    return command.main(list(map(str, arguments)))
+
+
+def test_detections_are_drawn_from_files(tmp_path, capsys):
+    """Results that name words and photos, and results of an evaluation with its annotations."""
+    Image.fromarray(_photo()).save(tmp_path / "a.png")
+    rows = [
+        {"image_id": 7, "category_id": 3, "bbox": [10, 20, 60, 50], "score": score, "name": "cat", "file_name": "a.png"}
+        for score in (0.1, 0.9)
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    options = (
+        "detections",
+        "--detections",
+        tmp_path / "found.json",
+        "--images",
+        tmp_path,
+        "--output",
+        tmp_path / "out",
+    )
+    assert _command(*options) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "a.jpg")
+    alone = np.asarray(Image.open(tmp_path / "out" / "a.jpg"))
+    (tmp_path / "found.json").write_text(json.dumps([{k: row[k] for k in list(row)[:4]} for row in rows]))
+    assert _command(*options) == 1
+    assert "it has no 'name'); give the --annotations it was made on" in capsys.readouterr().err
+    truth = {
+        "images": [{"id": 7, "file_name": "a.png", "height": 120, "width": 180}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [100, 20, 60, 50]}],
+        "categories": [{"id": 2, "name": "wild_dog"}, {"id": 3, "name": "cat"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    assert _command(*options, "--annotations", tmp_path / "truth.json") == 0
+    assert np.asarray(Image.open(tmp_path / "out" / "a.jpg")).shape[1] > 1.8 * alone.shape[1]  # two photos
+    assert _command(*options, "--annotations", tmp_path / "absent.json") == 1
+    assert "absent.json" in capsys.readouterr().err
+
+
+def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
+    for name in "abc":
+        Image.fromarray(_photo()).save(tmp_path / f"{name}.png")
+    drawn = {}
+    monkeypatch.setattr(command.Predictor, "from_checkpoint", lambda workdir: f"predictor of {workdir}")
+    monkeypatch.setattr(
+        command.alignment, "draw", lambda *arguments, **options: drawn.update(options, arguments=arguments)
+    )
+    options = ("alignment", "--checkpoint=run", "--image", tmp_path / "b.png", "--caption", "a cat on a red car")
+    options += ("--others", tmp_path / "*.png", "--output", tmp_path / "out.png")
+    assert _command(*options, "--phrases", "a cat, red car,") == 0
+    photos = [str(tmp_path / f"{name}.png") for name in "bac"]
+    assert drawn["arguments"] == ("predictor of run", photos, ["a cat on a red car", "a cat", "red car"])
+    assert drawn["caption"] == "a cat on a red car"
+    assert drawn["path"] == str(tmp_path / "out.png")
+    monkeypatch.setattr(command.phrases_lib, "check_pipeline", lambda name: None)
+    monkeypatch.setattr(command.phrases_lib, "noun_phrases", lambda captions, **options: [["cat"] for _ in captions])
+    assert _command(*options) == 0
+    assert drawn["arguments"][2] == ["a cat on a red car", "cat"]
+
+
+def test_curves_of_a_workdir(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "detection/loss": 2.0}) + "\n")
+    assert _command("curves", "--metrics", tmp_path, "--output", tmp_path / "curves.png") == 0
+    assert Image.open(tmp_path / "curves.png").width > 100
+    assert _command("curves", "--metrics", tmp_path, "--names=nothing", "--output", tmp_path / "x.png") == 1
+    assert "has no nothing; it has loss" in capsys.readouterr().err

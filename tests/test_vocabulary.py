@@ -1,5 +1,6 @@
 """Stored vocabularies: used when they fit, refused when they do not."""
 
+import json
 import logging
 
 import numpy as np
@@ -102,3 +103,39 @@ def test_long_texts_are_named_once(caplog):
         vocabulary.warn_truncated(["cat"], max_length=16)
     (record,) = caplog.records
     assert record.getMessage().startswith("2 of 3 concepts have more than 16 tokens and lose their end: “a very long")
+
+
+def test_words(tmp_path):
+    assert vocabulary.parse_words(" cat, red car ,cat,") == {"cat": "", "red car": ""}
+    assert vocabulary.parse_words("ram: male sheep, dog") == {"ram": "male sheep", "dog": ""}
+    path = tmp_path / "words.txt"
+    path.write_text("aerosol_can\nram: an adult, male sheep\nowl\ta bird: of prey\n\ncat\n", encoding="utf-8")
+    words = vocabulary.parse_words("cat", words_file=str(path))
+    assert words == {"cat": "", "aerosol can": "", "ram": "an adult, male sheep", "owl": "a bird: of prey"}
+    categories = [{"id": 4, "name": "wild_cat", "def": "not tame"}, {"id": 9, "name": "dog"}]
+    (tmp_path / "lvis.json").write_text(
+        json.dumps({"images": [{"id": 1}], "annotations": [], "categories": categories})
+    )
+    assert vocabulary.parse_words("owl", words_file=str(tmp_path / "lvis.json")) == {
+        "wild cat": "not tame", "dog": "", "owl": "",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match='no words: give --words="cat, red car"'):
+        vocabulary.parse_words(" , ")
+    with pytest.raises(ValueError, match=r"--words_file: cannot read .*absent\.txt"):
+        vocabulary.parse_words("cat", words_file=str(tmp_path / "absent.txt"))
+
+
+def test_vocabularies_by_name(shared_data):
+    """In the order of the published ids, with the published definitions."""
+    published = json.loads((shared_data / "categories" / "lvis_v1_categories.json").read_text())
+    words = vocabulary.parse_words("unicorn, mug: of mine", vocabulary="lvis")
+    expected = {category["name"].replace("_", " "): category["def"] for category in published}
+    assert words == expected | {"mug": "of mine", "unicorn": ""}
+    assert len(words) == 1204
+    assert list(words)[:2] == ["aerosol can", "air conditioner"]
+    coco = json.loads((shared_data / "categories" / "coco_to_synset.json").read_text())
+    ordered = sorted(coco, key=lambda name: coco[name]["coco_cat_id"])
+    assert vocabulary.parse_words("", vocabulary="coco") == {name: coco[name]["meaning"] for name in ordered}
+    assert len(vocabulary.named("objects365")) == 365
+    with pytest.raises(ValueError, match=r"'LVS'; there are lvis, coco, objects365; did you mean lvis\?"):
+        vocabulary.parse_words("", vocabulary="LVS")

