@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import standalone, vocabulary
 from detclipv2_jax.inference import WORD_CHUNK, Limits, Photos, Predictor
+from detclipv2_jax.models import detclip
 
 FORMATS = ("safetensors", "stablehlo", "saved_model")
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -50,6 +51,7 @@ def run(
     score_threshold: float | None = None,
     nms_iou: float | None = None,
     max_detections: int | None = None,
+    dtype: str = "",
 ) -> list[pathlib.Path]:
     """Writes the newest checkpoint of a run; returns the files.
 
@@ -61,6 +63,7 @@ def run(
       score_threshold: only boxes above it; None: the configuration's, as for the next two. Built into the programs.
       nms_iou: a box is removed by a better one of its word if their IoU is above it.
       max_detections: boxes an image.
+      dtype: compute type, one of config.DTYPES; "": the configuration's. Results in bfloat16 depend on the compiler.
 
     Raises:
       ValueError: no checkpoint, a folder with something in it, or a limit that makes no sense.
@@ -71,6 +74,10 @@ def run(
     if file_format == "saved_model" and words:
         raise ValueError("--words: a SavedModel takes its words when it runs; leave them out")
     predictor = Predictor.from_checkpoint(checkpoint)
+    if dtype and dtype != predictor.config.model.dtype:
+        config = predictor.config.copy_and_resolve_references()
+        config.model.dtype = dtype
+        predictor = Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
     limits = Limits.from_config(
         predictor.config.eval, score_threshold=score_threshold, nms_iou=nms_iou, max_detections=max_detections
     )
@@ -158,6 +165,7 @@ def _define_flags() -> None:
     flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
     flags.DEFINE_float("nms_iou", None, "IoU above which a better box removes another; default: the run's")
     flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")
+    flags.DEFINE_enum("dtype", "", ("", *config_lib.DTYPES), "compute type; default: the run's config.model.dtype")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -177,6 +185,7 @@ def main(argv: Sequence[str]) -> None:
             score_threshold=options.score_threshold,
             nms_iou=options.nms_iou,
             max_detections=options.max_detections,
+            dtype=options.dtype,
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

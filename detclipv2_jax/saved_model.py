@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -13,10 +14,16 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 from jax.export import Exported
+from jax.extend import mlir
+from jax.extend.mlir.dialects import stablehlo
+from jax.extend.mlir.passmanager import PassManager
+from jax.interpreters.mlir import make_ir_context
+from tensorflow.compiler.tf2xla.python import xla  # where jax2tf finds it too
 
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.inference import WORD_CHUNK
 
+STABLEHLO_VERSION = "1.13.0"  # TensorFlow 2.21 reads up to 1.13.7
 NOTHING = np.iinfo(np.int32).max  # the merge of a pair that has none
 SAME = "\0"  # the repair of a character that needs none
 
@@ -109,7 +116,7 @@ def _repairs() -> tuple[list[str], list[str]]:
 class Model(tf.Module):
     """What is saved: the modules of `export` with their weights as variables, which all of them share.
 
-    `XlaCallModule` runs StableHLO inside TensorFlow; `jax2tf` does no more, and need not come with every jax.
+    TensorFlow's XlaCallModule runs them. jax2tf uses it too, but hands over code that TensorFlow 2.21 does not read.
     """
 
     def __init__(self, modules: Mapping[str, Exported], weights: Mapping[str, np.ndarray]):
@@ -157,18 +164,32 @@ class Model(tf.Module):
         return {**found, "names": tf.where(found["mask"], tf.gather(words, found["labels"]), "")}
 
 
-def _call(module: Exported, *args: Any) -> Any:
-    """Returns what an exported function gives for tensors; its first argument is a dict of variables."""
-    flat = jax.tree.leaves(args)
-    results = tf.raw_ops.XlaCallModule(
-        args=[tf.convert_to_tensor(flat[i]) for i in module.module_kept_var_idx],
+def _call(module: Exported, weights: Mapping[str, tf.Variable], *args: tf.Tensor) -> Any:
+    """Returns what an exported function gives for variables by name and tensors."""
+    flat = jax.tree.leaves((dict(weights), *args))
+    results = xla.call_module(
+        [tf.convert_to_tensor(flat[i]) for i in module.module_kept_var_idx],
         version=module.calling_convention_version,
-        module=module.mlir_module_serialized,
+        module=_portable(module),
         Tout=[tf.as_dtype(result.dtype) for result in module.out_avals],
         Sout=[[size if isinstance(size, int) else None for size in result.shape] for result in module.out_avals],
         platforms=[platform.upper() for platform in module.platforms],
     )
     return jax.tree.unflatten(module.out_tree, results)
+
+
+@functools.cache
+def _portable(module: Exported) -> bytes:
+    """Returns the code of a module in the form that TensorFlow reads.
+
+    1. It does not look for sizes inside composite operations (erf, top_k): what they consist of takes their place.
+    2. It is older than jax: the code is written as of an older version.
+    """
+    stablehlo.register_stablehlo_passes()
+    with make_ir_context():
+        code = mlir.deserialize_portable_artifact(module.mlir_module_serialized)
+        PassManager.parse("builtin.module(func.func(stablehlo-legalize-composite-to-call),inline)").run(code.operation)
+        return mlir.serialize_portable_artifact(code, STABLEHLO_VERSION)
 
 
 def save(folder: pathlib.Path, modules: Mapping[str, Exported], weights: Mapping[str, np.ndarray]) -> None:

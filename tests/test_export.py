@@ -1,5 +1,6 @@
 """Exports are run from disk in processes without the package, and find what the model finds."""
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from detclipv2_jax import export, standalone
-from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.models import detclip
 from detclipv2_jax.standalone import weights as loader
@@ -49,8 +50,8 @@ def photos(request, tmp_path_factory):
             pixels = rng.integers(0, 256, (6, 9 - i % 2, 3), dtype=np.uint8).repeat(70, axis=0).repeat(70, axis=1)
             files.append(tmp_path_factory.mktemp("photos") / f"{i}.png")
             Image.fromarray(pixels).save(files[-1])
-    landscape = [photo for photo in map(Image.open, files) if photo.width > photo.height][:NUM_PHOTOS]
-    return [np.asarray(photo.convert("RGB")) for photo in landscape]
+    landscape = (pixels for pixels in map(transforms.read, files) if pixels.shape[0] < pixels.shape[1])
+    return list(itertools.islice(landscape, NUM_PHOTOS))
 
 
 @pytest.fixture(scope="module")

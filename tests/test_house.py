@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": {"geometry"},
     "drawing": set(),
     "eval": {"checkpoints", "data", "geometry", "inference", "models", "sharding", "visualize", "vocabulary"},
-    "export": {"config", "inference", "saved_model", "standalone", "vocabulary"},
+    "export": {"config", "inference", "models", "saved_model", "standalone", "vocabulary"},
     "geometry": set(),
     "inference": {"alignment", "checkpoints", "data", "geometry", "models", "sharding", "vocabulary"},
     "inspection": {"config", "data", "visualize"},
