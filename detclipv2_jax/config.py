@@ -189,6 +189,9 @@ def base() -> ConfigDict:
 
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
+    # s that processes wait for one that is late, at the start, before a step, an evaluation or at the end; then the run
+    # ends with its name. Longer than compiling takes on one host more than on another
+    c.timeout_s = 600
 
     # --- evaluation and prediction (spec section 5 and section 9, points 21-22)
     c.eval = ConfigDict()
@@ -213,6 +216,8 @@ def base() -> ConfigDict:
     c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
     # first batches, and every n-th batch of a stream, those of pairs with the best region of each phrase; 0: only first
     c.pictures_every_steps = 1000
+    # steps traced by jax's profiler into profile/, from the tenth on; open with TensorBoard or xprof. 0: none
+    c.profile_steps = 0
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep = 3
@@ -294,7 +299,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     choice("loss.contrastive_impl", IMPLS)
     choice("optimizer.schedule", SCHEDULES)
     choice("nonfinite", NONFINITE)
-    for key in ("epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp"):
+    for key in ("epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "timeout_s"):
         check(value_of(key) >= 1, key, "1 or more")
     for key in ("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"):
         check(value_of(key) > 0, key, "above 0")

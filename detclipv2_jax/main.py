@@ -16,10 +16,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only writes Ten
 
 import jax
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import processes
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import loop as evaluation
@@ -41,9 +41,14 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "several processes: on, off, or auto (on where a TPU pod, Slurm or the JAX_COORDINATOR_ADDRESS variable says so)",
 )  # fmt: skip
 
+_PREEMPTED_STATUS = flags.DEFINE_integer(
+    "preempted_status", 0, "exit status of a run that SIGTERM stopped; not 0 where a scheduler shall start it again"
+)
+
 # may differ between the runs of one workdir: how long, how often and from where, not what
 CHANGEABLE = (
-    "num_steps", "log_every_steps", "pictures_every_steps", "nonfinite", "checkpoint", "eval", "input", "mesh",
+    "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
+    "eval", "input", "mesh",
 )  # fmt: skip
 
 
@@ -58,44 +63,47 @@ def main(argv: Sequence[str]) -> None:
     logging.get_absl_handler().addFilter(lambda record: record.levelno > 20 or "orbax" not in record.pathname)
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold(logging.INFO)
-    init_distributed(_DISTRIBUTED.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
     started = time.monotonic()
-    work: Callable[[], dict[str, float]]
     try:
-        config_lib.validate(config, num_devices=jax.device_count())
-        training = _MODE.value == "train"
-        check_workdir(workdir, config, fresh_allowed=training or bool(config.init_from.checkpoint))
-        complete = with_scenes(config, workdir)
-        if training:
-            work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
-        else:
-            work = evaluation.prepare(complete, workdir)
-    except ValueError as error:
+        processes.join(_DISTRIBUTED.value, timeout_s=config.timeout_s)
+        work = prepare(config, workdir, training=_MODE.value == "train")
+    except (ValueError, processes.MissingProcessError) as error:
         sys.exit(f"error: {error}")
-    # not before all is well: what failed has no claim on the workdir; an evaluation changes nothing of a run
-    if jax.process_index() == 0 and (training or not (workdir / "config.json").exists()):
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_lib.to_json(config))
-    scores = work()
+    try:
+        scores = work()
+    except train_lib.Preempted as stop:
+        logging.info("%s; the same command goes on from there", stop)
+        sys.exit(_PREEMPTED_STATUS.value)
+    except processes.MissingProcessError as error:
+        sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
 
 
-def init_distributed(mode: str) -> None:
-    """Joins the processes of a run, before anything touches a device."""
-    variables = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
-    address = next((os.environ[name] for name in variables if os.environ.get(name)), None)
-    cluster = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if mode == "off" or (mode == "auto" and not (address or cluster)):
-        return
-    numbers: dict[str, int] = {}
-    if "JAX_NUM_PROCESSES" in os.environ:  # by hand; Slurm, TPU pods and GKE tell jax themselves
-        numbers = {
-            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])
-        }  # fmt: skip
-    jax.distributed.initialize(coordinator_address=address, **numbers)
+def prepare(config: ConfigDict, workdir: pathlib.Path, *, training: bool) -> Callable[[], dict[str, float]]:
+    """Returns what trains (or evaluates) and returns scores; all is checked, and nothing compiled.
+
+    Raises:
+      ValueError: the configuration, the files it names or the workdir are wrong.
+      MissingProcessError: another process did not get this far.
+    """
+    config_lib.validate(config, num_devices=jax.device_count())
+    processes.check_same(config_lib.to_json(config), what="configuration", timeout_s=config.timeout_s)
+    check_workdir(workdir, config, fresh_allowed=training or bool(config.init_from.checkpoint))
+    complete = with_scenes(config, workdir)
+    work: Callable[[], dict[str, float]]
+    if training:
+        work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
+    else:
+        work = evaluation.prepare(complete, workdir)
+    # not before all is well everywhere: what failed has no claim on the workdir; an evaluation changes nothing of a run
+    processes.barrier("all is checked", timeout_s=config.timeout_s)
+    if jax.process_index() == 0 and (training or not (workdir / "config.json").exists()):
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config))
+    return work
 
 
 def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: bool) -> None:
@@ -135,7 +143,7 @@ def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     if jax.process_index() == 0:
         logging.info("generating scenes in %s", folder)
         scenes.write(folder, **wanted)
-    multihost_utils.sync_global_devices("scenes are written")
+    processes.barrier("scenes are written", timeout_s=config.timeout_s)
     config = config.copy_and_resolve_references()
     for key, section, name, file in (
         ("num_detection", config.detection, "annotations", "detection.json"),

@@ -24,8 +24,11 @@ def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
         raise ValueError(f"mesh.fsdp={fsdp} must divide the number of devices, {len(devices)}")
+    # process by process: `jax.make_mesh` orders TPUs by their place in the torus, which scatters a process's rows over
+    # the global batch, and `to_global` counts on them being together
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     # Explicit axes (the default) would break the window reshape of Swin and nn.Embed
-    return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return Mesh(np.array(ordered).reshape(-1, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def param_spec(shape: tuple[int, ...], *, fsdp: int) -> P:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from detclipv2_jax import alignment, sharding, train_state, train_step, visualize, weights
+from detclipv2_jax import alignment, flops, processes, sharding, train_state, train_step, visualize, weights
 from detclipv2_jax import checkpoints as checkpoints_lib
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
@@ -32,6 +32,12 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
 from detclipv2_jax.schedule import Schedule
 from detclipv2_jax.train_state import TrainState
+
+PROFILE_AFTER_STEPS = 10  # by then the steps drawn most often are compiled
+
+
+class Preempted(Exception):  # noqa: N818 -- a run that stops like this stops well
+    """SIGTERM came; the state is saved, and the run goes on from there when started again."""
 
 
 class NonFiniteError(RuntimeError):
@@ -105,7 +111,9 @@ def train(run: Run) -> dict[str, float]:
     and pictures/ there.
 
     Raises:
+      Preempted: SIGTERM came to any of the processes; all have saved the same step.
       NonFiniteError: a loss or gradient is not finite and `config.nonfinite` is "stop".
+      MissingProcessError: another process is gone, or late by more than `config.timeout_s`.
     """
     config, mesh, schedule = run.config, run.mesh, run.schedule
     first_process = jax.process_index() == 0
@@ -127,8 +135,12 @@ def train(run: Run) -> dict[str, float]:
 
         # --- the loop
         rate = learning_rate(config.optimizer, schedule.total_steps)
+        peak_flops = flops.peak_per_second(mesh)
+        cost = functools.cache(functools.partial(step_cost, run))
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
-        progress = stack.enter_context(contextlib.closing(Progress(start, schedule.num_steps)))
+        progress = stack.enter_context(contextlib.closing(Progress(start, schedule.num_steps, peak_flops)))
+        stopping = stack.enter_context(processes.stop_signal())
+        profiled = profiled_steps(start, schedule.num_steps, config.profile_steps)
         sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
         for step in range(start, schedule.num_steps):
             draw = schedule.draw(step)
@@ -138,7 +150,10 @@ def train(run: Run) -> dict[str, float]:
                     reader = stream.iterate(positions[draw.stream])
                     readers[draw.stream] = stack.enter_context(contextlib.closing(reader))
                 batch = next(readers[draw.stream])
-            with jax.set_mesh(mesh):
+                processes.barrier("step", note=str(step + 1), timeout_s=config.timeout_s)
+            if profiled and step == profiled[0]:
+                jax.profiler.start_trace(run.workdir / "profile")
+            with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[draw.stream](state, sharding.to_global(batch, mesh))
             if sent:
                 sent()
@@ -150,16 +165,25 @@ def train(run: Run) -> dict[str, float]:
                 metrics | {"learning_rate": rate(step)} | stream.overflow,  # overflow: of this process's rows
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
+                cost=cost(draw.stream) if peak_flops else None,
                 writer=writer,
                 progress=progress,
             )
             progress.step(stream.batch_size)
+            preempted = stopping(done)
             if draw.position == 0 or due(draw.position, config.pictures_every_steps):
                 draw_batch(run, stream, batch, state, step=done, aligned=draw.position > 0)
-            if last or due(done, config.checkpoint.every_steps):
+            saved = last or preempted or due(done, config.checkpoint.every_steps)
+            traced = bool(profiled) and step == profiled[-1]
+            if saved or traced:
                 sent()  # first, so that a run stopped by its loss does not leave that step as its newest checkpoint
                 sent = None
+            if traced:
+                jax.profiler.stop_trace()
+            if saved:
                 checkpoints.save(done, state)
+            if preempted:
+                raise Preempted(f"stopped by SIGTERM after step {done}, which is saved")
             if not last and due(done, config.eval.every_steps):
                 evaluate_state(run, state, writer)
 
@@ -179,6 +203,13 @@ def jitted_step(run: Run, stream: streams_lib.Stream) -> train_step.Step:
     )
     replicated = NamedSharding(run.mesh, sharding.REPLICATED)
     return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
+
+
+def step_cost(run: Run, number: int) -> Callable[[float], float]:
+    """Returns the function from the number of distinct concepts to the FLOPs of a step on stream `number`."""
+    stream = run.streams[number]
+    table_rows = stream.capacities["table"] * jax.process_count()
+    return flops.of_step(run.config, stream.kind, stream.canvas, table_rows=table_rows, num_devices=run.mesh.size)
 
 
 def draw_batch(
@@ -253,6 +284,12 @@ def has_parameters(config: ConfigDict, workdir: pathlib.Path) -> bool:
     return saved or bool(config.init_from.checkpoint)
 
 
+def profiled_steps(start: int, end: int, num_steps: int) -> range:
+    """Returns the steps of a run from `start` to `end` that are traced, on process 0 only."""
+    first = max(start, min(start + PROFILE_AFTER_STEPS, end - num_steps))
+    return range(first, min(first + num_steps, end)) if jax.process_index() == 0 else range(0)
+
+
 def due(step: int, every: int) -> bool:
     """Returns whether something done every `every` steps (0: never) is done at `step`."""
     return every > 0 and step % every == 0
@@ -270,11 +307,17 @@ def finish_step(
     *,
     logged: bool,
     stop: bool,
+    cost: Callable[[float], float] | None,
     writer: MetricsWriter,
     progress: Progress,
 ) -> None:
-    """Reads the metrics of a step, shows and (if `logged`) writes them, and reports a step that was not finite."""
+    """Reads the metrics of a step, shows and (if `logged`) writes them, and reports a step that was not finite.
+
+    `cost` says how many FLOPs a step with so many distinct concepts takes, where the utilisation is of interest.
+    """
     metrics = prefix(kind, jax.device_get(metrics))
+    if cost:
+        progress.flops += cost(metrics[f"{kind}/num_concepts"])
     finite = metrics.pop(f"{kind}/finite") > 0
     progress.show(metrics)
     if logged or not finite:
@@ -288,9 +331,14 @@ def finish_step(
 
 
 class Progress:
-    """Progress bar of a terminal (step, loss terms, images/s, time left), and rates for the log."""
+    """Progress bar of a terminal (step, loss terms, images/s, time left), and rates for the log.
 
-    def __init__(self, start: int, total: int):
+    Attributes:
+      flops: done since rates were asked for, to be counted from outside.
+    """
+
+    def __init__(self, start: int, total: int, peak_flops: float | None = None):
+        self._peak_flops = peak_flops  # a second, of all devices
         self._bar = tqdm(
             initial=start, total=total, unit="step", dynamic_ncols=True, mininterval=0.5,
             disable=jax.process_index() != 0 or not sys.stderr.isatty(),
@@ -298,7 +346,7 @@ class Progress:
         self._reset()
 
     def _reset(self) -> None:
-        self._since, self._steps, self._images, self._waited = time.monotonic(), 0, 0, 0.0
+        self._since, self._steps, self._images, self._waited, self.flops = time.monotonic(), 0, 0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -319,13 +367,18 @@ class Progress:
         self._bar.set_postfix(losses | {"img/s": f"{self._images / max(time.monotonic() - self._since, 1e-6):.1f}"})
 
     def rates(self) -> dict[str, float]:
-        """Returns speed and share of time spent waiting for data since the last call."""
+        """Returns what happened since the last call: speed, share of time spent waiting for the data of any process.
+
+        The utilisation is of the devices' peak (see `flops`), where that is known.
+        """
         elapsed = max(time.monotonic() - self._since, 1e-6)
         rates = {
             "timing/images_per_second": self._images / elapsed,
-            "timing/steps_per_second": self._steps / elapsed,
+            "timing/step_seconds": elapsed / max(self._steps, 1),
             "timing/data_wait_share": self._waited / elapsed,
         }
+        if self._peak_flops:
+            rates["timing/flop_utilization"] = self.flops / (elapsed * self._peak_flops)
         self._reset()
         return rates
 

@@ -1,5 +1,6 @@
 """Whole runs of a micro model on generated scenes: files, resuming, seeds, and errors that say what to do."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import checkpoints, main, prepare, train
+from detclipv2_jax import checkpoints, flops, main, prepare, train
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import loop, lvis
 
@@ -18,13 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def start(config, workdir):
-    """Returns the scores of a run, as `main` would do it."""
-    config_lib.validate(config, num_devices=jax.device_count())
-    main.check_workdir(workdir, config, fresh_allowed=True)
-    run = train.prepare_run(main.with_scenes(config, workdir), workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config_lib.to_json(config))
-    return train.train(run)
+    """Returns the scores of a run."""
+    return main.prepare(config, workdir, training=True)()
 
 
 def with_steps(config, num_steps):
@@ -42,21 +38,27 @@ def lines(workdir):
     return merged
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_compiled_once():
+@contextlib.contextmanager
+def shared_steps():
     """Runs of the same model, data and optimizer share their steps; tracing one takes longer than eight of it."""
     compiled = {}
     jitted_step = train.jitted_step
 
-    def shared_step(run, stream):
+    def shared_step(run, *which):
         values = (run.config[name] for name in ("seed", "model", "loss", "optimizer", "epochs", "mesh"))
-        key = (stream.name, *map(str, values), *stream.capacities.values())
+        key = (run.mesh, *(getattr(part, "name", part) for part in which), *map(str, values))
         if key not in compiled:
-            compiled[key] = jitted_step(run, stream)
+            compiled[key] = jitted_step(run, *which)
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "jitted_step", shared_step)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_compiled_once():
+    with shared_steps():
         yield
 
 
@@ -115,6 +117,39 @@ def test_the_same_seed_gives_the_same_run_and_another_one_does_not(finished, tmp
     other.seed = 1
     start(other, tmp_path / "other")
     assert lines(tmp_path / "other")[1] != lines(whole)[1]
+
+
+@pytest.mark.slow
+def test_a_step_is_read_when_the_next_one_is_sent_and_can_be_traced(finished, tmp_path, monkeypatch):
+    config = with_steps(finished[0], 4)
+    config.scenes.num_eval = 0
+    config.profile_steps = 2
+    events = []
+    jitted_step, finish_step = train.jitted_step, train.finish_step
+
+    def recorded_step(*which):
+        step = jitted_step(*which)
+
+        def send(*arguments):
+            events.append("sent")
+            return step(*arguments)
+
+        return send
+
+    def recorded_finish(done, *arguments, **options):
+        events.append(f"read {done}")
+        finish_step(done, *arguments, **options)
+
+    monkeypatch.setattr(train, "jitted_step", recorded_step)
+    monkeypatch.setattr(train, "finish_step", recorded_finish)
+    monkeypatch.setattr(flops, "PEAKS", {"cpu": 1e12})
+    start(config, tmp_path / "run")
+    assert events == ["sent", "sent", "read 1", "sent", "read 2", "sent", "read 3", "read 4"]
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["timing/images_per_second"] * row["timing/step_seconds"] == pytest.approx(8)  # one step of 8 images
+    assert 0 <= row["timing/data_wait_share"] < 1
+    assert 0 < row["timing/flop_utilization"] < 1
 
 
 @pytest.mark.slow
@@ -190,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped_by_config(micro, tmp_path
     writer = train.MetricsWriter(tmp_path, 0)
     progress = train.Progress(0, 10)
     metrics = {"loss": np.float32(np.nan), "loss_box": np.float32(1.5), "finite": np.float32(0)}
-    settings = {"logged": False, "writer": writer, "progress": progress}
+    settings = {"logged": False, "cost": None, "writer": writer, "progress": progress}
     with pytest.raises(train.NonFiniteError, match=r"step 7 was not applied.*detection/loss nan.*loss_box 1.5"):
         train.finish_step(7, "detection", metrics, stop=True, **settings)
     train.finish_step(8, "detection", metrics, stop=False, **settings)

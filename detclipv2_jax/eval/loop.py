@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from detclipv2_jax import checkpoints, visualize, vocabulary
+from detclipv2_jax import checkpoints, processes, visualize, vocabulary
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream, eval_streams
@@ -93,6 +93,7 @@ class Evaluator:
             disable=True if parts is None else None,  # None: shown on a terminal only
         ) as progress:
             for batch in self._batches(done):
+                processes.barrier("batch of the evaluation", timeout_s=self._config.timeout_s)
                 found, example_ids, image_mask = self._predict(params, batch, text)
                 progress.update()
                 if parts is None:

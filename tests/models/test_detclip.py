@@ -166,6 +166,25 @@ def test_recomputation_changes_no_gradient(detector):
 
 
 @pytest.mark.slow
+def test_what_is_computed_again_is_not_kept(detector):
+    _, variables = detector
+    image, extent = images()
+
+    def kept_bytes(remat):  # between the passes: what the function that pulls back the gradient closes over
+        model = detclip.from_config(small(remat=remat))
+
+        def pull(variables):
+            return jax.vjp(lambda v: model.apply(v, image, extent, train=False, method="encode_image"), variables)[1]
+
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(pull, variables)))
+
+    kept = {remat: kept_bytes(remat) for remat in ("none", "blocks", "heads", "all")}
+    assert max(kept["blocks"], kept["heads"]) < 0.8 * kept["none"], kept
+    assert kept["all"] < 0.5 * kept["none"], kept
+    assert kept["all"] < min(kept["blocks"], kept["heads"]), kept
+
+
+@pytest.mark.slow
 def test_both_forms_of_the_deformable_layer_agree_within_the_model(detector):
     _, variables = detector
     gather, banded = (

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# A run on TPUs of a GKE cluster, as a JobSet (https://jobset.sigs.k8s.io must be installed in the cluster):
+#
+#   launch/gke.sh [flags]          DRY_RUN=1 prints what would be applied
+#
+# The image has this repository in /detclipv2_jax, installed with `pip install -e '.[tpu]'`.
+set -euo pipefail
+
+NAME="${NAME:-detclip}"
+IMAGE="${IMAGE:?image with this code, e.g. us-docker.pkg.dev/PROJECT/detclip/detclip:1}"
+ACCELERATOR="${ACCELERATOR:-tpu-v5-lite-podslice}"
+TOPOLOGY="${TOPOLOGY:-4x8}"
+NUM_HOSTS="${NUM_HOSTS:-8}"
+CHIPS_PER_HOST="${CHIPS_PER_HOST:-4}"
+CLAIM="${CLAIM:-detclip}"              # ReadWriteMany volume (Filestore) with data/, weights/ and runs/
+CONFIG="${CONFIG:-configs/swin_t.py}"
+WORKDIR="${WORKDIR:-/share/runs/$NAME}"
+MAX_RESTARTS="${MAX_RESTARTS:-100}"
+DRY_RUN="${DRY_RUN:-}"
+
+again=75 # exit status of a run that was preempted and has saved: not 0, or its pods would count as complete
+
+apply() { if [[ -n "$DRY_RUN" ]]; then cat; else kubectl apply -f -; fi; }
+
+flags=""
+for flag in "$@"; do
+  flags+="
+                    - $(printf '%s' "$flag" | sed "s/'/''/g; s/.*/'&'/")"
+done
+
+apply <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+spec:
+  failurePolicy:
+    maxRestarts: $MAX_RESTARTS # all pods start again when one ends with an error
+  replicatedJobs:
+    - name: run
+      replicas: 1
+      template:
+        spec:
+          parallelism: $NUM_HOSTS
+          completions: $NUM_HOSTS
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 300 # SIGTERM, a checkpoint, the end
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+              containers:
+                - name: run
+                  image: $IMAGE
+                  workingDir: /detclipv2_jax
+                  # no shell: the signal must reach Python
+                  command: [python, -m, detclipv2_jax.main]
+                  args:
+                    - --distributed=on
+                    - --preempted_status=$again
+                    - --config=$CONFIG
+                    - --workdir=$WORKDIR$flags
+                  resources:
+                    requests: {google.com/tpu: $CHIPS_PER_HOST}
+                    limits: {google.com/tpu: $CHIPS_PER_HOST}
+                  volumeMounts:
+                    - {name: share, mountPath: /share}
+                    - {name: share, mountPath: /detclipv2_jax/data, subPath: data}
+                    - {name: share, mountPath: /detclipv2_jax/weights, subPath: weights}
+              volumes:
+                - name: share
+                  persistentVolumeClaim: {claimName: $CLAIM}
+YAML

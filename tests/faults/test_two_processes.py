@@ -1,0 +1,172 @@
+"""Two processes with 4 devices each: equal to one process, preempted, killed; this file is also their program."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import portpicker
+import pytest
+import test_main
+from conftest import micro_config
+
+from detclipv2_jax import checkpoints, processes, sharding, train
+from detclipv2_jax.optimizer import param_name
+
+ROOT = pathlib.Path(__file__).parents[2]
+NUM_STEPS = 6
+PREEMPTED_FROM = 1  # SIGTERM comes when this step is done; the processes agree on a later one
+KILLED_AT = 5
+
+
+def config(*, fsdp=8):
+    """A run of all kinds of data whose parameters are split over both processes."""
+    c = micro_config()
+    c.num_steps = NUM_STEPS
+    c.mesh.fsdp = fsdp
+    c.checkpoint.every_steps = 2
+    c.checkpoint.keep = NUM_STEPS
+    c.pictures_every_steps = 0
+    c.optimizer.warmup_steps = 2
+    return c
+
+
+def main(folder):
+    """Three runs: unbroken; stopped by SIGTERM to process 1, and started again; SIGKILL to process 1."""
+    processes.HEARTBEAT_TIMEOUT_S = 10
+    processes.join("auto", timeout_s=300)
+    scattered = sorted(jax.devices(), key=lambda device: device.id % 4)
+    mesh = sharding.make_mesh(devices=scattered)
+    print(f"processes of the mesh {[device.process_index for device in mesh.devices.flat]}", flush=True)
+    with test_main.shared_steps():
+        test_main.start(config(), folder / "unbroken")
+        if jax.process_index() == 0:
+            for name in ("preempted", "killed"):
+                shutil.copytree(folder / "unbroken" / "data", folder / name / "data")
+        with process_1_gets(signal.SIGTERM, at=PREEMPTED_FROM):
+            try:
+                test_main.start(config(), folder / "preempted")
+            except train.Preempted as stop:
+                print(f"process {jax.process_index()}: {stop}", flush=True)
+        test_main.start(config(), folder / "preempted")
+        with process_1_gets(signal.SIGKILL, at=KILLED_AT):
+            test_main.start(config(), folder / "killed")
+
+
+@contextlib.contextmanager
+def process_1_gets(number, *, at):
+    """Process 1 gets a signal when step `at` is done, and is slow from then on, as the others will notice."""
+    finish_step = train.finish_step
+
+    def finish(done, *arguments, **options):
+        finish_step(done, *arguments, **options)
+        if jax.process_index() == 1 and done >= at:
+            if done == at:
+                os.kill(os.getpid(), number)
+            time.sleep(1.5)  # the notice of a signal takes up to a second to everybody
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "finish_step", finish)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Returns (folder of the runs, exit status, output) of the program, started by the script for local processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = os.environ | {
+        "PROGRAM": "test_two_processes",
+        "PYTHON": sys.executable,
+        "PORT": str(portpicker.pick_unused_port()),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", pathlib.Path(__file__).parent))),
+        "XLA_FLAGS": re.sub(r"--xla_force\S*", "", os.environ["XLA_FLAGS"]),
+    }
+    command = [ROOT / "launch" / "local_multiprocess.sh", folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return folder, done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_compiled_once():
+    with test_main.shared_steps():
+        yield
+
+
+def assert_close(ours, theirs, *, steps, tolerance):
+    """Asserts that two runs have the same metrics, each after its own number of processes or devices."""
+    for step in steps:
+        assert ours[step].keys() == theirs[step].keys(), step
+        for name, value in theirs[step].items():
+            assert ours[step][name] == pytest.approx(value, rel=tolerance, abs=tolerance), (step, name)
+
+
+def moments(workdir):
+    """Returns Adam's first moments of the newest checkpoint, the gradients' running means, by name."""
+    opened = checkpoints.Checkpoints(workdir)
+    stored = opened.restore_params("optimizer")
+    opened.close()
+    flat = {param_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(stored)}
+    return {name: value for name, value in flat.items() if "/mu/" in name}
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(ended, tmp_path):
+    folder, _, output = ended
+    assert output.count("processes of the mesh [0, 0, 0, 0, 1, 1, 1, 1]") == 2, output
+    test_main.start(config(), tmp_path / "one")
+    one, two = (test_main.lines(workdir) for workdir in (tmp_path / "one", folder / "unbroken"))
+    assert {name.split("/")[0] for row in one.values() for name in row} >= {"detection", "grounding", "image_text"}
+    # losses, gradient norms, numbers of de-duplicated concepts, scores
+    assert_close(two, one, steps=range(1, NUM_STEPS + 1), tolerance=1e-5)
+    ours, theirs = moments(folder / "unbroken"), moments(tmp_path / "one")
+    assert len(ours) > 50
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_both_save_the_same_step_when_one_is_preempted_and_go_on_bit_for_bit(ended):
+    folder, _, output = ended
+    stops = re.findall(r"process (\d): stopped by SIGTERM after step (\d)", output)
+    assert sorted(stops) == [("0", stops[0][1]), ("1", stops[0][1])], output
+    assert PREEMPTED_FROM < int(stops[0][1]) < NUM_STEPS
+    assert (folder / "preempted" / "checkpoints" / stops[0][1]).is_dir()
+    unbroken, preempted = folder / "unbroken", folder / "preempted"
+    assert test_main.lines(preempted) == test_main.lines(unbroken)
+    one, other = (checkpoints.load_for_inference(workdir)[1] for workdir in (unbroken, preempted))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.slow
+def test_the_others_end_and_name_the_process_that_was_killed(ended):
+    _, status, output = ended
+    assert status != 0
+    # by a barrier, or by the coordinator, whichever notices first
+    assert re.search(r"waited at 'step \d', in vain: process 1 \(|tasks are unhealthy[^\n]*\n1\n", output), output
+
+
+@pytest.mark.slow
+def test_half_the_devices_and_processes_go_on_with_the_losses_of_the_unbroken_run(ended, monkeypatch):
+    folder, _, _ = ended
+    killed, unbroken = folder / "killed", folder / "unbroken"
+    opened = checkpoints.Checkpoints(killed)
+    start = opened.latest_step()
+    opened.close()
+    assert 2 <= start < KILLED_AT
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **options: make_mesh(**options, devices=jax.devices()[:4]))
+    test_main.start(config(fsdp=1), killed)
+    assert_close(
+        test_main.lines(killed), test_main.lines(unbroken), steps=range(start + 1, NUM_STEPS + 1), tolerance=1e-4
+    )
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
