@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -28,8 +29,10 @@ REMATS = ("none", "blocks", "heads", "all")
 DTYPES = ("float32", "bfloat16")
 DEFORMS = ("auto", "gather", "banded")
 IMPLS = ("xla", "pallas")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "step", "plateau", "constant")
+ORDERS = ("shuffled", "cycle")
 NONFINITE = ("stop", "skip")
+MONITORS = tuple(f"{lead}AP{of}" for lead in ("", "fixed_") for of in ("", "50", "75", *"smlrcf"))
 OBJECTNESS = ("none", "classification", "iou")
 
 
@@ -103,9 +106,13 @@ def base() -> ConfigDict:
     c.seed = 0  # parameters, order of steps, augmentation
     c.epochs = 12  # passes over every source
     c.num_steps = 0  # caps the run (steps); 0: all epochs
+    # of the steps of an epoch: shuffled | cycle (each stream's evenly spread, the same every epoch)
+    c.order = "shuffled"
     c.model = model("swin_t")
     c.init_from = ConfigDict()
-    c.init_from.checkpoint = ""  # a workdir of ours: start from its parameters, step and optimizer anew; or evaluate it
+    # a workdir of ours: start from its parameters (the best ones if it keeps them), step and optimizer anew; or
+    # evaluate it. Words and canvases may be others, config.model may not
+    c.init_from.checkpoint = ""
     # .safetensors files of the backbone and of the text tower, made by `python -m detclipv2_jax.convert`; "": random
     # values. Fitted to model.swin.window_size and model.text.context_length. Not read where there is a checkpoint
     c.init_from.swin = ""
@@ -125,7 +132,10 @@ def base() -> ConfigDict:
         d.max_examples = 0  # use the first n images of the source; 0: all
         d.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
         d.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
-        d.weight = 1.0  # multiplies the number of steps drawn from this kind
+        d.weight = 1.0  # multiplies the number of steps drawn from this kind; small sets: passes an epoch
+        # () mixes the sources of a kind by size; else a factor on `weight` for each, the raw files first, then `data`:
+        # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
+        d.source_weights = ()
         d.max_bad_share = 0.01  # an error above this share of unusable images or boxes
         if kind == "image_text":
             d.pairs = ""  # TSV `image <tab> caption [<tab> JSON list of noun phrases]`
@@ -134,6 +144,9 @@ def base() -> ConfigDict:
             d.annotations = ""  # COCO json (detection) or MDETR-style json with tokens_positive (grounding)
             d.max_boxes = 300 if kind == "detection" else 100  # an image; more are counted and cut, smallest first
             d.num_concepts = 150 if kind == "detection" else 100  # M: positives + sampled negatives an image
+        if kind == "detection":
+            d.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
+            d.few_shot_seed = 3  # GLIP's are 3, 30, 300
         d.max_concepts = 0  # rows of the concept table a host; 0: derived so that nothing can overflow
 
     # a generated world instead of files (data/scenes.py): written once to <workdir>/data, then read like real data
@@ -175,13 +188,23 @@ def base() -> ConfigDict:
     # --- optimizer (Table 9)
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 2.8e-4
-    c.optimizer.schedule = "cosine"  # cosine | constant
-    c.optimizer.warmup_steps = 1000
+    # after the warmup: cosine | step (x decay_factor at each of decay_at) | plateau (x decay_factor when eval.monitor
+    # was not better for `patience` evaluations) | constant
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_steps = 1000  # linear from 0; evaluations before its end are not held against the run
+    c.optimizer.min_learning_rate = 0.0  # where cosine ends, and the smallest of plateau
+    c.optimizer.decay_at = (2 / 3, 11 / 12)  # shares of all epochs
+    c.optimizer.decay_factor = 0.1
+    c.optimizer.patience = 5
+    # evaluations without a better score (plateau: at min_learning_rate) after which the run ends; 0: it does not
+    c.optimizer.stop_patience = 0
     c.optimizer.weight_decay = 0.05
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.clip_norm = 35.0  # global gradient norm (spec section 9, point 19); 0: no clipping
     c.optimizer.groups = parameter_groups(text_factor=0.1)
+    # regex over the whole name of parameters that stay as they are, without moments: r"text_encoder/.*"; "": none
+    c.optimizer.frozen = ""
     c.optimizer.ema_decay = 0.0  # of an exponential moving average used for evaluation; 0: none
     c.optimizer.accumulate = ConfigDict()  # chunks a step whose gradients are summed exactly; saves memory
     for kind in KINDS:
@@ -206,11 +229,22 @@ def base() -> ConfigDict:
     c.eval.dictionary = ""
     c.eval.max_bad_share = 0.0
     c.eval.every_steps = 0  # 0: only at the end
+    c.eval.every_epochs = 0  # the same in passes over the data; 0: not
+    c.eval.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by
     c.eval.score_threshold = 0.0
     c.eval.nms_iou = 0.6  # class-wise
     c.eval.pre_nms = 1000  # (anchor, word) pairs an image that enter NMS
     c.eval.max_detections = 300
     c.eval.num_pictures = 8  # images drawn into pictures/
+
+    # a second set, evaluated before the first step and after the last, to see what a fine-tune forgets; all that is not
+    # said here is as in config.eval
+    c.forgetting = ConfigDict()
+    c.forgetting.annotations = ""  # COCO json; "": none
+    c.forgetting.images = ""
+    c.forgetting.max_examples = 0
+    c.forgetting.definitions = True
+    c.forgetting.dictionary = ""
 
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
     c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
@@ -221,6 +255,8 @@ def base() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep = 3
+    # also save and keep the one with the best eval.monitor; then it is what the workdir predicts and is scored with
+    c.checkpoint.keep_best = False
     return c
 
 
@@ -298,13 +334,23 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     choice("loss.side", SIDES)
     choice("loss.contrastive_impl", IMPLS)
     choice("optimizer.schedule", SCHEDULES)
+    choice("order", ORDERS)
+    choice("eval.monitor", MONITORS)
     choice("nonfinite", NONFINITE)
-    for key in ("epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "timeout_s"):
+    for key in (
+        "epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "optimizer.patience",
+        "timeout_s",
+    ):  # fmt: skip
         check(value_of(key) >= 1, key, "1 or more")
+    for key in ("detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"):
+        check(value_of(key) >= 0, key, "0 or more")
     for key in ("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"):
         check(value_of(key) > 0, key, "above 0")
+    shots = not config.detection.num_shots or config.detection.annotations or config.scenes.num_detection
+    check(bool(shots), "detection.num_shots", "0 without detection.annotations, whose images are chosen")
     check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", "0 <= value < 1")
     check(0 <= config.optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= value < 1")
+    _validate_schedule(config, check, problems)
     for key in ("init_from.swin", "init_from.text"):
         check(
             not value_of(key) or value_of(key).endswith(".safetensors"), key,
@@ -348,3 +394,29 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
         )
     if problems:
         raise ValueError(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _validate_schedule(config: ConfigDict, check: Callable[[bool, str, str], None], problems: list[str]) -> None:
+    """Adds what is wrong with the learning rate and with what goes by the scores of evaluations."""
+    optimizer = config.optimizer
+    check(0 < optimizer.decay_factor < 1, "optimizer.decay_factor", "0 < value < 1")
+    smallest_allowed = 0 <= optimizer.min_learning_rate < optimizer.learning_rate
+    check(smallest_allowed, "optimizer.min_learning_rate", "0 or more, below optimizer.learning_rate")
+    check(all(0 < share < 1 for share in optimizer.decay_at), "optimizer.decay_at", "shares of the run, 0 < value < 1")
+    try:
+        re.compile(optimizer.frozen)
+    except re.error as error:
+        check(False, "optimizer.frozen", f"a regular expression ({error})")
+    if optimizer.schedule == "plateau":
+        smallest = optimizer.min_learning_rate > 0
+        check(smallest, "optimizer.min_learning_rate", "above 0 with optimizer.schedule plateau, e.g. 1e-8")
+    users = {
+        "optimizer.schedule plateau": optimizer.schedule == "plateau",
+        "optimizer.stop_patience": optimizer.stop_patience > 0,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+    }
+    wanting = " and ".join(name for name, used in users.items() if used)
+    if wanting and not (config.eval.every_steps or config.eval.every_epochs):
+        problems.append(f"{wanting} need scores along the way: set config.eval.every_epochs or config.eval.every_steps")
+    if wanting and not (config.eval.annotations or config.scenes.num_eval):
+        problems.append(f"{wanting} need config.eval.annotations and config.eval.images")

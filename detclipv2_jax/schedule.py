@@ -32,6 +32,7 @@ class Schedule:
       seed: of the order.
       weights: a factor a stream on the number of its steps; a stream's passes are `epochs * weight`.
       num_steps: caps the run; 0 does not.
+      order: shuffled | cycle; the latter spreads the steps of every stream evenly, without the seed.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Schedule:
         seed: int,
         weights: Sequence[float] | None = None,
         num_steps: int = 0,
+        order: str = "shuffled",
     ):
         weights = [1.0] * len(num_batches) if weights is None else list(weights)
         self._per_epoch = [
@@ -55,13 +57,17 @@ class Schedule:
             )
         self.total_steps = epochs * self.steps_per_epoch  # the horizon of the learning rate, whatever caps the run
         self.num_steps = min(self.total_steps, num_steps) if num_steps else self.total_steps
-        self._seed = seed
+        self._seed, self._shuffled = seed, order == "shuffled"
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (stream, position) of every step of an epoch."""
         streams = np.repeat(np.arange(len(self._per_epoch)), self._per_epoch)
-        streams = np.random.default_rng((self._seed, epoch)).permutation(streams)
+        if self._shuffled:
+            streams = np.random.default_rng((self._seed, epoch)).permutation(streams)
+        else:  # the middles of equal parts of the epoch, as many as the stream has steps
+            times = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in self._per_epoch])
+            streams = streams[np.argsort(times, kind="stable")]
         positions = np.empty_like(streams)
         for stream, count in enumerate(self._per_epoch):
             positions[streams == stream] = epoch * count + np.arange(count)

@@ -24,7 +24,7 @@ def test_the_papers_run_has_159k_steps_in_the_papers_shares():
     st.integers(0, 5),
 )
 def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed):
-    schedule = Schedule(num_batches, epochs=epochs, seed=seed)
+    schedule = Schedule(num_batches, epochs=epochs, seed=seed, order=("shuffled", "cycle")[seed % 2])
     seen = [0] * len(num_batches)
     for step in range(schedule.num_steps):
         assert schedule.next_positions(step) == seen
@@ -37,6 +37,20 @@ def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed):
 def test_order_depends_on_the_seed_only():
     order = [[Schedule(PAPER, epochs=1, seed=seed).draw(step) for step in range(200)] for seed in (0, 0, 1)]
     assert order[0] == order[1] != order[2]
+
+
+def test_a_cycle_spreads_every_stream_evenly_and_repeats():
+    schedule = Schedule(PAPER, epochs=2, seed=0, order="cycle")
+    size = schedule.steps_per_epoch
+    other = Schedule(PAPER, epochs=1, seed=1, order="cycle")
+    first, again, same = (
+        [x.draw(at + i).stream for i in range(size)] for x, at in ((schedule, 0), (schedule, size), (other, 0))
+    )
+    assert first == again == same
+    seen = np.cumsum(np.eye(3)[first], axis=0)
+    expected = np.outer(np.arange(1, size + 1), PAPER) / size
+    assert np.abs(seen - expected).max() < 2
+    assert tuple(seen[-1]) == PAPER
 
 
 def test_weights_multiply_the_steps_of_a_stream_and_zero_leaves_it_out():

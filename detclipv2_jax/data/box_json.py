@@ -14,11 +14,13 @@ from __future__ import annotations
 import collections
 import json
 import os
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.checks import probe_images, refuse_above_share, resolve, unsafe_path
@@ -250,6 +252,8 @@ def read_detection(
     max_examples: int = 0,
     max_bad_share: float = 0.0,
     need_boxes: bool = True,
+    num_shots: int = 0,
+    few_shot_seed: int = 0,
 ) -> BoxSource:
     """Returns the source of a COCO json and its image folder.
 
@@ -260,6 +264,8 @@ def read_detection(
       max_examples: the first n images; 0: all.
       max_bad_share: an error above this share of unusable images or boxes.
       need_boxes: False for evaluation, where boxes are read by the evaluator alone and every image is kept.
+      num_shots: only the images of `few_shot` with this many; 0: all.
+      few_shot_seed: its seed.
 
     Raises:
       ValueError: see the module; the message says which file, how many and why.
@@ -267,6 +273,9 @@ def read_detection(
     path, folder = Path(annotations), os.path.realpath(images)
     content = load_json(path)
     check_kind(content, path, Kind.DETECTION)
+    if num_shots:
+        content = few_shot(content, num_shots=num_shots, seed=few_shot_seed)
+        logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)
     vocabulary = _vocabulary(content, path, read_dictionary(dictionary) if dictionary else None)
     kept, counters = _select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     label_of: dict[Any, int | str] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
@@ -291,6 +300,32 @@ def read_detection(
         vocabulary=vocabulary,
         counters=counters | more,
     )
+
+
+def few_shot(content: dict[str, Any], *, num_shots: int, seed: int) -> dict[str, Any]:
+    """Returns a COCO json with the images of GLIP's few-shot split, in which each category is on `num_shots` or more.
+
+    Images with a box wider and higher than 1 px are sorted by id and shuffled by Python's generator. One after the
+    other is taken if a category on it has not had `num_shots` images yet; it counts for every category on it. A
+    category that is on fewer images has them all.
+    """
+    present = collections.defaultdict(set)  # categories of every image
+    usable = set()
+    for annotation in content["annotations"]:
+        present[annotation.get("image_id")].add(annotation.get("category_id"))
+        if min((annotation.get("bbox") or ())[2:], default=0) > 1:
+            usable.add(annotation.get("image_id"))
+    ids = sorted(usable & {image.get("id") for image in content["images"]})
+    random.Random(seed).shuffle(ids)
+    num_images: collections.Counter[Any] = collections.Counter()
+    taken = set()
+    for image_id in ids:
+        if any(num_images[category] < num_shots for category in present[image_id]):
+            taken.add(image_id)
+            num_images.update(present[image_id])
+    images = [image for image in content["images"] if image.get("id") in taken]
+    annotations = [annotation for annotation in content["annotations"] if annotation.get("image_id") in taken]
+    return content | {"images": images, "annotations": annotations}
 
 
 def phrase_of(caption: str, spans: Any) -> str:

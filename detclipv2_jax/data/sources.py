@@ -177,6 +177,7 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
             match kind:
                 case Kind.DETECTION:
                     more = limits | {"dictionary": section.dictionary}
+                    more |= {"num_shots": section.num_shots, "few_shot_seed": section.few_shot_seed}
                     sources.append(read_detection(section.annotations, section.images, **more))
                 case Kind.GROUNDING:
                     sources.append(read_grounding(section.annotations, section.images, **limits))

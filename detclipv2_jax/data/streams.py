@@ -33,7 +33,8 @@ class Stream:
     """Batches of one (kind, canvas); `train_streams` makes them.
 
     Attributes:
-      name: like "detection/800x1344".
+      name: like "detection/800x1344", with the source behind it where each has a stream of its own.
+      weight: factor on the number of its steps.
       batch_size: images a batch over all hosts.
       num_examples: images of an epoch.
       num_batches: batches of an epoch, rounded; at least 1.
@@ -43,7 +44,8 @@ class Stream:
       overflow: what did not fit into the batch handed out last, by name of the metric.
     """
 
-    def __init__(self, maker: BatchMaker, *, input_config: Any, max_bad_share: float):
+    def __init__(self, maker: BatchMaker, *, input_config: Any, max_bad_share: float, weight: float = 1.0):
+        self.weight = weight
         self._maker, self._input, self._max_bad_share = maker, input_config, max_bad_share
         self._skipped: dict[int, Skipped] = {}
         self.name, self.kind, self.canvas = maker.name, maker.kind, maker.canvas
@@ -164,6 +166,8 @@ def _kind_streams(
     process_index: int,
     process_count: int,
     table_multiple: int,
+    suffix: str,
+    weight: float,
 ) -> list[Stream]:
     section = config[kind.value]
     rows = _divide(section.batch_size, process_count, f"config.{kind.value}")
@@ -192,7 +196,7 @@ def _kind_streams(
         if not len(members):
             continue
         maker = BatchMaker(
-            name=f"{kind.value}/{canvas[0]}x{canvas[1]}",
+            name=f"{kind.value}/{canvas[0]}x{canvas[1]}{suffix}",
             kind=kind,
             canvas=tuple(canvas),
             sources=tuple(sources),
@@ -210,10 +214,27 @@ def _kind_streams(
             encoder=encoder,
             **sizes,
         )
-        streams.append(Stream(maker, input_config=config.input, max_bad_share=section.max_bad_share))
+        streams.append(Stream(maker, input_config=config.input, max_bad_share=section.max_bad_share, weight=weight))
     for source in sources:
         streams[0].counters.update(source.counters)
     return streams
+
+
+def _grouped(sources: list[Source], section: Any, prefix: str) -> list[dict[str, Any]]:
+    """Returns the sources that share streams, and the streams' suffix and weight: all, or each with its own weight."""
+    weights = section.source_weights
+    if not weights:
+        return [{"sources": sources, "suffix": "", "weight": section.weight}] if sources else []
+    if len(weights) != len(sources) or min(weights) < 0:
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(
+            f"{prefix}.source_weights is {tuple(weights)}; it takes one number of 0 or more for each of the "
+            f"{len(sources)} sources: {names}"
+        )
+    return [
+        {"sources": [source], "suffix": f"/{i}_{source.name}", "weight": section.weight * weight}
+        for i, (source, weight) in enumerate(zip(sources, weights, strict=True))
+    ]
 
 
 def train_streams(
@@ -221,7 +242,8 @@ def train_streams(
 ) -> list[Stream]:
     """Returns the training streams: detection, grounding, image-text, each with its canvases in order.
 
-    Kinds without files and canvases without examples are left out.
+    Kinds without files and canvases without examples are left out. With `source_weights` each source of a kind has its
+    own streams.
 
     Args:
       config: the whole configuration.
@@ -232,39 +254,36 @@ def train_streams(
     Raises:
       ValueError: everything that is missing, empty or of another kind, one line each; no image was read yet.
     """
-    opened: dict[Kind, tuple[list[Source], Vocabulary | None]] = {}
+    opened: list[dict[str, Any]] = []  # arguments of `_kind_streams`
     problems = []
     for kind in Kind:
         try:
-            section = config[kind.value]
-            sources = open_sources(kind, section, prefix=f"config.{kind.value}")
-            opened[kind] = sources, read_dictionary(section.dictionary) if sources and section.dictionary else None
+            section, prefix = config[kind.value], f"config.{kind.value}"
+            groups = _grouped(open_sources(kind, section, prefix=prefix), section, prefix)
+            dictionary = read_dictionary(section.dictionary) if groups and section.dictionary else None
+            opened += [{"kind": kind, "dictionary": dictionary, **group} for group in groups]
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    if not any(sources for sources, _ in opened.values()):
+    if not opened:
         raise ValueError(
             "no training data: set config.detection.annotations, config.grounding.annotations or "
             "config.image_text.pairs, each with its images"
         )
     options = {"process_index": process_index, "process_count": process_count, "table_multiple": table_multiple}
-    return [
-        stream
-        for kind, (sources, dictionary) in opened.items()
-        if sources
-        for stream in _kind_streams(config, kind, sources, dictionary, **options)
-    ]
+    return [stream for group in opened for stream in _kind_streams(config, **group, **options)]
 
 
 def eval_streams(
-    section: Any, *, input_config: Any, process_index: int = 0, process_count: int = 1
+    section: Any, *, input_config: Any, prefix: str = "config.eval", process_index: int = 0, process_count: int = 1
 ) -> list[EvalStream]:
     """Returns the evaluation streams of a section like config.eval; images as in training but without augmentation.
 
     Args:
       section: config.eval.
       input_config: config.input.
+      prefix: what errors call the section.
       process_index: this host.
       process_count: number of hosts; divides the batch size.
 
@@ -272,7 +291,7 @@ def eval_streams(
       ValueError: a file or folder is missing or of another kind; while reading, an image cannot be used.
     """
     _divide(section.batch_size, process_count, "config.eval")
-    source = open_evaluation(section, prefix="config.eval")
+    source = open_evaluation(section, prefix=prefix)
     if source is None:
         return []
     ids = tuple(source.image_ids)

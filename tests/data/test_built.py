@@ -50,6 +50,30 @@ def test_batches_are_those_of_the_raw_files(config, world):
             assert_equal(left.batch(n), right.batch(n))
 
 
+def test_sources_with_weights_have_streams_of_their_own(config, world):
+    section, one = config.detection, train_streams(config)
+    section.data, section.max_examples = (build(world, "detection"),), 4
+    section.weight, section.source_weights = 2.0, (1.0, 0.25)
+    streams = [stream for stream in train_streams(config) if stream.kind is Kind.DETECTION]
+    assert [(stream.name, stream.weight) for stream in streams] == [
+        ("detection/64x96/0_detection", 2.0),
+        ("detection/96x64/0_detection", 2.0),
+        ("detection/64x96/1_detection", 0.5),
+        ("detection/96x64/1_detection", 0.5),
+    ]
+    assert sum(stream.num_examples for stream in streams) == 8
+    assert {stream.weight for stream in one} == {1.0}
+    # the same images in another order
+    left, right = streams[0].batch(0), streams[2].batch(0)
+    assert set(left.example_id.tolist()) == set(right.example_id.tolist())
+    assert not np.array_equal(left.image, right.image)
+    for section.source_weights in ((1.0,), (1.0, -0.1)):
+        with pytest.raises(
+            ValueError, match=r"config.detection.source_weights is .* each of the 2 sources: detection, "
+        ):
+            train_streams(config)
+
+
 def test_raw_files_and_several_folders_are_one_stream(config, world):
     folder = build(world, "grounding")
     config.grounding.data = (folder, folder)

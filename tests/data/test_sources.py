@@ -1,5 +1,7 @@
 import json
+import logging
 import os
+import random
 
 import numpy as np
 import pytest
@@ -304,3 +306,64 @@ def test_real_files(shared_data):
     assert set(phrases[0].concepts) <= {"tables", "chairs", "umbrellas", "closed umbrellas"}
     captions = sources.read_pairs(str(shared_data / "image_text/pairs.tsv"), str(shared_data / "image_text"))
     assert (len(captions), captions.most_concepts) == (120, 1)
+
+
+def many_images(seed):
+    """Returns a COCO json of 40 images with 0 to 3 of 5 categories, the last of them rare, ids in no order."""
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(1000)[:40].tolist()
+    rows = [
+        {"image_id": image_id, "category_id": int(c) + 1, "bbox": [1, 1, 1 if i % 10 == 0 else 9, 9]}
+        for i, image_id in enumerate(ids)
+        for c in rng.choice(5, size=rng.integers(0, 4), replace=False, p=(0.3, 0.3, 0.2, 0.19, 0.01))
+    ]
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in ids]
+    categories = [{"id": i + 1, "name": str(i)} for i in range(5)]
+    return {"images": images, "annotations": rows, "categories": categories}
+
+
+@pytest.mark.parametrize("seed", [3, 30, 300])
+@pytest.mark.parametrize("num_shots", [1, 3, 5, 10])
+def test_few_shots_have_every_category_as_often_and_no_image_more(num_shots, seed):
+    content = many_images(seed)
+    split = box_json.few_shot(content, num_shots=num_shots, seed=seed)
+    taken = [image["id"] for image in split["images"]]
+    turned = box_json.few_shot(content | {"images": content["images"][::-1]}, num_shots=num_shots, seed=seed)
+    assert turned["images"] == split["images"][::-1]  # the order of the file does not matter
+    categories_of = {i: {row["category_id"] for row in content["annotations"] if row["image_id"] == i} for i in taken}
+    usable = {row["image_id"] for row in content["annotations"] if row["bbox"][2] > 1}
+    assert set(taken) <= usable
+    assert {row["image_id"] for row in split["annotations"]} == set(taken)
+    for category in range(1, 6):
+        available = {r["image_id"] for r in content["annotations"] if r["category_id"] == category} & usable
+        has = sum(category in categories_of[i] for i in taken)
+        assert has >= min(num_shots, len(available))
+    # the rule, image by image in the order of the seed
+    order = sorted(usable)
+    random.Random(seed).shuffle(order)
+    need = dict.fromkeys(range(1, 6), num_shots)
+    for image_id in order:
+        present = {row["category_id"] for row in content["annotations"] if row["image_id"] == image_id}
+        assert (image_id in taken) == any(need[category] > 0 for category in present)
+        if image_id in taken:
+            for category in present:
+                need[category] -= 1
+
+
+def test_few_shots_of_the_real_members(shared_data, caplog):
+    for name, most in (("Packages", 1), ("NorthAmericaMushrooms", 2)):
+        folder = shared_data / "odinw" / name / "train"
+        arguments = str(folder / "annotations.json"), str(folder)
+        one, whole = (
+            box_json.read_detection(*arguments, num_shots=1, few_shot_seed=3),
+            box_json.read_detection(*arguments),
+        )
+        assert 1 <= len(one) <= most < len(whole)
+        assert set(one.image_ids) < set(whole.image_ids)
+        seeds = {
+            tuple(box_json.read_detection(*arguments, num_shots=1, few_shot_seed=s).image_ids) for s in (3, 30, 300)
+        }
+        assert len(seeds) > 1
+        with caplog.at_level(logging.INFO, logger="absl"):
+            box_json.read_detection(*arguments, num_shots=3, few_shot_seed=30)
+        assert "images for 3 shots, seed 30" in caplog.records[-1].getMessage()
