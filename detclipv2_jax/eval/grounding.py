@@ -10,6 +10,7 @@ Reads MDETR-format json: `images` with a caption, `annotations` with bbox and to
 * referring (RefCOCO, RefCOCO+, RefCOCOg): the text is the whole caption; accuracy: the best box overlaps its box.
 
 Every phrase is looked for on its own, NMS included. The last line is one JSON object: scores as fractions and protocol.
+A command that was killed continues: until it is done, what it has found lies beside --output or in <checkpoint>/eval.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -29,10 +31,11 @@ import tqdm
 from jaxtyping import Float
 from pycocotools import mask as boxes_lib
 
+from detclipv2_jax import vocabulary
 from detclipv2_jax.data import box_json
 from detclipv2_jax.data.checks import missing_paths, resolve
 from detclipv2_jax.eval import coco
-from detclipv2_jax.eval.result import write_json
+from detclipv2_jax.eval.result import Parts, Rows, write_json
 from detclipv2_jax.inference import Predictor
 
 TASKS = ("phrases", "referring")
@@ -113,44 +116,56 @@ def evaluate(
     return {name: int(counts[key]) / len(queries) for name, key in names.items()}
 
 
-def run(*, checkpoint: str, annotations: str, images: str, task: str) -> dict[str, Any]:
-    """Returns scores and protocol of a checkpoint; ValueError if a file is missing or another one."""
+def run(*, checkpoint: str, annotations: str, images: str, task: str, folder: str | pathlib.Path) -> dict[str, Any]:
+    """Returns scores and protocol of a checkpoint; `folder` holds what is found until that is done.
+
+    Raises:
+      ValueError: a file is missing or another one.
+    """
     if problems := missing_paths({"--annotations": (annotations, "file"), "--images": (images, "folder")}):
         raise ValueError("\n".join(problems))
     queries = read_queries(annotations, task=task)
     predictor = Predictor.from_checkpoint(checkpoint)
-    texts = list(dict.fromkeys(query.text for query in queries))
-    row_of = {text: i for i, text in enumerate(texts)}
-    embeddings = predictor.vocabulary(texts)[1]
+    number_of = {text: i for i, text in enumerate(dict.fromkeys(query.text for query in queries))}
+    embeddings = predictor.vocabulary(list(number_of))[1]
+    config = predictor.config
+    protocol = {
+        "task": task,
+        "text": "the whole caption" if task == "referring" else "the phrase alone, as it stands in the caption",
+        "boxes": "R@k: any box; merged_R@k: the box around all of a phrase",
+        "iou": MIN_IOU,
+        "checkpoint": checkpoint,
+        "checkpoint_step": predictor.step,
+        "ema": config.optimizer.ema_decay > 0,
+        "annotations": annotations,
+        "annotations_sha256": coco.sha256(annotations),
+        "images_evaluated": len({query.file for query in queries}),
+        "num_texts": len(queries),
+        "score_threshold": config.eval.score_threshold,
+        "nms_iou": config.eval.nms_iou,
+        "short_side": config.eval.short_side,
+        "long_side": config.eval.long_side,
+    }
+    weights = vocabulary.weights_key(predictor.params)
+    parts = Parts(pathlib.Path(folder), fingerprint={"protocol": protocol, "images": images, "weights": weights})
+    known, files = parts.all_rows(), itertools.count()
 
     def find(file: str, texts: list[str]) -> list[np.ndarray]:
-        path, rows = resolve(os.path.realpath(images), file), embeddings[[row_of[text] for text in texts]]
-        found = predictor.ground(path, rows, max_detections=max(RANKS))
-        boxes = found.boxes.astype(np.float64)
-        boxes[..., 2:] -= boxes[..., :2]
-        return [own[mask] for own, mask in zip(boxes, found.mask, strict=True)]
+        numbers, image = np.array([number_of[text] for text in texts]), next(files)
+        rows = known
+        if image >= parts.done:
+            path = resolve(os.path.realpath(images), file)
+            found = predictor.ground(path, embeddings[numbers], max_detections=max(RANKS))
+            boxes = found.boxes.astype(np.float64)
+            boxes[..., 2:] -= boxes[..., :2]
+            labels = np.broadcast_to(numbers[:, None], found.mask.shape)[found.mask]
+            rows = Rows(np.full(len(labels), image), labels, boxes[found.mask], found.scores[found.mask])
+            parts.add(rows)
+        return [rows.boxes[(rows.image_ids == image) & (rows.category_ids == number)] for number in numbers]
 
     scores = evaluate(queries, find, task=task)
-    config = predictor.config
-    return scores | {
-        "protocol": {
-            "task": task,
-            "text": "the whole caption" if task == "referring" else "the phrase alone, as it stands in the caption",
-            "boxes": "R@k: any box; merged_R@k: the box around all of a phrase",
-            "iou": MIN_IOU,
-            "checkpoint": checkpoint,
-            "checkpoint_step": predictor.step,
-            "ema": config.optimizer.ema_decay > 0,
-            "annotations": annotations,
-            "annotations_sha256": coco.sha256(annotations),
-            "images_evaluated": len({query.file for query in queries}),
-            "num_texts": len(queries),
-            "score_threshold": config.eval.score_threshold,
-            "nms_iou": config.eval.nms_iou,
-            "short_side": config.eval.short_side,
-            "long_side": config.eval.long_side,
-        }
-    }
+    parts.remove()
+    return scores | {"protocol": protocol}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -168,7 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         result = run(
-            checkpoint=options.checkpoint, annotations=options.annotations, images=options.images, task=options.task
+            checkpoint=options.checkpoint,
+            annotations=options.annotations,
+            images=options.images,
+            task=options.task,
+            folder=pathlib.Path(options.output or f"{options.checkpoint}/eval/{options.task}").parent,
         )
         if options.output:
             write_json(pathlib.Path(options.output), result, indent=2)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +28,6 @@ from detclipv2_jax.eval.result import Parts, Rows, write
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits
 from detclipv2_jax.models import detclip
 from detclipv2_jax.sharding import BATCH, REPLICATED, make_mesh, param_shardings
-
-PART_SECONDS = 60  # a killed evaluation loses at most about this much
 
 
 class Evaluator:
@@ -55,7 +52,8 @@ class Evaluator:
         self._config, self._mesh, self._streams = config, mesh, streams
         self._workdir = pathlib.Path(workdir)
         self._truth = streams[0].ground_truth
-        self._scorer = lvis if self._truth.federated else coco
+        self.federated = self._truth.federated  # whether scores are LVIS's
+        self._scorer = lvis if self.federated else coco
         self._limits = Limits.from_config(config.eval)
         self._detector = detector
         whole = NamedSharding(mesh, REPLICATED)
@@ -82,8 +80,7 @@ class Evaluator:
                 "batch_size": self._streams[0].batch_size,
             }
             parts = Parts(self._workdir / "eval", fingerprint=fingerprint)
-        done = _from_first_process(parts and parts.done)
-        written = time.monotonic()
+        done = from_first_process(parts and parts.done)
         with tqdm.tqdm(
             total=sum(stream.num_batches for stream in self._streams),
             initial=done,
@@ -100,9 +97,6 @@ class Evaluator:
                     continue
                 parts.add(self._rows(found, example_ids, image_mask))
                 samples += _samples(batch, found, limit=self._config.eval.num_pictures - len(samples))
-                if time.monotonic() - written > PART_SECONDS:
-                    parts.write()
-                    written = time.monotonic()
         rows = _rows_of_first_process(parts.all_rows() if parts else Rows.concatenate([]))
         scores = self._score(rows)
         if parts:
@@ -212,15 +206,27 @@ class Evaluator:
         }
 
 
-def make(config: ConfigDict, detector: Detector, workdir: str | pathlib.Path) -> Evaluator:
-    """Returns the evaluator of `config.eval`, its files checked; writes to `workdir`."""
-    return Evaluator(config, detector, streams=make_streams(config), workdir=workdir)
+def make(
+    config: ConfigDict, detector: Detector, workdir: str | pathlib.Path, *, prefix: str = "config.eval"
+) -> Evaluator:
+    """Returns the evaluator of `config.eval`, its files checked; it writes to `workdir`, errors are led by `prefix`."""
+    return Evaluator(config, detector, streams=make_streams(config, prefix=prefix), workdir=workdir)
 
 
-def make_streams(config: ConfigDict) -> list[EvalStream]:
+def make_second(config: ConfigDict, detector: Detector, workdir: pathlib.Path) -> Evaluator | None:
+    """Returns the evaluator of `config.forgetting`, which writes to <workdir>/forgetting; None if it names no files."""
+    second = config.forgetting
+    if not (second.annotations or second.images):
+        return None
+    config = config.copy_and_resolve_references()
+    config.eval.update(second)
+    return make(config, detector, workdir / "forgetting", prefix="config.forgetting")
+
+
+def make_streams(config: ConfigDict, *, prefix: str = "config.eval") -> list[EvalStream]:
     """Returns this process's part of the images of `config.eval`."""
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return eval_streams(config.eval, input_config=config.input, **place)
+    return eval_streams(config.eval, input_config=config.input, prefix=prefix, **place)
 
 
 class Checkpoint(NamedTuple):
@@ -292,8 +298,8 @@ def _checksum(params: Any) -> Float[Array, " p"]:
     return jnp.stack([jnp.sum(jnp.abs(value)) for value in jax.tree.leaves(params)])
 
 
-def _from_first_process(value: Any) -> Any:
-    """Returns process 0's value (anything that JSON holds) on every process."""
+def from_first_process(value: Any) -> Any:
+    """Returns process 0's value (what JSON holds; keys of dicts are texts, tuples lists there) on every process."""
     if jax.process_count() == 1:
         return value
     return json.loads(_bytes_of_first_process(json.dumps(value).encode()))
@@ -304,7 +310,7 @@ def _rows_of_first_process(rows: Rows) -> Rows:
     if jax.process_count() == 1:
         return rows
     columns = [np.array(column) for column in dataclasses.astuple(rows)]
-    types = _from_first_process([column.dtype.str for column in columns])
+    types = from_first_process([column.dtype.str for column in columns])
     data = [
         np.frombuffer(_bytes_of_first_process(column.tobytes()), t) for column, t in zip(columns, types, strict=True)
     ]

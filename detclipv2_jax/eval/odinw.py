@@ -4,8 +4,9 @@
 
 --data holds the members as GLIP publishes them (`odinw.json` beside this file has folder and prompts of each), or as
 <name>/test with an annotations.json among the photos. --checkpoint is one run scored on all of them, --finetuned a
-folder with a run of each, named after it. Prompts are GLIP's, where it has one for a category, else the category's
-name; --plain_names leaves them out. A mean is given only over all of its members; what is missing is listed.
+folder with a run of each, named after it. Zero-shot prompts are GLIP's, where it has one for a category, else the
+category's name; --plain_names leaves them out. A fine-tuned run is asked with the names it was trained with. A mean is
+given only over all of its members; what is missing is listed.
 
 Writes <output>/<zero_shot|finetuned>/<name>/eval and, as the last line and to <output>/scores.json, one JSON object of
 fractions. A command that was killed continues.
@@ -106,7 +107,8 @@ def run(
                 continue
             own = loaded or loop.Checkpoint.load(pathlib.Path(folder) / member.name)
             place = output / kind / member.name
-            scores[member.name] = evaluate(own, member, path, plain_names=plain_names, output=place)["AP"]
+            plain = plain_names or kind == "finetuned"
+            scores[member.name] = evaluate(own, member, path, plain_names=plain, output=place)["AP"]
         for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
             values = [scores.get(member.name) for member in group]
             scores[name] = None if None in values else float(np.mean(values))
@@ -149,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         protocol = {
             "ap": loop.coco.AP_KIND,
-            "prompts": "category names" if options.plain_names else "GLIP's",
+            "prompts": "category names" if options.plain_names else "GLIP's; of fine-tuned runs category names",
             "data": options.data,
             "checkpoint": options.checkpoint,
             "finetuned": options.finetuned,

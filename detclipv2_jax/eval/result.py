@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 PART_ROWS = 1 << 16
+PART_SECONDS = 60  # a killed evaluation loses at most about this much
 _PART = re.compile(r"(\d{6})-(\d{6})\.npz")
 
 
@@ -66,7 +68,7 @@ class Parts:
         self._folder = folder / f".partial_{digest[:16]}"
         self._pending: list[Rows] = []
         self.done, self._parts = self._read()  # batches whose rows are known
-        self._written = self.done
+        self._written, self._written_at = self.done, time.monotonic()
 
     def _read(self) -> tuple[int, list[Rows]]:
         done, parts = 0, []
@@ -83,21 +85,21 @@ class Parts:
         return done, parts
 
     def add(self, rows: Rows) -> None:
-        """Takes the rows of the next batch."""
+        """Takes the rows of the next batch; now and then, those taken so far are put on disk."""
         self._pending.append(rows)
         self.done += 1
+        if time.monotonic() - self._written_at > PART_SECONDS:
+            self.write()
 
     def write(self) -> None:
-        """Puts the rows taken since the last call on disk."""
-        if not self._pending:
-            return
+        """Puts the rows taken since the last call, at least one batch's, on disk."""
         rows = Rows.concatenate(self._pending)
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f"{os.getpid()}.tmp.npz"
         np.savez(partial, **dataclasses.asdict(rows))
         os.replace(partial, self._folder / f"{self._written:06d}-{self.done:06d}.npz")
         self._parts.append(rows)
-        self._pending, self._written = [], self.done
+        self._pending, self._written, self._written_at = [], self.done, time.monotonic()
 
     def all_rows(self) -> Rows:
         """Returns the rows of all batches."""

@@ -7,7 +7,7 @@ import planted
 import pytest
 from PIL import Image
 
-from detclipv2_jax.eval import grounding
+from detclipv2_jax.eval import grounding, result
 from detclipv2_jax.inference import Predictor
 
 CAPTION = "a dog , two cats and a dog"
@@ -111,3 +111,41 @@ def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
     assert printed == json.loads(output.read_text())
     assert (printed["R@1"], printed["merged_R@10"]) == (0.5, 0.5)
     assert (printed["protocol"]["checkpoint_step"], printed["protocol"]["num_texts"]) == (5, 2)
+
+
+@pytest.mark.slow
+def test_a_killed_command_continues(tmp_path, monkeypatch):
+    monkeypatch.setattr(result, "PART_SECONDS", -1)
+    predictor = Predictor(*planted.make(), step=5)
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
+    images, annotations = [], []
+    for i in range(4):
+        x = 10 + 20 * i
+        Image.fromarray(planted.paint((100, 250), {"red": (x, 10, x + 60, 60)})).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "caption": "red and blue"})
+        annotations += [
+            {"id": 2 * i + j, "image_id": i, "tokens_positive": spans, "bbox": [x + 60 * (i % 2), 10, 60, 50]}
+            for j, spans in enumerate(([[0, 3]], [[8, 12]]))
+        ]
+    (tmp_path / "g.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    arguments = {"checkpoint": "run", "annotations": str(tmp_path / "g.json"), "images": str(tmp_path)}
+    arguments |= {"task": "phrases", "folder": tmp_path / "scores"}
+    expected = grounding.run(**arguments)
+    assert 0 < expected["R@1"] < 1
+    ground, seen = predictor.ground, []
+
+    def killed_at_third(image, *rest, **limits):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(image)
+        return ground(image, *rest, **limits)
+
+    monkeypatch.setattr(predictor, "ground", killed_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        grounding.run(**arguments)
+    monkeypatch.setattr(
+        predictor, "ground", lambda image, *rest, **limits: seen.append(image) or ground(image, *rest, **limits)
+    )
+    assert grounding.run(**arguments) == expected
+    assert [name.rpartition("/")[2] for name in seen] == [f"{i}.png" for i in range(4)]
+    assert not list((tmp_path / "scores").iterdir())

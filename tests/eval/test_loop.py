@@ -11,7 +11,7 @@ from PIL import Image
 
 from detclipv2_jax import sharding
 from detclipv2_jax.data import streams as streams_lib
-from detclipv2_jax.eval import coco, loop, lvis
+from detclipv2_jax.eval import coco, loop, lvis, result
 from detclipv2_jax.inference import Detector
 
 NUM_IMAGES = 19  # no multiple of a batch
@@ -83,7 +83,7 @@ def test_federated_annotations_are_scored_by_lvis_rules(dataset, tmp_path):
 
 
 def test_a_killed_evaluation_continues(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "PART_SECONDS", -1)
+    monkeypatch.setattr(result, "PART_SECONDS", -1)
     expected = _evaluator(dataset, tmp_path / "whole")
     expected = expected[0](expected[1], step=3)
     evaluate, params = _evaluator(dataset, tmp_path / "killed")
