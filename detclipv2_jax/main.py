@@ -159,14 +159,18 @@ def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 
 def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -> None:
     """Prints the scores and where everything is."""
-    if scores:
-        measured = {name: value for name, value in scores.items() if value >= 0}  # -1: nothing of that kind
-        print("scores in %: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in measured.items()))
+    for group in ("", "forgetting/before", "forgetting/after"):
+        own = {name.rpartition("/")[2]: value for name, value in scores.items() if name.rpartition("/")[0] == group}
+        if own:
+            measured = (f"{name} {100 * value:.1f}" for name, value in own.items() if value >= 0)  # -1: nothing of it
+            print(f"{f'second set, {group[11:]} training' if group else 'scores'} in %: {', '.join(measured)}")
     print(f"done in {minutes:.1f} minutes; everything is in {workdir}/:")
     for name, what in {
         "checkpoints": "parameters and optimizer state",
         "metrics.jsonl": "loss terms, speed and scores by step (TensorBoard events beside it)",
+        "best.json": "the checkpoint that predicts and is scored",
         "eval": "detections in COCO format and scores",
+        "forgetting": "the same of the second set",
         "pictures": "what the model saw and found",
     }.items():
         if (workdir / name).exists():

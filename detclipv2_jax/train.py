@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from detclipv2_jax import alignment, flops, processes, sharding, train_state, train_step, visualize, weights
 from detclipv2_jax import checkpoints as checkpoints_lib
+from detclipv2_jax import optimizer as optimizer_lib
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
@@ -58,6 +59,7 @@ class Run:
     shardings: TrainState
     detector: Detector
     evaluator: evaluation.Evaluator | None  # None without config.eval.annotations
+    second: evaluation.Evaluator | None  # None without config.forgetting.annotations
 
 
 def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
@@ -70,24 +72,34 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    detector, evaluator = Detector(model, mesh=mesh), None
+    detector, evaluator, second = Detector(model, mesh=mesh), None, None
     problems: list[str] = []
     with listed(problems):
         streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
     with listed(problems):
         if config.eval.annotations or config.eval.images:
             evaluator = evaluation.make(config, detector, workdir)
+            if config.eval.monitor.startswith("fixed_") and not evaluator.federated:
+                raise ValueError(
+                    f"config.eval.monitor {config.eval.monitor!r} is a score of LVIS, whose images list "
+                    f"neg_category_ids; those of {config.eval.annotations} do not: use AP"
+                )
+    with listed(problems):
+        second = evaluation.make_second(config, detector, workdir)
     with listed(problems):
         if not has_parameters(config, workdir):
             weights.load_all(config.init_from, named_shapes(shapes))  # read again when needed
+        elif not has_checkpoint(workdir):
+            checkpoints_lib.check_start(config.init_from.checkpoint, config.model, shapes)
     if problems:
         raise ValueError("\n".join(problems))
     schedule = Schedule(
         [stream.num_batches for stream in streams],
         epochs=config.epochs,
         seed=config.seed,
-        weights=[config[stream.kind.value].weight for stream in streams],
+        weights=[stream.weight for stream in streams],
         num_steps=config.num_steps,
+        order=config.order,
     )
     tx = make_optimizer(config.optimizer, shapes, schedule.total_steps)
     return Run(
@@ -101,14 +113,18 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
         detector=detector,
         evaluator=evaluator,
+        second=second,
     )
 
 
 def train(run: Run) -> dict[str, float]:
-    """Trains until the end of the schedule and returns the scores of the last evaluation ({} without one).
+    """Trains until the schedule or the scores end it, and returns the scores of the last checkpoint ({} without any).
 
-    Continues from the newest checkpoint of the workdir. Writes checkpoints/, metrics.jsonl, TensorBoard events, eval/
-    and pictures/ there.
+    With `checkpoint.keep_best` they are those of the best checkpoint. Scores of the second set, of the parameters at
+    the start and of those that are left, are led by "forgetting/before/" and "forgetting/after/".
+
+    Continues from the newest checkpoint of the workdir. Writes checkpoints/, metrics.jsonl, TensorBoard events, eval/,
+    forgetting/ and pictures/ there.
 
     Raises:
       Preempted: SIGTERM came to any of the processes; all have saved the same step.
@@ -125,24 +141,45 @@ def train(run: Run) -> dict[str, float]:
         state = initial_state(run, checkpoints)
         start = int(state.step)
         if first_process:
-            logging.info("parameters:\n%s", overview(state.params, config.optimizer.groups))
+            logging.info(
+                "parameters:\n%s", overview(state.params, config.optimizer.groups, frozen=config.optimizer.frozen)
+            )
         logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
 
-        # --- one compiled step and one reader a stream, made when first drawn
-        steps = [jitted_step(run, stream) for stream in run.streams]
+        # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
+        steps = {(stream.kind, stream.canvas): jitted_step(run, stream) for stream in run.streams}
         readers: dict[int, Iterator[Batch]] = {}
         positions = schedule.next_positions(start)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
+        peak_flops = flops.peak_per_second(mesh)
+        progress = stack.enter_context(contextlib.closing(Progress(start, schedule.num_steps, peak_flops)))
+
+        # --- scores by step, of this run's earlier processes too: the rest of the run may depend on them
+        scores = {step: of for step, of in recorded(writer, "eval").items() if evaluation_due(run, step)}
+        before = recorded(writer, "forgetting").get(0)
+        if run.second and before is None and start == 0:
+            before = evaluate_state(run.second, state, writer, kind="forgetting")
 
         # --- the loop
         rate = learning_rate(config.optimizer, schedule.total_steps)
-        peak_flops = flops.peak_per_second(mesh)
         cost = functools.cache(functools.partial(step_cost, run))
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
-        progress = stack.enter_context(contextlib.closing(Progress(start, schedule.num_steps, peak_flops)))
         stopping = stack.enter_context(processes.stop_signal())
         profiled = profiled_steps(start, schedule.num_steps, config.profile_steps)
+        decision = optimizer_lib.Verdict(1.0, False)
         sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
         for step in range(start, schedule.num_steps):
+            if run.evaluator and evaluation_due(run, step) and step not in scores:
+                if sent:
+                    sent()
+                    sent = None
+                scores[step] = evaluate_state(run.evaluator, state, writer)
+            if step == start or evaluation_due(run, step):
+                state, decision = conclude(run, state, scores, checkpoints, step=step)
+            if decision.over:
+                best, monitor = best_step(run, scores), config.eval.monitor
+                waited = f"{monitor} was not better for {config.optimizer.stop_patience} evaluations"
+                logging.info("stopped at step %d: %s; best %.4g, step %d", step, waited, scores[best][monitor], best)
+                break
             draw = schedule.draw(step)
             stream = run.streams[draw.stream]
             with progress.waiting():
@@ -154,7 +191,7 @@ def train(run: Run) -> dict[str, float]:
             if profiled and step == profiled[0]:
                 jax.profiler.start_trace(run.workdir / "profile")
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = steps[draw.stream](state, sharding.to_global(batch, mesh))
+                state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
             if sent:
                 sent()
             done, last = step + 1, step + 1 == schedule.num_steps
@@ -162,7 +199,8 @@ def train(run: Run) -> dict[str, float]:
                 finish_step,
                 done,
                 stream.kind.value,
-                metrics | {"learning_rate": rate(step)} | stream.overflow,  # overflow: of this process's rows
+                # overflow: of this process's rows
+                metrics | {"learning_rate": rate(step) * decision.factor} | stream.overflow,
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
                 cost=cost(draw.stream) if peak_flops else None,
@@ -184,16 +222,68 @@ def train(run: Run) -> dict[str, float]:
                 checkpoints.save(done, state)
             if preempted:
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved")
-            if not last and due(done, config.eval.every_steps):
-                evaluate_state(run, state, writer)
 
         for stream in run.streams:
             if stream.counters:
                 logging.info("stream %s: %s", stream.name, dict(stream.counters))
-        scores = evaluate_state(run, state, writer)
+
+        # --- the end: the last step, or the best one
+        done = int(state.step)
+        checkpoints.save(done, state)  # where scores ended the run
+        if run.evaluator and not decision.over:
+            scores[done] = evaluate_state(run.evaluator, state, writer)
+            conclude(run, state, scores, checkpoints, step=done)
+        if scores and config.checkpoint.keep_best and (best := best_step(run, scores)) != done:
+            done, state = best, checkpoints.restore(abstract_state(run), step=best)
+        result = scores.get(done, {})
+        if run.second and before is not None:
+            after = evaluate_state(run.second, state, writer, kind="forgetting")
+            result = result | prefix("forgetting/before", before) | prefix("forgetting/after", after)
         if first_process and schedule.num_steps > start:
             visualize.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
-    return scores
+    return result
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Returns whether the state after `step` steps is to be evaluated, wherever the run ends."""
+    section = run.config.eval
+    every_epochs = section.every_epochs * run.schedule.steps_per_epoch
+    return run.evaluator is not None and step > 0 and (due(step, section.every_steps) or due(step, every_epochs))
+
+
+def best_step(run: Run, scores: dict[int, dict[str, float]]) -> int:
+    """Returns the first step with the best `eval.monitor`."""
+    return max(sorted(scores), key=lambda step: scores[step][run.config.eval.monitor])
+
+
+def conclude(
+    run: Run,
+    state: TrainState,
+    scores: dict[int, dict[str, float]],
+    checkpoints: checkpoints_lib.Checkpoints,
+    *,
+    step: int,
+) -> tuple[TrainState, optimizer_lib.Verdict]:
+    """Returns the state with the learning rate that the scores lead to, and whether they end the run.
+
+    Keeps the best checkpoint if the configuration says so: a state that is the best so far is saved.
+    """
+    config, monitor = run.config, run.config.eval.monitor
+    decision = optimizer_lib.verdict({at: of[monitor] for at, of in scores.items()}, config.optimizer)
+    if scores and config.checkpoint.keep_best:
+        best = best_step(run, scores)
+        checkpoints.mark_best(best, score=monitor, value=scores[best][monitor])
+        if best == step:
+            checkpoints.save(step, state)
+    if config.optimizer.schedule == "plateau":
+        factor = jax.device_put(np.float32(decision.factor), NamedSharding(run.mesh, sharding.REPLICATED))
+        state = dataclasses.replace(state, opt_state=optimizer_lib.with_rate_factor(state.opt_state, factor))
+    return state, decision
+
+
+def recorded(writer: MetricsWriter, kind: str) -> dict[int, dict[str, float]]:
+    """Returns the scores of a kind that the run has written so far, by step, the same on every process."""
+    return dict(evaluation.from_first_process(writer.recorded(kind)))
 
 
 def jitted_step(run: Run, stream: streams_lib.Stream) -> train_step.Step:
@@ -223,13 +313,13 @@ def draw_batch(
         alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
 
 
-def evaluate_state(run: Run, state: TrainState, writer: MetricsWriter) -> dict[str, float]:
-    """Returns the scores of a state, the averaged parameters if they are kept; {} without an evaluation."""
-    if run.evaluator is None:
-        return {}
+def evaluate_state(
+    evaluator: evaluation.Evaluator, state: TrainState, writer: MetricsWriter, *, kind: str = "eval"
+) -> dict[str, float]:
+    """Returns the scores of a state, the averaged parameters if they are kept; writes them led by the kind."""
     step = int(state.step)
-    scores = run.evaluator(state.params if state.ema is None else state.ema, step=step)
-    writer.write(step, prefix("eval", scores))
+    scores = evaluator(state.params if state.ema is None else state.ema, step=step)
+    writer.write(step, prefix(kind, scores))
     return scores
 
 
@@ -240,33 +330,34 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
     2. fresh optimizer, parameters from another run (`init_from.checkpoint`);
     3. fresh everything, but for the towers that `init_from.swin` and `init_from.text` hold.
     """
-    config, shardings = run.config, run.shardings
-    new = functools.partial(train_state.create, tx=run.tx, ema=config.optimizer.ema_decay > 0)
-
-    def create(key: jax.Array, pretrained: dict[str, np.ndarray]) -> TrainState:
-        params = train_state.init_params(run.model, key, context_length=config.model.text.context_length)
-        return new(jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params))
-
-    key = jax.random.key(config.seed)
-    if checkpoints.latest_step() is not None:
-        abstract = jax.tree.map(
-            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-            jax.eval_shape(create, key, {}),
-            shardings,
-        )
-        return checkpoints.restore(abstract)
+    config = run.config
+    if (newest := checkpoints.latest_step()) is not None:
+        return checkpoints.restore(abstract_state(run), step=newest)
     if config.init_from.checkpoint:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
-        shapes = jax.eval_shape(create, key, {}).params
-        checkpoints_lib.report_differences(params, shapes, what=f"init_from.checkpoint {config.init_from.checkpoint}")
         logging.info("parameters from step %d of %s", step, config.init_from.checkpoint)
-        params = jax.tree.map(np.asarray, params)
-        return jax.jit(new, out_shardings=shardings)(params)
-    shapes = named_shapes(jax.eval_shape(create, key, {}).params)
-    pretrained, notes = weights.load_all(config.init_from, shapes)
+        new = functools.partial(train_state.create, tx=run.tx, ema=config.optimizer.ema_decay > 0)
+        return jax.jit(new, out_shardings=run.shardings)(jax.tree.map(np.asarray, params))
+    pretrained, notes = weights.load_all(config.init_from, named_shapes(abstract_state(run).params))
     for note in notes:
         logging.info(note)
-    return jax.jit(create, out_shardings=shardings)(key, pretrained)
+    create = functools.partial(fresh_state, run)
+    return jax.jit(create, out_shardings=run.shardings)(jax.random.key(config.seed), pretrained)
+
+
+def fresh_state(run: Run, key: jax.Array, pretrained: dict[str, np.ndarray]) -> TrainState:
+    """Returns random parameters but for the pre-trained ones, by name, and a fresh optimizer."""
+    params = train_state.init_params(run.model, key, context_length=run.config.model.text.context_length)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params)
+    return train_state.create(params, run.tx, ema=run.config.optimizer.ema_decay > 0)
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Returns shapes and shardings of the state."""
+    shapes = jax.eval_shape(functools.partial(fresh_state, run, pretrained={}), jax.random.key(0))
+    return jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, run.shardings
+    )
 
 
 @contextlib.contextmanager
@@ -280,8 +371,12 @@ def listed(problems: list[str]) -> Iterator[None]:
 
 def has_parameters(config: ConfigDict, workdir: pathlib.Path) -> bool:
     """Returns whether a run starts from a checkpoint, so that `init_from.swin` and `init_from.text` are not read."""
-    saved = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
-    return saved or bool(config.init_from.checkpoint)
+    return has_checkpoint(workdir) or bool(config.init_from.checkpoint)
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Returns whether a workdir has a checkpoint to continue from."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def profiled_steps(start: int, end: int, num_steps: int) -> range:
@@ -395,6 +490,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, start: int):
         self._file: TextIO | None = None
+        self._kept: list[dict[str, Any]] = []
         self._events: metric_writers.AsyncWriter | None = None
         if jax.process_index() != 0:
             return
@@ -402,10 +498,19 @@ class MetricsWriter:
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             # a killed run may leave half a line, which is later than every checkpoint
-            kept = (line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
             path.write_text("".join(kept))
+            self._kept = [json.loads(line) for line in kept]
         self._file = path.open("a")
         self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+    def recorded(self, kind: str) -> list[tuple[int, dict[str, float]]]:
+        """Returns (step, scores) of every evaluation of a kind that was there at the start; [] but on process 0."""
+        found = (
+            (row["step"], {k.removeprefix(f"{kind}/"): row[k] for k in row if k.startswith(f"{kind}/")})
+            for row in self._kept
+        )
+        return [(step, scores) for step, scores in found if scores]
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of a step."""

@@ -42,12 +42,17 @@ def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: Any, *
     """Returns the sharding of every array of the state: moments and average like their parameter, others replicated."""
     replicated = NamedSharding(mesh, REPLICATED)
     shardings = param_shardings(mesh, shapes)
+
+    def frozen(moment: Any) -> bool:  # there is none
+        return isinstance(moment, optax.MaskedNode)
+
     opt_state = optax.tree_utils.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if frozen(moment) else sharding,
         jax.eval_shape(tx.init, shapes),
         shardings,
         transform_non_params=lambda _: replicated,
+        is_leaf=frozen,
     )
     return TrainState(step=replicated, params=shardings, opt_state=opt_state, ema=shardings if ema else None)
 

@@ -32,6 +32,7 @@ from detclipv2_jax.losses import concept_table, contrastive, proposals
 from detclipv2_jax.losses.alignment import alignment_loss, focal_loss
 from detclipv2_jax.losses.localization import localization_losses
 from detclipv2_jax.models.detclip import DetCLIP, Regions
+from detclipv2_jax.optimizer import without_frozen
 from detclipv2_jax.sharding import BATCH, REPLICATED
 from detclipv2_jax.train_state import TrainState
 
@@ -115,6 +116,7 @@ def make_step(
             state.params, shared, batch, key, kind=kind, model=model, config=config, canvas=canvas, mesh=mesh
         )
         grads = jax.tree.map(jnp.add, grads, shared_vjp(shared_grads)[0])  # 3
+        grads = without_frozen(grads, config.optimizer.frozen)
         return _apply(state, grads, tx=tx, ema_decay=config.optimizer.ema_decay, metrics={"loss": loss, **metrics})
 
     return step
@@ -130,7 +132,8 @@ def _apply(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        ema = jax.tree.map(lambda average, param: ema_decay * average + (1.0 - ema_decay) * param, ema, params)
+        # in this form the average of what does not change is exactly that
+        ema = jax.tree.map(lambda average, param: average + (1.0 - ema_decay) * (param - average), ema, params)
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema), old)
     metrics = {**metrics, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}

@@ -121,11 +121,7 @@ def differences(have: Mapping[str, Shape], want: Mapping[str, Shape]) -> list[st
         "unexpected": sorted(have.keys() - want.keys()),
         "reshaped": [f"{name} {have[name]} -> {want[name]}" for name in changed],
     }
-    return [
-        f"  {kind} ({len(names)}): {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-        for kind, names in problems.items()
-        if names
-    ]
+    return [f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in problems.items() if names]
 
 
 def _fit(name: str, value: np.ndarray, shape: Shape) -> np.ndarray:

@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "schedule", "sharding", "train_state", "train_step", "visualize", "weights",
     },
     "train_state": {"models", "optimizer", "sharding"},
-    "train_step": {"data", "geometry", "losses", "models", "sharding", "train_state"},
+    "train_step": {"data", "geometry", "losses", "models", "optimizer", "sharding", "train_state"},
     "visualize": {"data", "drawing"},
     "visualize.__main__": {"alignment", "builders", "data", "inference", "visualize"},
     "vocabulary": {"data"},

@@ -198,7 +198,7 @@ def curves(
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name, (steps, values) in series.items():
         group, _, quantity = name.rpartition("/")
-        if group == "eval" and (np.asarray(values) == -1).all():
+        if group in ("eval", "forgetting") and (np.asarray(values) == -1).all():
             continue  # pycocotools' mark: nothing of that kind to score
         panels.setdefault(quantity, {})[group] = (steps, values)
     groups = sorted({group for lines in panels.values() for group in lines} - {""})
