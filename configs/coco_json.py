@@ -10,6 +10,9 @@
 | overfit            | nano   | 320 x 320 px, no augmentation       | the first 8 photos by heart |
 | swin_t             | Swin-T | 800 x 1344 px, multi-scale          | one or more GPUs or TPUs    |
 
+With `--config.init_from.checkpoint=RUN`, swin_t is a fine-tune; configs/finetune_odinw.py says how its learning rate
+may follow the scores, what can be mixed in against forgetting, and how that is measured.
+
 What `overfit` reached on 2 CPU cores stands in the README; swin_t was not run.
 """
 

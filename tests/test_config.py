@@ -11,6 +11,8 @@ VARIANTS = {
     "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"),
     "coco_json": ("nano", "overfit", "swin_t"),
     "eval_lvis": ("val",),
+    "finetune_lvis": ("swin_l",),
+    "finetune_odinw": ("Raccoon",),
 }
 EVERY = [(path.stem, variant) for path in FILES for variant in ("", *VARIANTS.get(path.stem, ()))]
 
@@ -40,6 +42,37 @@ def test_swin_t_has_the_values_of_table_9():
     assert c.detection.canvases == ((800, 1344), (1344, 800))
     large = load("swin_l")
     assert (large.optimizer.learning_rate, large.detection.batch_size, large.image_text.batch_size) == (4e-4, 256, 6144)
+
+
+def test_fine_tuning_has_the_values_of_tables_10_and_11():
+    lvis, odinw = load("finetune_lvis"), load("finetune_odinw", "Raccoon")
+    for c, epochs, batch_size, text_rate, warmup in ((lvis, 24, 64, 4e-6, 1000), (odinw, 250, 32, 4e-7, 500)):
+        assert (c.epochs, c.detection.batch_size, c.optimizer.warmup_steps) == (epochs, batch_size, warmup)
+        assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.model.swin.drop_path_rate) == (4e-5, 0.05, 0.2)
+        factors = {factor for regex, factor, _ in c.optimizer.groups if regex.startswith("text_encoder")}
+        assert [factor * c.optimizer.learning_rate for factor in factors] == [pytest.approx(text_rate)]
+        assert (c.detection.canvases, c.detection.num_concepts) == (((800, 1344), (1344, 800)), 150)
+    assert (lvis.optimizer.schedule, odinw.optimizer.schedule) == ("cosine", "plateau")
+    c = odinw.optimizer
+    assert (c.decay_factor, c.patience, c.min_learning_rate, c.stop_patience) == (0.1, 5, 1e-8, 8)
+    assert (odinw.eval.every_epochs, odinw.checkpoint.keep_best) == (1, True)
+
+
+def test_what_goes_by_scores_needs_them(micro):
+    micro.optimizer.schedule, micro.checkpoint.keep_best = "plateau", True
+    micro.scenes.num_eval = 0
+    micro.eval.monitor, micro.optimizer.decay_factor, micro.optimizer.frozen = "mAP", 1.0, "text_encoder/("
+    with pytest.raises(ValueError, match="6 problem") as error:
+        config_lib.validate(micro, num_devices=8)
+    for part in (
+        "optimizer.schedule plateau and checkpoint.keep_best need scores along the way: set config.eval.every_epochs",
+        "need config.eval.annotations and config.eval.images",
+        "config.optimizer.min_learning_rate is 0.0; allowed: above 0 with optimizer.schedule plateau",
+        "config.eval.monitor is 'mAP'; allowed: AP | AP50",
+        "config.optimizer.decay_factor is 1.0; allowed: 0 < value < 1",
+        "config.optimizer.frozen is 'text_encoder/('; allowed: a regular expression",
+    ):
+        assert part in str(error.value), part
 
 
 def test_json_round_trip(micro):
