@@ -217,7 +217,7 @@ class Detector:
         encode = self._split(self._encode, REPLICATED, BATCH)
         predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
         self._compiled_encode = jax.jit(encode, out_shardings=whole)
-        self._compiled_predict = jax.jit(predict, out_shardings=whole)
+        self.compiled_predict = jax.jit(predict, out_shardings=whole)
         self._compiled_align = jax.jit(self._align, out_shardings=whole)
         self._compiled_ground = jax.jit(self._ground, out_shardings=whole)
 
@@ -260,7 +260,7 @@ class Detector:
         limits: Limits,
     ) -> Detections:
         """Returns what `detect` finds; text and mask come from `vocabulary.pad`."""
-        return self._compiled_predict(params, photos, text, text_mask, limits)
+        return self.compiled_predict(params, photos, text, text_mask, limits)
 
     def align(
         self, params: Any, photos: Photos, phrases: Float[AnyArray, "p m d"], index: Int[AnyArray, " p"]

@@ -93,14 +93,7 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
             checkpoints_lib.check_start(config.init_from.checkpoint, config.model, shapes)
     if problems:
         raise ValueError("\n".join(problems))
-    schedule = Schedule(
-        [stream.num_batches for stream in streams],
-        epochs=config.epochs,
-        seed=config.seed,
-        weights=[stream.weight for stream in streams],
-        num_steps=config.num_steps,
-        order=config.order,
-    )
+    schedule = make_schedule(config, streams)
     tx = make_optimizer(config.optimizer, shapes, schedule.total_steps)
     return Run(
         config=config,
@@ -114,6 +107,18 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         detector=detector,
         evaluator=evaluator,
         second=second,
+    )
+
+
+def make_schedule(config: ConfigDict, streams: list[streams_lib.Stream]) -> Schedule:
+    """Returns the order of the steps of a run."""
+    return Schedule(
+        [stream.num_batches for stream in streams],
+        epochs=config.epochs,
+        seed=config.seed,
+        weights=[stream.weight for stream in streams],
+        num_steps=config.num_steps,
+        order=config.order,
     )
 
 
@@ -147,7 +152,7 @@ def train(run: Run) -> dict[str, float]:
         logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
 
         # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
-        steps = {(stream.kind, stream.canvas): jitted_step(run, stream) for stream in run.streams}
+        steps = {key: jitted_step(run, *key) for key in {(stream.kind, stream.canvas) for stream in run.streams}}
         readers: dict[int, Iterator[Batch]] = {}
         positions = schedule.next_positions(start)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
@@ -286,11 +291,9 @@ def recorded(writer: MetricsWriter, kind: str) -> dict[int, dict[str, float]]:
     return dict(evaluation.from_first_process(writer.recorded(kind)))
 
 
-def jitted_step(run: Run, stream: streams_lib.Stream) -> train_step.Step:
+def jitted_step(run: Run, kind: Kind, canvas: tuple[int, int]) -> train_step.Step:
     """Returns the training step of a stream, compiled when first called; the state given to it is gone afterwards."""
-    step = train_step.make_step(
-        stream.kind, model=run.model, tx=run.tx, config=run.config, canvas=stream.canvas, mesh=run.mesh
-    )
+    step = train_step.make_step(kind, model=run.model, tx=run.tx, config=run.config, canvas=canvas, mesh=run.mesh)
     replicated = NamedSharding(run.mesh, sharding.REPLICATED)
     return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import sharding, train_state, train_step
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax import sharding, step_program, train_state, train_step
+from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip
 from detclipv2_jax.optimizer import make_optimizer
 
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     },
     "flops": {"data", "geometry", "models"},
     "geometry": set(),
+    "hlo": set(),
     "inference": {"alignment", "checkpoints", "data", "geometry", "models", "sharding", "vocabulary"},
     "inspection": {"config", "data", "visualize"},
     "losses": {"geometry"},
@@ -41,12 +42,18 @@ MAY_IMPORT = {
     "models": {"geometry"},
     "optimizer": set(),
     "predict": {"data", "eval", "inference", "visualize", "vocabulary"},
+    "preflight": {"config", "data", "run_data", "step_program"},
     "prepare": {"builders", "config", "data", "inspection"},
     "processes": set(),
+    "run_data": {"builders", "data", "models", "optimizer", "train", "train_state", "weights"},
     "saved_model": {"data", "inference"},
     "schedule": set(),
     "sharding": {"data"},
     "standalone": set(),
+    "step_program": {
+        "config", "data", "flops", "hlo", "inference", "models", "optimizer", "schedule", "sharding", "train",
+        "train_state",
+    },
     "train": {
         "alignment", "checkpoints", "data", "eval", "flops", "inference", "models", "optimizer", "processes",
         "schedule", "sharding", "train_state", "train_step", "visualize", "weights",
@@ -98,30 +105,6 @@ def test_only_checkpoints_knows_orbax():
     assert users == {"checkpoints.py"}
 
 
-def shapes_of_batch(config, kind, canvas):
-    """Returns the shapes of a global batch of a configuration."""
-    section = config[kind.value]
-    b, rows = section.batch_size, 8 * 96
-    n, m = (0, section.max_phrases + 1) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
-    shape = jax.ShapeDtypeStruct
-    return Batch(
-        image=shape((b, *canvas, 3), jnp.uint8),
-        extent=shape((b, 2), jnp.int32),
-        scale=shape((b, 2), jnp.float32),
-        original_size=shape((b, 2), jnp.int32),
-        image_mask=shape((b,), bool),
-        example_id=shape((b,), jnp.int32),
-        boxes=shape((b, n, 4), jnp.float32),
-        box_mask=shape((b, n), bool),
-        box_concepts=shape((b, n), jnp.int32),
-        concept_tokens=shape((rows, config.model.text.context_length), jnp.int32),
-        concept_mask=shape((rows,), bool),
-        concept_ids=shape((rows, 2), jnp.uint32),
-        caption_concepts=shape((b, m), jnp.int32),
-        caption_mask=shape((b, m), bool),
-    )
-
-
 @functools.cache
 def traced(model_json):
     model = detclip.from_config(config_lib.from_json(model_json))
@@ -144,7 +127,7 @@ def test_every_config_can_be_traced(name, kind):
     canvas = tuple(config[kind.value].canvases[0])
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=canvas, mesh=mesh)
     with jax.set_mesh(mesh):
-        after, metrics = jax.eval_shape(step, state, shapes_of_batch(config, kind, canvas))
+        after, metrics = jax.eval_shape(step, state, step_program.batch_shapes(config, kind, canvas, table_rows=8 * 96))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(metric.shape == () and metric.dtype == jnp.float32 for metric in metrics.values())
     assert {"loss", "finite", "grad_norm"} <= metrics.keys()

@@ -26,7 +26,7 @@ class BuiltSource:
 
     def __init__(self, folder: Path, *, kind: Kind, vocabulary: Vocabulary, counters: dict[str, int], num: int):
         self.name, self.kind, self.vocabulary, self.counters = folder.name, kind, vocabulary, counters
-        self._folder = folder
+        self.folder = folder
         with np.load(folder / INDEX) as index:
             self.sizes = index["sizes"][: num or None]
             self.most_concepts = int(index["num_concepts"][: num or None].max())
@@ -45,13 +45,13 @@ class BuiltSource:
         from tensorflow_datasets.proto import tf_example_pb2
 
         if self._examples is None:
-            self._examples = tfds.builder_from_directory(self._folder).as_data_source(
+            self._examples = tfds.builder_from_directory(self.folder).as_data_source(
                 "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
         return tf_example_pb2.Example.FromString(self._examples[index]).features.feature
 
     def describe(self, index: int) -> str:
-        return f"{_texts(self._example(index)['name'])[0]} of {self._folder}"
+        return f"{_texts(self._example(index)['name'])[0]} of {self.folder}"
 
     def __getitem__(self, index: int) -> Record:
         example = self._example(index)

@@ -16,6 +16,7 @@ class Dataset(NamedTuple):
     num_examples: int  # that the paper, or the file, has
     origin: str
     arguments: str  # of `python -m detclipv2_jax.prepare`, but --output
+    num_names: int = 0  # categories; 0: phrases
 
 
 DATASETS = {  # by the name of the built folder
@@ -26,6 +27,7 @@ DATASETS = {  # by the name of the built folder
         "objects365.org: zhiyuan_objv2_train.json and the patches; the json names images/v1/patch*/, images/v2/patch*/",
         "coco_json --input=data/raw/objects365/zhiyuan_objv2_train.json --images=data/raw/objects365 "
         "--num_examples=660000",
+        num_names=365,
     ),
     "gqa": Dataset(
         "GoldG: GQA without COCO's photos",
@@ -62,6 +64,7 @@ DATASETS = {  # by the name of the built folder
         100_170,
         "lvis_v1_train.json, COCO's photos (train2017/ and val2017/)",
         "lvis --input=data/raw/lvis/lvis_v1_train.json --images=data/raw/coco",
+        num_names=1203,
     ),
     "coco": Dataset(
         "COCO train2017",
@@ -69,6 +72,7 @@ DATASETS = {  # by the name of the built folder
         118_287,
         "instances_train2017.json, COCO's photos",
         "coco_json --input=data/raw/coco/annotations/instances_train2017.json --images=data/raw/coco/train2017",
+        num_names=80,
     ),
 }
 _ANY = {

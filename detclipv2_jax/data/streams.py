@@ -38,6 +38,7 @@ class Stream:
       batch_size: images a batch over all hosts.
       num_examples: images of an epoch.
       num_batches: batches of an epoch, rounded; at least 1.
+      sources: the data sets behind it.
       capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
       counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
         with the first stream of the kind.
@@ -51,7 +52,7 @@ class Stream:
         self.name, self.kind, self.canvas = maker.name, maker.kind, maker.canvas
         self.batch_size, self.num_examples = maker.batch_size, len(maker.members)
         self.num_batches = max(1, round(self.num_examples / self.batch_size))
-        self.max_boxes = maker.max_boxes
+        self.sources, self.max_boxes = maker.sources, maker.max_boxes
         self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
         self.counters: collections.Counter[str] = collections.Counter()
         self.overflow: dict[str, int] = {}
@@ -157,6 +158,28 @@ def _round_up(num: int, multiple: int) -> int:
     return -(-num // multiple) * multiple
 
 
+def table_capacity(
+    section: Any, kind: Kind, *, num_images: int, table_multiple: int, most_concepts: int = 0, num_known: int = 0
+) -> int:
+    """Returns the rows of the concept table of a host, so many that nothing can overflow unless told otherwise.
+
+    Args:
+      section: config.detection, …
+      kind: of data.
+      num_images: of a batch on the host.
+      table_multiple: the rows are a multiple of it and of 8.
+      most_concepts: of any image; more than the section's number are kept, too.
+      num_known: how many distinct concepts there are; 0: any number.
+    """
+    if kind is Kind.IMAGE_TEXT:
+        num_rows = num_images * (section.max_phrases + 1)
+    else:
+        num_rows = num_images * max(section.num_concepts, most_concepts)
+    if num_known:
+        num_rows = min(num_rows, num_known)
+    return _round_up(section.max_concepts or num_rows, math.lcm(8, table_multiple))
+
+
 def _kind_streams(
     config: Any,
     kind: Kind,
@@ -177,9 +200,9 @@ def _kind_streams(
     else:
         vocabularies = (dictionary,) * len(sources)
     sizes: dict[str, Any]
+    most_concepts = num_known = 0
     if kind is Kind.IMAGE_TEXT:
         sizes = {"num_captions": section.max_phrases + 1}
-        num_rows = rows * sizes["num_captions"]
     else:
         make_pool = functools.cache(lambda known: Pool(known, definitions=section.definitions, encoder=encoder))
         sizes = {
@@ -187,10 +210,12 @@ def _kind_streams(
             "num_concepts": section.num_concepts,
             "pools": tuple(make_pool(known) for known in vocabularies),
         }
-        num_rows = rows * max(section.num_concepts, *(source.most_concepts for source in sources))
+        most_concepts = max(source.most_concepts for source in sources)
         if kind is Kind.DETECTION or dictionary is None:  # then there are no concepts but those of the pools
-            num_rows = min(num_rows, len({i for pool in sizes["pools"] for i in pool.encoded.ids.tolist()}))
-    capacity = _round_up(section.max_concepts or num_rows, math.lcm(8, table_multiple))
+            num_known = len({i for pool in sizes["pools"] for i in pool.encoded.ids.tolist()})
+    capacity = table_capacity(
+        section, kind, num_images=rows, table_multiple=table_multiple, most_concepts=most_concepts, num_known=num_known
+    )
     streams = []
     for canvas, members in zip(section.canvases, _assign_canvases(sources, section.canvases), strict=True):
         if not len(members):

@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from detclipv2_jax.models.repeat import repeat
+
 PATCH = 4  # px
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5
@@ -54,8 +56,9 @@ class Swin(nn.Module):
 
         With `train` and a drop path rate, rng "dropout" is used.
         """
-        block_class = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
-        rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
+        rates = np.split(
+            np.linspace(0.0, self.drop_path_rate, sum(self.depths), dtype=np.float32), np.cumsum(self.depths)[:-1]
+        )
         x = _pad_to_multiple(jnp.asarray(image, self.dtype), PATCH)
         x = nn.Conv(
             self.embed_dim,
@@ -71,15 +74,19 @@ class Swin(nn.Module):
         for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True), start=1):
             if stage > 1:
                 x = PatchMerging(dtype=self.dtype, name=f"stage{stage}_merging")(x)
-            for block in range(depth):
-                x = block_class(
+            blocks = [
+                SwinBlock(
                     num_heads=heads,
                     window_size=self.window_size,
-                    shift=self.window_size // 2 if block % 2 else 0,
-                    drop_path_rate=rates.pop(0),
+                    shift=shift,
+                    drops_paths=self.drop_path_rate > 0.0,
                     dtype=self.dtype,
-                    name=f"stage{stage}_block{block}",
-                )(x, train)
+                    parent=None,
+                )
+                for shift in (0, self.window_size // 2)[:depth]
+            ]
+            names = [f"stage{stage}_block{block}" for block in range(depth)]
+            x = repeat(self, blocks, names, x, [rates[stage - 1]], static=(train,), remat=self.remat)
             if stage > 1:
                 features.append(_layer_norm(self.dtype, f"norm{stage}")(x))
         return features
@@ -106,29 +113,30 @@ class SwinBlock(nn.Module):
     num_heads: int
     window_size: int
     shift: int
-    drop_path_rate: float
+    drops_paths: bool
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        # `train` is positional because nn.remat cannot mark a keyword static
+    def __call__(self, x: Float[Array, "b h w c"], drop_rate: Float[Array, ""], train: bool) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
         dense = functools.partial(Dense, dtype=self.dtype)
         y = WindowAttention(self.num_heads, self.window_size, self.shift, self.dtype, name="attention")(
             _layer_norm(self.dtype, "norm1")(x)
         )
-        x = x + self._drop_path(y, train)
+        x = x + self._drop_path(y, drop_rate, train)
         y = dense(MLP_RATIO * channels, name="mlp_in")(_layer_norm(self.dtype, "norm2")(x))
         y = dense(channels, name="mlp_out")(gelu(y))
-        return x + self._drop_path(y, train)
+        return x + self._drop_path(y, drop_rate, train)
 
-    def _drop_path(self, branch: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+    def _drop_path(
+        self, branch: Float[Array, "b h w c"], rate: Float[Array, ""], train: bool
+    ) -> Float[Array, "b h w c"]:
         """Returns the branch, in training left out for a random part of the images and scaled up for the others."""
-        if not train or self.drop_path_rate == 0.0:
+        if not train or not self.drops_paths:
             return branch
-        keep_prob = 1.0 - self.drop_path_rate
+        keep_prob = 1.0 - rate
         keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, (branch.shape[0], 1, 1, 1))
-        return jnp.where(keep, branch / keep_prob, jnp.zeros((), branch.dtype))
+        return jnp.where(keep, branch / keep_prob, 0.0).astype(branch.dtype)
 
 
 class WindowAttention(nn.Module):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from detclipv2_jax.models.repeat import repeat
+
 VOCABULARY_SIZE = 49_408
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5
@@ -43,14 +45,13 @@ class TextEncoder(nn.Module):
                 "max_length=config.model.text.context_length"
             )
         normal = nn.initializers.normal
-        block_class = nn.remat(TextBlock) if self.remat else TextBlock
         x = nn.Embed(
             VOCABULARY_SIZE, self.width, dtype=self.dtype, embedding_init=normal(0.02), name="token_embedding"
         )(tokens)
         position = self.param("position_embedding", normal(0.01), (self.context_length, self.width), jnp.float32)
         x = x + position[None, :length].astype(self.dtype)
-        for i in range(self.num_layers):
-            x = block_class(self.num_heads, self.num_layers, self.dtype, name=f"block{i}")(x)
+        block = TextBlock(self.num_heads, self.num_layers, self.dtype, parent=None)
+        x = repeat(self, [block], [f"block{i}" for i in range(self.num_layers)], x, remat=self.remat)
         # every position but [EOS] is unused: pick it before the norm and the projection
         x = jnp.take_along_axis(x, jnp.argmax(tokens, axis=-1)[:, None, None], axis=1)[:, 0]
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)

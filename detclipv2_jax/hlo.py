@@ -1,0 +1,137 @@
+"""What a compiled program moves through memory and over the network, read from its optimised HLO text.
+
+XLA's own cost analysis counts the body of a loop once and is missing for GPUs. Here a body counts as often as it runs,
+and of a conditional the branch that moves more.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"}
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) \(.*\{$")
+_ARRAY = re.compile(r"\b([a-z]+)([0-9]*)\w*\[([0-9,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
+
+
+class Traffic(NamedTuple):
+    """Bytes of one device."""
+
+    memory: float  # read and written in the device's main memory
+    network: dict[str, float]  # by kind of collective: the larger one of operand and result
+    unknown_loops: int  # loops whose number of turns depends on data; counted once
+
+
+class _Instruction(NamedTuple):
+    root: bool
+    name: str
+    type: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+
+
+def traffic(text: str) -> Traffic:
+    """Returns what a program moves, from `compiled.as_text()`."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif computations and (match := _INSTRUCTION.match(line)):
+            operands = re.findall(r"%?([\w.\-]+)", match[5]) if match[4] != "constant" else [match[5]]
+            computations[name].append(_Instruction(bool(match[1]), *match.groups()[1:4], operands, match[6]))
+
+    @functools.cache
+    def cost(name: str) -> collections.Counter[str]:
+        total: collections.Counter[str] = collections.Counter()
+        types = {instruction.name: instruction.type for instruction in computations[name]}
+        for instruction in computations[name]:
+            opcode = instruction.opcode
+            kind = opcode.removesuffix("-start")
+            if opcode == "while":
+                body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
+                turns = _turns(instruction, computations)
+                total["unknown loops"] += turns == 0
+                for key, value in cost(body[1] if body else "").items():
+                    total[key] += value * max(turns, 1)
+            elif opcode == "conditional":
+                names = [part for found in _BRANCHES.findall(instruction.attributes) for part in found if part]
+                branches = re.findall(r"[\w.\-]+", " ".join(names))
+                total.update(max((cost(branch) for branch in branches), key=lambda moved: moved["memory"]))
+            elif opcode in ("call", "async-start"):
+                for called in _CALLED.findall(instruction.attributes):
+                    total.update(cost(called))
+            elif kind in COLLECTIVES:
+                sizes = [_size(array) for array in _ARRAY.findall(instruction.type)]
+                # an asynchronous operation's result is (operand, result)
+                size = max(sizes) if opcode.endswith("-start") and len(sizes) > 1 else sum(sizes)
+                if kind == "reduce-scatter":
+                    size = max(size, sum(_bytes(types.get(operand, "")) for operand in instruction.operands))
+                total[kind] += size
+            elif opcode not in _FREE and not opcode.endswith("-done"):
+                total["memory"] += _moved(instruction, types, computations)
+        return total
+
+    total = cost(entry)
+    network = {kind: total[kind] for kind in COLLECTIVES if total[kind]}
+    return Traffic(total["memory"], network, total["unknown loops"])
+
+
+def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+    """Returns how often the body of a loop runs, 0 if the program does not tell: for TPUs only the condition does."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    instructions = computations[condition[1]] if condition else []
+    constants = {
+        x.name: int(x.operands[0]) for x in instructions if x.opcode == "constant" and x.type.startswith("s32")
+    }
+    compare = [x for x in instructions if x.root and x.opcode == "compare" and "direction=LT" in x.attributes]
+    return constants.get(compare[0].operands[1], 0) if compare else 0
+
+
+def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:
+    """Returns the bytes an instruction reads and writes; of an array it takes a slice from, the slice."""
+    result = _bytes(instruction.type)
+    reads = [_bytes(types.get(operand, "")) for operand in instruction.operands]
+    if instruction.opcode == "copy-start":  # (target, source, context)
+        return result
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * result
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * reads[1]
+    called = _CALLED.search(instruction.attributes)
+    if instruction.opcode == "fusion" and called:
+        body = computations[called[1]]
+        inner = {x.name: x for x in body}
+        for x in body:
+            if x.opcode != "parameter":
+                continue
+            users = [user for user in body if x.name in user.operands]
+            position = int(x.operands[0])
+            if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+                reads[position] = min(reads[position], sum(_bytes(user.type) for user in users))
+            elif any(user.opcode == "dynamic-update-slice" and user.operands[0] == x.name for user in users):
+                updates = [inner[user.operands[1]].type for user in users if user.opcode == "dynamic-update-slice"]
+                reads[position], result = 0.0, max(0.0, result - reads[position]) + sum(map(_bytes, updates))
+    return result + sum(reads)
+
+
+def _bytes(shape: str) -> float:
+    """Returns the bytes of all arrays of a type that lie in main memory; S(1) marks a TPU's vector memory."""
+    return sum(_size(array) for array in _ARRAY.findall(shape) if not re.search(r"S\([1-9]", array[3]))
+
+
+def _size(array: tuple[str, str, str, str]) -> float:
+    kind, bits, dims, _ = array
+    return (1.0 if kind == "pred" else int(bits or 0) / 8) * math.prod(int(n) for n in dims.split(",") if n)
