@@ -10,7 +10,7 @@ import collections
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"}
@@ -49,11 +49,11 @@ def traffic(text: str) -> Traffic:
             entry = name if header[1] else entry
         elif computations and (match := _INSTRUCTION.match(line)):
             operands = re.findall(r"%?([\w.\-]+)", match[5]) if match[4] != "constant" else [match[5]]
-            computations[name].append(_Instruction(bool(match[1]), *match.groups()[1:4], operands, match[6]))
+            computations[name].append(_Instruction(bool(match[1]), match[2], match[3], match[4], operands, match[6]))
 
     @functools.cache
-    def cost(name: str) -> collections.Counter[str]:
-        total: collections.Counter[str] = collections.Counter()
+    def cost(name: str) -> Any:
+        total: Any = collections.Counter()  # of floats, which a Counter has no type for
         types = {instruction.name: instruction.type for instruction in computations[name]}
         for instruction in computations[name]:
             opcode = instruction.opcode

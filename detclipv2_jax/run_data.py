@@ -27,8 +27,8 @@ class Plan:
     """Steps of the whole run by step program, sizes by kind, and what there is to say."""
 
     num_steps: dict[str, float] = dataclasses.field(default_factory=dict)
-    table_rows: dict[Kind, int] = dataclasses.field(default_factory=dict)  # of all hosts
-    num_concepts: dict[Kind, int] = dataclasses.field(default_factory=dict)  # distinct ones of a global batch, at most
+    table_rows: dict[str, int] = dataclasses.field(default_factory=dict)  # of all hosts
+    num_concepts: dict[str, int] = dataclasses.field(default_factory=dict)  # distinct ones of a global batch, at most
     num_words: int = LVIS_NAMES  # of the evaluation's vocabulary
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -136,7 +136,7 @@ def _check_sources(config: ConfigDict, streams: list[Stream], plan: Plan) -> Non
                     f"--validation={config.eval.annotations} --drop_validation"
                 )
         else:
-            names = (source.describe(i).removesuffix(f" of {source.path}") for i in range(len(source)))
+            names = (source.describe(i).rsplit(" of ", 1)[0] for i in range(len(source)))
             found = len(held_out & {photo_of(name) for name in names})
         if found:
             plan.problems.append(f"{source.name}: {found:,} photos of the evaluation are among its {len(source):,}")

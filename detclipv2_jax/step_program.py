@@ -168,6 +168,7 @@ def assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
         shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
         detector=inference.Detector(model, mesh=mesh),
         evaluator=None,
+        second=None,
     )
 
 

@@ -1,7 +1,8 @@
 """One host's rows of the n-th global batch of a stream, as a pure function of n.
 
 1. The order of an epoch is a permutation seeded by (seed, stream, epoch); position p of the stream is its example.
-2. Scale, flip and negatives are drawn by a generator seeded by (seed, stream, p).
+2. Scales and flips of the n-th batch are drawn by a generator seeded by (seed, stream, n), the negatives of an example
+   by one seeded by (seed, stream, p).
 3. An image that cannot be used is noted and the next readable example of the stream takes its place.
 4. The concepts of all images are merged into one table; boxes and captions point into it.
 """
@@ -58,7 +59,7 @@ class _Example(NamedTuple):
     extent: tuple[int, int]
     size: tuple[int, int]
     flip: bool
-    rng: np.random.Generator
+    position: int  # in the stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,13 @@ class BatchMaker:
         start = n * self.batch_size + self.process_index * rows
         positions = range(start, start + rows if self.endless else min(start + rows, len(self.members)))
         image = np.zeros((rows, *self.canvas, 3), np.uint8)
-        examples = [self._read(position, image[row], notes) for row, position in enumerate(positions)]
+        rng, own = np.random.default_rng((self._tag, n)), slice(self.process_index * rows, None)
+        short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[own].tolist()
+        flips = (rng.random(self.batch_size) < self.flip_prob)[own].tolist()
+        examples = [
+            self._read(position, out, notes, short_side=short_side, flip=flip)
+            for position, out, short_side, flip in zip(positions, image, short_sides, flips, strict=False)
+        ]
         extent, original_size = np.ones((rows, 2), np.int32), np.ones((rows, 2), np.int32)
         example_id = np.zeros(rows, np.int32)
         for row, example in enumerate(examples):
@@ -149,11 +156,8 @@ class BatchMaker:
         )
         return batch, notes
 
-    def _read(self, position: int, out: np.ndarray, notes: Notes) -> _Example:
+    def _read(self, position: int, out: np.ndarray, notes: Notes, *, short_side: int, flip: bool) -> _Example:
         """Writes the image at a position of the stream, or the next usable one, to its canvas."""
-        rng = np.random.default_rng((self._tag, position))
-        short_side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
-        wants_flip = bool(rng.random() < self.flip_prob)
         first = self._member(position) if self.endless else position
         for i in range(min(len(self.members), _MAX_TRIES) if self.endless else 1):
             member = (first + i) % len(self.members)
@@ -162,16 +166,16 @@ class BatchMaker:
             index -= int(self._offsets[source])
             try:
                 record = self.sources[source][index]
-                flip = wants_flip and not (self.kind is Kind.GROUNDING and _SIDE_WORDS.search(record.caption))
+                flipped = flip and not (self.kind is Kind.GROUNDING and _SIDE_WORDS.search(record.caption))
                 extent, size = transforms.place(
                     record.image if isinstance(record.image, bytes | np.ndarray) else _read_bytes(record.image),
                     out,
                     annotated_size=record.size,
                     short_side=short_side,
                     long_side=self.long_side,
-                    flip=flip,
+                    flip=flipped,
                 )
-                return _Example(record, source, extent, size, flip, rng)
+                return _Example(record, source, extent, size, flipped, position)
             except UnusableError as error:
                 reason = error.reason
             except FileNotFoundError:
@@ -238,7 +242,7 @@ class BatchMaker:
         pool, record = self.pools[example.source], example.record
         drawn = pool.draw(
             self.num_concepts - len(record.concepts),
-            example.rng,
+            np.random.default_rng((self._tag, example.position)),
             present=record.concepts,
             caption=record.caption,
             first=record.negatives,

@@ -6,7 +6,6 @@ the top left of its canvas; below and to the right of it the canvas is zero. Siz
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import struct
@@ -99,10 +98,14 @@ def read_header(data: bytes) -> Header:
     return header
 
 
-@functools.cache
-def _one_opencv_thread() -> None:
-    """Keeps OpenCV in the calling thread: the streams already use one thread or process a core."""
-    cv2.setNumThreads(1)
+def _set_up_opencv() -> None:
+    """Keeps OpenCV in the calling thread: the streams already use one thread or process a core.
+
+    Lets it round sums of pixels either way: resizing takes 0.7 of the time and is off by 1 of 255 at most.
+    """
+    if not cv2.ipp.useIPP_NotExact():  # false in every new thread
+        cv2.setNumThreads(1)
+        cv2.ipp.setUseIPP_NotExact(True)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -158,7 +161,9 @@ def decode(data: bytes, header: Header, *, size: tuple[int, int]) -> UInt8[np.nd
     scale = next(holds, 1)
     if header.is_jpeg and scale == 1:
         try:
-            return simplejpeg.decode_jpeg(data)  # the pixels of OpenCV in less time
+            # the pixels of OpenCV in less time; what will be averaged may be a little rough
+            shrinks = size[0] < header.size[0] and size[1] < header.size[1]
+            return simplejpeg.decode_jpeg(data, fastdct=shrinks, fastupsample=shrinks)
         except ValueError:
             pass  # CMYK or damaged: OpenCV decides
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[scale]
@@ -193,7 +198,7 @@ def place(
     Raises:
       UnusableError: see `read_header`, `frame` and `decode`.
     """
-    _one_opencv_thread()
+    _set_up_opencv()
     header = read_header(image) if isinstance(image, bytes) else Header(image.shape[:2], 1, is_jpeg=False)
     size, orientation = frame(header, annotated_size)
     extent = target_size(size, canvas=out.shape[:2], short_side=short_side, long_side=long_side)
@@ -203,14 +208,12 @@ def place(
     # averaging over areas is only needed where bilinear sampling would skip pixels
     shrinks = pixels.shape[0] > 2 * stored[0] or pixels.shape[1] > 2 * stored[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    if orientation == 1 and not flip:
+    if orientation == 1:
         cv2.resize(pixels, stored[::-1], dst=view, interpolation=method)
-        return extent, size
-    upright = _upright(cv2.resize(pixels, stored[::-1], interpolation=method), orientation)
-    if flip:
-        cv2.flip(np.ascontiguousarray(upright), 1, dst=view)
     else:
-        view[:] = upright
+        view[:] = _upright(cv2.resize(pixels, stored[::-1], interpolation=method), orientation)
+    if flip:
+        cv2.flip(view, 1, dst=view)
     return extent, size
 
 

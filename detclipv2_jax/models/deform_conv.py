@@ -119,7 +119,7 @@ def _gather_backward(features, offsets, mask, kernel, gradient):
         weight_gradient = jnp.einsum(
             "bnfc,bnc->bnf", corners, sample_gradient.astype(features.dtype), preferred_element_type=jnp.float32
         )
-        update = jnp.concatenate([tap_weights[..., i : i + 1] * sample_gradient for i in range(4)], axis=-1)
+        update = (tap_weights[..., None] * sample_gradient[:, :, None]).reshape(b, -1, 4 * c)
         packed_gradient = jax.vmap(lambda into, i, rows: into.at[i].add(rows, mode="promise_in_bounds"))(
             packed_gradient, tap_index, update
         )

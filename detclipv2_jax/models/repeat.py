@@ -41,7 +41,7 @@ def repeat(
             x = blocks[i % len(blocks)].clone(parent=parent, name=name)(x, *(array[i] for array in inputs), *static)
         return x
     keys = jax.random.split(parent.make_rng("dropout"), len(names)) if parent.has_rng("dropout") else None
-    rows = [
+    rows: list[Any] = [
         (parent.get_variable("params", name), [array[i] for array in inputs], None if keys is None else keys[i])
         for i, name in enumerate(names)
     ]

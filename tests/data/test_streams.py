@@ -303,7 +303,7 @@ def test_grounding_negatives_are_no_concept_of_the_caption_and_no_synonym_of_a_p
     lines += [f"thing {i} x\tdefinition {i}" for i in range(60)]
     (tmp_path / "words.tsv").write_text("\n".join(lines))
     config.grounding.dictionary, config.grounding.batch_size = str(tmp_path / "words.tsv"), 1
-    config.grounding.num_concepts, config.grounding.canvases = 66, ((64, 96),)
+    config.grounding.num_concepts, config.grounding.canvases = 70, ((64, 96),)
     names = [line.split("\t")[0] for line in lines]
     known = dict(zip(text_ids([*names, *(p for of_image in PHRASES for p in of_image)]), names, strict=False))
     (stream,) = (stream for stream in train_streams(config) if stream.kind is Kind.GROUNDING)
