@@ -111,4 +111,4 @@ def test_similarities_of_grounding_at_the_papers_size_are_never_held_whole():
     )
     whole, embeddings = 4 * b * a * t, 4 * b * a * d  # bytes in float32
     # beside a few chunks the embeddings and their gradient in float32
-    assert program.compile().memory_analysis().temp_size_in_bytes < 4 * embeddings + 4 * (128 << 20) < whole / 2.5
+    assert program.compile().memory_analysis().temp_size_in_bytes < 4 * embeddings + 6 * (128 << 20) < whole / 2
