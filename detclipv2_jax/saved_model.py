@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import pathlib
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -121,7 +121,7 @@ class Model(tf.Module):
 
     def __init__(self, modules: Mapping[str, Exported], weights: Mapping[str, np.ndarray]):
         super().__init__()
-        self._modules = dict(modules)
+        self._modules = {name: _portable(module) for name, module in modules.items()}
         self._canvases = {
             name: module.in_avals[-4].shape[1:3] for name, module in modules.items() if name.startswith("detect")
         }
@@ -170,7 +170,7 @@ def _call(module: Exported, weights: Mapping[str, tf.Variable], *args: tf.Tensor
     results = xla.call_module(
         [tf.convert_to_tensor(flat[i]) for i in module.module_kept_var_idx],
         version=module.calling_convention_version,
-        module=_portable(module),
+        module=module.mlir_module_serialized,
         Tout=[tf.as_dtype(result.dtype) for result in module.out_avals],
         Sout=[[size if isinstance(size, int) else None for size in result.shape] for result in module.out_avals],
         platforms=[platform.upper() for platform in module.platforms],
@@ -178,9 +178,8 @@ def _call(module: Exported, weights: Mapping[str, tf.Variable], *args: tf.Tensor
     return jax.tree.unflatten(module.out_tree, results)
 
 
-@functools.cache
-def _portable(module: Exported) -> bytes:
-    """Returns the code of a module in the form that TensorFlow reads.
+def _portable(module: Exported) -> Exported:
+    """Returns a module in the form that TensorFlow reads.
 
     1. It does not look for sizes inside composite operations (erf, top_k): what they consist of takes their place.
     2. It is older than jax: the code is written as of an older version.
@@ -189,7 +188,8 @@ def _portable(module: Exported) -> bytes:
     with make_ir_context():
         code = mlir.deserialize_portable_artifact(module.mlir_module_serialized)
         PassManager.parse("builtin.module(func.func(stablehlo-legalize-composite-to-call),inline)").run(code.operation)
-        return mlir.serialize_portable_artifact(code, STABLEHLO_VERSION)
+        portable = mlir.serialize_portable_artifact(code, STABLEHLO_VERSION)
+    return dataclasses.replace(module, mlir_module_serialized=portable)
 
 
 def save(folder: pathlib.Path, modules: Mapping[str, Exported], weights: Mapping[str, np.ndarray]) -> None:

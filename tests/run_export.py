@@ -52,6 +52,8 @@ if kind != "safetensors":
         start = time.perf_counter()
         found = run()
         seconds.append(time.perf_counter() - start)
+    if "names" in found:
+        found["names"] = found["names"].astype("S")
     found |= {"embeddings": embeddings, "load_s": seconds[0], "first_s": seconds[1], "next_s": min(seconds[2:])}
 assert not any(name.startswith("detclipv2_jax") for name in sys.modules)
 np.savez(target, **found)
