@@ -23,7 +23,6 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax
 import jax
@@ -97,7 +96,7 @@ def run(
     if file_format == "stablehlo":
         for name, module in make_modules(predictor, weights, limits).items():
             (folder / f"{name}.stablehlo").write_bytes(module.serialize())
-        _copy(standalone, "detector.py", folder)
+        _copy_script("detector.py", folder)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -114,11 +113,11 @@ def write_weights(
         listed = {"words": names, "definitions": [words[name] for name in names]}
         (folder / "vocabulary.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
         save_file({"embeddings": text[mask]}, folder / "vocabulary.safetensors", metadata=about)
-    _copy(standalone, "weights.py", folder)
+    _copy_script("weights.py", folder)
 
 
-def _copy(package: Any, name: str, folder: pathlib.Path) -> None:
-    shutil.copyfile(pathlib.Path(package.__path__[0]) / name, folder / name)
+def _copy_script(name: str, folder: pathlib.Path) -> None:
+    shutil.copyfile(pathlib.Path(standalone.__path__[0]) / name, folder / name)
 
 
 def make_modules(predictor: Predictor, weights: Mapping[str, np.ndarray], limits: Limits) -> dict[str, Exported]:

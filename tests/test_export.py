@@ -171,3 +171,12 @@ def test_wrong_arguments(predictor, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="is no workdir: it has no config"):
         export.run(checkpoint=str(tmp_path), file_format="safetensors", output=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    line = [sys.executable, "-m", "detclipv2_jax.export", f"--checkpoint={tmp_path}", "--format=stablehlo"]
+    line += [f"--output={tmp_path / 'new'}", "--words=cat", "--vocabulary=coco"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is no workdir: it has no config.json")
