@@ -13,9 +13,9 @@ programs compiled for one TPU v5e by tests/benchmarks/deform_conv_cost.py; not r
 | form   | pass     | GFLOP | GB moved |
 |--------|----------|-------|----------|
 | gather | forward  |  21.9 |      7.4 |
-| gather | backward |  43.1 |     18.7 |
-| banded | forward  |  47.7 |      5.1 |
-| banded | backward | 125.7 |      9.7 |
+| gather | backward |  42.6 |     19.6 |
+| banded | forward  |  47.8 |      5.1 |
+| banded | backward | 125.8 |      9.7 |
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MIN_REPEATS = 3  # below, a loop is not worth its copies
+MIN_REPEATS = 4  # below, a loop costs more than it saves: it copies what the backward pass needs
 
 
 def repeat(
