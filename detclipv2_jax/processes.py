@@ -7,6 +7,7 @@ collective operations, which would wait for it forever without a word.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -49,13 +50,14 @@ def join(mode: str, *, timeout_s: int) -> None:
             numbers = {
                 "num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])
             }  # fmt: skip
-        jax.distributed.initialize(
-            coordinator_address=address,
-            initialization_timeout=timeout_s,
-            heartbeat_timeout_seconds=min(HEARTBEAT_TIMEOUT_S, timeout_s),
-            shutdown_timeout_seconds=timeout_s,
-            **numbers,
-        )
+        with _registration_within(timeout_s):
+            jax.distributed.initialize(
+                coordinator_address=address,
+                initialization_timeout=timeout_s + 30,  # to hear from the coordinator who is missing
+                heartbeat_timeout_seconds=min(HEARTBEAT_TIMEOUT_S, timeout_s),
+                shutdown_timeout_seconds=timeout_s,
+                **numbers,
+            )
         _client().key_value_set(f"host of process {jax.process_index()}", socket.gethostname())
     elif jax.process_count() > 1:  # a TPU pod's hosts know of each other without having joined
         raise ValueError(
@@ -63,6 +65,18 @@ def join(mode: str, *, timeout_s: int) -> None:
             "give --distributed=on"
         )
     logging.info("process %d of %d on %s", jax.process_index(), jax.process_count(), socket.gethostname())
+
+
+@contextlib.contextmanager
+def _registration_within(timeout_s: int) -> Iterator[None]:
+    """Lets the coordinator say after `timeout_s` who is missing; jax would have it wait for an hour, in silence."""
+    library: Any = distributed._jax
+    make = library.get_distributed_runtime_service
+    library.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=timeout_s)
+    try:
+        yield
+    finally:
+        library.get_distributed_runtime_service = make
 
 
 def _client() -> Any:

@@ -174,9 +174,6 @@ def train(run: Run) -> dict[str, float]:
         sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
         for step in range(start, schedule.num_steps):
             if run.evaluator and evaluation_due(run, step) and step not in scores:
-                if sent:
-                    sent()
-                    sent = None
                 scores[step] = evaluate_state(run.evaluator, state, writer)
             if step == start or evaluation_due(run, step):
                 state, decision = conclude(run, state, scores, checkpoints, step=step)
@@ -194,7 +191,9 @@ def train(run: Run) -> dict[str, float]:
                 batch = next(readers[draw.stream])
                 processes.barrier("step", note=str(step + 1), timeout_s=config.timeout_s)
             if profiled and step == profiled[0]:
-                jax.profiler.start_trace(run.workdir / "profile")
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # every call of a tracing step would be millions of events
+                jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
             if sent:
@@ -216,7 +215,8 @@ def train(run: Run) -> dict[str, float]:
             preempted = stopping(done)
             if draw.position == 0 or due(draw.position, config.pictures_every_steps):
                 draw_batch(run, stream, batch, state, step=done, aligned=draw.position > 0)
-            saved = last or preempted or due(done, config.checkpoint.every_steps)
+            # before an evaluation too, which may take longer than the grace of a preemption
+            saved = last or preempted or due(done, config.checkpoint.every_steps) or evaluation_due(run, done)
             traced = bool(profiled) and step == profiled[-1]
             if saved or traced:
                 sent()  # first, so that a run stopped by its loss does not leave that step as its newest checkpoint

@@ -50,7 +50,7 @@ def test_dry_runs_start_the_program_with_flags_that_it_has(name, arguments):
     output = dry_run(name, *arguments, *given, "--config.seed=1")
     assert "python" in output
     assert "detclipv2_jax.main" in output
-    _, _, command = output.partition("detclipv2_jax.main")
+    _, _, command = output.rpartition("detclipv2_jax.main")
     found = dict(re.findall(r"--([\w.]+)=([^\s'|]*)", command))
     assert found["config.seed"] == "1"
     assert (ROOT / found["config"]).is_file()

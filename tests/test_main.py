@@ -124,11 +124,12 @@ def test_a_step_is_read_when_the_next_one_is_sent_and_can_be_traced(finished, tm
     config = with_steps(finished[0], 4)
     config.scenes.num_eval = 0
     config.profile_steps = 2
-    events = []
-    jitted_step, finish_step = train.jitted_step, train.finish_step
+    events, runs = [], []
+    jitted_step, finish_step, step_cost = train.jitted_step, train.finish_step, train.step_cost
 
-    def recorded_step(*which):
-        step = jitted_step(*which)
+    def recorded_step(run, *which):
+        runs.append(run)
+        step = jitted_step(run, *which)
 
         def send(*arguments):
             events.append("sent")
@@ -143,13 +144,16 @@ def test_a_step_is_read_when_the_next_one_is_sent_and_can_be_traced(finished, tm
     monkeypatch.setattr(train, "jitted_step", recorded_step)
     monkeypatch.setattr(train, "finish_step", recorded_finish)
     monkeypatch.setattr(flops, "PEAKS", {"cpu": 1e12})
+    monkeypatch.setattr(train, "step_cost", lambda run, number: lambda num_concepts: 8e12)
     start(config, tmp_path / "run")
     assert events == ["sent", "sent", "read 1", "sent", "read 2", "sent", "read 3", "read 4"]
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["timing/images_per_second"] * row["timing/step_seconds"] == pytest.approx(8)  # one step of 8 images
     assert 0 <= row["timing/data_wait_share"] < 1
-    assert 0 < row["timing/flop_utilization"] < 1
+    assert row["timing/flop_utilization"] * row["timing/step_seconds"] == pytest.approx(1)
+    few, more = (step_cost(runs[0], 0)(num_concepts) for num_concepts in (10, 20))
+    assert 0 < few < more
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """What one process can say about the others; two of them run in tests/faults."""
 
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 
 import jax
+import portpicker
 import pytest
 
 from detclipv2_jax import processes
@@ -96,7 +100,7 @@ def test_joining_is_automatic_where_variables_say_so(monkeypatch, variables):
     processes.join("auto", timeout_s=60)
     (options,) = joined
     assert options["coordinator_address"] == variables.get("JAX_COORDINATOR_ADDRESS")
-    assert options["heartbeat_timeout_seconds"] == options["initialization_timeout"] == 60
+    assert options["heartbeat_timeout_seconds"] == 60 < options["initialization_timeout"]
     assert options.get("process_id") == (1 if "JAX_PROCESS_ID" in variables else None)
 
 
@@ -124,3 +128,22 @@ def test_another_configuration_on_one_host_is_an_error(monkeypatch):
     processes.check_same("a", what="configuration", timeout_s=1)
     with pytest.raises(ValueError, match=r"configuration of process 3 .* differs from that of process 0"):
         processes.check_same("b", what="configuration", timeout_s=1)
+
+
+@pytest.mark.slow
+def test_a_process_that_never_came_is_named():
+    address = f"localhost:{portpicker.pick_unused_port()}"
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0",
+    }  # fmt: skip
+    alone = subprocess.run(
+        [sys.executable, "-c", "from detclipv2_jax import processes; processes.join('auto', timeout_s=2)"],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert alone.returncode != 0
+    names = alone.stderr.partition("timed out task names:\n")[2].splitlines()
+    assert sorted(names[:2]) == ["1", "2"], alone.stderr
