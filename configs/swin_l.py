@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     c.grounding.data = ("data/gqa", "data/flickr30k")
     c.image_text.data = ("data/cc3m", "data/cc12m")
     c.detection.batch_size = c.grounding.batch_size = 256
+    c.eval.batch_size = 64  # an image a device
     c.loss.selection_scope = "device"
     c.optimizer.learning_rate = 4e-4
     c.eval.annotations = "data/lvis/lvis_v1_minival_inserted_image_name.json"

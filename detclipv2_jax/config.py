@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ ORDERS = ("shuffled", "cycle")
 NONFINITE = ("stop", "skip")
 MONITORS = tuple(f"{lead}AP{of}" for lead in ("", "fixed_") for of in ("", "50", "75", *"smlrcf"))
 OBJECTNESS = ("none", "classification", "iou")
+# accelerators by the beginning of their `device_kind`; the first fits
+CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100": "h100"}
 
 
 def model(size: str) -> ConfigDict:
@@ -216,6 +219,12 @@ def base() -> ConfigDict:
     # ends with its name. Longer than compiling takes on one host more than on another
     c.timeout_s = 600
 
+    # values for accelerators with less memory than the others, which win over all others there: (key, value) pairs by
+    # chip (v4, v5e, v5p, v6e, h100); `python -m detclipv2_jax.preflight` finds them
+    c.chips = ConfigDict()
+    for chip in CHIPS.values():
+        c.chips[chip] = ()
+
     # --- evaluation and prediction (spec section 5 and section 9, points 21-22)
     c.eval = ConfigDict()
     c.eval.annotations = ""  # COCO json; "" trains without evaluation
@@ -296,6 +305,20 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(tuples(json.loads(text))).lock()
 
 
+def for_chip(config: ConfigDict, chip: str | None) -> ConfigDict:
+    """Returns the configuration with the values of `config.chips` for a chip; None has none."""
+    config = config.copy_and_resolve_references()
+    for key, value in config.chips[chip] if chip else ():
+        *path, last = key.split(".")
+        functools.reduce(operator.getitem, path, config)[last] = value
+    return config
+
+
+def chip_of(device_kind: str) -> str | None:
+    """Returns the name of an accelerator in `config.chips`, None where it has none."""
+    return next((chip for kind, chip in CHIPS.items() if device_kind.startswith(kind)), None)
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns "key: old -> new" for every key in which two configurations differ."""
 
@@ -337,6 +360,13 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     choice("order", ORDERS)
     choice("eval.monitor", MONITORS)
     choice("nonfinite", NONFINITE)
+    for chip in config.chips:
+        try:
+            for_chip(config, chip)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            problems.append(
+                f"config.chips.{chip} is {config.chips[chip]}; allowed: (key, value) pairs ({error.args[0]})"
+            )
     for key in (
         "epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "optimizer.patience",
         "timeout_s",

@@ -48,7 +48,7 @@ _PREEMPTED_STATUS = flags.DEFINE_integer(
 # may differ between the runs of one workdir: how long, how often and from where, not what
 CHANGEABLE = (
     "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
-    "eval", "input", "mesh",
+    "eval", "input", "mesh", "chips",
 )  # fmt: skip
 
 
@@ -89,10 +89,13 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, *, training: bool) -> Cal
       ValueError: the configuration, the files it names or the workdir are wrong.
       MissingProcessError: another process did not get this far.
     """
-    config_lib.validate(config, num_devices=jax.device_count())
+    chip = config_lib.chip_of(jax.devices()[0].device_kind)
+    if chip and config.chips[chip]:
+        logging.info("values for %s: %s (config.chips.%s)", chip, dict(config.chips[chip]), chip)
+    config_lib.validate(config_lib.for_chip(config, chip), num_devices=jax.device_count())
     processes.check_same(config_lib.to_json(config), what="configuration", timeout_s=config.timeout_s)
     check_workdir(workdir, config, fresh_allowed=training or bool(config.init_from.checkpoint))
-    complete = with_scenes(config, workdir)
+    complete = with_scenes(config_lib.for_chip(config, chip), workdir)
     work: Callable[[], dict[str, float]]
     if training:
         work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))

@@ -131,7 +131,7 @@ def run(
     """
     parsed = [Topology.parse(name) for name in topologies]
     for topology in parsed:
-        config_lib.validate(config, num_devices=topology.num_devices)
+        config_lib.validate(config_lib.for_chip(config, topology.chip), num_devices=topology.num_devices)
     steps = [step for step in step_names(config) if not only or step.startswith(tuple(only))]
     if not steps:
         raise ValueError(f"--only={','.join(only)} names no step; there are {', '.join(step_names(config))}")
@@ -144,7 +144,7 @@ def run(
             well = not plan.problems
         rows = []
         for step in steps:
-            rows.append(measured_row(config, topology, step, plan, cache))
+            rows.append(measured_row(config_lib.for_chip(config, topology.chip), topology, step, plan, cache))
             print(f"{topology.name} {step}: {status(rows[-1])}", file=sys.stderr, flush=True)
         sections.append(topology_report(topology, rows, plan, utilization))
         well = well and all(row.fits for row in rows)
