@@ -31,6 +31,7 @@ def config(folder, *, evaluated=False, fsdp=8):
     """A run on the scenes in `folder`, of both forms of a step; its parameters are split over both processes."""
     c = micro_config()
     c.num_steps = NUM_STEPS
+    c.model.head.deformable = False  # much to compile, and nothing of it crosses devices
     c.mesh.fsdp = fsdp
     c.checkpoint.every_steps = 3
     c.pictures_every_steps = 0
