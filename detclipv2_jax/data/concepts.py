@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,12 +173,6 @@ class Pool:
     def _find(self, names: Iterable[str]) -> list[int]:
         return [i for name in names for i in self._related.get(key(name), ())]
 
-    def _shuffled(self, num: int, rng: np.random.Generator) -> Iterator[int]:
-        """Yields all indices in random order, the first `num` cheaply; from then on some again."""
-        yield from rng.choice(len(self), min(num, len(self)), replace=False).tolist()
-        if num < len(self):
-            yield from rng.permutation(len(self)).tolist()
-
     def draw(
         self,
         num: int,
@@ -203,16 +197,21 @@ class Pool:
             return np.zeros(0, np.int32)
         text = tokenizer.clean(caption)
         text = f"{text}\n{_WORD.sub(lambda match: _singular(match[0]), text)}"
-        taken = {*self._find(present), *self._find(never)}
-        known = self._find(first)
-        drawn: list[int] = []
-        for i in itertools.chain(rng.permutation(known).tolist() if known else (), self._shuffled(2 * num + 64, rng)):
-            if len(drawn) == num:
-                break
-            if i not in taken and not (caption and self._keys[i] in text):
-                taken.add(i)
-                drawn.append(i)
-        return np.array(drawn, np.int32)
+        taken = np.zeros(len(self), bool)
+        taken[self._find(present)] = taken[self._find(never)] = True
+
+        def take(indices: np.ndarray) -> np.ndarray:
+            indices = indices[~taken[indices]]
+            if caption:
+                indices = np.array([i for i in indices.tolist() if self._keys[i] not in text], np.int64)
+            taken[indices] = True
+            return indices
+
+        drawn = take(rng.permutation(np.unique(self._find(first)).astype(np.int64)))
+        for most in (2 * num + 64, len(self)):  # mostly the first, which is cheap, is enough
+            if len(drawn) < num:
+                drawn = np.concatenate([drawn, take(rng.choice(len(self), min(most, len(self)), replace=False))])
+        return drawn[:num].astype(np.int32)
 
 
 class Table(NamedTuple):
