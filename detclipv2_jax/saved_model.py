@@ -24,6 +24,7 @@ from detclipv2_jax.data import tokenizer
 from detclipv2_jax.inference import WORD_CHUNK
 
 STABLEHLO_VERSION = "1.13.0"  # TensorFlow 2.21 reads up to 1.13.7
+LONGEST_WORD = 256  # bytes; time grows with the longest word, and the first tokens do not depend on what is so far away
 NOTHING = np.iinfo(np.int32).max  # the merge of a pair that has none
 SAME = "\0"  # the repair of a character that needs none
 
@@ -37,7 +38,7 @@ class Tokenizer(tf.Module):
        case.
     2. Split into words: contractions, runs of letters, digits, runs of anything else.
     3. Merge the bytes of all different words at once: in every round each word's first pair of lowest rank becomes one
-       token.
+       token. Of a word, the first `LONGEST_WORD` bytes count.
     4. [SOS], tokens of the words as far as they fit, [EOS], zeros.
     """
 
@@ -67,26 +68,34 @@ class Tokenizer(tf.Module):
     def _merge(self, words: tf.Tensor) -> tf.RaggedTensor:
         """Returns the tokens of every word."""
         length = tf.strings.length(words)
-        longest = tf.maximum(tf.reduce_max(length), 2)
+        longest = tf.clip_by_value(tf.reduce_max(length), 2, LONGEST_WORD)
         position = tf.range(longest)[None]
-        tokens = tf.gather(self._byte_ids, tf.cast(tf.io.decode_raw(words, tf.uint8, fixed_length=longest), tf.int32))
+        data = tf.io.decode_raw(tf.strings.substr(words, 0, LONGEST_WORD), tf.uint8, fixed_length=longest)
+        tokens = tf.gather(self._byte_ids, tf.cast(data, tf.int32))
         tokens += 256 * tf.cast(position == length[:, None] - 1, tf.int32)
         tokens = tf.where(position < length[:, None], tokens, -1)
 
-        def best_pair(tokens):
-            left, right = tf.cast(tokens[:, :-1], tf.int64), tf.cast(tokens[:, 1:], tf.int64)
-            merged = self._merges.lookup(_pair_key(left, right))  # of no pair with padding: its key is none's
-            return tf.reduce_min(merged, axis=1, keepdims=True), tf.argmin(merged, axis=1, output_type=tf.int32)
+        def without_first(x: tf.Tensor, fill: int) -> tf.Tensor:
+            return tf.pad(x[:, 1:], [[0, 0], [0, 1]], constant_values=fill)
 
-        def merge(tokens, best, place):
-            place = tf.where(best[:, 0] < NOTHING, place, longest)[:, None]
-            shifted = tf.pad(tokens[:, 1:], [[0, 0], [0, 1]], constant_values=-1)
-            tokens = tf.where(position < place, tokens, tf.where(position == place, best, shifted))
-            return tokens, *best_pair(tokens)
+        def merged(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+            return self._merges.lookup(_pair_key(tf.cast(left, tf.int64), tf.cast(right, tf.int64)))
 
-        tokens, _, _ = tf.while_loop(
-            lambda tokens, best, place: tf.reduce_any(best < NOTHING), merge, (tokens, *best_pair(tokens))
-        )
+        def merge(tokens: tf.Tensor, pairs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            best = tf.reduce_min(pairs, axis=1, keepdims=True)
+            place = tf.argmin(pairs, axis=1, output_type=tf.int32)[:, None]
+            place = tf.where(best < NOTHING, place, 2 * longest)  # out of reach: this word is done
+            tokens = tf.where(position < place, tokens, without_first(tokens, -1))
+            tokens = tf.where(position == place, best, tokens)
+            left, token, right = (
+                tf.gather(tokens, tf.clip_by_value(place + step, 0, longest - 1), batch_dims=1) for step in (-1, 0, 1)
+            )
+            pairs = tf.where(position < place, pairs, without_first(pairs, NOTHING))
+            pairs = tf.where(position == place, merged(token, right), pairs)
+            return tokens, tf.where(position == place - 1, merged(left, token), pairs)
+
+        pairs = merged(tokens, without_first(tokens, -1))  # what each token and its right neighbour become
+        tokens, _ = tf.while_loop(lambda _, pairs: tf.reduce_any(pairs < NOTHING), merge, (tokens, pairs))
         return tf.RaggedTensor.from_tensor(tokens, padding=-1)
 
 

@@ -39,6 +39,19 @@ def predictor(micro_session):
     return Predictor(config, model, init(jax.random.key(0)), step=7)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_traced_once():
+    made, make = [], export.make_modules
+
+    def make_once(*arguments):
+        made.extend([] if made else [make(*arguments)])
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "make_modules", make_once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def photos(request, tmp_path_factory):
     """Landscape photographs, painted ones where there are none."""
