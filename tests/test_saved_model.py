@@ -43,8 +43,8 @@ def test_odd_texts(tokens_of):
     found, expected = tokens_of(ODD), tokenizer.tokenize(ODD, max_length=LENGTH)
     wrong = {text for text, *rows in zip(ODD, found, expected, strict=True) if not np.array_equal(*rows)}
     assert wrong == DIFFERENT
-    cleaned = [tokenizer.clean(text) for text in ODD]
-    np.testing.assert_array_equal(tokens_of(cleaned), expected)
+    cleaned = [tokenizer.clean(text) for text in sorted(DIFFERENT)]
+    np.testing.assert_array_equal(tokens_of(cleaned), tokenizer.tokenize(sorted(DIFFERENT), max_length=LENGTH))
     assert tokens_of([]).shape == (0, LENGTH)
 
 
