@@ -6,6 +6,7 @@ Run the same command on every host. A run continues from the newest checkpoint o
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -167,11 +168,13 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
         if own:
             measured = (f"{name} {100 * value:.1f}" for name, value in own.items() if value >= 0)  # -1: nothing of it
             print(f"{f'second set, {group[11:]} training' if group else 'scores'} in %: {', '.join(measured)}")
+    if (workdir / "best.json").exists():
+        best = json.loads((workdir / "best.json").read_text())
+        print(f"best checkpoint: step {best['step']}, {best['score']} {100 * best['value']:.1f}")
     print(f"done in {minutes:.1f} minutes; everything is in {workdir}/:")
     for name, what in {
         "checkpoints": "parameters and optimizer state",
         "metrics.jsonl": "loss terms, speed and scores by step (TensorBoard events beside it)",
-        "best.json": "the checkpoint that predicts and is scored",
         "eval": "detections in COCO format and scores",
         "forgetting": "the same of the second set",
         "pictures": "what the model saw and found",

@@ -55,6 +55,7 @@ class Run:
     streams: list[streams_lib.Stream]
     schedule: Schedule
     model: detclip.DetCLIP
+    shapes: Any  # tree of the parameters' shapes
     tx: optax.GradientTransformation
     shardings: TrainState
     detector: Detector
@@ -102,6 +103,7 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         streams=streams,
         schedule=schedule,
         model=model,
+        shapes=shapes,
         tx=tx,
         shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
         detector=detector,
@@ -334,32 +336,31 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
     3. fresh everything, but for the towers that `init_from.swin` and `init_from.text` hold.
     """
     config = run.config
+    new = functools.partial(train_state.create, tx=run.tx, ema=config.optimizer.ema_decay > 0)
+
+    def create(key: jax.Array, pretrained: dict[str, np.ndarray]) -> TrainState:
+        params = train_state.init_params(run.model, key, context_length=config.model.text.context_length)
+        return new(jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params))
+
     if (newest := checkpoints.latest_step()) is not None:
         return checkpoints.restore(abstract_state(run), step=newest)
     if config.init_from.checkpoint:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
         logging.info("parameters from step %d of %s", step, config.init_from.checkpoint)
-        new = functools.partial(train_state.create, tx=run.tx, ema=config.optimizer.ema_decay > 0)
         return jax.jit(new, out_shardings=run.shardings)(jax.tree.map(np.asarray, params))
-    pretrained, notes = weights.load_all(config.init_from, named_shapes(abstract_state(run).params))
+    pretrained, notes = weights.load_all(config.init_from, named_shapes(run.shapes))
     for note in notes:
         logging.info(note)
-    create = functools.partial(fresh_state, run)
     return jax.jit(create, out_shardings=run.shardings)(jax.random.key(config.seed), pretrained)
-
-
-def fresh_state(run: Run, key: jax.Array, pretrained: dict[str, np.ndarray]) -> TrainState:
-    """Returns random parameters but for the pre-trained ones, by name, and a fresh optimizer."""
-    params = train_state.init_params(run.model, key, context_length=run.config.model.text.context_length)
-    params = jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params)
-    return train_state.create(params, run.tx, ema=run.config.optimizer.ema_decay > 0)
 
 
 def abstract_state(run: Run) -> TrainState:
     """Returns shapes and shardings of the state."""
-    shapes = jax.eval_shape(functools.partial(fresh_state, run, pretrained={}), jax.random.key(0))
+    new = functools.partial(train_state.create, tx=run.tx, ema=run.config.optimizer.ema_decay > 0)
     return jax.tree.map(
-        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, run.shardings
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        jax.eval_shape(new, run.shapes),
+        run.shardings,
     )
 
 
