@@ -30,7 +30,7 @@ def repeat(
     Args:
       parent: the module, in its compact method.
       blocks: those of one turn, made with `parent=None`.
-      names: of all blocks' parameters; a multiple of the number of blocks.
+      names: of all blocks' parameters.
       x: of the same shape after every block.
       inputs: arrays whose first axis counts the blocks.
       static: further arguments, the same for all.
@@ -46,10 +46,10 @@ def repeat(
         for i, name in enumerate(names)
     ]
     turns = [rows[i : i + len(blocks)] for i in range(0, len(rows), len(blocks))]
-    scanned = len(turns) >= MIN_REPEATS
+    scanned = len(turns) >= MIN_REPEATS and len(turns[-1]) == len(blocks)
 
     def one_turn(x: jax.Array, rows: Sequence[Any]) -> tuple[jax.Array, None]:
-        for block, row in zip(blocks, rows, strict=True):
+        for block, row in zip(blocks, rows, strict=False):  # the last turn may be a part of one
 
             def call(x, row, block=block):
                 params, given, key = row
