@@ -203,7 +203,7 @@ def test_one_device_equals_eight():
     expected = one.predict(params, photos, text, mask, limits)
     assert expected.mask.any(axis=1).all()
     # nothing but the results moves between devices; left alone, the partitioner gathers the scores of all images
-    program = eight._compiled_predict.lower(params, split, text, mask, limits).compile().as_text()
+    program = eight.compiled_predict.lower(params, split, text, mask, limits).compile().as_text()
     moved = re.findall(r"(\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
     shapes = {(re.sub(r"\{.*", "", shape), kind) for shape, kind in moved}
     results = ("f32[8,300,4]", "f32[8,300]", "s32[8,300]", "pred[8,300]")

@@ -48,6 +48,7 @@ def _singular(word: str) -> str:
     return word
 
 
+@functools.lru_cache(1 << 16)
 def key(name: str) -> str:
     """Returns the form in which names are compared: clean, lower case, no leading determiner, last word singular."""
     return _LAST_WORD.sub(lambda match: _singular(match[0]), _DETERMINER.sub("", tokenizer.clean(name)))
@@ -195,7 +196,7 @@ class Pool:
         """
         if num <= 0:
             return np.zeros(0, np.int32)
-        text = tokenizer.clean(caption)
+        text = tokenizer.clean(caption) if caption else ""
         text = f"{text}\n{_WORD.sub(lambda match: _singular(match[0]), text)}"
         taken = np.zeros(len(self), bool)
         taken[self._find(present)] = taken[self._find(never)] = True
@@ -207,7 +208,8 @@ class Pool:
             taken[indices] = True
             return indices
 
-        drawn = take(rng.permutation(np.unique(self._find(first)).astype(np.int64)))
+        known = sorted(set(self._find(first)))
+        drawn = take(rng.permutation(known)) if known else np.zeros(0, np.int64)
         for most in (2 * num + 64, len(self)):  # mostly the first, which is cheap, is enough
             if len(drawn) < num:
                 drawn = np.concatenate([drawn, take(rng.choice(len(self), min(most, len(self)), replace=False))])
