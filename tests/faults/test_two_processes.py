@@ -1,6 +1,7 @@
 """Two processes with 4 devices each: equal to one process, preempted, killed; this file is also their program."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -111,6 +112,13 @@ def assert_close(ours, theirs, *, steps, tolerance):
             assert ours[step][name] == pytest.approx(value, rel=tolerance, abs=tolerance), (step, name)
 
 
+def scores(workdir):
+    """Returns the scores of all detections of the last evaluation, the best first."""
+    found = json.loads((workdir / "eval" / f"step_{NUM_STEPS:08d}_detections.json").read_text())
+    assert len(found) > 100
+    return sorted((detection["score"] for detection in found), reverse=True)
+
+
 def moments(workdir):
     """Returns Adam's first moments of the newest checkpoint, the gradients' running means, by name."""
     opened = checkpoints.Checkpoints(workdir)
@@ -129,6 +137,8 @@ def test_two_processes_equal_one(ended, tmp_path):
     # losses, gradient norms, numbers of de-duplicated concepts, scores
     assert {name.split("/")[0] for row in one.values() for name in row} >= {"detection", "image_text", "eval"}
     assert_close(two, one, steps=range(1, NUM_STEPS + 1), tolerance=1e-5)
+    ours, theirs = (scores(workdir) for workdir in (folder / "unbroken", tmp_path / "one"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
     ours, theirs = moments(folder / "unbroken"), moments(tmp_path / "one")
     assert len(ours) > 50
     for name, value in theirs.items():
