@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from configs import swin_t
+from detclipv2_jax import config as config_lib
 from detclipv2_jax import preflight, run_data, step_program
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.step_program import GIB, Topology
