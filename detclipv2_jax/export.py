@@ -161,6 +161,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("format", None, FORMATS, "what to write", required=True)
     flags.DEFINE_string("output", None, "folder to write, new or empty", required=True)
     vocabulary.define_flags()
+    flags.adopt_module_key_flags(vocabulary)  # for --help
     flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
     flags.DEFINE_float("nms_iou", None, "IoU above which a better box removes another; default: the run's")
     flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")

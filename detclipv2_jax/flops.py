@@ -91,15 +91,16 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        shapes = [jnp.shape(variable.aval) for variable in equation.invars]
+        inputs: list[Any] = [variable.aval for variable in equation.invars]
+        outputs: list[Any] = [variable.aval for variable in equation.outvars]
         if name == "dot_general":
             ((summed, _), _) = params["dimension_numbers"]
-            total += 2 * math.prod(jnp.shape(equation.outvars[0].aval)) * math.prod(shapes[0][axis] for axis in summed)
+            total += 2 * outputs[0].size * math.prod(inputs[0].shape[axis] for axis in summed)
         elif name == "conv_general_dilated":
-            out_channels = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+            out_channels = inputs[1].shape[params["dimension_numbers"].rhs_spec[0]]
             # nobody multiplies the zeros of a dilated input
             zeros = math.prod(params["lhs_dilation"])
-            total += 2 * math.prod(jnp.shape(equation.outvars[0].aval)) * math.prod(shapes[1]) / out_channels / zeros
+            total += 2 * outputs[0].size * math.prod(inputs[1].shape) / out_channels / zeros
         inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(params)]
         if inner:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1

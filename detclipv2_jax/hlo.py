@@ -53,7 +53,7 @@ def traffic(text: str) -> Traffic:
 
     @functools.cache
     def cost(name: str) -> Any:
-        total: Any = collections.Counter()  # of floats, which a Counter has no type for
+        total: Any = collections.Counter()  # of floats, which its type does not know
         types = {instruction.name: instruction.type for instruction in computations[name]}
         for instruction in computations[name]:
             opcode = instruction.opcode

@@ -2,7 +2,8 @@
 
   python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
 
-Words need not occur in training; --vocabulary=lvis is a ready list of words with definitions. Writes
+Words need not occur in training; --vocabulary=lvis is a ready list of words, and a COCO
+json as --words_file one with definitions. Writes
 <output>/detections.json (COCO results with the name and the file of every box; image ids count the files and category
 ids the words, from 1) and a picture of every image in <output>/pictures.
 """
@@ -153,6 +154,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "workdir of a training run", required=True)
     flags.DEFINE_string("images", None, "pattern, folder, file, or - for paths on stdin", required=True)
     vocabulary.define_flags()
+    flags.adopt_module_key_flags(vocabulary)  # for --help
     flags.DEFINE_string("output", None, "folder for detections.json and pictures/", required=True)
     flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
     flags.DEFINE_float(

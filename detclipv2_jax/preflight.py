@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,9 +76,18 @@ def measure(config: ConfigDict, topology: Topology, step: str, sizes: Sizes, cac
         command = [sys.executable, "-m", "detclipv2_jax.step_program", file.name]
         done = subprocess.run(command, env=os.environ | topology.environment, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": f"exit status {done.returncode}: {lines[-1] if lines else 'killed, out of memory?'}"}
+        return {"error": failure(done.returncode, done.stderr)}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def failure(status: int, stderr: str) -> str:
+    """Returns why a process ended, from its exit status and what it wrote."""
+    if status < 0:
+        return f"killed by signal {-status}" + " (this machine ran out of memory: compiling takes 8 GB and more)" * (
+            status == -signal.SIGKILL
+        )
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    return f"exit status {status}: {lines[-1] if lines else 'without a message'}"
 
 
 def alternatives(config: ConfigDict, step: str, num_devices: int) -> Iterator[dict[str, Any]]:

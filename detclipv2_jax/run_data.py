@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import train, weights
 from detclipv2_jax.builders.record_builder import held_out_photos, photo_of
+from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.built import REPORT, BuiltSource
 from detclipv2_jax.data.catalog import DATASETS
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.sources import PairSource
 from detclipv2_jax.data.streams import Stream, eval_streams, table_capacity, train_streams
 from detclipv2_jax.models import detclip
 from detclipv2_jax.optimizer import learning_rate, named_shapes
@@ -117,9 +119,10 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
 
 
 def _check_sources(config: ConfigDict, streams: list[Stream], plan: Plan) -> None:
-    """Notes counts and photos of the evaluation of every source."""
+    """Notes the counts of every source, and photos of the evaluation in it."""
     held_out = held_out_photos([config.eval.annotations] if Path(config.eval.annotations).is_file() else [])
     for source in {id(source): source for stream in streams for source in stream.sources}.values():
+        found = 0
         if isinstance(source, BuiltSource):
             report = json.loads((source.folder / REPORT).read_bytes())
             published = DATASETS.get(source.folder.name)
@@ -135,8 +138,8 @@ def _check_sources(config: ConfigDict, streams: list[Stream], plan: Plan) -> Non
                     f"{source.folder} was not compared with photos of validation sets; build it again with "
                     f"--validation={config.eval.annotations} --drop_validation"
                 )
-        else:
-            names = (source.describe(i).rsplit(" of ", 1)[0] for i in range(len(source)))
+        elif isinstance(source, BoxSource | PairSource):
+            names = (source.describe(i).removesuffix(f" of {source.path}") for i in range(len(source)))
             found = len(held_out & {photo_of(name) for name in names})
         if found:
             plan.problems.append(f"{source.name}: {found:,} photos of the evaluation are among its {len(source):,}")

@@ -26,7 +26,7 @@ NAMED = ("lvis", "coco", "objects365")  # data/vocabularies
 
 
 def named(name: str) -> concepts.Vocabulary:
-    """Returns the categories of LVIS v1, COCO or Objects365 in order of their ids, with definitions but Objects365."""
+    """Returns the names of the categories of LVIS v1, COCO or Objects365, in order of their ids."""
     if name not in NAMED:
         near = difflib.get_close_matches(name.lower(), NAMED, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -76,7 +76,7 @@ def define_flags() -> None:
         "",
         'one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories',
     )
-    flags.DEFINE_string("vocabulary", "", f"the categories of a data set and their definitions: {', '.join(NAMED)}")
+    flags.DEFINE_string("vocabulary", "", f"the names of the categories of a data set: {', '.join(NAMED)}")
 
 
 def pad(text: Embeddings, *, multiple: int) -> tuple[Float[np.ndarray, "v d"], Bool[np.ndarray, " v"]]:
