@@ -2,10 +2,10 @@
 
   python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
 
-Words need not occur in training; --vocabulary=lvis is a ready list of words, and a COCO
-json as --words_file one with definitions. Writes
-<output>/detections.json (COCO results with the name and the file of every box; image ids count the files and category
-ids the words, from 1) and a picture of every image in <output>/pictures.
+Words need not occur in training; --vocabulary=lvis is a ready list of them, and --words_file may be a json with
+categories, whose definitions it takes. Writes <output>/detections.json (COCO results with the name and the file of
+every box; image ids count the files and category ids the words, from 1) and a picture of every image in
+<output>/pictures.
 """
 
 from __future__ import annotations

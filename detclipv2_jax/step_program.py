@@ -169,6 +169,7 @@ def assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
         detector=inference.Detector(model, mesh=mesh),
         evaluator=None,
         second=None,
+        shapes=shapes,
     )
 
 

@@ -114,7 +114,7 @@ def test_the_state_is_updated_in_place_and_chunks_save_memory(micro):
     whole, split, chunked = (memory(micro, Kind.IMAGE_TEXT, *s) for s in ((1, 1, 1), (8, 2, 2), (1, 4, 1)))
     assert whole.alias_size_in_bytes == pytest.approx(state, rel=0.01)  # donated, and all of it used again
     assert split.alias_size_in_bytes < 0.52 * whole.alias_size_in_bytes
-    assert chunked.temp_size_in_bytes < 0.5 * whole.temp_size_in_bytes
+    assert chunked.temp_size_in_bytes < 0.6 * whole.temp_size_in_bytes
 
 
 @pytest.mark.slow
