@@ -15,7 +15,7 @@ import numpy as np
 import portpicker
 import pytest
 import test_main
-from conftest import micro_config
+from micro import micro_config
 
 from detclipv2_jax import checkpoints, processes, sharding, train
 from detclipv2_jax.data import scenes
