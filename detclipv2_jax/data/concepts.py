@@ -234,18 +234,18 @@ def build_table(positives: Encoded, negatives: Encoded, *, capacity: int) -> Tab
       ValueError: the positives alone do not fit; they are never cut.
     """
     ids = np.concatenate([positives.ids, negatives.ids])
-    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    row_of = np.empty_like(order)
-    row_of[order] = np.arange(len(order))
-    rows = row_of[inverse][: len(positives.ids)]
+    first: dict[int, int] = {}  # faster than NumPy's sort at these sizes
+    for i, number in enumerate(ids.tolist()):
+        first.setdefault(number, i)
+    row_of = {number: row for row, number in enumerate(first)}
+    rows = np.array([row_of[number] for number in positives.ids.tolist()], np.int32)
     num_positive = int(rows.max()) + 1 if len(rows) else 0
     if num_positive > capacity:
         raise ValueError(
             f"a host batch has {num_positive} positive concepts but its table {capacity} rows; "
             "raise max_concepts of this kind (0 derives it)"
         )
-    kept = first[order][:capacity]
+    kept = np.array(list(first.values())[:capacity], np.int64)
     tokens = np.zeros((capacity, positives.tokens.shape[1]), np.int32)
     tokens[: len(kept)] = np.concatenate([positives.tokens, negatives.tokens])[kept]
     table_ids = np.zeros(capacity, np.uint64)
@@ -255,7 +255,7 @@ def build_table(positives: Encoded, negatives: Encoded, *, capacity: int) -> Tab
         tokens,
         np.arange(capacity) < len(kept),
         table_ids,
-        rows.astype(np.int32),
-        len(order) - len(kept),
+        rows,
+        len(first) - len(kept),
         int(truncated.sum()),
     )

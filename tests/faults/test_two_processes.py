@@ -19,12 +19,15 @@ from micro import micro_config
 
 from detclipv2_jax import checkpoints, processes, sharding, train
 from detclipv2_jax.data import scenes
+from detclipv2_jax.data.batches import OVERFLOWS
 from detclipv2_jax.optimizer import param_name
 
+pytestmark = pytest.mark.skipif(not os.environ.get("EXHAUSTIVE"), reason="takes minutes: set EXHAUSTIVE=1")
 ROOT = pathlib.Path(__file__).parents[2]
 NUM_STEPS = 6
 PREEMPTED_FROM = 1  # SIGTERM comes when this step is done; the processes agree on a later one
 KILLED_AT = 5
+PER_PROCESS = {f"num_{reason.split(':')[0].replace(' ', '_')}" for reason in OVERFLOWS}  # of the rows of process 0
 PARTS = ("detection", "grounding", "image_text", "eval")
 
 
@@ -109,6 +112,8 @@ def assert_close(ours, theirs, *, steps, tolerance):
     for step in steps:
         assert ours[step].keys() == theirs[step].keys(), step
         for name, value in theirs[step].items():
+            if name.partition("/")[2] in PER_PROCESS:
+                continue
             assert ours[step][name] == pytest.approx(value, rel=tolerance, abs=tolerance), (step, name)
 
 
