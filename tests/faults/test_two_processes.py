@@ -125,9 +125,9 @@ def scores(workdir):
 
 
 def moments(workdir):
-    """Returns Adam's first moments of the newest checkpoint, the gradients' running means, by name."""
+    """Returns Adam's first moments after the last step, the gradients' running means, by name."""
     opened = checkpoints.Checkpoints(workdir)
-    stored = opened.restore_params("optimizer")
+    stored = opened.restore_params(NUM_STEPS, "optimizer")
     opened.close()
     flat = {param_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(stored)}
     return {name: value for name, value in flat.items() if "/mu/" in name}
