@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "inspection": {"config", "data", "visualize"},
     "losses": {"geometry"},
     "main": {"config", "data", "eval", "processes", "train"},
+    "metrics": set(),
     "models": {"geometry"},
     "optimizer": set(),
     "predict": {"data", "eval", "inference", "visualize", "vocabulary"},
@@ -55,8 +56,8 @@ MAY_IMPORT = {
         "train_state",
     },
     "train": {
-        "alignment", "checkpoints", "data", "eval", "flops", "inference", "models", "optimizer", "processes",
-        "schedule", "sharding", "train_state", "train_step", "visualize", "weights",
+        "alignment", "checkpoints", "data", "eval", "flops", "inference", "metrics", "models", "optimizer",
+        "processes", "schedule", "sharding", "train_state", "train_step", "visualize", "weights",
     },
     "train_state": {"models", "optimizer", "sharding"},
     "train_step": {"data", "geometry", "losses", "models", "optimizer", "sharding", "train_state"},

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import checkpoints, flops, main, prepare, train
+from detclipv2_jax import checkpoints, flops, main, metrics, prepare, train
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import loop, lvis
 
@@ -226,20 +226,20 @@ def test_a_workdir_of_another_config_is_refused_with_each_difference(finished):
 
 
 def test_a_loss_that_is_not_finite_stops_or_is_skipped_by_config(micro, tmp_path):
-    writer = train.MetricsWriter(tmp_path, 0)
-    progress = train.Progress(0, 10)
-    metrics = {"loss": np.float32(np.nan), "loss_box": np.float32(1.5), "finite": np.float32(0)}
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    progress = metrics.Progress(0, 10)
+    values = {"loss": np.float32(np.nan), "loss_box": np.float32(1.5), "finite": np.float32(0)}
     settings = {"logged": False, "cost": None, "writer": writer, "progress": progress}
     with pytest.raises(train.NonFiniteError, match=r"step 7 was not applied.*detection/loss nan.*loss_box 1.5"):
-        train.finish_step(7, "detection", metrics, stop=True, **settings)
-    train.finish_step(8, "detection", metrics, stop=False, **settings)
+        train.finish_step(7, "detection", values, stop=True, **settings)
+    train.finish_step(8, "detection", values, stop=False, **settings)
     writer.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [7, 8]
 
 
 def test_resuming_removes_metrics_of_steps_that_are_done_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 5, "a": 3}\n{"step": 6, "a"')
-    train.MetricsWriter(tmp_path, 4).close()
+    metrics.MetricsWriter(tmp_path, 4).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 2}\n'
 
 
