@@ -2,7 +2,7 @@
 
 1. The order of an epoch is a permutation seeded by (seed, stream, epoch); position p of the stream is its example.
 2. Scales and flips of the n-th batch are drawn by a generator seeded by (seed, stream, n), the negatives of an example
-   by one seeded by (seed, stream, p).
+   by one seeded by (seed, stream) that counts with p.
 3. An image that cannot be used is noted and the next readable example of the stream takes its place.
 4. The concepts of all images are merged into one table; boxes and captions point into it.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from detclipv2_jax.data import transforms
-from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text
+from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text, num_draws
 from detclipv2_jax.data.schema import Batch, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
@@ -194,8 +194,7 @@ class BatchMaker:
         if self.endless:
             positives, owned = self._positives(examples, notes)
             if self.pools:
-                drawn = [nothing, *map(self._negatives, examples)]
-                negatives = Encoded(*(np.concatenate(arrays) for arrays in zip(*drawn, strict=True)))
+                negatives = self._negatives(examples)
         table = build_table(positives, negatives, capacity=self.capacity)
         if table.num_cut:
             notes.counts[NEGATIVES_CUT] += table.num_cut
@@ -228,8 +227,10 @@ class BatchMaker:
         for i, example in enumerate(examples):
             num_phrases = len(example.record.concepts) - 1
             # the caption first, then each phrase that says something new
-            first = {ids[k]: k for k in reversed([i, *range(at, at + num_phrases)])}
-            distinct = sorted(first.values(), key=lambda k: (k != i, k))
+            first: dict[int, int] = {}
+            for k in (i, *range(at, at + num_phrases)):
+                first.setdefault(ids[k], k)
+            distinct = list(first.values())
             if len(distinct) > self.num_captions:
                 notes.counts[PHRASES_CUT] += len(distinct) - self.num_captions
             owned.append(distinct[: self.num_captions])
@@ -238,17 +239,26 @@ class BatchMaker:
         place = {k: j for j, k in enumerate(kept)}
         return Encoded(*(array[kept] for array in encoded)), [[place[k] for k in indices] for indices in owned]
 
-    def _negatives(self, example: _Example) -> Encoded:
-        pool, record = self.pools[example.source], example.record
-        drawn = pool.draw(
-            self.num_concepts - len(record.concepts),
-            np.random.default_rng((self._tag, example.position)),
-            present=record.concepts,
-            caption=record.caption,
-            first=record.negatives,
-            never=record.not_negatives,
-        )
-        return Encoded(*(array.take(drawn, axis=0) for array in pool.encoded))
+    def _negatives(self, examples: Sequence[_Example]) -> Encoded:
+        """Returns the concepts that are drawn for each example, one after the other."""
+        parts, wide = [self.encoder([])], num_draws(self.num_concepts)
+        # one generator: its n-th numbers are those of the n-th position, wherever it starts (it counts in fours)
+        start = np.random.Philox(key=self._tag, counter=examples[0].position * (wide // 4))
+        rows = iter(np.random.Generator(start).random((len(examples), wide)))
+        for pool, group in itertools.groupby(examples, lambda example: self.pools[example.source]):
+            drawn = [
+                pool.draw(
+                    self.num_concepts - len(record.concepts),
+                    next(rows),
+                    present=record.concepts,
+                    caption=record.caption,
+                    first=record.negatives,
+                    never=record.not_negatives,
+                )
+                for record, *_ in group
+            ]
+            parts.append(Encoded(*(array.take(np.concatenate(drawn), axis=0) for array in pool.encoded)))
+        return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def _boxes(
         self, rows: int, examples: Sequence[_Example], scale: np.ndarray, concepts: Sequence[np.ndarray], notes: Notes

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import inflect
 import numpy as np
-from jaxtyping import Bool, Int32, UInt64
+from jaxtyping import Bool, Float64, Int32, UInt64
 
 from detclipv2_jax.data import tokenizer
 
@@ -177,7 +177,7 @@ class Pool:
     def draw(
         self,
         num: int,
-        rng: np.random.Generator,
+        uniform: Float64[np.ndarray, " d"],
         *,
         present: Sequence[str],
         caption: str = "",
@@ -188,7 +188,8 @@ class Pool:
 
         Args:
           num: how many are wanted.
-          rng: the only source of randomness.
+          uniform: random numbers of [0, 1), the only source of randomness; with `num_draws(num)` of them the slow
+            permutation of the whole pool is hardly ever needed.
           present: names of the positives; they and their synonyms are left out.
           caption: nothing it contains, in singular or plural, is drawn.
           first: names known to be absent; drawn before the others.
@@ -196,24 +197,37 @@ class Pool:
         """
         if num <= 0:
             return np.zeros(0, np.int32)
-        text = tokenizer.clean(caption) if caption else ""
-        text = f"{text}\n{_WORD.sub(lambda match: _singular(match[0]), text)}"
         taken = np.zeros(len(self), bool)
         taken[self._find(present)] = taken[self._find(never)] = True
+        at = np.empty(len(self), np.int32)
+        if caption:
+            text = tokenizer.clean(caption)
+            text = f"{text}\n{_WORD.sub(lambda match: _singular(match[0]), text)}"
 
         def take(indices: np.ndarray) -> np.ndarray:
             indices = indices[~taken[indices]]
+            places = np.arange(len(indices), dtype=np.int32)
+            at[indices[::-1]] = places[::-1]  # the first place of an index is written last
+            indices = indices[at[indices] == places]
             if caption:
                 indices = np.array([i for i in indices.tolist() if self._keys[i] not in text], np.int64)
             taken[indices] = True
             return indices
 
-        known = sorted(set(self._find(first)))
-        drawn = take(rng.permutation(known)) if known else np.zeros(0, np.int64)
-        for most in (2 * num + 64, len(self)):  # mostly the first, which is cheap, is enough
-            if len(drawn) < num:
-                drawn = np.concatenate([drawn, take(rng.choice(len(self), min(most, len(self)), replace=False))])
+        def permutation(of: int | Sequence[int]) -> np.ndarray:
+            return np.random.default_rng(uniform.view(np.uint64)).permutation(of)
+
+        drawn = take(permutation(sorted(set(self._find(first))))) if first else np.zeros(0, np.int64)
+        if len(drawn) < num:
+            drawn = np.concatenate([drawn, take((uniform * len(self)).astype(np.int64))])
+        if len(drawn) < num:
+            drawn = np.concatenate([drawn, take(permutation(len(self)))])
         return drawn[:num].astype(np.int32)
+
+
+def num_draws(num: int) -> int:
+    """Returns how many random numbers `Pool.draw` wants for `num` concepts; a multiple of 4."""
+    return 2 * num + 64 + 2 * (num % 2)
 
 
 class Table(NamedTuple):
@@ -234,18 +248,16 @@ def build_table(positives: Encoded, negatives: Encoded, *, capacity: int) -> Tab
       ValueError: the positives alone do not fit; they are never cut.
     """
     ids = np.concatenate([positives.ids, negatives.ids])
-    first: dict[int, int] = {}  # faster than NumPy's sort at these sizes
-    for i, number in enumerate(ids.tolist()):
-        first.setdefault(number, i)
-    row_of = {number: row for row, number in enumerate(first)}
-    rows = np.array([row_of[number] for number in positives.ids.tolist()], np.int32)
+    unique, first = np.unique(ids, return_index=True)
+    kept = np.sort(first)
+    rows = np.searchsorted(kept, first[np.searchsorted(unique, positives.ids)]).astype(np.int32)
     num_positive = int(rows.max()) + 1 if len(rows) else 0
     if num_positive > capacity:
         raise ValueError(
             f"a host batch has {num_positive} positive concepts but its table {capacity} rows; "
             "raise max_concepts of this kind (0 derives it)"
         )
-    kept = np.array(list(first.values())[:capacity], np.int64)
+    kept = kept[:capacity]
     tokens = np.zeros((capacity, positives.tokens.shape[1]), np.int32)
     tokens[: len(kept)] = np.concatenate([positives.tokens, negatives.tokens])[kept]
     table_ids = np.zeros(capacity, np.uint64)

@@ -12,6 +12,8 @@ import functools
 import gzip
 import html
 import importlib.resources
+import itertools
+import re
 from collections.abc import Sequence
 
 import ftfy
@@ -22,6 +24,7 @@ from jaxtyping import Int, Int32
 SOS_ID, EOS_ID, VOCABULARY_SIZE = 49406, 49407, 49408
 # words: contractions, runs of letters, single digits, runs of anything else
 WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_ASCII_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")  # the same, in lower-case ASCII
 
 
 def _printable_bytes() -> list[int]:
@@ -79,8 +82,19 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
+@functools.lru_cache(1 << 16)
+def _word(word: str) -> list[int]:
+    return _bpe().encode(word).ids
+
+
 def _encode(texts: Sequence[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in _bpe().encode_batch_fast([clean(text) for text in texts])]
+    # words are encoded one by one, so those that recur need no second look; only in ASCII can `re` tell them apart
+    return [
+        list(itertools.chain.from_iterable(map(_word, _ASCII_WORDS.findall(text))))
+        if text.isascii()
+        else _bpe().encode(text).ids
+        for text in map(clean, texts)
+    ]
 
 
 def num_tokens(texts: Sequence[str]) -> Int32[np.ndarray, " n"]:

@@ -115,8 +115,12 @@ def test_table_never_cuts_a_positive():
         concepts.build_table(encoded([1, 2, 3]), encoded([4]), capacity=2)
 
 
+def draws(num, seed=0):
+    return np.random.default_rng(seed).random(concepts.num_draws(num))
+
+
 def drawn_names(source, names, num, seed=0, **options):
-    drawn = source.draw(num, np.random.default_rng(seed), **options)
+    drawn = source.draw(num, draws(num, seed), **options)
     assert len(set(drawn.tolist())) == len(drawn)
     return [names[i] for i in drawn]
 
@@ -145,18 +149,19 @@ def test_known_negatives_come_first_and_unsure_ones_never():
         drawn = drawn_names(source, names, 10, seed, present=[names[0]], first=names[5:8], never=names[10:40])
         assert set(drawn[:3]) == set(names[5:8])
         assert not {names[0], *names[10:40]} & set(drawn)
-    assert len(source.draw(99, np.random.default_rng(0), present=[names[0]])) == 49
-    assert len(source.draw(0, np.random.default_rng(0), present=[])) == 0
-    assert len(source.draw(-3, np.random.default_rng(0), present=[])) == 0
+    assert len(source.draw(99, draws(99), present=[names[0]])) == 49
+    assert len(source.draw(0, draws(0), present=[])) == 0
+    assert len(source.draw(-3, draws(0), present=[])) == 0
 
 
-def test_negatives_are_drawn_evenly_and_by_the_generator_alone():
+def test_negatives_are_drawn_evenly_and_by_the_given_numbers_alone():
     names = tuple(f"thing {i} x" for i in range(20))
     source = pool(*names)
     counts = np.zeros(20)
+    np.testing.assert_array_equal(np.sort(source.draw(20, draws(20)[:2], present=[])), np.arange(20))
     for seed in range(400):
-        drawn = source.draw(5, np.random.default_rng(seed), present=[])
-        np.testing.assert_array_equal(drawn, source.draw(5, np.random.default_rng(seed), present=[]))
+        drawn = source.draw(5, draws(5, seed), present=[])
+        np.testing.assert_array_equal(drawn, source.draw(5, draws(5, seed), present=[]))
         counts[drawn] += 1
     assert counts.min() > 60  # 100 expected, 8.7 standard deviation
     assert counts.max() < 140

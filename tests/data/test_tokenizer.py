@@ -96,3 +96,13 @@ def test_speed_of_short_phrases():
     tokenizer.tokenize(phrases)
     # 50,000 a second is the aim (benchmarks); a busy machine may be several times slower
     assert len(phrases) / (time.process_time() - start) > 8_000
+
+
+ASCII = st.text(st.characters(max_codepoint=127) | st.sampled_from("'!? 09stremvld"), max_size=40)
+
+
+@settings(max_examples=500, deadline=None)
+@given(ASCII)
+def test_words_of_ascii_are_those_of_the_whole_text(text):
+    """The short way (words one by one) against the library's own splitting of the text."""
+    assert ids_of(text) == tokenizer._bpe().encode(tokenizer.clean(text)).ids
