@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
 KINDS = ("detection", "grounding", "image_text")
@@ -219,8 +219,8 @@ def base() -> ConfigDict:
     # ends with its name. Longer than compiling takes on one host more than on another
     c.timeout_s = 600
 
-    # values for accelerators with less memory than the others, which win over all others there: (key, value) pairs by
-    # chip (v4, v5e, v5p, v6e, h100); `python -m detclipv2_jax.preflight` finds them
+    # values for accelerators with less memory than the others, which win there over all but those of the command line:
+    # (key, value) pairs by chip (v4, v5e, v5p, v6e, h100); `python -m detclipv2_jax.preflight` finds them
     c.chips = ConfigDict()
     for chip in CHIPS.values():
         c.chips[chip] = ()
@@ -270,14 +270,18 @@ def base() -> ConfigDict:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns what absl's parser does, for programs with --config.
+    """Returns what absl's parser does, for programs with --config; values of the command line win over `config.chips`.
 
     A wrong key or a missing config file ends in one line, not in a traceback.
     """
     try:
         rest = app.parse_flags_with_usage(list(argv))
-        if flags.FLAGS.config is not None:
-            _ = flags.FLAGS.config.name  # a file that could not be loaded shows only when something is read from it
+        config = flags.FLAGS.config
+        if config is not None:
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            # a file that could not be loaded shows only now, when something is read from it
+            for chip in config.chips:
+                config.chips[chip] = tuple(pair for pair in config.chips[chip] if pair[0] not in given)
         return rest
     except (AttributeError, KeyError) as error:
         words = (

@@ -1,6 +1,8 @@
 """The check of a whole configuration, its JSON form, and the configuration files."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -110,3 +112,23 @@ def test_unknown_names_say_what_is_allowed():
         config_lib.model("swin_x")
     with pytest.raises(ValueError, match="allowed are o365, o365_cc3m"):
         load("swin_t", "o366")
+
+
+def test_values_of_the_command_line_win_over_those_of_a_chip(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text(
+        "from detclipv2_jax import config\n"
+        "def get_config():\n"
+        "  c = config.base()\n"
+        "  c.name = 'small'\n"
+        "  c.chips.v5e = (('model.remat', 'all'), ('optimizer.accumulate.detection', 4))\n"
+        "  return c\n"
+    )
+    program = (
+        "import sys\nfrom absl import flags\nfrom ml_collections import config_flags\n"
+        "from detclipv2_jax import config\n"
+        "config_flags.DEFINE_config_file('config'); config.parse_flags(sys.argv)\n"
+        "c = config.for_chip(flags.FLAGS.config, 'v5e'); print(c.model.remat, c.optimizer.accumulate.detection)"
+    )
+    line = [sys.executable, "-c", program, f"--config={file}", "--config.optimizer.accumulate.detection=2"]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout.split() == ["all", "2"]

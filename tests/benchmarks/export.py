@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--words", default="person, dog, red car")
     parser.add_argument("--batch_sizes", default="1,4")
+    parser.add_argument("--formats", default=",".join(export.FORMATS))
     options = parser.parse_args()
     predictor, words = Predictor.from_checkpoint(options.checkpoint), vocabulary.parse_words(options.words)
     sizes = [int(size) for size in options.batch_sizes.split(",")]
@@ -32,7 +33,7 @@ def main() -> None:
     row = "{:12} {:>9} {:>9} {:>6} {:>8} {:>9} {:>9} {:>14} {:>8}".format
     print(row("", "export, s", "size, MB", "images", "load, s", "first, s", "then, s", "boxes differ", "scores"))
     with tempfile.TemporaryDirectory() as temporary:
-        for file_format in export.FORMATS:
+        for file_format in options.formats.split(","):
             folder = pathlib.Path(temporary) / file_format
             start = time.perf_counter()
             given = words if file_format == "safetensors" else None
