@@ -461,8 +461,7 @@ class Predictor:
 
         All images are put on the canvas of that image; maps cover it without padding. `visualize.alignment` draws them.
         """
-        height, width, _ = self._photo(images[index]).image.shape
-        photos = _stack([self._photo(image, (height, width)) for image in images])
+        photos = self.photos(images, index=index)
         text = self.vocabulary(phrases)[1][: len(phrases)]
         found = self.detector.align(self.params, photos, text[None], np.array([index], np.int32))
         found = jax.tree.map(lambda array: np.asarray(array)[0], found)
@@ -495,6 +494,11 @@ class Predictor:
         texts = [concepts.concept_text(name, definitions[name]) for name in names]
         vocabulary.warn_truncated(texts, max_length=self.config.model.text.context_length)
         return names, *vocabulary.pad(self._embed(texts), multiple=WORD_CHUNK)
+
+    def photos(self, images: Sequence[Any], *, index: int = 0) -> Photos:
+        """Returns paths or RGB arrays as a batch, on the canvas that shows image `index` largest."""
+        height, width, _ = self._photo(images[index]).image.shape
+        return _stack([self._photo(image, (height, width)) for image in images])
 
     def _photo(self, image: Any, canvas: tuple[int, int] | None = None) -> Photos:
         """Returns one image (no batch axis) on the canvas that shows it largest, or on the given one."""

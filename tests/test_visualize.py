@@ -284,3 +284,14 @@ def test_curves_of_a_workdir(tmp_path, capsys):
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
     assert _command("curves", "--metrics", tmp_path, "--names=nothing", "--output", tmp_path / "x.png") == 1
     assert "has no nothing; it has loss" in capsys.readouterr().err
+
+
+def test_targets_show_the_anchors_of_every_box(tmp_path):
+    batch = _batch(Kind.DETECTION)
+    picture = visualize.targets(batch, max_images=2, path=tmp_path / "targets.png")
+    assert picture.shape[1] == 2 * 420
+    for color in drawing.PALETTE[:2]:
+        assert _has(picture, color).sum() > 100  # box and dots
+    assert not _has(picture, drawing.PALETTE[2]).any()  # the third box is padding
+    empty = batch._replace(box_mask=np.zeros_like(batch.box_mask))
+    assert not _has(visualize.targets(empty), drawing.PALETTE[0]).any()

@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from detclipv2_jax import drawing
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.geometry import anchors, atss
 
 
 def detections(
@@ -181,6 +184,103 @@ def alignment(
     return drawing.save(drawing.frame(drawing.stack(parts)), path)
 
 
+def targets(
+    batch: Batch, *, top_k: int = 9, max_images: int = 4, path: str | pathlib.Path | None = None
+) -> drawing.Picture:
+    """Returns what the detector is asked to find: each box, and in its colour the anchors that ATSS gives it.
+
+    Args:
+      batch: host arrays, of detection or grounding.
+      top_k: see `geometry.atss.assign`.
+      max_images: images drawn.
+      path: where to write the picture.
+    """
+    texts = tokenizer.decode(batch.concept_tokens)
+    num_images, (height, width) = min(max_images, len(batch.image)), batch.image.shape[1:3]
+    grid = anchors.grid((height, width))
+    strides = np.repeat(anchors.STRIDES, grid.levels)
+    centers = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
+    columns = min(num_images, 4)
+    shape = (math.ceil(num_images / columns), columns)
+    figure = Figure(
+        figsize=(4.2 * columns, (4.2 * height / width + 0.5) * shape[0] + 0.6), dpi=100, layout="constrained"
+    )
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for i, axes in zip(range(num_images), panels, strict=False):
+        mask = batch.box_mask[i]
+        found = atss.assign(grid.boxes, grid.levels, batch.boxes[i], mask, top_k=top_k)
+        positive, box_of = np.asarray(found.positive), np.asarray(found.box_index)
+        axes.imshow(drawing.hatch_padding(batch.image[i], batch.extent[i]), extent=(0, width, height, 0))
+        for n in np.flatnonzero(mask):
+            own, color = positive & (box_of == n), _hex(drawing.nth_color(int(n)))
+            _outline(axes, batch.boxes[i, n], color, f"{texts[batch.box_concepts[i, n]]}: {own.sum()}")
+            axes.scatter(*centers[own].T, s=3 * strides[own], color=color, edgecolors="white", linewidths=0.8)
+        axes.set_title(f"{mask.sum()} boxes, {positive.sum()} of {len(positive)} anchors", fontsize=11)
+    note = "dot: centre of an anchor that learns the box of its colour; larger: coarser level; number: anchors of a box"
+    figure.supxlabel(note, fontsize=10)
+    return _render(figure, path)
+
+
+def sampling(
+    image: drawing.Picture,
+    phrases: Sequence[str],
+    boxes: Float[np.ndarray, "m 4"],
+    *,
+    regular: Float[np.ndarray, "m 9 2"],
+    points: Float[np.ndarray, "m 9 2"],
+    weights: Float[np.ndarray, "m 9"],
+    strides: Float[np.ndarray, " m"],
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns where the deformable layer samples for one region of every phrase; `regions.draw_sampling` makes it.
+
+    Args:
+      image: the photo.
+      phrases: text of each region.
+      boxes: of the regions, xyxy in pixels of the photo.
+      regular: (x, y) that a plain 3×3 convolution would sample, in pixels of the photo.
+      points: (x, y) that are sampled.
+      weights: of the samples, in [0, 1].
+      strides: of the regions' levels, in pixels of the canvas.
+      path: where to write the picture.
+    """
+    height, width, _ = image.shape
+    columns = min(len(phrases), 4)
+    shape = (math.ceil(len(phrases) / columns), columns)
+    figure = Figure(
+        figsize=(4.2 * columns, (4.2 * height / width + 0.5) * shape[0] + 0.6), dpi=100, layout="constrained"
+    )
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for i, (axes, phrase) in enumerate(zip(panels, phrases, strict=False)):
+        color = _hex(drawing.nth_color(i))
+        axes.imshow(image, extent=(0, width, height, 0))
+        _outline(axes, boxes[i], color, "")
+        axes.plot(*np.stack([regular[i], points[i]]).transpose(2, 0, 1), color="white", linewidth=1.2)
+        axes.scatter(*regular[i].T, s=16, marker="s", facecolors="none", edgecolors="white", linewidths=1.2)
+        axes.scatter(*points[i].T, s=20 + 120 * weights[i], color=color, edgecolors="black", linewidths=0.8)
+        axes.set_title(f"{phrase}\nlevel of stride {strides[i]:.0f} px", fontsize=11)
+    note = "square: what a plain convolution would sample; dot: what the deformable layer samples, larger: more weight"
+    figure.supxlabel(note, fontsize=10)
+    return _render(figure, path)
+
+
+def _hex(color: drawing.Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _outline(axes: Axes, box: np.ndarray, color: str, text: str) -> None:
+    x1, y1, x2, y2 = box
+    for line, edge in ((4, "white"), (2, color)):  # a rim on any background
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=line))
+    if text:
+        face = {"facecolor": "white", "edgecolor": color, "pad": 1.5, "alpha": 0.85}
+        axes.text(x1, y1, text, fontsize=9, verticalalignment="bottom", bbox=face, clip_on=True)
+
+
 def curves(
     metrics: str | pathlib.Path,
     *,
@@ -202,7 +302,7 @@ def curves(
             continue  # pycocotools' mark: nothing of that kind to score
         panels.setdefault(quantity, {})[group] = (steps, values)
     groups = sorted({group for lines in panels.values() for group in lines} - {""})
-    colors = {group: "#{:02x}{:02x}{:02x}".format(*drawing.nth_color(i)) for i, group in enumerate(groups)}
+    colors = {group: _hex(drawing.nth_color(i)) for i, group in enumerate(groups)}
     colors[""] = "#191919"
     if names:
         missing = sorted(set(names) - panels.keys())
@@ -255,7 +355,7 @@ def histograms(
         for axes in line[len(panels) :]:
             axes.set_axis_off()
         for axes, (name, (edges, counts)) in zip(line, panels.items(), strict=False):
-            axes.stairs(counts, edges, fill=True, color="#{:02x}{:02x}{:02x}".format(*drawing.PALETTE[0]))
+            axes.stairs(counts, edges, fill=True, color=_hex(drawing.PALETTE[0]))
             axes.set_title(f"{title}\n{name}", fontsize=11)
             axes.tick_params(labelsize=9)
             axes.spines[["top", "right"]].set_visible(False)
