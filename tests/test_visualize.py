@@ -295,3 +295,11 @@ def test_targets_show_the_anchors_of_every_box(tmp_path):
     assert not _has(picture, drawing.PALETTE[2]).any()  # the third box is padding
     empty = batch._replace(box_mask=np.zeros_like(batch.box_mask))
     assert not _has(visualize.targets(empty), drawing.PALETTE[0]).any()
+
+
+def test_bars_are_ordered_and_one_is_marked():
+    picture = visualize.bars(["a", "b", "c"], np.array([1.0, 3.0, 2.0]), x="similarity", marked=2)
+    place = {i: np.nonzero(_has(picture, drawing.PALETTE[i]))[0] for i in (0, 1)}
+    assert place[0].min() < place[1].min() < place[1].max() < place[0].max()  # b, c, a from the top
+    widths = [_has(picture, drawing.PALETTE[i]).any(axis=0).sum() for i in (0, 1)]
+    assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=3)
