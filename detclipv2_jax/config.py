@@ -160,6 +160,8 @@ def base() -> ConfigDict:
     c.scenes.num_eval = 0
     c.scenes.size_px = 128  # width and height of a scene
     c.scenes.seed = 0
+    c.scenes.novel_captions = True  # captions name novel shapes, too; False: nothing does
+    c.scenes.folder = ""  # where they are written; "": <workdir>/data
 
     c.input = ConfigDict()  # how the host reads; changes no value
     c.input.num_workers = 0  # processes a stream; 0: threads of the main process
@@ -255,6 +257,7 @@ def base() -> ConfigDict:
     c.forgetting.definitions = True
     c.forgetting.dictionary = ""
 
+    c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
     c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
     # first batches, and every n-th batch of a stream, those of pairs with the best region of each phrase; 0: only first

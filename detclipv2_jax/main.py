@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
+        if scores and config.closing:
+            print(config.closing.format(**{name: 100 * value for name, value in scores.items()}))
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, *, training: bool) -> Callable[[], dict[str, float]]:
@@ -138,12 +140,12 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
 
 
 def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """Returns the configuration with the files of the generated world, written to <workdir>/data if it asks for one."""
+    """Returns the configuration with the files of the generated world, which are written if it asks for one."""
     wanted = config.scenes.to_dict()
     counts = {key: wanted[key] for key in wanted if key.startswith("num_")}
     if not any(counts.values()):
         return config
-    folder = workdir / "data"
+    folder = pathlib.Path(wanted.pop("folder") or workdir / "data")
     if jax.process_index() == 0:
         logging.info("generating scenes in %s", folder)
         scenes.write(folder, **wanted)

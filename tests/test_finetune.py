@@ -37,7 +37,7 @@ def recipe(micro_session, tmp_path_factory):
     c.epochs, c.seed, c.log_every_steps, c.pictures_every_steps, c.eval.num_pictures = 20, 0, 1, 0, 0
     c.checkpoint.every_steps, c.checkpoint.keep = 3, 100
     second = tmp_path_factory.mktemp("second")
-    scenes.write(second, **c.scenes.to_dict() | {"num_detection": 0, "num_eval": 4, "seed": 5})
+    scenes.write(**c.scenes.to_dict() | {"folder": second, "num_detection": 0, "num_eval": 4, "seed": 5})
     c.forgetting.annotations, c.forgetting.images = str(second / "eval.json"), str(second)
     return c
 

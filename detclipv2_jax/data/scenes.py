@@ -6,7 +6,7 @@
 |---|---|
 | `detection.json` | COCO json; boxes of base shapes, categories like "red star" with LVIS-style frequency |
 | `grounding.json` | MDETR-style json; captions naming every object, base shapes, `tokens_positive` spans |
-| `pairs.tsv` | captions without boxes, which alone name the novel shapes; incomplete (half of the objects are not mentioned) and noisy (one in ten names something absent) |
+| `pairs.tsv` | captions without boxes, which alone name the novel shapes (unless `novel_captions` is False: then nothing does); incomplete (half of the objects are not mentioned) and noisy (one in ten names something absent) |
 | `eval.json` | COCO json with LVIS's fields; all shapes: base "f", novel "r"; objects in a combination of colour, shape and texture that training never shows have `held_out` |
 | `images/…` | file names in all of the above are relative to the folder |
 
@@ -51,7 +51,7 @@ _GROUNDS = {
     "sky": ((140, 185, 225), (200, 220, 235), (5, 7), 22),
 }
 _PARTS = ("detection", "grounding", "image_text", "eval")
-_FORMAT = 1  # raise when the same parameters would give other files
+_FORMAT = 2  # raise when the same parameters would give other files
 _SUPERSAMPLING = 2
 
 
@@ -257,14 +257,18 @@ class _Json:
             self.content["annotations"].append(annotation)
 
 
-def _image_text_line(rng: np.random.Generator, scene: Scene, name: str) -> str:
-    """Returns a TSV line: each thing is mentioned with probability 1/2 (at least one), now and then an absent one."""
-    mentioned = [thing for thing in scene.things if rng.random() < 0.5]
-    mentioned = mentioned or [scene.things[rng.integers(len(scene.things))]]
+def _image_text_line(rng: np.random.Generator, scene: Scene, name: str, *, shapes: Sequence[str]) -> str:
+    """Returns a TSV line whose caption names things of `shapes` only, or the ground alone where there is none.
+
+    Each is mentioned with probability 1/2, at least one; now and then an absent one is, too.
+    """
+    nameable = [thing for thing in scene.things if thing.shape in shapes]
+    if not nameable:
+        return f"{name}\ta picture of {scene.ground}\t[]\n"
+    mentioned = [thing for thing in nameable if rng.random() < 0.5] or [nameable[rng.integers(len(nameable))]]
     phrases = [_phrase(rng, thing) for thing in mentioned]
     if rng.random() < 0.1:
-        every = (*BASE_SHAPES, *NOVEL_SHAPES)
-        absent = f"{list(COLORS)[rng.integers(len(COLORS))]} {every[rng.integers(len(every))]}"
+        absent = f"{list(COLORS)[rng.integers(len(COLORS))]} {shapes[rng.integers(len(shapes))]}"
         if absent not in {thing.name for thing in scene.things}:
             phrases.append(absent)
     caption, _ = _caption(rng, phrases, scene.ground)
@@ -279,9 +283,10 @@ def _grounding_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, lis
     return _caption(rng, phrases, scene.ground, joint=joint)
 
 
-def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int) -> None:
+def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int, novel_captions: bool) -> None:
     (folder / "images" / part).mkdir(parents=True, exist_ok=True)
-    shapes = BASE_SHAPES if part in ("detection", "grounding") else (*BASE_SHAPES, *NOVEL_SHAPES)
+    every = (*BASE_SHAPES, *NOVEL_SHAPES)
+    shapes = BASE_SHAPES if part in ("detection", "grounding") else every
     categories: list[dict[str, Any]] = [{"id": 1, "name": "object"}] if part == "grounding" else _categories(shapes)
     ids: dict[str, int] = {category["name"]: category["id"] for category in categories}
     out, lines = _Json(categories), []
@@ -296,7 +301,7 @@ def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int)
             raise OSError(f"cannot write {folder / name}")
         image: dict[str, Any] = {"id": i + 1, "file_name": name, "height": size_px, "width": size_px}
         if part == "image_text":
-            lines.append(_image_text_line(rng, scene, name))
+            lines.append(_image_text_line(rng, scene, name, shapes=every if novel_captions else BASE_SHAPES))
         elif part == "grounding":
             image["caption"], spans = _grounding_caption(rng, scene)
             out.add(image, scene.boxes, [{"category_id": 1, "tokens_positive": [span]} for span in spans])
@@ -327,6 +332,7 @@ def write(
     num_eval: int,
     size_px: int = 128,
     seed: int = 0,
+    novel_captions: bool = True,
 ) -> None:
     """Writes the files of the module's table into a folder; a part with no images is left out.
 
@@ -339,7 +345,8 @@ def write(
         raise ValueError(f"size_px is {size_px}; shapes cannot be told apart below 32")
     folder = Path(folder)
     counts = dict(zip(_PARTS, (num_detection, num_grounding, num_image_text, num_eval), strict=True))
-    parameters = {"format": _FORMAT, **counts, "size_px": size_px, "seed": seed}
+    options = {"size_px": size_px, "seed": seed, "novel_captions": novel_captions}
+    parameters = {"format": _FORMAT, **counts, **options}
     marker = folder / "scenes.json"
     if marker.is_file():
         found = json.loads(marker.read_text())
@@ -348,5 +355,5 @@ def write(
         raise ValueError(f"{folder} holds generated scenes with {found}, not {parameters}; choose another folder")
     for part, count in counts.items():
         if count:
-            _write_part(folder, part, count, size_px=size_px, seed=seed)
+            _write_part(folder, part, count, **options)
     marker.write_text(json.dumps(parameters))  # last: an interrupted run starts over

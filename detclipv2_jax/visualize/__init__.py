@@ -334,6 +334,34 @@ def curves(
     return _render(figure, path)
 
 
+def lines(
+    series: Mapping[str, Sequence[tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]],
+    *,
+    x: str,
+    y: str,
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns one panel with a colour and a marker a name: thin every line (x, y) of it, thick their mean.
+
+    Lines of a name are of one length. `x` and `y` are what the axes are called.
+    """
+    figure = Figure(figsize=(7.0, 4.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, own) in enumerate(series.items()):
+        color = "#{:02x}{:02x}{:02x}".format(*drawing.nth_color(i))
+        for places, values in own:
+            axes.plot(places, values, color=color, linewidth=0.6, alpha=0.5)
+        mean = np.mean(np.array(own), axis=0)
+        axes.plot(*mean, color=color, linewidth=2.0, marker="os^Dv"[i % 5], label=f"{name} ({len(own)})")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(bottom=0.0)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="(runs)", frameon=False, fontsize=9)
+    return _render(figure, path)
+
+
 def _render(figure: Figure, path: str | pathlib.Path | None) -> drawing.Picture:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

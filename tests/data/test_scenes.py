@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from detclipv2_jax import prepare
 from detclipv2_jax.data import box_json, scenes, shapes, sources
 
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
@@ -71,6 +72,15 @@ def test_files_are_read_as_real_data(folder):
     assert len(coco.getCatIds()) == 240
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "count"),
+    [("coco_json", "detection.json", 30), ("grounding_json", "grounding.json", 40), ("image_text", "pairs.tsv", 80)],
+)
+def test_files_are_built_as_real_data(folder, tmp_path, kind, file, count):
+    report = prepare.run(kind, source=str(folder / file), output=str(tmp_path))
+    assert (report["examples"], report["dropped"]) == (count, {})
+
+
 def test_base_and_novel_shapes_stay_where_they_belong(folder):
     for part in ("detection", "eval"):
         for category in load(folder, part)["categories"]:
@@ -112,7 +122,9 @@ def test_captions_are_incomplete_and_noisy():
     for i in range(300):
         rng = np.random.default_rng(i)
         scene = scenes.draw(rng, shapes=scenes.BASE_SHAPES, size_px=64, training=True, distinct=True)
-        _, caption, phrases = scenes._image_text_line(rng, scene, "x.jpg").rstrip("\n").split("\t")
+        _, caption, phrases = (
+            scenes._image_text_line(rng, scene, "x.jpg", shapes=scenes.BASE_SHAPES).rstrip("\n").split("\t")
+        )
         phrases = json.loads(phrases)
         assert all(phrase in caption for phrase in phrases)
         names = [" ".join(phrase.split()[-2:]) for phrase in phrases]
@@ -123,6 +135,20 @@ def test_captions_are_incomplete_and_noisy():
         absent += bool(set(names) - present)
     assert 0.45 < mentioned / shown < 0.7  # one half, and at least one of each scene
     assert 0.04 < absent / 300 < 0.16
+
+
+def test_captions_may_leave_novel_shapes_out(tmp_path):
+    for novel_captions in (True, False):
+        scenes.write(
+            tmp_path / str(novel_captions), num_detection=0, num_grounding=0, num_image_text=20, num_eval=0, size_px=48,
+            novel_captions=novel_captions,
+        )  # fmt: skip
+    named, silent = (tmp_path / name / "pairs.tsv" for name in ("True", "False"))
+    assert any(f" {shape}" in named.read_text() for shape in scenes.NOVEL_SHAPES)
+    assert not any(f" {shape}" in silent.read_text() for shape in scenes.NOVEL_SHAPES)
+    picture = "images/image_text/000007.jpg"
+    assert (tmp_path / "True" / picture).read_bytes() == (tmp_path / "False" / picture).read_bytes()
+    assert len(sources.read_pairs(str(silent), str(tmp_path / "False"))) == 20
 
 
 @pytest.mark.parametrize("shape", [*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES])

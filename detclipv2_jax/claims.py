@@ -1,0 +1,454 @@
+"""Tests the paper's claims on the generated world: `python -m detclipv2_jax.claims [--jobs=2]`.
+
+Every (row, seed) is a run of configs/demo.py with a few keys changed, a process of its own on one core. One that is
+done leaves a small file in results/claims; what has one is not run again, so the table continues where it stopped, and
+a run that was stopped continues at its last checkpoint. At the end docs/claims.md (the table, with a verdict a claim)
+and docs/claims.png (novel AP over steps) are written from the files there are; --jobs=0 does that alone.
+
+A claim is judged on the means over the seeds. Nothing is tuned a row, and what does not come out says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import operator
+import os
+import pathlib
+import platform
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import visualize
+from detclipv2_jax.data import scenes
+from detclipv2_jax.eval import coco, lvis
+from detclipv2_jax.eval.result import write_json, write_text
+
+BOXES_ALONE = {"grounding.weight": 0.0, "image_text.weight": 0.0}
+PAIRS = {"grounding.weight": 0.0}
+# what a row changes in configs/demo.py; rows of the second group on add to PAIRS, the paper's choices
+ROWS: dict[str, dict[str, Any]] = {
+    "detection": BOXES_ALONE,
+    "detection_twice": BOXES_ALONE | {"detection.weight": 2.0},
+    "pairs": PAIRS,
+    "pairs_base_words": PAIRS | {"scenes.novel_captions": False},
+    "grounding_pairs": {},
+} | {
+    name: PAIRS | changes
+    for name, changes in {
+        "bilateral": {"loss.side": "bilateral"},
+        "image_to_text": {"loss.side": "image_to_text"},
+        "centerness": {"loss.selection": "centerness"},
+        "classification": {"loss.selection": "classification", "model.head.objectness": "classification"},
+        "sample_text": {"loss.selection": "text_sample"},
+        "one_to_many": {"loss.matching": "one_to_many"},
+        "max_size": {"loss.matching": "max_size"},
+        "k_3": {"loss.num_proposals": 3},
+        "k_6": {"loss.num_proposals": 6},
+        "temperature_1": {"loss.temperature": 1.0},
+        "temperature_0.15": {"loss.temperature": 0.15},
+        "temperature_0.07": {"loss.temperature": 0.07},
+        "weight_0.03": {"loss.contrastive_weight": 0.03},
+        "weight_0.3": {"loss.contrastive_weight": 0.3},
+        "weight_1": {"loss.contrastive_weight": 1.0},
+        "plain_pairs": {"model.head.deformable": False},
+        "plain_detection": BOXES_ALONE | {"model.head.deformable": False},
+        "pairs_64": {"image_text.canvases": ((64, 64),), "image_text.short_side": (64, 64), "image_text.long_side": 64},
+        "pairs_128": {
+            "image_text.canvases": ((128, 128),), "image_text.short_side": (128, 128), "image_text.long_side": 128
+        },
+    }.items()
+}  # fmt: skip
+SEEDS = (0, 1, 2)  # of the first finding; the others take the first two
+COLUMNS = {  # of the table: score → heading
+    "AP": "AP",
+    "base_AP": "base AP",
+    "novel_AP": "novel AP",
+    "novel_AP50": "novel AP50",
+    "novel_AR": "novel AR",
+    "held_out_AP": "held-out AP",
+}
+
+
+Results = dict[tuple[str, int], dict[str, Any]]  # by (row, seed)
+
+
+class Claim(NamedTuple):
+    """One sentence of the paper as an inequality between means."""
+
+    text: str
+    margins: Callable[[Mapping[str, dict[str, float]]], list[float]]  # in points of AP; it holds if none is negative
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Rows that are compared, by the name they have in the table, and what shall hold between them."""
+
+    title: str
+    rows: dict[str, str]  # name → row
+    claims: tuple[Claim, ...]
+    num_seeds: int = 2
+
+
+def _best(row: str, *others: str) -> Claim:
+    """Returns the claim that no other row has a higher AP, the score of the paper's tables."""
+    return Claim(f"{row} is the best", lambda m: [m[row]["AP"] - m[other]["AP"] for other in others])
+
+
+FINDINGS = (
+    Finding(
+        "1. Pairs teach words that no box was drawn for (Tables 4, 8)",
+        {
+            "detection": "detection",
+            "detection, twice the steps": "detection_twice",
+            "+ pairs": "pairs",
+            "+ pairs that name base shapes only": "pairs_base_words",
+            "+ grounding + pairs": "grounding_pairs",
+        },
+        (
+            Claim(
+                "pairs raise novel AP by 15 points or more, over twice the detection steps as well",
+                lambda m: [
+                    m["pairs"]["novel_AP"] - m[row]["novel_AP"] - 15.0 for row in ("detection", "detection_twice")
+                ],
+            ),
+            Claim(
+                "grounding and pairs raise novel AP further",
+                lambda m: [m["grounding_pairs"]["novel_AP"] - m["pairs"]["novel_AP"]],
+            ),
+            Claim(
+                "base AP does not fall by more than 1",
+                lambda m: [m[row]["base_AP"] - m["detection"]["base_AP"] + 1.0 for row in ("pairs", "grounding_pairs")],
+            ),
+            Claim(
+                "AR of novel shapes does not fall",
+                lambda m: [m[row]["novel_AR"] - m["detection"]["novel_AR"] for row in ("pairs", "grounding_pairs")],
+            ),
+            Claim(
+                "captions that name base shapes only keep novel AP within 3 points",
+                lambda m: [3.0 - abs(m["pairs_base_words"]["novel_AP"] - m["detection"]["novel_AP"])],
+            ),
+        ),
+        num_seeds=3,
+    ),
+    Finding(
+        "2. Contrast one text with all images (Table 2c)",
+        {"text to image": "pairs", "bilateral": "bilateral", "image to text": "image_to_text"},
+        (
+            Claim(
+                "text to image ≥ bilateral ≥ image to text",
+                lambda m: [m["pairs"]["AP"] - m["bilateral"]["AP"], m["bilateral"]["AP"] - m["image_to_text"]["AP"]],
+            ),
+        ),
+    ),
+    Finding(
+        "3. Choose regions by the words of the batch (Table 2a)",
+        {
+            "words of the batch": "pairs",
+            "centerness": "centerness",
+            "own words": "sample_text",
+            "classification": "classification",
+        },
+        (_best("pairs", "centerness", "sample_text", "classification"),),
+    ),
+    Finding(
+        "4. One region a phrase (Table 2b)",
+        {"one to one": "pairs", "one to many": "one_to_many", "largest box, caption": "max_size"},
+        (_best("pairs", "one_to_many", "max_size"),),
+    ),
+    Finding(
+        "5a. Regions an image (Table 2d: 100, 50, 25 of 2,134 anchors; here of 194)",
+        {"k = 12": "pairs", "k = 6": "k_6", "k = 3": "k_3"},
+        (_best("pairs", "k_6", "k_3"),),
+    ),
+    Finding(
+        "5b. Temperature (Table 2e)",
+        {"τ = 1": "temperature_1", "τ = 0.5": "pairs", "τ = 0.15": "temperature_0.15", "τ = 0.07": "temperature_0.07"},
+        (_best("pairs", "temperature_1", "temperature_0.15", "temperature_0.07"),),
+    ),
+    Finding(
+        "5c. Weight of the contrastive loss (Table 2f)",
+        {"λ = 0.03": "weight_0.03", "λ = 0.1": "pairs", "λ = 0.3": "weight_0.3", "λ = 1": "weight_1"},
+        (_best("pairs", "weight_0.03", "weight_0.3", "weight_1"),),
+    ),
+    Finding(
+        "6. The deformable layer pays with pairs (Table 3)",
+        {
+            "detection, plain": "plain_detection",
+            "detection, deformable": "detection",
+            "+ pairs, plain": "plain_pairs",
+            "+ pairs, deformable": "pairs",
+        },
+        (
+            Claim("it raises AP with pairs", lambda m: [m["pairs"]["AP"] - m["plain_pairs"]["AP"]]),
+            Claim("it does not without", lambda m: [m["plain_detection"]["AP"] - m["detection"]["AP"]]),
+        ),
+    ),
+    Finding(
+        "7. Resolution of pairs (Table 12)",
+        {"64 px": "pairs_64", "96 px": "pairs", "128 px": "pairs_128"},
+        (
+            Claim(
+                "larger is better",
+                lambda m: [m["pairs"]["AP"] - m["pairs_64"]["AP"], m["pairs_128"]["AP"] - m["pairs"]["AP"]],
+            ),
+        ),
+    ),
+)
+
+
+def queue() -> list[tuple[str, int]]:
+    """Returns every (row, seed) of the table once: a finding after the other, a seed after the other."""
+    every = (
+        (row, seed) for finding in FINDINGS for seed in SEEDS[: finding.num_seeds] for row in finding.rows.values()
+    )
+    return list(dict.fromkeys(every))
+
+
+def configuration(recipe: str, row: str, seed: int) -> ConfigDict:
+    """Returns the configuration of a run."""
+    config = runpy.run_path(recipe)["get_config"]()
+    config.update_from_flattened_dict(ROWS[row] | {"seed": seed, "scenes.seed": seed, "closing": ""})
+    config.checkpoint.keep = 1
+    return config
+
+
+def stored(folder: pathlib.Path, row: str, seed: int) -> dict[str, Any] | None:
+    """Returns the result of a finished run, None of another."""
+    path = folder / f"{row}_{seed}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def subset_scores(truth: dict[str, Any], detections: Any, counts: Callable[[dict[str, Any]], bool]) -> dict[str, float]:
+    """Returns LVIS's scores (in %) where only the boxes that count are sought; others are neither right nor wrong."""
+    boxes = [row | {"ignore": int(not counts(row))} for row in truth["annotations"]]
+    scores = lvis.evaluate(truth | {"annotations": boxes}, detections)
+    return {name: round(100 * value, 2) for name, value in scores.items()}
+
+
+def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the scores of a run in %: AP of all, base, novel shapes and held-out combinations, AR of novel shapes.
+
+    AR is class-agnostic: every box of an image counts once, with its best word, and the best 300 are taken.
+    """
+    frequency = {category["id"]: category["frequency"] for category in truth["categories"]}
+    parts: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "": lambda box: True,
+        "base_": lambda box: frequency[box["category_id"]] == "f",
+        "novel_": lambda box: frequency[box["category_id"]] == "r",
+        "held_out_": lambda box: box["held_out"],
+    }
+    scores = {}
+    for lead, counts in parts.items():
+        own = subset_scores(truth, rows, counts)
+        scores |= {f"{lead}{name}": own[name] for name in ("AP", "AP50")}
+    best: dict[Any, dict[str, Any]] = {}  # rows of an image stand best first
+    for row in rows:
+        best.setdefault((row["image_id"], *row["bbox"]), row | {"category_id": 1})
+    agnostic = {
+        "images": [{"id": image["id"]} for image in truth["images"]],
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": [box | {"category_id": 1, "of": box["category_id"]} for box in truth["annotations"]],
+    }
+    found = subset_scores(agnostic, list(best.values()), lambda box: frequency[box["of"]] == "r")
+    return scores | {"novel_AR": found["AR@300"]}
+
+
+def result_of(workdir: pathlib.Path, config: ConfigDict, *, row: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Returns what is stored of a finished run."""
+    last = max((workdir / "eval").glob("step_*_detections.json"))
+    truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    novel = {str(line["step"]): round(100 * line["eval/APr"], 2) for line in lines if "eval/APr" in line}
+    return {
+        "row": row,
+        "seed": seed,
+        "scores": score(truth, coco.load_detections(last)),
+        "novel_AP_by_step": novel,
+        "steps": int(last.name.split("_")[1]),
+        "seconds": round(seconds),
+        "recipe": recipe_of(config),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+        | {"python": platform.python_version()},
+    }
+
+
+def recipe_of(config: ConfigDict) -> list[str]:
+    """Returns how a configuration differs from the defaults, folders apart."""
+    lines = config_lib.differences(config_lib.base(), config)
+    return [line for line in lines if not line.startswith("scenes.folder:")]
+
+
+def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: int) -> None:
+    """Runs what has no result yet, `jobs` at a time, each on one core; says after each how long the rest will take.
+
+    Raises:
+      ValueError: a stored result was made by another recipe, or a run failed.
+    """
+    pending = []
+    for row, seed in queue():
+        config, result = configuration(recipe, row, seed), stored(results, row, seed)
+        if result is None:
+            pending.append((row, seed, config))
+        elif result["recipe"] != (now := recipe_of(config)):
+            changed = sorted(set(result["recipe"]) ^ set(now))
+            raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
+    total, durations = len(queue()), [run["seconds"] for run in all_results(results).values()]
+    cores = sorted(os.sched_getaffinity(0))[-jobs:]
+    running: dict[int, tuple[subprocess.Popen, str, int, ConfigDict, float]] = {}
+    with contextlib.ExitStack() as stack:
+        while pending or running:
+            for core in [core for core in cores if core not in running][: len(pending)]:
+                row, seed, config = pending.pop(0)
+                process = start(recipe, row, seed, config, work=work, core=core)
+                stack.callback(stop, process)
+                running[core] = (process, row, seed, config, time.monotonic())
+            time.sleep(0.2)
+            for core, (process, row, seed, config, since) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                workdir = work / f"{row}_{seed}"
+                if process.returncode:
+                    raise ValueError(f"the run {row}, seed {seed}, failed; see {workdir}/log.txt")
+                del running[core]
+                seconds = time.monotonic() - since
+                result = result_of(workdir, config, row=row, seed=seed, seconds=seconds)
+                write_json(results / f"{row}_{seed}.json", result, indent=1)
+                shutil.rmtree(workdir / "checkpoints")
+                durations.append(seconds)
+                left = len(pending) + len(running)
+                shown = ", ".join(f"{heading} {result['scores'][name]:.1f}" for name, heading in COLUMNS.items())
+                print(
+                    f"[{total - left}/{total}] {row}, seed {seed}: {shown}; {seconds / 60:.1f} minutes, about "
+                    f"{left * float(np.mean(durations)) / 3600 / len(cores):.1f} hours left",
+                    flush=True,
+                )
+
+
+def start(
+    recipe: str, row: str, seed: int, config: ConfigDict, *, work: pathlib.Path, core: int
+) -> subprocess.Popen[bytes]:
+    """Returns the process of a run, its world written; output goes to log.txt of its workdir."""
+    workdir = work / f"{row}_{seed}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    world = work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}"
+    config.scenes.folder = str(world)
+    scenes.write(**config.scenes.to_dict())
+    recorded = runpy.run_path(recipe)["get_config"]()
+    changed = [line.split(":")[0] for line in config_lib.differences(recorded, config)]
+    values = {key: functools.reduce(operator.getitem, key.split("."), config) for key in changed}
+    command = [sys.executable, "-m", "detclipv2_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in values.items()]
+    with open(workdir / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **os.environ},
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that still runs; it saves its state first."""
+    if process.poll() is None:
+        process.terminate()
+        process.wait()
+
+
+def all_results(folder: pathlib.Path) -> Results:
+    """Returns the stored results of the table by (row, seed)."""
+    found = {key: stored(folder, *key) for key in queue()}
+    return {key: result for key, result in found.items() if result is not None}
+
+
+def verdict(claim: Claim, finding: Finding, results: Results) -> str:
+    """Returns what the means over the seeds say of a claim, and what every seed says."""
+    rows = list(finding.rows.values())
+    seeds = [seed for seed in SEEDS if all((row, seed) in results for row in rows)]
+    if not seeds:
+        return "not run yet"
+    by_seed = [{row: results[row, seed]["scores"] for row in rows} for seed in seeds]
+    mean = {row: {name: float(np.mean([of[row][name] for of in by_seed])) for name in by_seed[0][row]} for row in rows}
+    margin, *margins = (min(claim.margins(scores)) for scores in (mean, *by_seed))
+    found = "reproduced" if margin >= 0 else "**not reproduced**"
+    each = ", ".join(f"{own:+.1f}" for own in margins)
+    early = f"; {len(seeds)} of {finding.num_seeds} seeds" if len(seeds) < finding.num_seeds else ""
+    return f"{found}; smallest margin {margin:+.1f}, by seed {each}{early}"
+
+
+def markdown(results: Results) -> Iterator[str]:
+    """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts."""
+    minutes = [result["seconds"] / 60 for result in results.values()]
+    yield f"{len(results)} of {len(queue())} runs are done" + (
+        f"; a run takes {np.mean(minutes):.1f} minutes on one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
+    )
+    for finding in FINDINGS:
+        yield f"\n**{finding.title}**\n\n"
+        yield f"| | seeds | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}\n"
+        for name, row in finding.rows.items():
+            own = [result["scores"] for (of, _), result in results.items() if of == row]
+            values = ([scores[score] for scores in own] for score in COLUMNS if own)
+            cells = [f"{np.mean(of):.1f} ± {np.ptp(of) / 2:.1f}" for of in values] or ["–"] * len(COLUMNS)
+            yield f"| {name} | {len(own)} | {' | '.join(cells)} |\n"
+        yield "\n"
+        for claim in finding.claims:
+            yield f"* {claim.text}: {verdict(claim, finding, results)}\n"
+
+
+def write_report(results: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes claims.md and, where there is something to show, claims.png."""
+    found = all_results(results)
+    write_text(output / "claims.md", markdown(found))
+    lines: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for name, row in FINDINGS[0].rows.items():
+        for (of, _), result in found.items():
+            if of == row:
+                steps = np.array([int(step) for step in result["novel_AP_by_step"]])
+                lines.setdefault(name, []).append((steps / steps[-1], np.array([*result["novel_AP_by_step"].values()])))
+    if lines:
+        visualize.lines(lines, x="share of the run", y="AP of novel shapes (%)", path=output / "claims.png")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detclipv2_jax.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; 0: only write table and plot")
+    parser.add_argument("--config", default="configs/demo.py", metavar="FILE", help="the recipe")
+    parser.add_argument("--results", default="results/claims", metavar="DIR", type=pathlib.Path)
+    parser.add_argument("--work", default="runs/claims", metavar="DIR", type=pathlib.Path, help="worlds and workdirs")
+    parser.add_argument("--output", default="docs", metavar="DIR", type=pathlib.Path, help="of table and plot")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs are stopped, too
+    try:
+        if options.jobs:
+            run_table(options.config, results=options.results, work=options.work, jobs=options.jobs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        write_report(options.results, options.output)
+    print("".join(markdown(all_results(options.results))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
