@@ -268,19 +268,16 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     return scores | {"novel_AR": found["AR@300"]}
 
 
-def result_of(workdir: pathlib.Path, config: ConfigDict, *, row: str, seed: int, seconds: float) -> dict[str, Any]:
-    """Returns what is stored of a finished run."""
+def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+    """Returns what is stored of a finished run beside its name and times."""
     last = max((workdir / "eval").glob("step_*_detections.json"))
     truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     novel = {str(line["step"]): round(100 * line["eval/APr"], 2) for line in lines if "eval/APr" in line}
     return {
-        "row": row,
-        "seed": seed,
         "scores": score(truth, coco.load_detections(last)),
         "novel_AP_by_step": novel,
         "steps": int(last.name.split("_")[1]),
-        "seconds": round(seconds),
         "recipe": recipe_of(config),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},
@@ -319,14 +316,17 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                 running[core] = (process, row, seed, config, time.monotonic())
             time.sleep(0.2)
             for core, (process, row, seed, config, since) in list(running.items()):
-                if process.poll() is None:
+                done, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if not done:
                     continue
+                process.returncode = os.waitstatus_to_exitcode(status)
                 workdir = work / f"{row}_{seed}"
                 if process.returncode:
                     raise ValueError(f"the run {row}, seed {seed}, failed; see {workdir}/log.txt")
                 del running[core]
                 seconds = time.monotonic() - since
-                result = result_of(workdir, config, row=row, seed=seed, seconds=seconds)
+                times = {"seconds": round(seconds), "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
+                result = {"row": row, "seed": seed} | times | result_of(workdir, config)
                 write_json(results / f"{row}_{seed}.json", result, indent=1)
                 shutil.rmtree(workdir / "checkpoints")
                 durations.append(seconds)
@@ -345,22 +345,25 @@ def start(
     """Returns the process of a run, its world written; output goes to log.txt of its workdir."""
     workdir = work / f"{row}_{seed}"
     workdir.mkdir(parents=True, exist_ok=True)
-    world = work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}"
-    config.scenes.folder = str(world)
+    config.scenes.folder = str(work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}")
     scenes.write(**config.scenes.to_dict())
-    recorded = runpy.run_path(recipe)["get_config"]()
-    changed = [line.split(":")[0] for line in config_lib.differences(recorded, config)]
-    values = {key: functools.reduce(operator.getitem, key.split("."), config) for key in changed}
-    command = [sys.executable, "-m", "detclipv2_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in values.items()]
     with open(workdir / "log.txt", "ab") as log:
         return subprocess.Popen(
-            command,
+            command(recipe, config, workdir),
             stdout=log,
             stderr=subprocess.STDOUT,
             env={"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **os.environ},
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
+
+
+def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Returns the command that trains a configuration, which differs from the recipe in some keys."""
+    changed = config_lib.differences(runpy.run_path(recipe)["get_config"](), config)
+    keys = [line.split(":")[0] for line in changed]
+    values = [functools.reduce(operator.getitem, key.split("."), config) for key in keys]
+    flags = [f"--config.{key}={value}" for key, value in zip(keys, values, strict=True)]
+    return [sys.executable, "-m", "detclipv2_jax.main", f"--config={recipe}", f"--workdir={workdir}", *flags]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -393,9 +396,9 @@ def verdict(claim: Claim, finding: Finding, results: Results) -> str:
 
 def markdown(results: Results) -> Iterator[str]:
     """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts."""
-    minutes = [result["seconds"] / 60 for result in results.values()]
+    minutes = [result["cpu_seconds"] / 60 for result in results.values()]
     yield f"{len(results)} of {len(queue())} runs are done" + (
-        f"; a run takes {np.mean(minutes):.1f} minutes on one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
+        f"; a run takes {np.mean(minutes):.1f} minutes of one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
     )
     for finding in FINDINGS:
         yield f"\n**{finding.title}**\n\n"
