@@ -174,7 +174,7 @@ def draw(rng: np.random.Generator, *, shapes: Sequence[str], size_px: int, train
     ground = str(rng.choice(list(_GROUNDS)))
     image = _ground(rng, ground, size_px)
     max_things = min(max(size_px // 32, 4), 8)
-    smallest, largest = (0.13, 0.24) if max_things == 4 else (0.07, 0.2)
+    smallest, largest = (0.16, 0.28) if max_things == 4 else (0.08, 0.2)
     things: list[Thing] = []
     for _ in range(rng.integers(1, max_things + 1)):
         for _ in range(20):

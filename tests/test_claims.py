@@ -1,0 +1,187 @@
+"""The table of the paper's claims: its runs, their scores, its verdicts; how it goes on where it was stopped."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from detclipv2_jax import claims, visualize
+from detclipv2_jax import config as config_lib
+
+RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
+
+
+def test_every_row_is_a_valid_run_of_its_own():
+    rows = claims.queue()
+    assert len(rows) == len(set(rows))
+    assert {row for row, _ in rows} == set(claims.ROWS)
+    assert rows[:2] == [("detection", 0), ("detection_twice", 0)]
+    recipes = set()
+    for row, seed in rows:
+        config = claims.configuration(RECIPE, row, seed)
+        config_lib.validate(config, num_devices=1)
+        recipes.add(tuple(claims.recipe_of(config)))
+    assert len(recipes) == len(rows)
+    seeds = [{seed for of, seed in rows if of == row} for row in ("pairs", "bilateral")]
+    assert seeds == [{0, 1, 2}, {0, 1}]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("row", ["grounding_pairs", "detection_twice", "classification", "pairs_64"])
+def test_the_command_of_a_run_makes_its_configuration(tmp_path, row):
+    config = claims.configuration(RECIPE, row, 1)
+    config.scenes.folder = str(tmp_path)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    values([arg for arg in claims.command(RECIPE, config, tmp_path) if not arg.startswith("-m")][1:])
+    assert config_lib.differences(values.config, config) == []
+    assert values.workdir == str(tmp_path)
+
+
+def world():
+    """Returns two images, each with a base object, the second with a novel one, too."""
+    boxes = [(1, 1, [0, 0, 10, 10], False), (2, 1, [0, 0, 10, 10], True), (2, 2, [40, 40, 20, 20], False)]
+    return {
+        "images": [{"id": i, "neg_category_ids": [1, 2], "not_exhaustive_category_ids": []} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "red star", "frequency": "f"}, {"id": 2, "name": "key", "frequency": "r"}],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "held_out": out}
+            for i, (image, category, box, out) in enumerate(boxes, start=1)
+        ],
+    }
+
+
+def found(image_id, category_id, box, score):
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+
+
+def test_scores_are_those_of_the_subsets():
+    star = found(1, 1, [0, 0, 10, 10], 0.9)
+    misnamed = [found(2, 1, [40, 40, 20, 20], 0.5), found(2, 2, [40, 40, 20, 20], 0.4)]
+    perfect = [star, found(2, 1, [0, 0, 10, 10], 0.8), misnamed[1]]
+    assert claims.score(world(), perfect) == dict.fromkeys(
+        ("AP", "AP50", "base_AP", "base_AP50", "novel_AP", "novel_AP50", "held_out_AP", "held_out_AP50", "novel_AR"),
+        100.0,
+    )
+    scores = claims.score(world(), [star, *misnamed])
+    assert scores["held_out_AP"] == 0.0
+    assert scores["base_AP"] == pytest.approx(100 * 51 / 101, abs=0.01)  # recall 0.5, at the better of two scores
+    assert (scores["novel_AP"], scores["novel_AR"]) == (100.0, 100.0)
+    scores = claims.score(world(), [star, misnamed[0]])
+    assert (scores["novel_AP"], scores["novel_AR"]) == (0.0, 100.0)  # found, under a wrong name
+    half = claims.score(world(), [star, found(2, 2, [40, 40, 20, 15], 0.4)])  # IoU 0.75: six of ten thresholds
+    assert (half["novel_AP"], half["novel_AP50"], half["novel_AR"]) == (60.0, 100.0, 60.0)
+
+
+def results(margins, *, row="pairs"):
+    """Returns results of finding 2 in which a row leads the others' AP by the margin of each seed."""
+    rows = claims.FINDINGS[1].rows.values()
+    made = {}
+    for seed, margin in enumerate(margins):
+        for name in rows:
+            scores = dict.fromkeys(claims.COLUMNS, 30.0) | {"AP": 30.0 + margin * (name == row)}
+            made[name, seed] = {"scores": scores, "cpu_seconds": 240}
+    return made
+
+
+def test_verdicts_go_by_the_means():
+    finding, (claim,) = claims.FINDINGS[1], claims.FINDINGS[1].claims
+    assert claims.verdict(claim, finding, {}) == "not run yet"
+    text = claims.verdict(claim, finding, results([2.0, -1.0]))
+    assert text == "reproduced; smallest margin +0.0, by seed +0.0, -1.0"
+    assert claims.verdict(claim, finding, results([3.0], row="image_to_text")) == (
+        "**not reproduced**; smallest margin -3.0, by seed -3.0; 1 of 2 seeds"
+    )
+
+
+def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
+    finding = claims.FINDINGS[0]
+    scores = {row: {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0} for row in finding.rows.values()}
+    scores["pairs"] |= {"novel_AP": 20.5, "base_AP": 39.5}
+    scores["grounding_pairs"] |= {"novel_AP": 21.0}
+    held = [min(claim.margins(scores)) >= 0 for claim in finding.claims]
+    assert held == [True] * 5
+    scores["detection_twice"]["novel_AP"], scores["pairs"]["base_AP"] = 6.0, 38.5
+    scores["pairs_base_words"]["novel_AP"], scores["grounding_pairs"]["novel_AR"] = 9.0, 89.0
+    held = [min(claim.margins(scores)) >= 0 for claim in finding.claims]
+    assert held == [False, True, False, False, False]
+
+
+def test_the_table_tells_means_spreads_and_what_is_missing():
+    text = "".join(claims.markdown(results([2.0, 1.0])))
+    assert "6 of 53 runs are done; a run takes 4.0 minutes of one core" in text
+    assert "| text to image | 2 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
+    assert "| k = 3 | 0 | – |" in text
+    assert text.count("not run yet") == sum(len(finding.claims) for finding in claims.FINDINGS) - 1
+
+
+FAKE = """
+import json, pathlib, sys
+workdir, row, seed, fails = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+if row == fails: sys.exit(3)
+(workdir / "eval").mkdir()
+(workdir / "checkpoints").mkdir()
+rows = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}]
+(workdir / "eval" / "step_00000020_detections.json").write_text(json.dumps(rows))
+lines = [{"step": 10, "eval/APr": 0.1}, {"step": 15, "detection/loss": 1.0}, {"step": 20, "eval/APr": 0.2}]
+(workdir / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
+"""
+
+
+def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
+    finding = dataclasses.replace(claims.FINDINGS[1], num_seeds=1)
+    monkeypatch.setattr(claims, "FINDINGS", (finding,))
+    monkeypatch.setattr(claims.scenes, "write", lambda folder, **_: write_world(pathlib.Path(folder)))
+    fails, started = "bilateral", []
+
+    def command(recipe, config, workdir):
+        row, seed = workdir.name.rsplit("_", 1)
+        started.append(row)
+        return [sys.executable, "-S", "-c", FAKE, str(workdir), row, seed, fails]
+
+    monkeypatch.setattr(claims, "command", command)
+    folders = {name: tmp_path / name for name in ("results", "work", "output")}
+    arguments = [f"--{name}={folder}" for name, folder in folders.items()] + ["--jobs=1", f"--config={RECIPE}"]
+    assert claims.main(arguments) == 1
+    assert "the run bilateral, seed 0, failed" in capsys.readouterr().err
+    assert started == ["pairs", "bilateral"]
+    assert not (folders["work"] / "pairs_0" / "checkpoints").exists()
+    stored = json.loads((folders["results"] / "pairs_0.json").read_text())
+    assert (stored["row"], stored["seed"], stored["steps"]) == ("pairs", 0, 20)
+    assert stored["novel_AP_by_step"] == {"10": 10.0, "20": 20.0}
+    assert stored["scores"]["base_AP"] > 0
+    assert stored["versions"].keys() >= {"jax", "python"}
+    fails = ""
+    assert claims.main(arguments) == 0
+    assert started == ["pairs", "bilateral", "bilateral", "image_to_text"]
+    assert "[3/3] image_to_text, seed 0: AP" in capsys.readouterr().out
+    assert "reproduced" in (folders["output"] / "claims.md").read_text()
+
+    # a result of another recipe is not taken for one of this
+    monkeypatch.setitem(claims.ROWS, "pairs", claims.ROWS["pairs"] | {"loss.temperature": 0.3})
+    assert claims.main(arguments) == 1
+    assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
+
+
+def write_world(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(world()))
+
+
+def test_lines_are_drawn_with_their_mean(tmp_path):
+    x = np.array([0.5, 1.0])
+    series = {
+        "with": [(x, np.array([10.0, 20.0])), (x, np.array([12.0, 24.0]))],
+        "without": [(x, np.array([1.0, 2.0]))],
+    }
+    picture = visualize.lines(series, x="share", y="AP", path=tmp_path / "lines.png")
+    assert (tmp_path / "lines.png").stat().st_size > 1000
+    colors = {tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}
+    assert len(colors) > 10
+    assert not np.array_equal(picture, visualize.lines({"with": series["with"]}, x="share", y="AP"))
