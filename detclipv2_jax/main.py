@@ -5,6 +5,7 @@ Run the same command on every host. A run continues from the newest checkpoint o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from detclipv2_jax import processes
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import loop as evaluation
+from detclipv2_jax.workdir import WorkdirError, only_run, room, write_text
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration, e.g. configs/demo.py or configs/swin_t.py:full"
@@ -77,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     except train_lib.Preempted as stop:
         logging.info("%s; the same command goes on from there", stop)
         sys.exit(_PREEMPTED_STATUS.value)
-    except processes.MissingProcessError as error:
+    except (processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError) as error:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
@@ -106,10 +108,25 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, *, training: bool) -> Cal
         work = evaluation.prepare(complete, workdir)
     # not before all is well everywhere: what failed has no claim on the workdir; an evaluation changes nothing of a run
     processes.barrier("all is checked", timeout_s=config.timeout_s)
-    if jax.process_index() == 0 and (training or not (workdir / "config.json").exists()):
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_lib.to_json(config))
-    return work
+    return functools.partial(in_workdir, work, config, workdir, training=training)
+
+
+def in_workdir(
+    work: Callable[[], dict[str, float]], config: ConfigDict, workdir: pathlib.Path, *, training: bool
+) -> dict[str, float]:
+    """Returns what `work` does, in a workdir that says which configuration it holds.
+
+    Raises:
+      WorkdirError: another run trains there, or nothing can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            if training:
+                stack.enter_context(only_run(workdir))
+            if training or not (workdir / "config.json").exists():
+                write_text(workdir / "config.json", [config_lib.to_json(config)])
+            stack.enter_context(room(workdir))
+        return work()
 
 
 def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: bool) -> None:

@@ -16,6 +16,8 @@ from absl import logging
 from clu import metric_writers
 from tqdm import tqdm
 
+from detclipv2_jax.workdir import write_text
+
 
 def prefix(kind: str, values: dict[str, Any]) -> dict[str, float]:
     """Returns the values as floats under names led by the kind."""
@@ -96,7 +98,7 @@ class MetricsWriter:
             lines = path.read_text().splitlines(keepends=True)
             # a killed run may leave half a line, which is later than every checkpoint
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
-            path.write_text("".join(kept))
+            write_text(path, kept)
             self._kept = [json.loads(line) for line in kept]
         self._file = path.open("a")
         self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

@@ -326,7 +326,7 @@ def evaluate_state(
 def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainState:
     """Returns the state a run starts from, in order of preference:
 
-    1. the newest checkpoint of this workdir;
+    1. the newest intact checkpoint of this workdir;
     2. fresh optimizer, parameters from another run (`init_from.checkpoint`);
     3. fresh everything, but for the towers that `init_from.swin` and `init_from.text` hold.
     """
@@ -337,7 +337,8 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         params = train_state.init_params(run.model, key, context_length=config.model.text.context_length)
         return new(jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params))
 
-    if (newest := checkpoints.latest_step()) is not None:
+    items = ["params", "optimizer", "ema"] if config.optimizer.ema_decay > 0 else ["params", "optimizer"]
+    if (newest := checkpoints.intact_step(items, set_aside=True)) is not None:
         return checkpoints.restore(abstract_state(run), step=newest)
     if config.init_from.checkpoint:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)

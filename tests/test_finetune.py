@@ -140,7 +140,7 @@ def test_killed_before_an_evaluation_it_is_the_same_run(recipe, tuned, tmp_path)
 
 def read(workdir, step, item="params"):
     """Returns the parameters, or their averages, of the checkpoint of a step by name."""
-    manager = checkpoints.Checkpoints(workdir, keep=100)
+    manager = checkpoints.Checkpoints(workdir)
     leaves = jax.tree_util.tree_leaves_with_path(manager.restore_params(step, item))
     manager.close()
     return {param_name(path): np.asarray(value) for path, value in leaves}
@@ -197,7 +197,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
     config.detection.canvases = config.eval.canvases = ((96, 64), (64, 96))
     config.scenes.seed = 7
     run = train.prepare_run(main.with_scenes(config, tmp_path / "run"), tmp_path / "run")
-    manager = checkpoints.Checkpoints(tmp_path / "run")
+    manager = checkpoints.Checkpoints(tmp_path / "run", keep=1)
     state = train.initial_state(run, manager)
     manager.close()
     assert int(state.step) == 0

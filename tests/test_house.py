@@ -22,7 +22,7 @@ PACKAGE = pathlib.Path(train_step.__file__).parent
 MAY_IMPORT = {
     "alignment": {"data", "drawing", "geometry", "inference", "models", "visualize"},
     "builders": {"data"},
-    "checkpoints": {"config", "optimizer", "train_state", "weights"},
+    "checkpoints": {"config", "optimizer", "train_state", "weights", "workdir"},
     "config": set(),
     "convert": {"data", "weights"},
     "convert.__main__": {"convert"},
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "export": {"config", "inference", "models", "saved_model", "standalone", "vocabulary"},
     "eval": {
         "checkpoints", "data", "geometry", "inference", "models", "processes", "sharding", "visualize", "vocabulary",
+        "workdir",
     },
     "flops": {"data", "geometry", "models"},
     "geometry": set(),
@@ -38,8 +39,8 @@ MAY_IMPORT = {
     "inference": {"alignment", "checkpoints", "data", "geometry", "models", "sharding", "vocabulary"},
     "inspection": {"config", "data", "visualize"},
     "losses": {"geometry"},
-    "main": {"config", "data", "eval", "processes", "train"},
-    "metrics": set(),
+    "main": {"config", "data", "eval", "processes", "train", "workdir"},
+    "metrics": {"workdir"},
     "models": {"geometry"},
     "optimizer": set(),
     "predict": {"data", "eval", "inference", "visualize", "vocabulary"},
@@ -66,6 +67,7 @@ MAY_IMPORT = {
     "visualize.__main__": {"alignment", "builders", "data", "inference", "visualize"},
     "vocabulary": {"data"},
     "weights": set(),
+    "workdir": set(),
 }  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def state_at_start(config, workdir):
     """Returns the parameters of a run before its first step, by name."""
     workdir.mkdir()
     run = train.prepare_run(main.with_scenes(config, workdir), workdir)
-    manager = checkpoints.Checkpoints(workdir)
+    manager = checkpoints.Checkpoints(workdir, keep=1)
     state = train.initial_state(run, manager)
     manager.close()
     assert int(state.step) == 0

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from detclipv2_jax.workdir import write_text
+
 PART_ROWS = 1 << 16
 PART_SECONDS = 60  # a killed evaluation loses at most about this much
 _PART = re.compile(r"(\d{6})-(\d{6})\.npz")
@@ -135,12 +137,3 @@ def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:
     for i, part in enumerate(parts):
         yield (", " if i else "[") + json.dumps(part)[1:-1]
     yield "]\n"
-
-
-def write_text(path: pathlib.Path, pieces: Iterable[str]) -> None:
-    """Writes a text file, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(pieces)
-    os.replace(partial, path)

@@ -1,0 +1,97 @@
+"""The folder of a run: one run at a time in it, files that are there whole or not at all, and room for them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+
+from absl import logging
+
+# of an OSError that says that the disk takes no more; EFBIG: a limit on the size of files
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+
+class WorkdirError(RuntimeError):
+    """A workdir cannot take a run or what it writes; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def only_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir, which is made if need be; the system forgets the lock of a killed process.
+
+    It is a POSIX lock on <workdir>/lock: data workers do not inherit it, and NFS has it between hosts. Where the file
+    system has no locks, the log says that nobody is kept out.
+
+    Raises:
+      WorkdirError: another process trains there, or nothing can be written there.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a+")
+    except OSError as error:
+        raise WorkdirError(
+            f"nothing can be written to the workdir {workdir}: {error}; give another --workdir"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise WorkdirError(
+                f"another run trains in {workdir} ({file.read().strip() or 'it does not say which'}); stop it, or "
+                "give another --workdir"
+            ) from None
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): a second run there would not be noticed", workdir, error)
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:  # the lock holds without it
+            logging.warning("%s: %s", file.name, error)
+        yield
+
+
+@contextlib.contextmanager
+def room(folder: pathlib.Path, needed: int = 0, *, what: str = "this run") -> Iterator[None]:
+    """Checks for `needed` bytes on the disk of a folder, and explains errors inside that say that it takes no more.
+
+    Raises:
+      WorkdirError: there is no room for `what`.
+    """
+
+    def full(why: str) -> WorkdirError:
+        free = shutil.disk_usage(folder).free
+        need = f"it needs {needed / 1e6:,.2f} MB, and " if needed else ""
+        return WorkdirError(
+            f"no room for {what}: {need}{folder} has {free / 1e6:,.2f} MB left{why}. What was saved is untouched; "
+            "make room and start the same command again"
+        )
+
+    if shutil.disk_usage(folder).free < needed:
+        raise full("")
+    try:
+        yield
+    except Exception as error:  # tensorstore has kinds of its own
+        reason = next((text for text in map(os.strerror, NO_ROOM) if text in str(error)), None)
+        if reason is None or isinstance(error, WorkdirError):
+            raise
+        raise full(f" ({reason})") from error
+
+
+def write_text(path: pathlib.Path, pieces: Iterable[str]) -> None:
+    """Writes a text file that is there whole or as it was before, also after a kill or on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(pieces)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
