@@ -167,6 +167,7 @@ def base() -> ConfigDict:
     c.input.num_workers = 0  # processes a stream; 0: threads of the main process
     c.input.num_threads = 2  # a stream, when num_workers is 0
     c.input.prefetch_batches = 2  # a stream
+    c.input.timeout_s = 300  # s without a batch after which the run ends and says what it waited for
 
     # --- losses (spec section 3)
     c.loss = ConfigDict()
@@ -376,7 +377,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
             )
     for key in (
         "epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "optimizer.patience",
-        "timeout_s",
+        "timeout_s", "input.timeout_s",
     ):  # fmt: skip
         check(value_of(key) >= 1, key, "1 or more")
     for key in ("detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"):

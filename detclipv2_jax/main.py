@@ -22,8 +22,10 @@ from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import processes
+from detclipv2_jax import replay as replay_lib
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.data import scenes
+from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.workdir import WorkdirError, only_run, room, write_text
 
@@ -44,6 +46,10 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "several processes: on, off, or auto (on where a TPU pod, Slurm or the JAX_COORDINATOR_ADDRESS variable says so)",
 )  # fmt: skip
 
+_REPLAY = flags.DEFINE_integer(
+    "replay", None, "runs this step of the workdir's run again, from the newest checkpoint before it, and prints its "
+    "loss terms, gradient norms and examples; writes nothing", lower_bound=1,
+)  # fmt: skip
 _PREEMPTED_STATUS = flags.DEFINE_integer(
     "preempted_status", 0, "exit status of a run that SIGTERM stopped; not 0 where a scheduler shall start it again"
 )
@@ -71,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     try:
         processes.join(_DISTRIBUTED.value, timeout_s=config.timeout_s)
-        work = prepare(config, workdir, training=_MODE.value == "train")
+        work = prepare(config, workdir, training=_MODE.value == "train", replayed=_REPLAY.value)
     except (ValueError, processes.MissingProcessError) as error:
         sys.exit(f"error: {error}")
     try:
@@ -79,16 +85,25 @@ def main(argv: Sequence[str]) -> None:
     except train_lib.Preempted as stop:
         logging.info("%s; the same command goes on from there", stop)
         sys.exit(_PREEMPTED_STATUS.value)
-    except (processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError) as error:
+    except StalledError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a thread that waits for a disk cannot be ended, and would be waited for
+    except (DataError, processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError) as error:
         sys.exit(f"error: {error}")
+    if _REPLAY.value:
+        return
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
         if scores and config.closing:
             print(config.closing.format(**{name: 100 * value for name, value in scores.items()}))
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path, *, training: bool) -> Callable[[], dict[str, float]]:
+def prepare(
+    config: ConfigDict, workdir: pathlib.Path, *, training: bool, replayed: int | None = None
+) -> Callable[[], dict[str, float]]:
     """Returns what trains (or evaluates) and returns scores; all is checked, and nothing compiled.
+
+    With a step `replayed` it runs that step again and returns its metrics.
 
     Raises:
       ValueError: the configuration, the files it names or the workdir are wrong.
@@ -99,9 +114,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, *, training: bool) -> Cal
         logging.info("values for %s: %s (config.chips.%s)", chip, dict(config.chips[chip]), chip)
     config_lib.validate(config_lib.for_chip(config, chip), num_devices=jax.device_count())
     processes.check_same(config_lib.to_json(config), what="configuration", timeout_s=config.timeout_s)
-    check_workdir(workdir, config, fresh_allowed=training or bool(config.init_from.checkpoint))
+    fresh_allowed = not replayed and (training or bool(config.init_from.checkpoint))
+    check_workdir(workdir, config, fresh_allowed=fresh_allowed)
     complete = with_scenes(config_lib.for_chip(config, chip), workdir)
     work: Callable[[], dict[str, float]]
+    if replayed:
+        return functools.partial(replay_lib.replay, train_lib.prepare_run(complete, workdir), replayed)
     if training:
         work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
     else:
@@ -151,7 +169,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
             )
     elif not fresh_allowed:
         raise ValueError(
-            f"{workdir} has no config.json, so there is no run to evaluate; give its --workdir, or another"
+            f"{workdir} has no config.json, so there is no run to evaluate or replay; give its --workdir, or another"
             " workdir and --config.init_from.checkpoint=<workdir of the run>"
         )
 
@@ -202,7 +220,17 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
             print(f"  {name:14} {what}")
 
 
+def open_streams() -> None:
+    """Opens standard streams that are closed, or the next file would take their number and get what C++ prints."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (for as long as the program runs)
+    handler = logging.get_absl_handler().python_handler
+    handler.stream = handler.stream or sys.stderr
+
+
 def cli() -> None:
+    open_streams()
     app.run(main, flags_parser=config_lib.parse_flags)
 
 

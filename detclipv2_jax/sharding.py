@@ -46,6 +46,20 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     return jax.tree.map(lambda p: NamedSharding(mesh, param_spec(p.shape, fsdp=fsdp)), params)
 
 
+def summed(counts: dict[str, int], mesh: Mesh) -> dict[str, Any]:
+    """Returns the sums of all processes' counts, which are there when the devices come to it."""
+    if jax.process_count() == 1:
+        return counts
+    rows = np.zeros((jax.local_device_count(), len(counts)), np.int32)
+    rows[0] = list(counts.values())
+    of_devices = jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+    return dict(zip(counts, jax.jit(_sums, out_shardings=NamedSharding(mesh, REPLICATED))(of_devices), strict=True))
+
+
+def _sums(rows: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(rows.sum(axis=0))
+
+
 def to_global(batch: Batch, mesh: Mesh) -> Batch:
     """Returns the global batch on the devices of `mesh`, built from this process's rows.
 

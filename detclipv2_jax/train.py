@@ -200,11 +200,11 @@ def train(run: Run) -> dict[str, float]:
                 finish_step,
                 done,
                 stream.kind.value,
-                # overflow: of this process's rows
-                metrics | {"learning_rate": rate(step) * decision.factor} | stream.overflow,
+                metrics | {"learning_rate": rate(step) * decision.factor} | sharding.summed(stream.overflow, mesh),
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
                 cost=cost(draw.stream) if peak_flops else None,
+                examples=functools.partial(stream.named, stream.examples),
                 writer=writer,
                 progress=progress,
             )
@@ -323,8 +323,8 @@ def evaluate_state(
     return scores
 
 
-def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainState:
-    """Returns the state a run starts from, in order of preference:
+def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints, *, before: int | None = None) -> TrainState:
+    """Returns the state a run starts from, or before step `before`, in order of preference:
 
     1. the newest intact checkpoint of this workdir;
     2. fresh optimizer, parameters from another run (`init_from.checkpoint`);
@@ -338,7 +338,7 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         return new(jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(param_name(path), x), params))
 
     items = ["params", "optimizer", "ema"] if config.optimizer.ema_decay > 0 else ["params", "optimizer"]
-    if (newest := checkpoints.intact_step(items, set_aside=True)) is not None:
+    if (newest := checkpoints.intact_step(items, before=before, set_aside=before is None)) is not None:
         return checkpoints.restore(abstract_state(run), step=newest)
     if config.init_from.checkpoint:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
@@ -398,12 +398,14 @@ def finish_step(
     logged: bool,
     stop: bool,
     cost: Callable[[float], float] | None,
+    examples: Callable[[], str],
     writer: MetricsWriter,
     progress: Progress,
 ) -> None:
     """Reads the metrics of a step, shows and (if `logged`) writes them, and reports a step that was not finite.
 
-    `cost` says how many FLOPs a step with so many distinct concepts takes, where the utilisation is of interest.
+    `cost` says how many FLOPs a step with so many distinct concepts takes, where the utilisation is of interest,
+    `examples` what this process's rows were.
     """
     metrics = prefix(kind, jax.device_get(metrics))
     if cost:
@@ -413,8 +415,19 @@ def finish_step(
     if logged or not finite:
         writer.write(step, metrics | progress.rates())
     if not finite:
-        terms = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
-        message = f"step {step} was not applied, its loss or gradient is not finite: {terms}"
+        message = f"step {step} was not applied, its loss or gradient is not finite: {described(metrics, examples())}"
         if stop:
-            raise NonFiniteError(f"{message}; config.nonfinite=skip goes on past such steps")
+            raise NonFiniteError(
+                f"{message}. --replay={step} runs it again, config.nonfinite=skip goes on past such steps"
+            )
         logging.error(message)
+
+
+def described(metrics: dict[str, float], examples: str) -> str:
+    """Returns loss terms, modules whose gradients are not finite, and examples of a step, for a message."""
+    terms = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items() if "grad_norm_" not in name)
+    modules = [n.partition("grad_norm_")[2] for n, x in metrics.items() if "grad_norm_" in n and not np.isfinite(x)]
+    return (
+        f"{terms}; gradients that are not finite: {', '.join(modules) or 'none'}; examples of process "
+        f"{jax.process_index()}: {examples}"
+    )

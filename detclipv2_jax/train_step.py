@@ -99,8 +99,8 @@ def make_step(
 ) -> Step:
     """Returns the training step for batches of one kind on one canvas.
 
-    Metrics are float32 scalars over the global batch: the loss and its terms before weighting, `grad_norm`, and
-    `finite`, 0 where loss or gradient is not finite; such a step changes nothing but the step count.
+    Metrics are float32 scalars over the global batch: the loss and its terms before weighting, `grad_norm` and that of
+    each module, and `finite`, 0 where loss or gradient is not finite; such a step changes nothing but the step count.
     """
     gradients = _pair_gradients if kind is Kind.IMAGE_TEXT else _box_gradients
 
@@ -136,7 +136,8 @@ def _apply(
         ema = jax.tree.map(lambda average, param: average + (1.0 - ema_decay) * (param - average), ema, params)
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema), old)
-    metrics = {**metrics, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
+    of_modules = {f"grad_norm_{name}": jnp.float32(optax.tree.norm(part)) for name, part in grads.items()}
+    metrics = {**metrics, "grad_norm": grad_norm, **of_modules, "finite": finite.astype(jnp.float32)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 

@@ -230,7 +230,10 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped_by_config(micro, tmp_path
     progress = metrics.Progress(0, 10)
     values = {"loss": np.float32(np.nan), "loss_box": np.float32(1.5), "finite": np.float32(0)}
     settings = {"logged": False, "cost": None, "writer": writer, "progress": progress}
-    with pytest.raises(train.NonFiniteError, match=r"step 7 was not applied.*detection/loss nan.*loss_box 1.5"):
+    settings["examples"] = lambda: "pairs: 3, 4"
+    with pytest.raises(
+        train.NonFiniteError, match=r"step 7 was not applied.*detection/loss nan.*loss_box 1.5.*pairs: 3, 4"
+    ):
         train.finish_step(7, "detection", values, stop=True, **settings)
     train.finish_step(8, "detection", values, stop=False, **settings)
     writer.close()

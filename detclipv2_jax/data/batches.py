@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text, num_draws
-from detclipv2_jax.data.schema import Batch, Kind, Record, UnusableError
+from detclipv2_jax.data.schema import Batch, DataError, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
 _MAX_TRIES = 100  # unusable images in a row: then the disk is gone, not an image
@@ -42,6 +41,7 @@ class Skipped(NamedTuple):
 
     example: str
     reason: str
+    source: str
 
 
 class Notes(NamedTuple):
@@ -49,6 +49,7 @@ class Notes(NamedTuple):
 
     counts: collections.Counter[str]
     skipped: dict[int, Skipped]  # by position among the stream's members
+    examples: list[tuple[int, int]]  # source and position in it of every row of the batch
 
 
 class _Example(NamedTuple):
@@ -111,10 +112,9 @@ class BatchMaker:
 
     def make(self, n: int) -> tuple[Batch, Notes]:
         """Returns this host's rows of global batch n and what is to be said of them."""
-        notes = Notes(collections.Counter(), {})
+        notes = Notes(collections.Counter(), {}, [])
         rows = self.batch_size // self.process_count
-        start = n * self.batch_size + self.process_index * rows
-        positions = range(start, start + rows if self.endless else min(start + rows, len(self.members)))
+        positions = self.positions(n)
         image = np.zeros((rows, *self.canvas, 3), np.uint8)
         rng, own = np.random.default_rng((self._tag, n)), slice(self.process_index * rows, None)
         short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[own].tolist()
@@ -128,6 +128,7 @@ class BatchMaker:
         for row, example in enumerate(examples):
             extent[row], original_size[row] = example.extent, example.size
             example_id[row] = example.record.example_id
+            notes.examples.append((example.source, example.record.example_id))
         scale = (extent / original_size).astype(np.float32)
 
         table, concepts = self._concepts(examples, notes)
@@ -156,19 +157,28 @@ class BatchMaker:
         )
         return batch, notes
 
+    def positions(self, n: int) -> range:
+        """Returns where this host's rows of global batch n stand in the stream."""
+        rows = self.batch_size // self.process_count
+        start = n * self.batch_size + self.process_index * rows
+        return range(start, start + rows if self.endless else min(start + rows, len(self.members)))
+
+    def place(self, position: int, *, ahead: int = 0) -> tuple[int, int, int]:
+        """Returns member, source and index in it of the example `ahead` of that at a position of the stream."""
+        member = ((self._member(position) if self.endless else position) + ahead) % len(self.members)
+        index = int(self.members[member])
+        source = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        return member, source, index - int(self._offsets[source])
+
     def _read(self, position: int, out: np.ndarray, notes: Notes, *, short_side: int, flip: bool) -> _Example:
         """Writes the image at a position of the stream, or the next usable one, to its canvas."""
-        first = self._member(position) if self.endless else position
         for i in range(min(len(self.members), _MAX_TRIES) if self.endless else 1):
-            member = (first + i) % len(self.members)
-            index = int(self.members[member])
-            source = int(np.searchsorted(self._offsets, index, side="right")) - 1
-            index -= int(self._offsets[source])
+            member, source, index = self.place(position, ahead=i)
             try:
                 record = self.sources[source][index]
                 flipped = flip and not (self.kind is Kind.GROUNDING and _SIDE_WORDS.search(record.caption))
                 extent, size = transforms.place(
-                    record.image if isinstance(record.image, bytes | np.ndarray) else _read_bytes(record.image),
+                    pixels_of(record),
                     out,
                     annotated_size=record.size,
                     short_side=short_side,
@@ -182,9 +192,9 @@ class BatchMaker:
                 reason = "missing file"
             except OSError as error:
                 reason = f"unreadable file ({type(error).__name__})"
-            notes.skipped[member] = Skipped(self.sources[source].describe(index), reason)
-        example, reason = next(iter(notes.skipped.values()))
-        raise ValueError(f"{self.name}: {example} cannot be used ({reason}) and no other image takes its place")
+            notes.skipped[member] = Skipped(self.sources[source].describe(index), reason, self.sources[source].name)
+        example, reason, _ = next(iter(notes.skipped.values()))
+        raise DataError(f"{self.name}: {example} cannot be used ({reason}) and no other image takes its place")
 
     def _concepts(self, examples: Sequence[_Example], notes: Notes) -> tuple[Table, list[np.ndarray]]:
         """Returns the table of the batch and, for each example, the rows of its own concepts."""
@@ -282,6 +292,9 @@ class BatchMaker:
         return boxes, mask, box_concepts
 
 
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
+def pixels_of(record: Record) -> bytes | np.ndarray:
+    """Returns the encoded bytes or the RGB pixels of a record; raises OSError if its file cannot be read."""
+    if isinstance(record.image, bytes | np.ndarray):
+        return record.image
+    with open(record.image, "rb") as file:
         return file.read()

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from detclipv2_jax.data import transforms
-from detclipv2_jax.data.checks import probe_images, refuse_above_share, resolve, unsafe_path
+from detclipv2_jax.data.checks import documented, probe_images, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 
@@ -64,6 +64,9 @@ class BoxSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    def file(self, index: int) -> str:
+        return f"{self._folder}/{self._files[index]}"
+
     def describe(self, index: int) -> str:
         return f"{self._files[index]} of {self.path}"
 
@@ -98,7 +101,8 @@ class BoxSource:
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
     height, width = image.get("height"), image.get("width")
-    if isinstance(height, int | float) and isinstance(width, int | float) and min(height, width) >= 1:
+    numbers = isinstance(height, int | float) and isinstance(width, int | float)
+    if numbers and min(height, width) >= 1 and max(height, width) <= transforms.MAX_SIDE:
         return int(height), int(width)
     return 0, 0
 
@@ -115,6 +119,7 @@ def _federated(image: dict[str, Any], index_of: dict[Any, int]) -> tuple[list[in
     return absent, incomplete
 
 
+@documented
 def load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
@@ -203,6 +208,7 @@ def _collect_boxes(
     return boxes[usable], labels[usable], image_of_box[usable], dict(bad + repaired)
 
 
+@documented
 def read_vocabulary(path: str | Path, *, dictionary: str = "") -> Vocabulary:
     """Returns the categories of a COCO json in their order; definitions from the json, else from the dictionary."""
     return _vocabulary(load_json(Path(path)), Path(path), read_dictionary(dictionary) if dictionary else None)
@@ -244,6 +250,7 @@ def check_kind(content: dict[str, Any], path: Path, kind: Kind) -> None:
         )
 
 
+@documented
 def read_detection(
     annotations: str,
     images: str,
@@ -332,11 +339,12 @@ def phrase_of(caption: str, spans: Any) -> str:
     """Returns the text of [start, end) character spans, joined by spaces; "" where they cover nothing."""
     try:
         parts = [caption[max(int(start), 0) : max(int(end), 0)].strip(" \t\n.,;:") for start, end in spans]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return ""
     return " ".join(part for part in parts if part)
 
 
+@documented
 def read_grounding(
     annotations: str,
     images: str,

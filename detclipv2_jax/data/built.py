@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from detclipv2_jax.data.catalog import command_of
+from detclipv2_jax.data.checks import documented
 from detclipv2_jax.data.concepts import Vocabulary
-from detclipv2_jax.data.schema import Kind, Record
+from detclipv2_jax.data.schema import Kind, Record, UnusableError
 
 INDEX, VOCABULARY, REPORT = "index.npz", "vocabulary.json", "build_report.json"
 PHRASES = "phrases.tsv"
@@ -30,7 +31,8 @@ class BuiltSource:
         with np.load(folder / INDEX) as index:
             self.sizes = index["sizes"][: num or None]
             self.most_concepts = int(index["num_concepts"][: num or None].max())
-        self._examples: Any = None
+        self._examples: Any = None  # and the split that they are, once one was read
+        self._split: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_examples": None}  # open files do not travel to worker processes
@@ -42,16 +44,30 @@ class BuiltSource:
         """Returns the features of an example by name: protos of bytes_list, float_list or int64_list."""
         # takes a second: only where examples are read
         import tensorflow_datasets as tfds
+        from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2
 
         if self._examples is None:
-            self._examples = tfds.builder_from_directory(self.folder).as_data_source(
-                "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
-        return tf_example_pb2.Example.FromString(self._examples[index]).features.feature
+            builder = tfds.builder_from_directory(self.folder)
+            self._split = builder.info.splits["train"]
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._examples = builder.as_data_source("train", deserialize_method=raw)
+        try:
+            return tf_example_pb2.Example.FromString(self._examples[index]).features.feature
+        except (DecodeError, IndexError, OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's
+            raise UnusableError(f"damaged or missing record in {self.file(index)}") from error
+
+    def file(self, index: int) -> str:
+        if self._split is None:
+            return str(self.folder)
+        shard = int(np.searchsorted(np.cumsum(self._split.shard_lengths), index, side="right"))
+        return str(self._split.filepaths[shard])
 
     def describe(self, index: int) -> str:
-        return f"{_texts(self._example(index)['name'])[0]} of {self.folder}"
+        try:
+            return f"{_texts(self._example(index)['name'])[0]} of {self.folder}"
+        except UnusableError:
+            return f"example {index} of {self.folder}"
 
     def __getitem__(self, index: int) -> Record:
         example = self._example(index)
@@ -84,6 +100,7 @@ def missing_folders(folders: tuple[str, ...], kind: Kind, *, prefix: str) -> lis
     return problems
 
 
+@documented
 def read_built(folder: str, kind: Kind, *, dictionary: Vocabulary | None = None, max_examples: int = 0) -> BuiltSource:
     """Returns the source of a built folder.
 

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import ParamSpec, TypeVar
 
-from detclipv2_jax.data.schema import UnusableError
+from detclipv2_jax.data.schema import DataError, UnusableError
 
 _NUM_PROBED_FILES = 64
+_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+
+
+def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Returns a reader whose first argument is a path, with a DataError for whatever has another form than documented.
+
+    Checking the type of every value of a large json would take longer than reading it.
+    """
+
+    @functools.wraps(read)
+    def checked(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        try:
+            return read(*arguments, **options)
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{arguments[0]} does not have the documented form ({type(error).__name__}: {error})"
+            ) from error
+
+    return checked
 
 
 def refuse_above_share(bad: dict[str, int], total: int, share: float, *, what: str, where: str | Path) -> None:
-    """Raises a ValueError with the worst reasons if more than a share of what was read cannot be used."""
+    """Raises a DataError with the worst reasons if more than a share of what was read cannot be used."""
     num_bad = sum(bad.values())
     if num_bad > share * total:
         worst = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1])[:5])
-        raise ValueError(
+        raise DataError(
             f"{where}: {num_bad} of {total} {what} cannot be used ({worst}); "
             f"max_bad_share allows {share:.2%}: repair the data or raise it"
         )

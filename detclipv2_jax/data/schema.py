@@ -77,6 +77,14 @@ class Batch(NamedTuple):
     caption_mask: Bool[np.ndarray, "b m"]
 
 
+class DataError(ValueError):
+    """The data of a run cannot be read on; the message names the stream or the file."""
+
+
+class StalledError(DataError):
+    """A stream gave no batch in time; the thread that reads it may never end."""
+
+
 class UnusableError(ValueError):
     """An example that cannot be used; `reason` is short and equal for equal causes, so that it can be counted."""
 

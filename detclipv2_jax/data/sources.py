@@ -41,6 +41,10 @@ class Source(Protocol):
         """Returns an example; raises UnusableError if its file may not be read."""
         ...
 
+    def file(self, index: int) -> str:
+        """Returns the path of the file that holds an example's image, without reading it."""
+        ...
+
     def describe(self, index: int) -> str:
         """Returns how messages name an example: the annotation and the file."""
         ...
@@ -94,6 +98,9 @@ class PairSource:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def file(self, index: int) -> str:
+        return f"{self._folder}/{parse_pair(self._line(index))[0]}"
+
     def describe(self, index: int) -> str:
         return f"{parse_pair(self._line(index))[0]} of {self.path}"
 
@@ -125,7 +132,7 @@ def parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
     if rest and rest[0].strip():
         try:
             column = json.loads(rest[0])
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             column = None
         if isinstance(column, list) and all(isinstance(phrase, str) for phrase in column):
             phrases = [phrase.strip() for phrase in column if phrase.strip()]

@@ -11,6 +11,8 @@ import collections
 import dataclasses
 import functools
 import math
+import queue
+import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped
+from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictionary
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.schema import Batch, DataError, Kind, StalledError, UnusableError
 from detclipv2_jax.data.sources import Source, open_evaluation, open_sources
 
 _FOREVER = 1 << 60
@@ -42,7 +44,8 @@ class Stream:
       capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
       counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
         with the first stream of the kind.
-      overflow: what did not fit into the batch handed out last, by name of the metric.
+      overflow: what did not fit into the batch handed out last or was skipped in it, by name of the metric.
+      examples: (source, position in it) of the rows of the batch handed out last.
     """
 
     def __init__(self, maker: BatchMaker, *, input_config: Any, max_bad_share: float, weight: float = 1.0):
@@ -56,15 +59,18 @@ class Stream:
         self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
         self.counters: collections.Counter[str] = collections.Counter()
         self.overflow: dict[str, int] = {}
+        self.examples: list[tuple[int, int]] = []
 
     def _account(self, batch: Batch, notes: Notes) -> Batch:
         self.counters.update(notes.counts)
         self.overflow = {f"num_{reason.split(':')[0].replace(' ', '_')}": notes.counts[reason] for reason in OVERFLOWS}
-        for member, skipped in notes.skipped.items():
-            if member not in self._skipped:
-                logging.warning("%s: skipped %s: %s", self.name, *skipped)
-                self._skipped[member] = skipped
-                self.counters[f"image skipped: {skipped.reason}"] += 1
+        self.examples = notes.examples
+        new = {member: skipped for member, skipped in notes.skipped.items() if member not in self._skipped}
+        for skipped in new.values():
+            logging.warning("%s: skipped %s: %s", self.name, skipped.example, skipped.reason)
+            self.counters[f"image of {skipped.source} skipped: {skipped.reason}"] += 1
+        self._skipped |= new
+        self.overflow["num_images_skipped"] = len(new)
         reasons = collections.Counter(skipped.reason for skipped in self._skipped.values())
         refuse_above_share(reasons, self.num_examples, self._max_bad_share, what="images", where=self.name)
         return batch
@@ -81,7 +87,12 @@ class Stream:
         return grain.MapDataset.range(start, _FOREVER).map(self._maker.make)
 
     def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
-        """Yields batch(start), batch(start + 1), … read ahead by threads or processes; `close()` it when done."""
+        """Yields batch(start), batch(start + 1), … read ahead by threads or processes; `close()` it when done.
+
+        Raises:
+          DataError: as `batch`; a worker process is gone.
+          StalledError: there was no batch for `config.input.timeout_s`; the message names what is waited for.
+        """
         ahead, num_workers = max(self._input.prefetch_batches, 1), self._input.num_workers
         num_threads = min(self._input.num_threads, ahead) if num_workers == 0 else 0
         dataset = self._dataset(start).to_iter_dataset(
@@ -94,12 +105,67 @@ class Stream:
                 num_workers=num_workers, per_worker_buffer_size=max(ahead // num_workers, 1)
             )
             dataset = dataset.mp_prefetch(options)
-        iterator = iter(dataset)
+        iterator, n = iter(dataset), start
         try:
-            for batch, notes in iterator:
-                yield self._account(batch, notes)
+            while (item := self._next(iterator, n)) is not None:
+                yield self._account(*item)
+                n += 1
+        except StalledError:
+            iterator = None  # closing it would wait for what never comes
+            raise
         finally:
-            iterator.close()
+            if iterator is not None:
+                iterator.close()
+
+    def _next(self, iterator: Any, n: int) -> tuple[Batch, Notes] | None:
+        """Returns what an iterator gives next, which is batch n; None at its end."""
+
+        def read() -> None:
+            try:
+                read_one.put((next(iterator, None), None))
+            except Exception as error:
+                read_one.put((None, error))
+
+        read_one: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            item, error = read_one.get(timeout=self._input.timeout_s)
+        except queue.Empty:
+            raise StalledError(
+                f"{self.name}: no batch {n} within {self._input.timeout_s} s (config.input.timeout_s); "
+                f"{self._waited_for(n)}"
+            ) from None
+        if isinstance(error, RuntimeError):  # Grain's, of a worker process
+            raise DataError(f"{self.name}: {error} Out of memory? config.input.num_workers=0 needs least.") from error
+        if error is not None:
+            raise error
+        return item
+
+    def _waited_for(self, n: int) -> str:
+        """Returns which example of batch n cannot be read now, for a message."""
+        hanging = ["everything can be read now"]
+
+        def read() -> None:
+            for position in self._maker.positions(n):
+                _, source, index = self._maker.place(position)
+                hanging[0] = f"{self.sources[source].file(index)} does not answer"
+                try:
+                    pixels_of(self.sources[source][index])
+                except (UnusableError, OSError):
+                    continue
+            hanging[0] = "everything can be read now"
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(timeout=min(10, self._input.timeout_s))
+        return hanging[0]
+
+    def named(self, examples: list[tuple[int, int]]) -> str:
+        """Returns sources and positions in them of `examples`, for a message."""
+        ids = collections.defaultdict(list)
+        for source, index in examples:
+            ids[self.sources[source].name].append(str(index))
+        return "; ".join(f"{name}: {', '.join(of_source)}" for name, of_source in ids.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ from PIL import Image
 from detclipv2_jax.data.schema import UnusableError
 
 MAX_PIXELS = 1 << 26  # larger photos are refused before they are decoded (200 MB as RGB)
+MAX_SCANNED = 1 << 30  # pixels times scans of a progressive JPEG; scans without content cost as much time as any
+MAX_SIDE = 65_535  # px; of a JPEG
 # OpenCV's REDUCED_COLOR flags say BGR; the scale bit alone combines with RGB
 _REDUCED = {
     1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8
@@ -69,6 +71,8 @@ def _jpeg_header(data: bytes) -> Header:
         elif marker == 0xDA:  # the scan: inside it FF D9 can only be the end of the image
             if size is None or data.rfind(b"\xff\xd9", at) < 0:
                 break
+            if size[0] * size[1] * data.count(b"\xff\xda", at) > MAX_SCANNED:
+                raise UnusableError("too many scans")
             return Header(size, orientation, is_jpeg=True)
         at += 2 + length
     raise UnusableError("truncated image")
@@ -244,13 +248,13 @@ def check_boxes(
 
     Args:
       boxes: float64 [n, 4] xyxy px, anything.
-      sizes: (height, width) of the image of each box; 0: unknown, not clipped there.
+      sizes: (height, width) of the image of each box; 0: unknown, any image's.
     """
     finite = np.isfinite(boxes).all(axis=1)
     boxes = np.where(finite[:, None], boxes, 0.0)
     inverted = finite & ((boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1]))
     empty = finite & ~inverted & ((boxes[:, 2] == boxes[:, 0]) | (boxes[:, 3] == boxes[:, 1]))
-    height, width = np.where(sizes > 0, sizes, np.inf).T
+    height, width = np.where(sizes > 0, sizes, MAX_SIDE).T
     bounds = np.stack([width, height, width, height], axis=1)
     clipped = np.clip(boxes, 0.0, bounds).astype(np.float32)
     has_area = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])

@@ -375,8 +375,8 @@ def test_unusable_images_give_way_to_the_next_and_are_counted_once(config, world
     batch = stream.batch(0)
     assert_equal(batch, train_streams(config)[-1].batch(0))
     stream.batch(1)
-    assert stream.counters["image skipped: truncated image"] == 1
-    assert stream.counters["image skipped: missing file"] == 1
+    assert stream.counters["image of pairs skipped: truncated image"] == 1
+    assert stream.counters["image of pairs skipped: missing file"] == 1
     changed = intact.example_id != batch.example_id
     assert sorted(intact.example_id[changed].tolist()) == [7, 12]
     assert sorted(batch.example_id[changed].tolist()) == [8, 13]
