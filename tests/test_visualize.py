@@ -257,6 +257,45 @@ def test_detections_are_drawn_from_files(tmp_path, capsys):
     assert "absent.json" in capsys.readouterr().err
 
 
+def test_predicted_rows_meet_annotations_by_file_and_word(tmp_path, monkeypatch):
+    """`predict` numbers photos and words from 1; the annotations have the same numbers for others."""
+    Image.fromarray(_photo()).save(tmp_path / "a.png")
+    Image.fromarray(_photo()).save(tmp_path / "b.png")
+    row = {
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [10, 20, 60, 50],
+        "score": 0.9,
+        "name": "cat",
+        "file_name": "x/b.png",
+    }
+    (tmp_path / "found.json").write_text(json.dumps([row, row | {"category_id": 2, "name": "owl"}]))
+    truth = {
+        "images": [
+            {"id": i + 1, "file_name": name, "height": 120, "width": 180} for i, name in enumerate(("a.png", "b.png"))
+        ],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    drawn = {}
+    monkeypatch.setattr(
+        command.visualize, "detections",
+        lambda image, boxes, labels, names, *, title, **options: drawn.update({title: [names[i] for i in labels]}),
+    )  # fmt: skip
+    options = (
+        "detections",
+        "--detections",
+        tmp_path / "found.json",
+        "--images",
+        tmp_path,
+        "--output",
+        tmp_path / "out",
+    )
+    assert _command(*options, "--annotations", tmp_path / "truth.json") == 0
+    assert drawn == {"a.png": [], "b.png": ["cat", "owl"]}
+
+
 def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
     for name in "abc":
         Image.fromarray(_photo()).save(tmp_path / f"{name}.png")

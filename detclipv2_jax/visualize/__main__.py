@@ -45,11 +45,18 @@ def draw_detections(
     """
     try:
         rows = json.loads(pathlib.Path(detections).read_bytes())
-        found = _by_image(rows)
         known = box_json.load_json(pathlib.Path(annotations)) if annotations else None
         if known:
             names = {row["id"]: concepts.display_name(row["name"]) for row in known["categories"]}
             files = {row["id"]: box_json.file_name(row) for row in known["images"]}
+            # rows of `predict` have numbers of their own: theirs are the file and the word
+            image_of = {pathlib.Path(file).name: key for key, file in files.items()}
+            category_of = {name: key for key, name in names.items()}
+            for row in rows:
+                if "file_name" in row:
+                    row["image_id"] = image_of.get(pathlib.Path(row["file_name"]).name, row["file_name"])
+                    row["category_id"] = category_of.get(row["name"], row["name"])
+                    names.setdefault(row["category_id"], row["name"])
         else:
             names = {row["category_id"]: row["name"] for row in rows}
             files = {row["image_id"]: row["file_name"] for row in rows}
@@ -59,8 +66,8 @@ def draw_detections(
             f"--detections: {detections} is no list of COCO results that name their words and photos ({reason}); give "
             "the --annotations it was made on"
         ) from None
-    truth = _by_image(known["annotations"]) if known else {}
-    if unknown := sorted(found.keys() - files.keys()):
+    found, truth = _by_image(rows), _by_image(known["annotations"]) if known else {}
+    if unknown := sorted(map(str, found.keys() - files.keys())):
         raise ValueError(f"--annotations: {annotations} does not list the image {unknown[0]} of {detections}")
     row_of = {category: i for i, category in enumerate(names)}
     pictures = []
