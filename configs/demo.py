@@ -19,10 +19,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model = config_lib.model("nano")
     c.scenes.num_detection = 1600
     c.scenes.num_grounding = 320
-    c.scenes.num_image_text = 800
+    c.scenes.num_image_text = 1600
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
-    c.epochs = 5
+    c.epochs = 4
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.detection.max_boxes = c.grounding.max_boxes = 16
     c.detection.num_concepts = c.grounding.num_concepts = 40
     c.loss.num_proposals = 12  # of 194 anchors; the paper's 100 of 2,134
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.groups = config_lib.parameter_groups(text_factor=1.0)  # nothing here is pre-trained
     c.optimizer.warmup_steps = 50
     c.optimizer.clip_norm = 5.0

@@ -51,7 +51,7 @@ _GROUNDS = {
     "sky": ((140, 185, 225), (200, 220, 235), (5, 7), 22),
 }
 _PARTS = ("detection", "grounding", "image_text", "eval")
-_FORMAT = 2  # raise when the same parameters would give other files
+FORMAT = 2  # raise when the same parameters would give other files
 _SUPERSAMPLING = 2
 
 
@@ -346,7 +346,7 @@ def write(
     folder = Path(folder)
     counts = dict(zip(_PARTS, (num_detection, num_grounding, num_image_text, num_eval), strict=True))
     options = {"size_px": size_px, "seed": seed, "novel_captions": novel_captions}
-    parameters = {"format": _FORMAT, **counts, **options}
+    parameters = {"format": FORMAT, **counts, **options}
     marker = folder / "scenes.json"
     if marker.is_file():
         found = json.loads(marker.read_text())
