@@ -57,7 +57,7 @@ _PREEMPTED_STATUS = flags.DEFINE_integer(
 # may differ between the runs of one workdir: how long, how often and from where, not what
 CHANGEABLE = (
     "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
-    "eval", "input", "mesh", "chips",
+    "eval", "input", "mesh", "chips", "closing",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import runpy
 import sys
 
 import numpy as np
@@ -42,6 +43,17 @@ def test_the_command_of_a_run_makes_its_configuration(tmp_path, row):
     values([arg for arg in claims.command(RECIPE, config, tmp_path) if not arg.startswith("-m")][1:])
     assert config_lib.differences(values.config, config) == []
     assert values.workdir == str(tmp_path)
+
+
+def test_the_demo_ends_with_its_scores_beside_those_of_boxes_alone(tmp_path):
+    values = runpy.run_path(RECIPE)
+    for seed, novel in enumerate((3.0, 4.0)):
+        (tmp_path / f"detection_{seed}.json").write_text(json.dumps({"scores": {"base_AP": 40.0, "novel_AP": novel}}))
+    (tmp_path / "detection_twice_0.json").write_text("{}")
+    values["closing"].__globals__["RESULTS"] = tmp_path
+    text = values["get_config"]().closing.format(APf=41.23, APr=21.0, AP=30.0)
+    assert "base shapes had boxes, AP 41.2." in text
+    assert "AP 21.0. A quarter more detection steps without captions end at 40.0 and 3.5." in text
 
 
 def world():
