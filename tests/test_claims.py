@@ -37,10 +37,12 @@ def test_every_row_is_a_valid_run_of_its_own():
 def test_the_command_of_a_run_makes_its_configuration(tmp_path, row):
     config = claims.configuration(RECIPE, row, 1)
     config.scenes.folder = str(tmp_path)
+    arguments = claims.command(RECIPE, config, tmp_path)
+    assert arguments[:3] == [sys.executable, "-m", "detclipv2_jax.main"]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments[2:])
     flags.DEFINE_string("workdir", None, "", flag_values=values)
-    values([arg for arg in claims.command(RECIPE, config, tmp_path) if not arg.startswith("-m")][1:])
+    values(arguments[2:])
     assert config_lib.differences(values.config, config) == []
     assert values.workdir == str(tmp_path)
 

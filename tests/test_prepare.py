@@ -3,6 +3,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -25,6 +26,15 @@ def test_command_builds_and_says_what_to_put_in_the_config(tmp_path):
     report = json.loads((out / "build_report.json").read_text())
     assert report["command"] == f"python -m detclipv2_jax.prepare coco_json --input={path} --output={out}"
     assert "example/s" in done.stderr
+
+
+def test_scenes_are_a_data_set_to_build_from(tmp_path, capsys):
+    values = types.SimpleNamespace(output=str(tmp_path), num_examples=3, size_px=48, seed=1)
+    prepare._OTHERS["scenes"](values)
+    assert str(tmp_path) in capsys.readouterr().out
+    counts = [len(list((tmp_path / "images" / kind).iterdir())) for kind in ("detection", "image_text", "eval")]
+    assert counts == [3, 3, 3]
+    assert len(json.loads((tmp_path / "grounding.json").read_text())["images"]) == 3
 
 
 def test_help_lists_kinds_and_flags():
