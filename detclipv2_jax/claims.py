@@ -39,40 +39,46 @@ from detclipv2_jax.eval import coco, lvis
 from detclipv2_jax.eval.result import write_json, write_text
 
 # of every run; configs/demo.py itself is the short form
-LONGER = {"epochs": 5, "eval.every_epochs": 1, "eval.num_pictures": 0, "checkpoint.keep": 1, "closing": ""}
-BOXES_ALONE = {"grounding.weight": 0.0, "image_text.weight": 0.0}
-PAIRS = {"grounding.weight": 0.0}
-# what a row changes in configs/demo.py; rows of the second group on add to PAIRS, the paper's choices
+LONGER: dict[str, Any] = {
+    "epochs": 5,
+    "eval.every_epochs": 1,
+    "eval.num_pictures": 0,
+    "checkpoint.keep": 1,
+    "closing": "",
+}
+BOXES_ALONE: dict[str, Any] = {"grounding.weight": 0.0, "image_text.weight": 0.0}
+PAIRS: dict[str, Any] = {"grounding.weight": 0.0}
+# the paper's choices, one changed
+OTHER_CHOICES: dict[str, dict[str, Any]] = {
+    "bilateral": {"loss.side": "bilateral"},
+    "image_to_text": {"loss.side": "image_to_text"},
+    "centerness": {"loss.selection": "centerness"},
+    "classification": {"loss.selection": "classification", "model.head.objectness": "classification"},
+    "sample_text": {"loss.selection": "text_sample"},
+    "one_to_many": {"loss.matching": "one_to_many"},
+    "max_size": {"loss.matching": "max_size"},
+    "k_3": {"loss.num_proposals": 3},
+    "k_6": {"loss.num_proposals": 6},
+    "temperature_1": {"loss.temperature": 1.0},
+    "temperature_0.15": {"loss.temperature": 0.15},
+    "weight_0.03": {"loss.contrastive_weight": 0.03},
+    "weight_1": {"loss.contrastive_weight": 1.0},
+    "plain_pairs": {"model.head.deformable": False},
+    "plain_detection": BOXES_ALONE | {"model.head.deformable": False},
+    "pairs_64": {"image_text.canvases": ((64, 64),), "image_text.short_side": (64, 64), "image_text.long_side": 64},
+    "pairs_128": {
+        "image_text.canvases": ((128, 128),), "image_text.short_side": (128, 128), "image_text.long_side": 128
+    },
+}  # fmt: skip
+# what a row changes in configs/demo.py
 ROWS: dict[str, dict[str, Any]] = {
     "detection": BOXES_ALONE,
     "detection_twice": BOXES_ALONE | {"detection.weight": 2.0},
     "pairs": PAIRS,
     "pairs_base_words": PAIRS | {"scenes.novel_captions": False},
     "grounding_pairs": {},
-} | {
-    name: PAIRS | changes
-    for name, changes in {
-        "bilateral": {"loss.side": "bilateral"},
-        "image_to_text": {"loss.side": "image_to_text"},
-        "centerness": {"loss.selection": "centerness"},
-        "classification": {"loss.selection": "classification", "model.head.objectness": "classification"},
-        "sample_text": {"loss.selection": "text_sample"},
-        "one_to_many": {"loss.matching": "one_to_many"},
-        "max_size": {"loss.matching": "max_size"},
-        "k_3": {"loss.num_proposals": 3},
-        "k_6": {"loss.num_proposals": 6},
-        "temperature_1": {"loss.temperature": 1.0},
-        "temperature_0.15": {"loss.temperature": 0.15},
-        "weight_0.03": {"loss.contrastive_weight": 0.03},
-        "weight_1": {"loss.contrastive_weight": 1.0},
-        "plain_pairs": {"model.head.deformable": False},
-        "plain_detection": BOXES_ALONE | {"model.head.deformable": False},
-        "pairs_64": {"image_text.canvases": ((64, 64),), "image_text.short_side": (64, 64), "image_text.long_side": 64},
-        "pairs_128": {
-            "image_text.canvases": ((128, 128),), "image_text.short_side": (128, 128), "image_text.long_side": 128
-        },
-    }.items()
-}  # fmt: skip
+    **{name: PAIRS | changes for name, changes in OTHER_CHOICES.items()},
+}
 SEEDS = (0, 1, 2)  # of the first finding; the others take the first two
 COLUMNS = {  # of the table: score → heading
     "AP": "AP",
@@ -251,7 +257,7 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
         "novel_": lambda box: frequency[box["category_id"]] == "r",
         "held_out_": lambda box: box["held_out"],
     }
-    scores = {}
+    scores: dict[str, float] = {}
     for lead, counts in parts.items():
         own = subset_scores(truth, rows, counts)
         scores |= {f"{lead}{name}": own[name] for name in ("AP", "AP50")}
@@ -324,9 +330,9 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                     raise ValueError(f"the run {row}, seed {seed}, failed; see {workdir}/log.txt")
                 del running[core]
                 seconds = time.monotonic() - since
-                times = {"seconds": round(seconds), "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
-                result = {"row": row, "seed": seed} | times | result_of(workdir, config)
-                write_json(results / f"{row}_{seed}.json", result, indent=1)
+                result = result_of(workdir, config)
+                result |= {"seconds": round(seconds), "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
+                write_json(results / f"{row}_{seed}.json", {"row": row, "seed": seed} | result, indent=1)
                 shutil.rmtree(workdir / "checkpoints")
                 durations.append(seconds)
                 left = len(pending) + len(running)

@@ -268,7 +268,7 @@ def _image_text_line(rng: np.random.Generator, scene: Scene, name: str, *, shape
     mentioned = [thing for thing in nameable if rng.random() < 0.5] or [nameable[rng.integers(len(nameable))]]
     phrases = [_phrase(rng, thing) for thing in mentioned]
     if rng.random() < 0.1:
-        absent = f"{list(COLORS)[rng.integers(len(COLORS))]} {shapes[rng.integers(len(shapes))]}"
+        absent = f"{list(COLORS)[rng.integers(len(COLORS))]} {shapes[int(rng.integers(len(shapes)))]}"
         if absent not in {thing.name for thing in scene.things}:
             phrases.append(absent)
     caption, _ = _caption(rng, phrases, scene.ground)
