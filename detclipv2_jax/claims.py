@@ -120,10 +120,10 @@ FINDINGS = (
         "1. Pairs teach words that no box was drawn for (Tables 4, 8)",
         {
             "detection": "detection",
-            "detection, twice the steps": "detection_twice",
             "+ pairs": "pairs",
-            "+ pairs that name base shapes only": "pairs_base_words",
             "+ grounding + pairs": "grounding_pairs",
+            "detection, twice the steps": "detection_twice",
+            "+ pairs that name base shapes only": "pairs_base_words",
         },
         (
             Claim(

@@ -21,7 +21,7 @@ def test_every_row_is_a_valid_run_of_its_own():
     rows = claims.queue()
     assert len(rows) == len(set(rows))
     assert {row for row, _ in rows} == set(claims.ROWS)
-    assert rows[:2] == [("detection", 0), ("detection_twice", 0)]
+    assert rows[:2] == [("detection", 0), ("pairs", 0)]
     recipes = set()
     for row, seed in rows:
         config = claims.configuration(RECIPE, row, seed)
