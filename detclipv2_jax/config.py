@@ -377,7 +377,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
             )
     for key in (
         "epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "optimizer.patience",
-        "timeout_s", "input.timeout_s",
+        "timeout_s", "input.timeout_s", "model.text.num_heads", "model.head.num_groups",
     ):  # fmt: skip
         check(value_of(key) >= 1, key, "1 or more")
     for key in ("detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"):
@@ -399,12 +399,12 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
             f"config.loss.selection is {config.loss.selection!r} but config.model.head.objectness is "
             f"{config.model.head.objectness!r}; that selection needs the head of the same name"
         )
-    if config.model.text.width % config.model.text.num_heads:
+    if config.model.text.width % max(config.model.text.num_heads, 1):
         problems.append(
             f"config.model.text.width {config.model.text.width} must be a multiple of num_heads "
             f"{config.model.text.num_heads}"
         )
-    if config.model.head.channels % config.model.head.num_groups:
+    if config.model.head.channels % max(config.model.head.num_groups, 1):
         problems.append(
             f"config.model.head.channels {config.model.head.channels} must be a multiple of num_groups "
             f"{config.model.head.num_groups}"
@@ -422,16 +422,22 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
                 f"{name} = {parts}; the nearest that is: {max(1, round(section.batch_size / parts)) * parts}"
             )
         short = section.short_side if kind != "eval" else (section.short_side,) * 2
-        if not 0 < short[0] <= short[1]:
+        if not _numbers(short, 2) or not 0 < short[0] <= short[1]:
             problems.append(f"config.{kind}.short_side is {short}; allowed: (smallest, largest) in px")
         problems.extend(
-            f"config.{kind}.canvases has {tuple(canvas)}; allowed: (height, width) in multiples of 32, "
+            f"config.{kind}.canvases has {canvas}; allowed: (height, width) in multiples of 32, "
             "the stride of the backbone"
             for canvas in section.canvases
-            if min(canvas) < 1 or any(side % 32 for side in canvas)
+            if not _numbers(canvas, 2) or min(canvas) < 1 or any(side % 32 for side in canvas)
         )
     if problems:
         raise ValueError(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _numbers(value: Any, length: int | None = None) -> bool:
+    """Returns whether a value holds numbers, `length` of them."""
+    numbers = isinstance(value, tuple | list) and all(isinstance(x, int | float) for x in value)
+    return numbers and length in (None, len(value))
 
 
 def _validate_schedule(config: ConfigDict, check: Callable[[bool, str, str], None], problems: list[str]) -> None:
@@ -440,7 +446,8 @@ def _validate_schedule(config: ConfigDict, check: Callable[[bool, str, str], Non
     check(0 < optimizer.decay_factor < 1, "optimizer.decay_factor", "0 < value < 1")
     smallest_allowed = 0 <= optimizer.min_learning_rate < optimizer.learning_rate
     check(smallest_allowed, "optimizer.min_learning_rate", "0 or more, below optimizer.learning_rate")
-    check(all(0 < share < 1 for share in optimizer.decay_at), "optimizer.decay_at", "shares of the run, 0 < value < 1")
+    shares = _numbers(optimizer.decay_at) and all(0 < share < 1 for share in optimizer.decay_at)
+    check(shares, "optimizer.decay_at", "shares of the run, 0 < value < 1")
     try:
         re.compile(optimizer.frozen)
     except re.error as error:

@@ -100,10 +100,9 @@ class BoxSource:
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
-    height, width = image.get("height"), image.get("width")
-    numbers = isinstance(height, int | float) and isinstance(width, int | float)
-    if numbers and min(height, width) >= 1 and max(height, width) <= transforms.MAX_SIDE:
-        return int(height), int(width)
+    sides = image.get("height"), image.get("width")
+    if all(isinstance(side, int | float) and 1 <= side <= transforms.MAX_SIDE for side in sides):
+        return int(sides[0]), int(sides[1])
     return 0, 0
 
 
