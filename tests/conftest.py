@@ -49,7 +49,8 @@ def micro_session() -> ConfigDict:
 
 # files that compile most come first, so that no process is left with one of them while the others are done
 HEAVY = (
-    "test_main.py", "test_train_step.py", "test_photographs.py", "test_two_processes.py", "test_finetune.py",
+    "test_main.py", "test_train_step.py", "test_photographs.py", "test_killed.py", "test_two_processes.py",
+    "test_finetune.py",
     "test_detclip.py", "test_house.py", "test_export.py",
 )  # fmt: skip
 

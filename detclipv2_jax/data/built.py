@@ -53,9 +53,12 @@ class BuiltSource:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._examples = builder.as_data_source("train", deserialize_method=raw)
         try:
-            return tf_example_pb2.Example.FromString(self._examples[index]).features.feature
-        except (DecodeError, IndexError, OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's
-            raise UnusableError(f"damaged or missing record in {self.file(index)}") from error
+            example = tf_example_pb2.Example.FromString(self._examples[index]).features.feature
+            if example["image"].bytes_list.value:  # ArrayRecord gives empty records where a file was cut
+                return example
+        except (DecodeError, IndexError, OSError, RuntimeError):  # RuntimeError: ArrayRecord's
+            pass
+        raise UnusableError(f"damaged or missing record in {self.file(index)}")
 
     def file(self, index: int) -> str:
         if self._split is None:

@@ -1,0 +1,132 @@
+"""Readers that die, hang or meet damaged files, and images that cannot be read: real processes, pipes and shards."""
+
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from micro import micro_config
+
+from detclipv2_jax import prepare
+from detclipv2_jax.data import scenes
+from detclipv2_jax.data.schema import DataError, StalledError
+from detclipv2_jax.data.streams import train_streams
+
+NUM_IMAGES = 200
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of generated scenes and, in built/, shards of ten of its images each."""
+    folder = tmp_path_factory.mktemp("world")
+    scenes.write(folder, num_detection=30, num_grounding=0, num_image_text=NUM_IMAGES, num_eval=0, size_px=64)
+    options = {"source": str(folder / "detection.json"), "images": str(folder), "shard_size": 10}
+    prepare.run("coco_json", output=str(folder / "built"), **options)
+    return folder
+
+
+def stream_of(kind, folder, **options):
+    """The stream of one kind of data; `options` are of its section and of config.input."""
+    config = micro_config()
+    if kind == "detection":
+        config.detection.data = (str(folder / "built"),)
+    else:
+        config.image_text.pairs, config.image_text.images = str(folder / "pairs.tsv"), str(folder)
+    for name, value in options.items():
+        section = config.input if name in config.input else config[kind]
+        section[name] = value
+    (stream,) = train_streams(config)
+    return stream
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world", copy_function=os.link)
+    return tmp_path / "world"
+
+
+def replace(path, data):
+    """Writes a file anew, so that what is linked to it stays as it is."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_the_run_with_the_name_of_the_stream(world):
+    batches = stream_of("image_text", world, num_workers=1).iterate()
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"^image_text/64x64: Worker process was .*exit code -9.*num_workers=0"):
+        list(batches)  # what was read ahead comes first
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_reader_that_hangs_ends_the_run_in_time_with_the_name_of_the_file(copy, num_workers):
+    timeout_s = 2 if num_workers == 0 else 20  # a worker starts in some seconds
+    stream = stream_of("image_text", copy, timeout_s=timeout_s, num_workers=num_workers, prefetch_batches=1)
+    file = pathlib.Path(stream.sources[0].file(stream.batch(1).example_id[3]))
+    file.unlink()
+    os.mkfifo(file)  # opening it waits for a writer, as a dead network disk does
+    batches = stream.iterate()
+    next(batches)
+    started = time.monotonic()
+    with pytest.raises(
+        StalledError, match=rf"^image_text/64x64: no batch 1 within {timeout_s} s .*; {file} does not answer"
+    ):
+        next(batches)
+    assert time.monotonic() - started < 2 * timeout_s + 10
+    if num_workers == 0:
+        os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))  # lets the threads end
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def flipped(data):
+    at = data.index(b"JFIF")  # inside of a record
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_lost"),
+    [(flipped, 1), (lambda data: data[: len(data) // 2], 10), (lambda data: b"", 10), (None, 10)],
+)
+def test_records_of_a_damaged_or_missing_shard_are_skipped_and_counted_or_end_the_run(copy, damage, num_lost):
+    intact = stream_of("detection", copy, batch_size=30)
+    assert intact.batch(0).image_mask.all()
+    shard = sorted((copy / "built").glob("*array_record*"))[1]
+    data = shard.read_bytes()
+    if damage:
+        replace(shard, damage(data))
+    else:
+        shard.unlink()
+    np.testing.assert_array_equal(intact.batch(1).image_mask, True)  # it was opened before: the run goes on
+    stream = stream_of("detection", copy, batch_size=30, max_bad_share=0.5)
+    batch = stream.batch(0)
+    assert batch.image_mask.all()
+    skipped = {reason: num for reason, num in stream.counters.items() if "skipped" in reason}
+    assert skipped == {f"image of built skipped: damaged or missing record in {shard}": num_lost}
+    assert stream.overflow["num_images_skipped"] == num_lost
+    assert len(set(range(10, 20)) - set(batch.example_id.tolist())) == num_lost
+    message = rf"^detection/64x64: {num_lost} of 30 images cannot be used \({num_lost} .*{shard.name}"
+    with pytest.raises(DataError, match=message):
+        stream_of("detection", copy, batch_size=30, max_bad_share=(num_lost - 0.5) / 30).batch(0)
+
+
+def test_one_image_in_a_hundred_is_counted_by_source_and_reason_and_more_ends_the_run(copy):
+    stream = stream_of("image_text", copy, batch_size=8, max_bad_share=0.01)
+    files = [pathlib.Path(stream.sources[0].file(i)) for i in range(NUM_IMAGES)]
+    replace(files[20], files[20].read_bytes()[:200])
+    files[70].unlink()
+    for batch in map(stream.batch, range(NUM_IMAGES // 8)):
+        assert batch.image_mask.all()
+        assert not {20, 70} & set(batch.example_id.tolist())
+    skipped = {reason: num for reason, num in stream.counters.items() if "skipped" in reason}
+    assert skipped == {"image of pairs skipped: truncated image": 1, "image of pairs skipped: missing file": 1}
+    replace(files[120], b"")
+    with pytest.raises(DataError, match=r"^image_text/64x64: 3 of 200 .*1 empty file.*max_bad_share allows 1.00%"):
+        list(map(stream.batch, range(NUM_IMAGES // 8)))
