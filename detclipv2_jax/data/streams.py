@@ -111,7 +111,9 @@ class Stream:
                 yield self._account(*item)
                 n += 1
         except StalledError:
-            iterator = None  # closing it would wait for what never comes
+            # closing or deleting it would wait for what never comes: it is kept until the process ends
+            threading.Thread(target=lambda _: threading.Event().wait(), args=(iterator,), daemon=True).start()
+            iterator = None
             raise
         finally:
             if iterator is not None:

@@ -24,10 +24,14 @@ def time_time():
 time.time = time_time
 """
 CONFIG = """
-from test_killed import config
+from micro import micro_config
 def get_config():
-    c = config(4)
-    c.scenes.num_eval = c.eval.every_steps = 0
+    c = micro_config()
+    c.num_steps = 4
+    c.model.head.deformable = False  # much to compile
+    c.scenes.num_grounding = c.scenes.num_image_text = c.scenes.num_eval = 0
+    c.checkpoint.every_steps = 2
+    c.pictures_every_steps = 0
     return c
 """
 
@@ -46,7 +50,7 @@ def finished(tmp_path_factory):
     if mounted:
         (full / "file").write_bytes(bytes(4096))
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "MPLCONFIGDIR")} | {
-        "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests", ROOT / "tests" / "faults"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests"))),
         "XLA_FLAGS": re.sub(r"--xla_force\S*", "", os.environ["XLA_FLAGS"]),
         "TMPDIR": str(full) if mounted else str(folder / "nowhere"),
         **SECRETS,

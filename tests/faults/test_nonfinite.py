@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from micro import micro_config
 from tensorflow_datasets.proto import tf_example_pb2
 
-from detclipv2_jax import checkpoints, main, prepare, train, train_step
+from detclipv2_jax import checkpoints, main, prepare, sharding, train, train_step
 from detclipv2_jax.data import scenes
 from detclipv2_jax.train_state import TrainState
 
@@ -58,7 +58,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _steps_are_compiled_once():
-    with test_main.shared_steps():
+    make_mesh = sharding.make_mesh
+    with test_main.shared_steps(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **options: make_mesh(**options, devices=jax.devices()[:1]))
         yield
 
 

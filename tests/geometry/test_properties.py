@@ -20,9 +20,9 @@ some = functools.partial(settings, max_examples=30, deadline=None)
 
 
 def draw(rng, num=NUM):
-    """Boxes on the canvas, float32 [num, 4]; ties of distance or score do not occur."""
+    """Boxes of 4 px or more, which deltas do not bound, float32 [num, 4]; ties of distance do not occur."""
     corners = rng.uniform(0, 1, (num, 2, 2)) * CANVAS[::-1]
-    return np.concatenate([corners.min(axis=1), corners.max(axis=1) + 1], axis=1).astype(np.float32)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1) + 4], axis=1).astype(np.float32)
 
 
 def mirrored(values):
