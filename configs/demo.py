@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.detection.max_boxes = c.grounding.max_boxes = 16
     c.detection.num_concepts = c.grounding.num_concepts = 40
     c.loss.num_proposals = 12  # of 194 anchors; the paper's 100 of 2,134
-    c.optimizer.learning_rate = 3e-3
+    c.optimizer.learning_rate = 1e-3
     c.optimizer.groups = config_lib.parameter_groups(text_factor=1.0)  # nothing here is pre-trained
     c.optimizer.warmup_steps = 50
     c.optimizer.clip_norm = 5.0
