@@ -418,18 +418,21 @@ def markdown(results: Results) -> Iterator[str]:
             yield f"* {claim.text}: {verdict(claim, finding, results)}\n"
 
 
-def write_report(results: pathlib.Path, output: pathlib.Path) -> None:
+def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> None:
     """Writes claims.md and, where there is something to show, claims.png."""
     found = all_results(results)
     write_text(output / "claims.md", markdown(found))
     lines: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, row in FINDINGS[0].rows.items():
-        for (of, _), result in found.items():
-            if of == row:
-                steps = np.array([int(step) for step in result["novel_AP_by_step"]])
-                lines.setdefault(name, []).append((steps / steps[-1], np.array([*result["novel_AP_by_step"].values()])))
+        for result in (result for (of, _), result in found.items() if of == row):
+            config = configuration(recipe, row, result["seed"])
+            batches = round(config.scenes.num_detection / config.detection.batch_size * config.detection.weight)
+            steps = np.array([int(step) for step in result["novel_AP_by_step"]])
+            values = np.array([*result["novel_AP_by_step"].values()])
+            lines.setdefault(name, []).append((steps / steps[-1] * config.epochs * batches, values))
     if lines:
-        visualize.lines(lines, x="share of the run", y="AP of novel shapes (%)", path=output / "claims.png")
+        x = "detection steps (steps of other kinds lie between them)"
+        visualize.lines(lines, x=x, y="AP of novel shapes (%)", path=output / "claims.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -453,7 +456,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        write_report(options.results, options.output)
+        write_report(options.config, options.results, options.output)
     print("".join(markdown(all_results(options.results))))
     return 0
 

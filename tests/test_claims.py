@@ -183,6 +183,19 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
 
 
+def test_the_plot_counts_detection_steps(tmp_path, monkeypatch):
+    for row, steps in (("detection", 500), ("pairs", 1000), ("detection_twice", 1000)):
+        result = {"row": row, "seed": 0, "novel_AP_by_step": {str(steps // 2): 1.0, str(steps): 2.0}, "cpu_seconds": 60}
+        (tmp_path / f"{row}_0.json").write_text(json.dumps(result | {"scores": dict.fromkeys(claims.COLUMNS, 1.0)}))
+    drawn = {}
+    monkeypatch.setattr(claims.visualize, "lines", lambda series, **_: drawn.update(series))
+    claims.write_report(RECIPE, tmp_path, tmp_path)
+    ends = {name: line[0][0].tolist() for name, line in drawn.items()}
+    assert ends == {
+        "detection": [250, 500], "+ pairs": [250, 500], "detection, twice the steps": [500, 1000],
+    }  # fmt: skip
+
+
 def write_world(folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval.json").write_text(json.dumps(world()))
