@@ -11,16 +11,16 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from detclipv2_jax import claims, visualize
+from detclipv2_jax import claims, findings, visualize
 from detclipv2_jax import config as config_lib
 
 RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
 
 
 def test_every_row_is_a_valid_run_of_its_own():
-    rows = claims.queue()
+    rows = findings.queue()
     assert len(rows) == len(set(rows))
-    assert {row for row, _ in rows} == set(claims.ROWS)
+    assert {row for row, _ in rows} == set(findings.ROWS)
     assert rows[:2] == [("detection", 0), ("pairs", 0)]
     recipes = set()
     for row, seed in rows:
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_subsets():
 
 def results(margins, *, row="pairs"):
     """Returns results of finding 2 in which a row leads the others' AP by the margin of each seed."""
-    rows = claims.FINDINGS[1].rows.values()
+    rows = findings.FINDINGS[1].rows.values()
     made = {}
     for seed, margin in enumerate(margins):
         for name in rows:
@@ -105,17 +105,17 @@ def results(margins, *, row="pairs"):
 
 
 def test_verdicts_go_by_the_means():
-    finding, (claim,) = claims.FINDINGS[1], claims.FINDINGS[1].claims
-    assert claims.verdict(claim, finding, {}) == "not run yet"
-    text = claims.verdict(claim, finding, results([2.0, -1.0]))
+    finding, (claim,) = findings.FINDINGS[1], findings.FINDINGS[1].claims
+    assert findings.verdict(claim, finding, {}) == "not run yet"
+    text = findings.verdict(claim, finding, results([2.0, -1.0]))
     assert text == "reproduced; smallest margin +0.0, by seed +0.0, -1.0"
-    assert claims.verdict(claim, finding, results([3.0], row="image_to_text")) == (
+    assert findings.verdict(claim, finding, results([3.0], row="image_to_text")) == (
         "**not reproduced**; smallest margin -3.0, by seed -3.0; 1 of 2 seeds"
     )
 
 
 def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
-    finding = claims.FINDINGS[0]
+    finding = findings.FINDINGS[0]
     scores = {row: {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0} for row in finding.rows.values()}
     scores["pairs"] |= {"novel_AP": 20.5, "base_AP": 39.5}
     scores["grounding_pairs"] |= {"novel_AP": 21.0}
@@ -132,7 +132,7 @@ def test_the_table_tells_means_spreads_and_what_is_missing():
     assert "6 of 49 runs are done; a run takes 4.0 minutes of one core" in text
     assert "| text to image | 2 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
     assert "| k = 3 | 0 | – |" in text
-    assert text.count("not run yet") == sum(len(finding.claims) for finding in claims.FINDINGS) - 1
+    assert text.count("not run yet") == sum(len(finding.claims) for finding in findings.FINDINGS) - 1
 
 
 FAKE = """
@@ -149,8 +149,8 @@ lines = [{"step": 10, "eval/APr": 0.1}, {"step": 15, "detection/loss": 1.0}, {"s
 
 
 def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
-    finding = dataclasses.replace(claims.FINDINGS[1], num_seeds=1)
-    monkeypatch.setattr(claims, "FINDINGS", (finding,))
+    finding = dataclasses.replace(findings.FINDINGS[1], num_seeds=1)
+    monkeypatch.setattr(findings, "FINDINGS", (finding,))
     monkeypatch.setattr(claims.scenes, "write", lambda folder, **_: write_world(pathlib.Path(folder)))
     fails, started = "bilateral", []
 
@@ -178,7 +178,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert "reproduced" in (folders["output"] / "claims.md").read_text()
 
     # a result of another recipe is not taken for one of this
-    monkeypatch.setitem(claims.ROWS, "pairs", claims.ROWS["pairs"] | {"loss.temperature": 0.3})
+    monkeypatch.setitem(findings.ROWS, "pairs", findings.ROWS["pairs"] | {"loss.temperature": 0.3})
     assert claims.main(arguments) == 1
     assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
 
