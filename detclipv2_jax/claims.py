@@ -218,7 +218,8 @@ def markdown(results: findings.Results) -> Iterator[str]:
         for name, row in finding.rows.items():
             own = [result["scores"] for (of, _), result in results.items() if of == row]
             values = ([scores[score] for scores in own] for score in COLUMNS if own)
-            cells = [f"{np.mean(of):.1f} ± {np.ptp(of) / 2:.1f}" for of in values] or ["–"] * len(COLUMNS)
+            cells = [f"{np.mean(of):.1f}" + f" ± {np.ptp(of) / 2:.1f}" * (len(of) > 1) for of in values]
+            cells = cells or ["–"] * len(COLUMNS)
             yield f"| {name} | {len(own)} | {' | '.join(cells)} |\n"
         yield "\n"
         for claim in finding.claims:

@@ -114,6 +114,16 @@ def test_verdicts_go_by_the_means():
     )
 
 
+def test_a_claim_is_judged_as_soon_as_the_rows_it_needs_are_there():
+    finding = findings.FINDINGS[0]
+    scores = {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0}
+    found = {(row, 0): {"scores": scores} for row in ("detection", "pairs_base_words")}
+    found["detection", 1] = {"scores": scores}
+    texts = [findings.verdict(claim, finding, found) for claim in finding.claims]
+    assert texts[:4] == ["not run yet"] * 4
+    assert texts[4] == "reproduced; smallest margin +3.0, by seed +3.0; 1 of 3 seeds"
+
+
 def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
     finding = findings.FINDINGS[0]
     scores = {row: {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0} for row in finding.rows.values()}
