@@ -177,13 +177,14 @@ def start(
     config.scenes.folder = str(work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}")
     scenes.write(**config.scenes.to_dict())
     with open(workdir / "log.txt", "ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command(recipe, config, workdir),
             stdout=log,
             stderr=subprocess.STDOUT,
             env={"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ},
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
+    os.sched_setaffinity(process.pid, {core})  # threads, which come later, inherit it
+    return process
 
 
 def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
