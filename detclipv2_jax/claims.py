@@ -183,7 +183,8 @@ def start(
             stderr=subprocess.STDOUT,
             env={"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ},
         )
-    os.sched_setaffinity(process.pid, {core})  # threads, which come later, inherit it
+    with contextlib.suppress(ProcessLookupError):  # it may have failed at once
+        os.sched_setaffinity(process.pid, {core})  # threads, which come later, inherit it
     return process
 
 
