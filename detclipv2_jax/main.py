@@ -94,8 +94,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if jax.process_index() == 0:
         report(workdir, scores, minutes=(time.monotonic() - started) / 60)
-        if scores and config.closing:
-            print(config.closing.format(**{name: 100 * value for name, value in scores.items()}))
+        print_closing(config.closing, scores)
 
 
 def prepare(
@@ -218,6 +217,14 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
     }.items():
         if (workdir / name).exists():
             print(f"  {name:14} {what}")
+
+
+def print_closing(closing: str, scores: dict[str, float]) -> None:
+    """Prints the closing words with scores in %; other data may lack a score that they speak of, which the log says."""
+    try:
+        print(closing.format(**{name: 100 * value for name, value in scores.items()}), end="\n" if closing else "")
+    except KeyError as missing:
+        logging.info("config.closing is not printed: the data have no score %s", missing)
 
 
 def open_streams() -> None:

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from detclipv2_jax import claims, findings, visualize
+from detclipv2_jax import claims, findings, main, visualize
 from detclipv2_jax import config as config_lib
 
 RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
@@ -57,6 +57,13 @@ def test_the_demo_ends_with_its_scores_beside_those_of_boxes_alone(tmp_path):
     assert "base shapes had boxes, AP 41.2." in text
     assert "AP 21.0; their colours" in text
     assert text.endswith("A quarter more detection steps without captions end at 40.0 and 3.5.")
+
+
+def test_closing_words_on_other_data_are_left_out(capsys):
+    main.print_closing("novel {APr:.1f}", {"AP": 0.5, "APr": 0.25})
+    main.print_closing("novel {APr:.1f}", {"AP": 0.5})  # a COCO json without frequencies
+    main.print_closing("", {})
+    assert capsys.readouterr().out == "novel 25.0\n"
 
 
 def world():
