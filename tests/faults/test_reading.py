@@ -5,10 +5,12 @@ import os
 import pathlib
 import shutil
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
+import test_main
 from micro import micro_config
 
 from detclipv2_jax import prepare
@@ -17,6 +19,8 @@ from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.data.streams import train_streams
 
 NUM_IMAGES = 200
+EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
+STALL_S = 60 if EXHAUSTIVE else 1
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,25 @@ def test_a_reader_that_hangs_ends_the_run_in_time_with_the_name_of_the_file(copy
             worker.kill()
 
 
+def test_a_reader_that_stalls_for_a_while_changes_no_value(copy):
+    stream = stream_of("image_text", copy, prefetch_batches=1)
+    expected = stream.batch(1)
+    file = pathlib.Path(stream.sources[0].file(expected.example_id[3]))
+    data = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file)
+    batches = stream.iterate()
+    next(batches)
+    answer = threading.Timer(STALL_S, file.write_bytes, [data])
+    answer.start()
+    started = time.monotonic()
+    np.testing.assert_array_equal(next(batches).image, expected.image)
+    assert time.monotonic() - started > STALL_S / 2
+    answer.join()
+    replace(file, data)
+    batches.close()
+
+
 def flipped(data):
     at = data.index(b"JFIF")  # inside of a record
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
@@ -129,3 +152,27 @@ def test_one_image_in_a_hundred_is_counted_by_source_and_reason_and_more_ends_th
     replace(files[120], b"")
     with pytest.raises(DataError, match=r"^image_text/64x64: 3 of 200 .*1 empty file.*max_bad_share allows 1.00%"):
         list(map(stream.batch, range(NUM_IMAGES // 8)))
+
+
+@pytest.mark.skipif(not EXHAUSTIVE, reason="compiles a step: set EXHAUSTIVE=1")
+@pytest.mark.slow
+def test_a_run_with_one_image_in_a_hundred_unreadable_completes_and_with_more_says_so(tmp_path, caplog):
+    folder = tmp_path / "world"
+    scenes.write(folder, num_detection=100, num_grounding=0, num_image_text=0, num_eval=0, size_px=64)
+    config = micro_config()
+    config.scenes.num_detection = config.scenes.num_grounding = config.scenes.num_image_text = 0
+    config.scenes.num_eval = 0
+    config.detection.annotations, config.detection.images = str(folder / "detection.json"), str(folder)
+    config.model.head.deformable = False  # much to compile
+    config.num_steps = 13  # all images once
+    first, second, *_ = sorted(folder.rglob("*.jpg"))
+    replace(first, first.read_bytes()[:200])
+    with caplog.at_level("INFO", logger="absl"):
+        test_main.start(config, tmp_path / "completes")
+    assert "'image of detection skipped: truncated image': 1" in caplog.text
+    rows = test_main.lines(tmp_path / "completes")
+    assert sorted(rows) == list(range(1, 14))
+    assert sum(row["detection/num_images_skipped"] for row in rows.values()) == 1
+    second.unlink()
+    with pytest.raises(DataError, match=r"^detection/64x64: 2 of 100 images .*max_bad_share allows 1.00%"):
+        test_main.start(config, tmp_path / "ends")
