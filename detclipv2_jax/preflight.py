@@ -31,7 +31,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import run_data
+from detclipv2_jax import flops, run_data
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.step_program import CHIPS, GIB, Sizes, Topology, step_names
 
@@ -152,11 +152,11 @@ def run(
         if i == 0:
             sections.append(data_report(plan))
             well = not plan.problems
-        rows = []
+        rows, of_chip = [], config_lib.for_chip(config, topology.chip)
         for step in steps:
-            rows.append(measured_row(config_lib.for_chip(config, topology.chip), topology, step, plan, cache))
+            rows.append(measured_row(of_chip, topology, step, plan, cache))
             print(f"{topology.name} {step}: {status(rows[-1])}", file=sys.stderr, flush=True)
-        sections.append(topology_report(topology, rows, plan, utilization))
+        sections.append(topology_report(of_chip, topology, rows, plan, utilization))
         well = well and all(row.fits for row in rows)
     return "\n\n".join(sections), well
 
@@ -208,7 +208,9 @@ def data_report(plan: run_data.Plan) -> str:
     return "### Data\n\n" + "\n".join(lines)
 
 
-def topology_report(topology: Topology, rows: Sequence[Row], plan: run_data.Plan, utilization: float) -> str:
+def topology_report(
+    config: ConfigDict, topology: Topology, rows: Sequence[Row], plan: run_data.Plan, utilization: float
+) -> str:
     """Returns the table of the steps of a topology, what does not fit, and the chip-hours of the run."""
     chip = CHIPS[topology.chip]
     measured = [row for row in rows if "error" not in row.result]
@@ -226,24 +228,39 @@ def topology_report(topology: Topology, rows: Sequence[Row], plan: run_data.Plan
     for row in rows:
         if not row.fits:
             lines += ["", f"**{row.step}**: {status(row)}"]
-    flops = {row.step: row.result["flops"]["model"] for row in measured}
+    counted = {row.step: row.result["flops"]["model"] for row in measured}
     trained = {step: num for step, num in plan.num_steps.items() if num}
-    if trained and trained.keys() <= flops.keys():
-        total = sum(num * flops[step] for step, num in trained.items())
+    if trained:
+        total = sum(num * counted.get(step, by_formula(config, topology, step, plan)) for step, num in trained.items())
         hours = total / (utilization * chip.peak) / 3600
         steps = ", ".join(f"{step} {num:,.0f}" for step, num in trained.items())
+        how = ", by formula where not compiled" * bool(trained.keys() - counted.keys())
         lines += [
             "",
-            f"The whole run ({steps} steps; {total:.3g} model FLOPs): {hours:,.0f} chip-hours, "
+            f"The whole run ({steps} steps; {total:.3g} model FLOPs{how}): {hours:,.0f} chip-hours, "
             f"{hours / topology.num_devices:.1f} hours, at {utilization:.0%} of {chip.peak / 1e12:.0f} TFLOP/s.",
         ]
     return "\n".join(lines)
 
 
+def by_formula(config: ConfigDict, topology: Topology, step: str, plan: run_data.Plan) -> float:
+    """Returns the model FLOPs of a training step that was not compiled."""
+    kind, canvas = step.split("/")
+    sizes = sizes_of(plan, step)
+    return flops.formula(
+        config,
+        Kind(kind),
+        tuple(map(int, canvas.split("x"))),
+        table_rows=sizes.table_rows,
+        num_devices=topology.num_devices,
+        num_concepts=sizes.num_concepts,
+    )
+
+
 def _line(row: Row) -> str:
     if "error" in row.result:
         return f"| {row.step} | {row.result['error']} |" + " |" * (len(COLUMNS) - 2)
-    memory, flops = row.result["memory"], row.result["flops"]
+    memory, counts = row.result["memory"], row.result["flops"]
     parts = [f"{memory[key] / GIB:.2f}" if key in memory else "" for key in ("arguments", "temporaries", "total")]
     network = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in row.result.get("network", {}).items()) or "none"
     moved = f"{row.result['bytes'] / GB:.0f}" if "bytes" in row.result else ""
@@ -251,8 +268,8 @@ def _line(row: Row) -> str:
         row.step,
         *parts,
         "yes" if row.fits else "**no**",
-        f"{flops['model'] / 1e12:.1f} ({flops['formula'] / 1e12:.1f})",
-        f"{flops['executed'] / flops['model'] - 1:+.0%}",
+        f"{counts['model'] / 1e12:.1f} ({counts['formula'] / 1e12:.1f})",
+        f"{counts['executed'] / counts['model'] - 1:+.0%}",
         moved,
         network,
         f"{row.result['compile_cpu_s'] / 60:.1f} CPU min",
