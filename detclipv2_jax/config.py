@@ -136,6 +136,9 @@ def base() -> ConfigDict:
         d.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
         d.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
         d.weight = 1.0  # multiplies the number of steps drawn from this kind; small sets: passes an epoch
+        # the first of the epochs (from 0) that draws from this kind. The paper's towers are pre-trained; from random ones,
+        # pairs and boxes at once teach less than boxes first
+        d.from_epoch = 0
         # () mixes the sources of a kind by size; else a factor on `weight` for each, the raw files first, then `data`:
         # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
         d.source_weights = ()
@@ -380,6 +383,9 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
         "timeout_s", "input.timeout_s", "model.text.num_heads", "model.head.num_groups",
     ):  # fmt: skip
         check(value_of(key) >= 1, key, "1 or more")
+    for kind in KINDS:
+        last = config.epochs - 1
+        check(0 <= config[kind].from_epoch <= last, f"{kind}.from_epoch", f"0 to {last}, the last of config.epochs")
     for key in ("detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"):
         check(value_of(key) >= 0, key, "0 or more")
     for key in ("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"):

@@ -45,7 +45,7 @@ def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
         if not known:
             continue
         num_examples = sum(dataset.num_examples for dataset in known)
-        batches = config.epochs * section.weight * num_examples / section.batch_size
+        batches = (config.epochs - section.from_epoch) * section.weight * num_examples / section.batch_size
         for height, width in section.canvases:
             plan.num_steps[f"{kind}/{height}x{width}"] = batches / len(section.canvases)
         num_names = sum(dataset.num_names for dataset in known)

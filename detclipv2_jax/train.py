@@ -116,6 +116,7 @@ def make_schedule(config: ConfigDict, streams: list[streams_lib.Stream]) -> Sche
         weights=[stream.weight for stream in streams],
         num_steps=config.num_steps,
         order=config.order,
+        from_epochs=[config[stream.kind.value].from_epoch for stream in streams],
     )
 
 
@@ -249,8 +250,8 @@ def train(run: Run) -> dict[str, float]:
 def evaluation_due(run: Run, step: int) -> bool:
     """Returns whether the state after `step` steps is to be evaluated, wherever the run ends."""
     section = run.config.eval
-    every_epochs = section.every_epochs * run.schedule.steps_per_epoch
-    return run.evaluator is not None and step > 0 and (due(step, section.every_steps) or due(step, every_epochs))
+    passed = section.every_epochs and step in run.schedule.epoch_ends[section.every_epochs - 1 :: section.every_epochs]
+    return run.evaluator is not None and step > 0 and bool(due(step, section.every_steps) or passed)
 
 
 def best_step(run: Run, scores: dict[int, dict[str, float]]) -> int:

@@ -13,7 +13,7 @@ PAPER = (5156, 6016, 2116)  # batches an epoch of O365, GoldG and CC15M (spec se
 def test_the_papers_run_has_159k_steps_in_the_papers_shares():
     schedule = Schedule(PAPER, epochs=12, seed=0)
     assert schedule.num_steps == schedule.total_steps == 159_456
-    drawn = [schedule.draw(step).stream for step in range(schedule.steps_per_epoch, 2 * schedule.steps_per_epoch)]
+    drawn = [schedule.draw(step).stream for step in range(*schedule.epoch_ends[:2])]
     assert tuple(np.bincount(drawn)) == PAPER
 
 
@@ -22,16 +22,22 @@ def test_the_papers_run_has_159k_steps_in_the_papers_shares():
     st.lists(st.integers(1, 7), min_size=1, max_size=4),
     st.integers(1, 4),
     st.integers(0, 5),
+    st.data(),
 )
-def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed):
-    schedule = Schedule(num_batches, epochs=epochs, seed=seed, order=("shuffled", "cycle")[seed % 2])
+def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed, data):
+    starts = [0, *(data.draw(st.integers(0, epochs)) for _ in num_batches[1:])]
+    order = ("shuffled", "cycle")[seed % 2]
+    schedule = Schedule(num_batches, epochs=epochs, seed=seed, order=order, from_epochs=starts)
     seen = [0] * len(num_batches)
     for step in range(schedule.num_steps):
         assert schedule.next_positions(step) == seen
         draw = schedule.draw(step)
         assert draw.position == seen[draw.stream]
         seen[draw.stream] += 1
-    assert seen == [epochs * n for n in num_batches]
+        if step + 1 in schedule.epoch_ends:
+            epoch = schedule.epoch_ends.tolist().index(step + 1) + 1
+            assert seen == [max(epoch - start, 0) * n for n, start in zip(num_batches, starts, strict=True)]
+    assert schedule.next_positions(schedule.total_steps) == seen
 
 
 def test_order_depends_on_the_seed_only():
@@ -41,7 +47,7 @@ def test_order_depends_on_the_seed_only():
 
 def test_a_cycle_spreads_every_stream_evenly_and_repeats():
     schedule = Schedule(PAPER, epochs=2, seed=0, order="cycle")
-    size = schedule.steps_per_epoch
+    size = int(schedule.epoch_ends[0])
     other = Schedule(PAPER, epochs=1, seed=1, order="cycle")
     first, again, same = (
         [x.draw(at + i).stream for i in range(size)] for x, at in ((schedule, 0), (schedule, size), (other, 0))
@@ -68,3 +74,5 @@ def test_num_steps_caps_the_run_but_not_the_horizon():
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match="at least one stream"):
         Schedule((4,), epochs=1, seed=0, weights=(0.0,))
+    with pytest.raises(ValueError, match="in the first epoch"):
+        Schedule((4,), epochs=2, seed=0, from_epochs=(1,))
