@@ -136,8 +136,8 @@ def base() -> ConfigDict:
         d.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
         d.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
         d.weight = 1.0  # multiplies the number of steps drawn from this kind; small sets: passes an epoch
-        # the first of the epochs (from 0) that draws from this kind. The paper's towers are pre-trained; random ones learn
-        # from pairs when boxes have told them what regions are
+        # the first of the epochs (from 0) that draws from this kind. The paper's towers are pre-trained; random ones
+        # learn from pairs when boxes have told them what regions are
         d.from_epoch = 0
         # () mixes the sources of a kind by size; else a factor on `weight` for each, the raw files first, then `data`:
         # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
