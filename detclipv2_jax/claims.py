@@ -1,9 +1,10 @@
 """Tests the paper's claims on the generated world: `python -m detclipv2_jax.claims [--jobs=2]`.
 
-Every (row, seed) is a run of configs/demo.py with a few keys changed, a process of its own on one core. One that is
-done leaves a small file in results/claims; what has one is not run again, so the table continues where it stopped, and
-a run that was stopped continues at its last checkpoint. At the end docs/claims.md (the table, with a verdict a claim)
-and docs/claims.png (novel AP over steps) are written from the files there are; --jobs=0 does that alone.
+Every (row, seed) is a run of configs/demo.py with a few keys changed, a process of its own on one core. All rows of a
+seed start from one detector trained on boxes alone, in place of the paper's pre-trained towers. A run that is done
+leaves a small file in results/claims; what has one is not run again, so the table continues where it stopped, and a run
+that was stopped continues at its last checkpoint. At the end docs/claims.md (the table, with a verdict a claim) and
+docs/claims.png (novel AP over steps) are written from the files there are; --jobs=0 does that alone.
 
 A claim is judged on the means over the seeds. Nothing is tuned a row, and what does not come out says so.
 """
@@ -52,7 +53,10 @@ COLUMNS = {  # of the table: score → heading
 def configuration(recipe: str, row: str, seed: int) -> ConfigDict:
     """Returns the configuration of a run."""
     config = runpy.run_path(recipe)["get_config"]()
-    config.update_from_flattened_dict(findings.LONGER | findings.ROWS[row] | {"seed": seed, "scenes.seed": seed})
+    changes = findings.STARTS.get(row) or findings.ROWS[row]
+    # other steps than the start's draw other boxes and flips
+    seeds = {"seed": seed if row in findings.STARTS else 100 + seed, "scenes.seed": seed}
+    config.update_from_flattened_dict(findings.LONGER | changes | seeds)
     return config
 
 
@@ -107,16 +111,40 @@ def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
         "scores": score(truth, coco.load_detections(last)),
         "novel_AP_by_step": novel,
         "steps": int(last.name.split("_")[1]),
-        "recipe": recipe_of(config),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},
     }
 
 
-def recipe_of(config: ConfigDict) -> list[str]:
-    """Returns how a configuration differs from the defaults, folders apart, and the kind of world it is for."""
-    lines = config_lib.differences(config_lib.base(), config)
-    return [line for line in lines if not line.startswith("scenes.folder:")] + [f"world {scenes.FORMAT}"]
+def recipe_of(recipe: str, row: str, seed: int) -> list[str]:
+    """Returns how a run differs from the defaults, folders apart, the kind of its world, and the same of its start."""
+    lines = [*config_lib.differences(config_lib.base(), configuration(recipe, row, seed)), f"world {scenes.FORMAT}"]
+    if row in findings.STARTS:
+        return lines
+    return lines + [f"after {line}" for line in recipe_of(recipe, findings.start_of(row), seed)]
+
+
+def pending_runs(recipe: str, results: pathlib.Path, work: pathlib.Path) -> list[tuple[str, int]]:
+    """Returns the runs that have no result yet, and the starts that they need and whose weights are gone.
+
+    Raises:
+      ValueError: a stored result was made by another recipe.
+    """
+    pending = []
+    for row, seed in findings.queue():
+        result = stored(results, row, seed)
+        if result is None:
+            pending.append((row, seed))
+        elif result["recipe"] != (now := recipe_of(recipe, row, seed)):
+            changed = sorted(set(result["recipe"]) ^ set(now))
+            raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
+    starts = dict.fromkeys((findings.start_of(row), seed) for row, seed in pending if row in findings.ROWS)
+    return [run for run in findings.queue() if run in pending or (run in starts and not is_done(work, *run))]
+
+
+def is_done(work: pathlib.Path, row: str, seed: int) -> bool:
+    """Returns whether the weights of a finished run are there."""
+    return (work / f"{row}_{seed}" / "done").exists()
 
 
 def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: int) -> None:
@@ -125,24 +153,26 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
     Raises:
       ValueError: a stored result was made by another recipe, or a run failed.
     """
-    pending = []
-    for row, seed in findings.queue():
-        config, result = configuration(recipe, row, seed), stored(results, row, seed)
-        if result is None:
-            pending.append((row, seed, config))
-        elif result["recipe"] != (now := recipe_of(config)):
-            changed = sorted(set(result["recipe"]) ^ set(now))
-            raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
-    total, durations = len(findings.queue()), [run["seconds"] for run in all_results(results).values()]
+    pending, total = pending_runs(recipe, results, work), len(findings.queue())
+    durations = [run["seconds"] for run in all_results(results).values()]
     cores = sorted(os.sched_getaffinity(0))[-jobs:]
     running: dict[int, tuple[subprocess.Popen, str, int, ConfigDict, float]] = {}
     with contextlib.ExitStack() as stack:
         while pending or running:
-            for core in [core for core in cores if core not in running][: len(pending)]:
-                row, seed, config = pending.pop(0)
-                process = start(recipe, row, seed, config, work=work, core=core)
+            for core in [core for core in cores if core not in running]:
+                # a row waits for its start
+                ready = (
+                    (row, seed)
+                    for row, seed in pending
+                    if row in findings.STARTS or is_done(work, findings.start_of(row), seed)
+                )
+                if (run := next(ready, None)) is None:
+                    break
+                pending.remove(run)
+                config = configuration(recipe, *run)
+                process = start(recipe, *run, config, work=work, core=core)
                 stack.callback(stop, process)
-                running[core] = (process, row, seed, config, time.monotonic())
+                running[core] = (process, *run, config, time.monotonic())
             time.sleep(0.2)
             for core, (process, row, seed, config, since) in list(running.items()):
                 done, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -154,10 +184,18 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                     raise ValueError(f"the run {row}, seed {seed}, failed; see {workdir}/log.txt")
                 del running[core]
                 seconds = time.monotonic() - since
-                result = result_of(workdir, config)
+                result = {
+                    "row": row,
+                    "seed": seed,
+                    **result_of(workdir, config),
+                    "recipe": recipe_of(recipe, row, seed),
+                }
                 result |= {"seconds": round(seconds), "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
-                write_json(results / f"{row}_{seed}.json", {"row": row, "seed": seed} | result, indent=1)
-                shutil.rmtree(workdir / "checkpoints")
+                write_json(results / f"{row}_{seed}.json", result, indent=1)
+                if row in findings.STARTS:
+                    (workdir / "done").touch()
+                else:
+                    shutil.rmtree(workdir / "checkpoints")
                 durations.append(seconds)
                 left = len(pending) + len(running)
                 shown = ", ".join(f"{heading} {result['scores'][name]:.1f}" for name, heading in COLUMNS.items())
@@ -176,6 +214,8 @@ def start(
     workdir.mkdir(parents=True, exist_ok=True)
     config.scenes.folder = str(work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}")
     scenes.write(**config.scenes.to_dict())
+    if row in findings.ROWS:
+        config.init_from.checkpoint = str(work / f"{findings.start_of(row)}_{seed}")
     with open(workdir / "log.txt", "ab") as log:
         process = subprocess.Popen(
             command(recipe, config, workdir),
@@ -236,15 +276,25 @@ def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> No
     write_text(output / "claims.md", markdown(found))
     lines: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, row in findings.FINDINGS[0].rows.items():
-        for result in (result for (of, _), result in found.items() if of == row):
-            config = configuration(recipe, row, result["seed"])
-            batches = round(config.scenes.num_detection / config.detection.batch_size * config.detection.weight)
-            steps = np.array([int(step) for step in result["novel_AP_by_step"]])
-            values = np.array([*result["novel_AP_by_step"].values()])
-            lines.setdefault(name, []).append((steps / steps[-1] * config.epochs * batches, values))
+        for (of, seed), result in found.items():
+            before = found.get((findings.start_of(row), seed))
+            if of == row and before:
+                steps, values = zip(novel_curve(recipe, before), novel_curve(recipe, result), strict=True)
+                steps = (steps[0], steps[0][-1] + steps[1])
+                lines.setdefault(name, []).append((np.concatenate(steps), np.concatenate(values)))
     if lines:
         x = "detection steps (steps of other kinds lie between them)"
         visualize.lines(lines, x=x, y="AP of novel shapes (%)", path=output / "claims.png")
+
+
+def novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the AP of novel shapes in % over the detection steps of a run."""
+    config = configuration(recipe, result["row"], result["seed"])
+    num_steps = config.epochs * round(
+        config.scenes.num_detection / config.detection.batch_size * config.detection.weight
+    )
+    steps = np.array([int(step) for step in result["novel_AP_by_step"]])
+    return steps / steps[-1] * num_steps, np.array([*result["novel_AP_by_step"].values()])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -20,13 +21,20 @@ RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
 def test_every_row_is_a_valid_run_of_its_own():
     rows = findings.queue()
     assert len(rows) == len(set(rows))
-    assert {row for row, _ in rows} == set(findings.ROWS)
-    assert rows[:2] == [("detection", 0), ("pairs", 0)]
+    assert {row for row, _ in rows} == set(findings.ROWS) | set(findings.STARTS)
+    assert rows[:3] == [("start", 0), ("detection", 0), ("pairs", 0)]
+    for row, seed in rows:
+        if row in findings.ROWS:  # its start has its model and comes before it
+            before = (findings.start_of(row), seed)
+            assert rows.index(before) < rows.index((row, seed))
+            one, other = (claims.configuration(RECIPE, *run) for run in (before, (row, seed)))
+            assert one.model == other.model
+            assert one.scenes.num_detection == other.scenes.num_detection
     recipes = set()
     for row, seed in rows:
         config = claims.configuration(RECIPE, row, seed)
         config_lib.validate(config, num_devices=1)
-        recipes.add(tuple(claims.recipe_of(config)))
+        recipes.add(tuple(claims.recipe_of(RECIPE, row, seed)))
     assert len(recipes) == len(rows)
     seeds = [{seed for of, seed in rows if of == row} for row in ("pairs", "bilateral")]
     assert seeds == [{0, 1, 2}, {0, 1}]
@@ -147,7 +155,7 @@ def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
 
 def test_the_table_tells_means_spreads_and_what_is_missing():
     text = "".join(claims.markdown(results([2.0, 1.0])))
-    assert "6 of 49 runs are done; a run takes 4.0 minutes of one core" in text
+    assert "6 of 56 runs are done; a run takes 4.0 minutes of one core" in text
     assert "| text to image | 2 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
     assert "| k = 3 | 0 | – |" in text
     assert text.count("not run yet") == sum(len(finding.claims) for finding in findings.FINDINGS) - 1
@@ -182,7 +190,8 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     arguments = [f"--{name}={folder}" for name, folder in folders.items()] + ["--jobs=1", f"--config={RECIPE}"]
     assert claims.main(arguments) == 1
     assert "the run bilateral, seed 0, failed" in capsys.readouterr().err
-    assert started == ["pairs", "bilateral"]
+    assert started == ["start", "pairs", "bilateral"]
+    assert (folders["work"] / "start_0" / "checkpoints").exists()
     assert not (folders["work"] / "pairs_0" / "checkpoints").exists()
     stored = json.loads((folders["results"] / "pairs_0.json").read_text())
     assert (stored["row"], stored["seed"], stored["steps"]) == ("pairs", 0, 20)
@@ -191,9 +200,15 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert stored["versions"].keys() >= {"jax", "python"}
     fails = ""
     assert claims.main(arguments) == 0
-    assert started == ["pairs", "bilateral", "bilateral", "image_to_text"]
-    assert "[3/3] image_to_text, seed 0: AP" in capsys.readouterr().out
+    assert started == ["start", "pairs", "bilateral", "bilateral", "image_to_text"]
+    assert "[4/4] image_to_text, seed 0: AP" in capsys.readouterr().out
     assert "reproduced" in (folders["output"] / "claims.md").read_text()
+
+    # a row whose start is gone needs it again
+    shutil.rmtree(folders["work"])
+    (folders["results"] / "image_to_text_0.json").unlink()
+    assert claims.main(arguments) == 0
+    assert started[4:] == ["start", "image_to_text"]
 
     # a result of another recipe is not taken for one of this
     monkeypatch.setitem(findings.ROWS, "pairs", findings.ROWS["pairs"] | {"loss.temperature": 0.3})
@@ -202,16 +217,24 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_the_plot_counts_detection_steps(tmp_path, monkeypatch):
-    for row, steps in (("detection", 500), ("pairs", 1000), ("detection_twice", 1000)):
+    number = {row: num_detection_steps(row) for row in ("start", "detection", "pairs", "detection_twice")}
+    assert number["pairs"] == number["detection"] == number["detection_twice"] / 2
+    for row, steps in (("start", 700), ("detection", 500), ("pairs", 1000), ("detection_twice", 1000)):
         result = {"row": row, "seed": 0, "novel_AP_by_step": {str(steps // 2): 1.0, str(steps): 2.0}, "cpu_seconds": 60}
         (tmp_path / f"{row}_0.json").write_text(json.dumps(result | {"scores": dict.fromkeys(claims.COLUMNS, 1.0)}))
     drawn = {}
     monkeypatch.setattr(claims.visualize, "lines", lambda series, **_: drawn.update(series))
     claims.write_report(RECIPE, tmp_path, tmp_path)
     ends = {name: line[0][0].tolist() for name, line in drawn.items()}
-    assert ends == {
-        "detection": [250, 500], "+ pairs": [250, 500], "detection, twice the steps": [500, 1000],
-    }  # fmt: skip
+    start = number.pop("start")
+    assert list(ends) == ["detection", "+ pairs", "detection, twice the steps"]
+    for steps, num in zip(ends.values(), number.values(), strict=True):
+        assert steps == [start / 2, start, start + num / 2, start + num]
+
+
+def num_detection_steps(row):
+    config = claims.configuration(RECIPE, row, 0)
+    return config.epochs * config.scenes.num_detection / config.detection.batch_size * config.detection.weight
 
 
 def write_world(folder):
