@@ -208,7 +208,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     shutil.rmtree(folders["work"])
     (folders["results"] / "image_to_text_0.json").unlink()
     assert claims.main(arguments) == 0
-    assert started[4:] == ["start", "image_to_text"]
+    assert started[5:] == ["start", "image_to_text"]
 
     # a result of another recipe is not taken for one of this
     monkeypatch.setitem(findings.ROWS, "pairs", findings.ROWS["pairs"] | {"loss.temperature": 0.3})
