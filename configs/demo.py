@@ -42,6 +42,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
     c.epochs = 4
+    c.image_text.from_epoch = 2  # pairs from the first step on make all words alike
+    c.image_text.weight = 2.0
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96
@@ -58,7 +60,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.learning_rate = 1e-3
     c.optimizer.groups = config_lib.parameter_groups(text_factor=1.0)  # nothing here is pre-trained
     c.optimizer.warmup_steps = 50
-    c.optimizer.clip_norm = 5.0
     c.log_every_steps = 20
     c.checkpoint.every_steps = 500
     c.closing = closing()

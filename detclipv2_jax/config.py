@@ -330,15 +330,17 @@ def chip_of(device_kind: str) -> str | None:
     return next((chip for kind, chip in CHIPS.items() if device_kind.startswith(kind)), None)
 
 
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a configuration by dotted name."""
+    if isinstance(value, ConfigDict):
+        return {name: leaf for key in value for name, leaf in _flat(value[key], f"{prefix}.{key}").items()}
+    return {prefix[1:]: value}
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns "key: old -> new" for every key in which two configurations differ."""
 
-    def flat(prefix, value):
-        if isinstance(value, ConfigDict):
-            return {name: leaf for key in value for name, leaf in flat(f"{prefix}.{key}", value[key]).items()}
-        return {prefix[1:]: value}
-
-    a, b = flat("", old), flat("", new)
+    a, b = _flat(old), _flat(new)
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
     ]
@@ -346,7 +348,12 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 def validate(config: ConfigDict, *, num_devices: int) -> None:
     """Raises a ValueError that lists every problem of a configuration; looks at no file and no device."""
-    problems = []
+    if missing := sorted(_flat(base()).keys() - _flat(config).keys()):
+        raise ValueError(
+            f"the configuration lacks {', '.join(f'config.{key}' for key in missing)}; set keys of a section one by "
+            "one: --config.detection={} leaves none of them"
+        )
+    problems: list[str] = []
 
     def value_of(key: str) -> Any:
         return functools.reduce(lambda value, part: value[part], key.split("."), config)

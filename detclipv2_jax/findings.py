@@ -10,7 +10,9 @@ import numpy as np
 
 # of every run; configs/demo.py itself is the short form
 LONGER: dict[str, Any] = {
-    "epochs": 5,
+    "epochs": 4,
+    "image_text.from_epoch": 0,
+    "image_text.weight": 1.5,
     "eval.every_epochs": 1,
     "eval.num_pictures": 0,
     "checkpoint.keep": 1,

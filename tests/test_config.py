@@ -132,3 +132,12 @@ def test_values_of_the_command_line_win_over_those_of_a_chip(tmp_path):
     )
     line = [sys.executable, "-c", program, f"--config={file}", "--config.optimizer.accumulate.detection=2"]
     assert subprocess.run(line, capture_output=True, text=True, check=True).stdout.split() == ["all", "2"]
+
+
+def test_a_section_that_was_emptied_is_named():
+    config = config_lib.base()
+    config.detection = config_lib.ConfigDict()  # --config.detection={}
+    with pytest.raises(
+        ValueError, match=r"lacks config.detection.annotations, config.detection.batch_size, .*one by one"
+    ):
+        config_lib.validate(config, num_devices=1)

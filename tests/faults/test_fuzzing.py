@@ -5,6 +5,7 @@ with EXHAUSTIVE=1.
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -83,7 +84,7 @@ def mutated_json(content, rng):
         if rng.random() < 0.2:
             del parent[last]
         else:
-            parent[last] = rng.choice(JUNK)
+            parent[last] = copy.deepcopy(rng.choice(JUNK))  # a later change may fall into it
     text = json.dumps(content).encode()
     return mutated_bytes(text, rng) if rng.random() < 0.2 else text
 
