@@ -61,6 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.groups = config_lib.parameter_groups(text_factor=1.0)  # nothing here is pre-trained
     c.optimizer.warmup_steps = 50
     c.log_every_steps = 20
+    c.pictures_every_steps = 300  # also of pairs: the best region of each phrase
     c.checkpoint.every_steps = 500
     c.closing = closing()
     return c
