@@ -256,6 +256,13 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str,
     """
     own = (workdir / "checkpoints").is_dir() or not config.init_from.checkpoint
     checkpoint = Checkpoint.load(workdir if own else config.init_from.checkpoint, fsdp=config.mesh.fsdp)
+    if (size := config.eval.short_side) != (usual := checkpoint.config.eval.short_side):
+        logging.warning(
+            "photos are evaluated at a short side of %d px, the run did so at %d px: --config.eval.short_side, "
+            ".long_side and .canvases",
+            size,
+            usual,
+        )
     config = config.copy_and_resolve_references()
     config.model, config.optimizer.ema_decay = checkpoint.config.model, checkpoint.config.optimizer.ema_decay
     evaluator = make(config, checkpoint.detector, workdir)

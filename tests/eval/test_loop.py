@@ -124,3 +124,16 @@ def test_sizes_are_checked_first(dataset, tmp_path):
     config, model, _ = planted.make()
     with pytest.raises(ValueError, match=r"set config\.eval\.annotations and config\.eval\.images"):
         loop.make(config, Detector(model, mesh=sharding.make_mesh()), tmp_path)
+
+
+def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplog):
+    checkpoint = loop.Checkpoint(micro, None, {}, 7)
+    monkeypatch.setattr(loop.Checkpoint, "load", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(loop, "make", lambda *_: lambda params, *, step: {"AP": float(step)})
+    config = micro.copy_and_resolve_references()
+    with caplog.at_level("WARNING", logger="absl"):
+        assert loop.prepare(config, tmp_path)() == {"AP": 7.0}
+        assert not caplog.records
+        config.eval.short_side = 320
+        loop.prepare(config, tmp_path)
+    assert "at a short side of 320 px, the run did so at 64 px" in caplog.text
