@@ -55,16 +55,22 @@ def test_the_command_of_a_run_makes_its_configuration(tmp_path, row):
     assert values.workdir == str(tmp_path)
 
 
+def test_the_start_has_as_many_steps_on_boxes_as_the_demo():
+    of_demo, of_start = runpy.run_path(RECIPE)["get_config"](), claims.configuration(RECIPE, "start", 0)
+    assert of_demo.epochs * of_demo.scenes.num_detection == of_start.epochs * of_start.scenes.num_detection
+    assert of_demo.detection == of_start.detection
+
+
 def test_the_demo_ends_with_its_scores_beside_those_of_boxes_alone(tmp_path):
     values = runpy.run_path(RECIPE)
     for seed, novel in enumerate((3.0, 4.0)):
-        (tmp_path / f"detection_{seed}.json").write_text(json.dumps({"scores": {"base_AP": 40.0, "novel_AP": novel}}))
-    (tmp_path / "detection_twice_0.json").write_text("{}")
+        (tmp_path / f"start_{seed}.json").write_text(json.dumps({"scores": {"base_AP": 40.0, "novel_AP": novel}}))
+    (tmp_path / "start_plain_0.json").write_text("{}")
     values["closing"].__globals__["RESULTS"] = tmp_path
     text = values["get_config"]().closing.format(APf=41.23, APr=21.0, AP=30.0)
     assert "base shapes had boxes, AP 41.2." in text
     assert "AP 21.0; their colours" in text
-    assert text.endswith("A quarter more detection steps without captions end at 40.0 and 3.5.")
+    assert text.endswith("The same number of steps on boxes alone ends at 40.0 and 3.5.")
 
 
 def test_closing_words_on_other_data_are_left_out(capsys):

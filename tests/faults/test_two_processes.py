@@ -1,6 +1,7 @@
 """Two processes: equal to one process, preempted, killed; this file is also their program.
 
-With EXHAUSTIVE=1 each has 4 devices, and the run has data of all kinds and evaluations; else one device and detection.
+With EXHAUSTIVE=1 each has 4 devices, and the run has data of all kinds and evaluations; else one device and detection,
+and the single process 8 devices.
 """
 
 import contextlib
@@ -137,19 +138,19 @@ def moments(workdir):
     return {name: value for name, value in flat.items() if "/mu/" in name}
 
 
-@exhaustive
 @pytest.mark.slow
 def test_two_processes_equal_one(ended, tmp_path):
     folder, _, output = ended
-    assert output.count("processes of the mesh [0, 0, 0, 0, 1, 1, 1, 1]") == 2, output
+    assert output.count(f"processes of the mesh {[0] * DEVICES + [1] * DEVICES}") == 2, output
     test_main.start(config(folder, evaluated=True), tmp_path / "one")
     one, two = (test_main.lines(workdir) for workdir in (tmp_path / "one", folder / "unbroken"))
     # losses, gradient norms, numbers of de-duplicated concepts and of what was cut, scores
-    kinds = {name.split("/")[0] for row in one.values() for name in row}
-    assert kinds >= {"detection", "grounding", "image_text", "eval"}
+    kinds = {name.split("/")[0] for row in one.values() for name in row if "/" in name}
+    assert kinds == ({"detection", "grounding", "image_text", "eval"} if EXHAUSTIVE else {"detection"})
     assert_close(two, one, steps=range(1, NUM_STEPS + 1), tolerance=1e-5)
-    ours, theirs = (scores(workdir) for workdir in (folder / "unbroken", tmp_path / "one"))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    if EXHAUSTIVE:
+        ours, theirs = (scores(workdir) for workdir in (folder / "unbroken", tmp_path / "one"))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
     ours, theirs = moments(folder / "unbroken"), moments(tmp_path / "one")
     assert len(ours) > 50
     for name, value in theirs.items():
