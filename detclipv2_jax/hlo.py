@@ -94,7 +94,9 @@ def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> i
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     instructions = computations[condition[1]] if condition else []
     constants = {
-        x.name: int(x.operands[0]) for x in instructions if x.opcode == "constant" and x.type.startswith("s32")
+        x.name: int(x.operands[0].strip("{}"))  # of s32[1] it is {300}
+        for x in instructions
+        if x.opcode == "constant" and re.match(r"s32\[1?\]", x.type)
     }
     compare = [x for x in instructions if x.root and x.opcode == "compare" and "direction=LT" in x.attributes]
     return constants.get(compare[0].operands[1], 0) if compare else 0

@@ -70,6 +70,8 @@ PROGRAM = """HloModule m
 }
 
 %condition (c: (s32[], f32[10,128])) -> pred[] {
+  %limit = s32[1]{0:T(128)} constant({300})
+  %pair = s32[2]{0:T(128)} constant({1, 2})
   %ten = s32[]{:T(128)} constant(10)
   %c = (s32[]{:T(128)}, f32[10,128]{1,0:T(8,128)}) parameter(0)
   %j = s32[]{:T(128)} get-tuple-element(%c), index=0
