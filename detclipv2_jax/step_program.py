@@ -176,7 +176,7 @@ def program(config: ConfigDict, name: str, mesh: jax.sharding.Mesh, platform: st
     kind, canvas = name.split("/")
     size = tuple(map(int, canvas.split("x")))
     if kind == "prediction":
-        return _prediction(config, size, mesh, sizes)
+        return _prediction(config, size, mesh, platform, sizes)
     return _training(config, Kind(kind), size, mesh, platform, sizes)
 
 
@@ -192,10 +192,8 @@ def _training(
     def count() -> dict[str, float]:
         counts = {"table_rows": sizes.table_rows, "num_devices": mesh.size}
         by_trace = flops.of_step(config, kind, canvas, **counts)
-        whole = config.copy_and_resolve_references()
+        whole = _with_deform(config, platform)
         whole.loss.chunk_bytes = MAX_CHUNK_BYTES
-        if whole.model.head.deform_impl == "auto":
-            whole.model.head.deform_impl = "banded" if platform == "tpu" else "gather"
         step = train.jitted_step(assemble(whole, mesh), kind, canvas)
         with jax.set_mesh(mesh):
             executed = flops.of(step, state, batch)
@@ -209,6 +207,14 @@ def _training(
         }
 
     return Program(train.jitted_step(run, kind, canvas), (state, batch), count)
+
+
+def _with_deform(config: ConfigDict, platform: str) -> ConfigDict:
+    """Returns a copy whose deformable layer has one form, that of a platform: a count takes the dearer of two."""
+    config = config.copy_and_resolve_references()
+    if config.model.head.deform_impl == "auto":
+        config.model.head.deform_impl = "banded" if platform == "tpu" else "gather"
+    return config
 
 
 def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -244,7 +250,9 @@ def batch_shapes(
     )
 
 
-def _prediction(config: ConfigDict, canvas: tuple[int, int], mesh: jax.sharding.Mesh, sizes: Sizes) -> Program:
+def _prediction(
+    config: ConfigDict, canvas: tuple[int, int], mesh: jax.sharding.Mesh, platform: str, sizes: Sizes
+) -> Program:
     run = assemble(config, mesh)
     params = train_state.param_shapes(run.model, context_length=config.model.text.context_length)
     params = jax.tree.map(_placed, params, run.shardings.params)
@@ -260,8 +268,11 @@ def _prediction(config: ConfigDict, canvas: tuple[int, int], mesh: jax.sharding.
 
     def count() -> dict[str, float]:
         per_image = flops.formula_image(config.model, canvas) + flops.num_anchors(canvas) * num_words * embed_dim
-        traced = flops.of(predict, params, photos, text, mask, limits)
-        return {"model": traced, "formula": 2.0 * b * per_image, "executed": traced}
+        detectors = {name: assemble(_with_deform(config, name), mesh).detector for name in ("cpu", platform)}
+        model, executed = (
+            flops.of(detectors[name].compiled_predict, params, photos, text, mask, limits) for name in ("cpu", platform)
+        )
+        return {"model": model, "formula": 2.0 * b * per_image, "executed": executed}
 
     return Program(predict, (params, photos, text, mask, limits), count)
 

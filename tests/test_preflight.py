@@ -4,11 +4,12 @@ import importlib.util
 import pathlib
 import re
 
+import jax
 import pytest
 
 from configs import swin_t
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import preflight, run_data, step_program
+from detclipv2_jax import preflight, run_data, sharding, step_program
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.step_program import GIB, Topology
 
@@ -47,6 +48,15 @@ def test_steps_and_sizes_of_the_paper_s_run():
     assert plan.table_rows == {"detection": 8 * 368, "grounding": 8 * 1600, "image_text": 8 * 768 * 9}
     assert plan.num_concepts == plan.table_rows | {"detection": 365}
     assert set(plan.num_steps) | {"prediction/800x1344", "prediction/1344x800"} == set(step_program.step_names(config))
+
+
+def test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more(micro):
+    micro.eval.canvases = ((320, 320),)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    sizes = step_program.Sizes(0, 0, 256)
+    counts = step_program.program(micro, "prediction/320x320", mesh, "tpu", sizes).flops()
+    assert counts["model"] == pytest.approx(counts["formula"], rel=0.05)
+    assert counts["executed"] > counts["model"]  # the banded form of the deformable layer
 
 
 def run(monkeypatch, tmp_path, measured, *, only=(), change=None):
