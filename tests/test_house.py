@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "models": {"geometry"},
     "optimizer": set(),
     "predict": {"data", "eval", "inference", "visualize", "vocabulary"},
-    "preflight": {"flops", "config", "data", "run_data", "step_program"},
+    "preflight": {"config", "data", "flops", "run_data", "step_program"},
     "prepare": {"builders", "config", "data", "inspection"},
     "processes": set(),
     "regions": {"data", "drawing", "geometry", "inference", "losses", "models", "visualize"},
