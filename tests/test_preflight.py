@@ -50,6 +50,7 @@ def test_steps_and_sizes_of_the_paper_s_run():
     assert set(plan.num_steps) | {"prediction/800x1344", "prediction/1344x800"} == set(step_program.step_names(config))
 
 
+@pytest.mark.slow
 def test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more(micro):
     micro.eval.canvases = ((320, 320),)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
