@@ -55,7 +55,9 @@ class Schedule:
             max(1, round(n * weight)) if weight > 0 else 0 for n, weight in zip(num_batches, weights, strict=True)
         ]
         self._from = [0] * len(weights) if from_epochs is None else list(from_epochs)
-        lengths = np.array([sum(self._counts(epoch)) for epoch in range(epochs)])
+        lengths = np.zeros(epochs, np.int64)
+        for count, start in zip(self._per_epoch, self._from, strict=True):
+            lengths[start:] += count
         if not lengths[0]:
             raise ValueError(
                 f"no steps to schedule: batches an epoch {list(num_batches)}, weights {weights}, first epochs "
