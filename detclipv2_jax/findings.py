@@ -197,12 +197,17 @@ def start_of(row: str) -> str:
 
 
 def queue() -> list[tuple[str, int]]:
-    """Returns every (row, seed) of the table once: a finding after the other, a seed after the other.
+    """Returns every (row, seed) of the table once: the first finding, then the others, each a seed after the other.
 
     What a row starts from stands before it.
     """
     every = [
-        (row, seed) for finding in FINDINGS for seed in SEEDS[: finding.num_seeds] for row in finding.rows.values()
+        (row, seed)
+        for part in (FINDINGS[:1], FINDINGS[1:])
+        for seed in SEEDS
+        for finding in part
+        if seed in SEEDS[: finding.num_seeds]
+        for row in finding.rows.values()
     ]
     return list(dict.fromkeys(run for row, seed in every for run in ((start_of(row), seed), (row, seed))))
 
@@ -226,4 +231,5 @@ def verdict(claim: Claim, finding: Finding, results: Results) -> str:
     found = "reproduced" if margin >= 0 else "**not reproduced**"
     each = ", ".join(f"{own:+.1f}" for own in margins.values())
     early = f"; {len(margins)} of {finding.num_seeds} seeds" if len(margins) < finding.num_seeds else ""
-    return f"{found}; smallest margin {margin:+.1f}, by seed {each}{early}"
+    split = ", which disagree" if min(margins.values()) < 0 <= max(margins.values()) else ""
+    return f"{found}; smallest margin {margin:+.1f}, by seed {each}{split}{early}"

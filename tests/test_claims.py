@@ -23,6 +23,8 @@ def test_every_row_is_a_valid_run_of_its_own():
     assert len(rows) == len(set(rows))
     assert {row for row, _ in rows} == set(findings.ROWS) | set(findings.STARTS)
     assert rows[:3] == [("start", 0), ("detection", 0), ("pairs", 0)]
+    # a table that is stopped early has every finding with one seed before any with two
+    assert rows.index(("detection", 2)) < rows.index(("pairs_128", 0)) < rows.index(("bilateral", 1))
     for row, seed in rows:
         if row in findings.ROWS:  # its start has its model and comes before it
             before = (findings.start_of(row), seed)
@@ -130,7 +132,7 @@ def test_verdicts_go_by_the_means():
     finding, (claim,) = findings.FINDINGS[1], findings.FINDINGS[1].claims
     assert findings.verdict(claim, finding, {}) == "not run yet"
     text = findings.verdict(claim, finding, results([2.0, -1.0]))
-    assert text == "reproduced; smallest margin +0.0, by seed +0.0, -1.0"
+    assert text == "reproduced; smallest margin +0.0, by seed +0.0, -1.0, which disagree"
     assert findings.verdict(claim, finding, results([3.0], row="image_to_text")) == (
         "**not reproduced**; smallest margin -3.0, by seed -3.0; 1 of 2 seeds"
     )
