@@ -165,7 +165,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")
     flags.DEFINE_integer("batch_size", 1, "images a step; more is faster on a GPU or TPU", lower_bound=1)
     flags.DEFINE_float("draw_threshold", 0.2, "only boxes with at least this score are drawn")
-    flags.DEFINE_integer("max_drawn", 20, "at most so many boxes a picture are drawn", lower_bound=0)
+    flags.DEFINE_integer("max_drawn", 20, "boxes a picture at most, a place once, with its best word", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> None:

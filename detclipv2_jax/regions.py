@@ -131,6 +131,7 @@ def draw_proposals(
         scores=similarity.max(axis=1),
         min_score=-np.inf,
         max_drawn=max_drawn,
+        max_iou=1.0,
         title=f"{len(kept)} regions that {len(names)} texts of {len(images)} images choose, each with its best text",
         path=path,
     )

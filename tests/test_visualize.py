@@ -85,6 +85,21 @@ def test_detections_show_boxes_scores_and_legend(tmp_path):
     assert not _has(picture, drawing.PALETTE[2]).any()  # below min_score
 
 
+def test_a_place_is_shown_once_with_its_best_word():
+    boxes = np.array([[10, 10, 60, 60], [12, 10, 60, 60], [80, 20, 150, 100], [10, 10, 60, 30]], np.float32)
+    labels, names, scores = np.arange(4), [*NAMES, "flower"], np.array([0.9, 0.8, 0.7, 0.6])
+
+    def num_colors(**options):
+        picture = visualize.detections(_photo(), boxes, labels, names, **options)
+        return sum(bool(_has(picture, color).any()) for color in drawing.PALETTE[:4])
+
+    assert num_colors(scores=scores) == 3  # the second lies on the first; the last covers a part of it
+    assert num_colors(scores=scores, max_drawn=2) == 2
+    assert num_colors(scores=scores, max_iou=0.3) == 2
+    assert num_colors(scores=scores, max_iou=1.0) == 4
+    assert num_colors() == 4  # annotated boxes
+
+
 def test_detections_beside_the_truth():
     boxes, labels = np.array([[10, 10, 60, 60]], np.float32), np.array([1])
     alone = visualize.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]))

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pycocotools import mask as boxes_lib
 
 from detclipv2_jax import drawing
 from detclipv2_jax.data import tokenizer
@@ -35,6 +36,7 @@ def detections(
     scores: Float[np.ndarray, " n"] | None = None,
     min_score: float = 0.0,
     max_drawn: int = 20,
+    max_iou: float = 0.5,
     truth: tuple[Float[np.ndarray, "m 4"], Int[np.ndarray, " m"]] | None = None,
     title: str = "",
     path: str | pathlib.Path | None = None,
@@ -49,11 +51,16 @@ def detections(
       scores: of the boxes; None for annotated boxes.
       min_score: boxes below are not drawn; the legend says how many there are.
       max_drawn: at most so many boxes are drawn.
+      max_iou: with scores, a box that overlaps a better drawn one by more, of whatever word, is not drawn: a place is
+        shown once, with its best word. 1.0 draws them all.
       truth: annotated boxes and labels, drawn on a second copy of the photo at the left.
       title: first line of the figure.
       path: where to write the picture.
     """
-    shown = np.arange(len(boxes)) if scores is None else np.flatnonzero(np.asarray(scores) >= min_score)
+    shown = np.arange(len(boxes))
+    if scores is not None:
+        shown = np.flatnonzero(np.asarray(scores) >= min_score)
+        shown = shown[_places(boxes[shown], max_iou)]
     shown = shown[:max_drawn]
     present = np.concatenate([labels[shown]] + ([] if truth is None else [truth[1]])).astype(int)
     colors = drawing.colors_of(present)
@@ -426,6 +433,17 @@ def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.nda
         name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
         for name, points in values.items()
     }
+
+
+def _places(boxes: Float[np.ndarray, "n 4"], max_iou: float) -> list[int]:
+    """Returns the boxes, best first, that overlap no better one of them by more than `max_iou`."""
+    corner_and_size = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
+    overlaps = np.reshape(boxes_lib.iou(corner_and_size, corner_and_size, [0] * len(boxes)), (len(boxes),) * 2)
+    kept: list[int] = []
+    for i in range(len(boxes)):
+        if not np.any(overlaps[i, kept] > max_iou):
+            kept.append(i)
+    return kept
 
 
 def _count_note(*, num_shown: int, num_boxes: int, scores: np.ndarray | None, min_score: float) -> str:

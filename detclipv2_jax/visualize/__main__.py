@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--annotations", default="", metavar="FILE", help="COCO json with names, photos and true boxes")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
     add("--min_score", type=float, default=0.2, help="boxes below are not drawn")
-    add("--max_drawn", type=int, default=20, help="boxes a picture")
+    add("--max_drawn", type=int, default=20, help="boxes a picture, a place once, with its best word")
     add("--max_images", type=int, default=50, help="the first so many photos are drawn")
     add = kinds.add_parser("alignment", help="the best region and similarity of each phrase").add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
