@@ -17,16 +17,17 @@ from detclipv2_jax import config as config_lib
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
 
 
-def closing() -> str:
-    """Returns what the scores mean, beside those of boxes alone where the table of claims has them."""
+def closing(num_steps: int) -> str:
+    """Returns what the scores mean, beside those of `num_steps` on boxes alone where the table of claims has them."""
     text = (
         "What this means: base shapes had boxes, AP {APf:.1f}. Novel shapes had none, captions alone name them: "
         "AP {APr:.1f}; their colours, which base shapes have too, are part of it."
     )
-    alone = [json.loads(path.read_text())["scores"] for path in RESULTS.glob("start_[0-9].json")]
-    if alone:
-        base, novel = (sum(scores[name] for scores in alone) / len(alone) for name in ("base_AP", "novel_AP"))
-        text += f" The same number of steps on boxes alone ends at {base:.1f} and {novel:.1f}."
+    starts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("start_[0-9].json"))]
+    alone = [[start[f"{name}_AP_by_step"][str(num_steps)] for start in starts] for name in ("base", "novel")]
+    if starts:
+        base, novel = (sum(scores) / len(scores) for scores in alone)
+        text += f" {num_steps} steps on boxes alone end at {base:.1f} and {novel:.1f} (python -m detclipv2_jax.claims)."
     return text
 
 
@@ -63,5 +64,5 @@ def get_config(variant: str = "") -> ConfigDict:
     c.log_every_steps = 20
     c.pictures_every_steps = 300  # also of pairs: the best region of each phrase
     c.checkpoint.every_steps = 500
-    c.closing = closing()
+    c.closing = closing(c.epochs * c.scenes.num_detection // c.detection.batch_size)
     return c

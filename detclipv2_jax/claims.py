@@ -56,7 +56,7 @@ def configuration(recipe: str, row: str, seed: int) -> ConfigDict:
     changes = findings.STARTS.get(row) or findings.ROWS[row]
     # other steps than the start's draw other boxes and flips
     seeds = {"seed": seed if row in findings.STARTS else 100 + seed, "scenes.seed": seed}
-    config.update_from_flattened_dict(findings.LONGER | changes | seeds)
+    config.update_from_flattened_dict(findings.GOING_ON | changes | seeds)
     return config
 
 
@@ -106,10 +106,13 @@ def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     last = max((workdir / "eval").glob("step_*_detections.json"))
     truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    novel = {str(line["step"]): round(100 * line["eval/APr"], 2) for line in lines if "eval/APr" in line}
+    along = {
+        f"{name}_by_step": {str(line["step"]): round(100 * line[key], 2) for line in lines if key in line}
+        for name, key in (("base_AP", "eval/APf"), ("novel_AP", "eval/APr"))
+    }
     return {
         "scores": score(truth, coco.load_detections(last)),
-        "novel_AP_by_step": novel,
+        **along,
         "steps": int(last.name.split("_")[1]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},
