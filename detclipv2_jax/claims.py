@@ -176,6 +176,7 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                 process = start(recipe, *run, config, work=work, core=core)
                 stack.callback(stop, process)
                 running[core] = (process, *run, config, time.monotonic())
+                print(f"{run[0]}, seed {run[1]}, begins: {work / f'{run[0]}_{run[1]}'}/log.txt", flush=True)
             time.sleep(0.2)
             for core, (process, row, seed, config, since) in list(running.items()):
                 done, status, usage = os.wait4(process.pid, os.WNOHANG)

@@ -213,7 +213,9 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     fails = ""
     assert claims.main(arguments) == 0
     assert started == ["start", "pairs", "bilateral", "bilateral", "image_to_text"]
-    assert "[4/4] image_to_text, seed 0: AP" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"image_to_text, seed 0, begins: {folders['work']}/image_to_text_0/log.txt" in printed
+    assert "[4/4] image_to_text, seed 0: AP" in printed
     assert "reproduced" in (folders["output"] / "claims.md").read_text()
 
     # a row whose start is gone needs it again
