@@ -20,6 +20,7 @@ import operator
 import os
 import pathlib
 import platform
+import resource
 import runpy
 import shutil
 import signal
@@ -174,8 +175,8 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                 pending.remove(run)
                 config = configuration(recipe, *run)
                 process = start(recipe, *run, config, work=work, core=core)
-                stack.callback(stop, process)
                 running[core] = (process, *run, config, time.monotonic())
+                stack.callback(stop, process, work / f"{run[0]}_{run[1]}", since=running[core][-1])
                 print(f"{run[0]}, seed {run[1]}, begins: {work / f'{run[0]}_{run[1]}'}/log.txt", flush=True)
             time.sleep(0.2)
             for core, (process, row, seed, config, since) in list(running.items()):
@@ -184,27 +185,27 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                     continue
                 process.returncode = os.waitstatus_to_exitcode(status)
                 workdir = work / f"{row}_{seed}"
+                spent = account(workdir, since=since, usage=usage)
                 if process.returncode:
                     raise ValueError(f"the run {row}, seed {seed}, failed; see {workdir}/log.txt")
                 del running[core]
-                seconds = time.monotonic() - since
                 result = {
                     "row": row,
                     "seed": seed,
                     **result_of(workdir, config),
                     "recipe": recipe_of(recipe, row, seed),
+                    **spent,
                 }
-                result |= {"seconds": round(seconds), "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
                 write_json(results / f"{row}_{seed}.json", result, indent=1)
                 if row in findings.STARTS:
                     (workdir / "done").touch()
                 else:
                     shutil.rmtree(workdir / "checkpoints")
-                durations.append(seconds)
+                durations.append(spent["seconds"])
                 left = len(pending) + len(running)
                 shown = ", ".join(f"{heading} {result['scores'][name]:.1f}" for name, heading in COLUMNS.items())
                 print(
-                    f"[{total - left}/{total}] {row}, seed {seed}: {shown}; {seconds / 60:.1f} minutes, about "
+                    f"[{total - left}/{total}] {row}, seed {seed}: {shown}; {spent['seconds'] / 60:.1f} minutes, about "
                     f"{left * float(np.mean(durations)) / 3600 / len(cores):.1f} hours left",
                     flush=True,
                 )
@@ -241,11 +242,23 @@ def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]
     return [sys.executable, "-m", "detclipv2_jax.main", f"--config={recipe}", f"--workdir={workdir}", *flags]
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], workdir: pathlib.Path, *, since: float) -> None:
     """Ends a process that still runs; it saves its state first."""
     if process.poll() is None:
         process.terminate()
-        process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        account(workdir, since=since, usage=usage)
+
+
+def account(workdir: pathlib.Path, *, since: float, usage: resource.struct_rusage) -> dict[str, int]:
+    """Returns the seconds that a run took, its stopped processes included; keeps them in its workdir."""
+    path = workdir / "spent.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = {"seconds": time.monotonic() - since, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    spent = {name: round(before.get(name, 0) + value) for name, value in now.items()}
+    write_json(path, spent, indent=None)
+    return spent
 
 
 def all_results(folder: pathlib.Path) -> findings.Results:

@@ -53,9 +53,9 @@ ROWS: dict[str, dict[str, Any]] = {
     **{name: PAIRS | changes for name, changes in OTHER_CHOICES.items()},
 }
 # what rows start from, in place of the paper's pre-trained towers: boxes alone, with the model of the row; the rate is
-# not annealed before training goes on. With 400 steps instead of 1,000 few shapes have a word yet when pairs begin
+# not annealed before training goes on. With 400 steps instead of 1,200 few shapes have a word yet when pairs begin
 _START: dict[str, Any] = BOXES_ALONE | {
-    "epochs": 10,
+    "epochs": 12,
     "optimizer.learning_rate": 1e-3,
     "optimizer.schedule": "constant",
     "eval.every_epochs": 4,

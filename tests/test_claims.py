@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -228,6 +232,19 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(findings.ROWS, "pairs", findings.ROWS["pairs"] | {"loss.temperature": 0.3})
     assert claims.main(arguments) == 1
     assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
+
+
+def test_what_was_stopped_counts_to_the_time_of_a_run(tmp_path):
+    for spent in (100, 200):
+        process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+        since = time.monotonic() - 100
+        claims.stop(process, tmp_path, since=since)
+        claims.stop(process, tmp_path, since=since)  # it has ended
+        assert process.returncode == -signal.SIGTERM
+        assert json.loads((tmp_path / "spent.json").read_text())["seconds"] == pytest.approx(spent, abs=10)
+    usage = resource.struct_rusage([1.4, 0.4, *[0] * 14])
+    added = claims.account(tmp_path / "other", since=time.monotonic(), usage=usage)
+    assert added == {"seconds": 0, "cpu_seconds": 2}
 
 
 def test_the_plot_counts_detection_steps(tmp_path, monkeypatch):
