@@ -268,7 +268,10 @@ def all_results(folder: pathlib.Path) -> findings.Results:
 
 
 def markdown(results: findings.Results) -> Iterator[str]:
-    """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts."""
+    """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts.
+
+    The rows of a finding are shown over the seeds that all of them have, but for rows that have none.
+    """
     minutes = [result["cpu_seconds"] / 60 for result in results.values()]
     yield f"{len(results)} of {len(findings.queue())} runs are done" + (
         f"; a run takes {np.mean(minutes):.1f} minutes of one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
@@ -276,8 +279,9 @@ def markdown(results: findings.Results) -> Iterator[str]:
     for finding in findings.FINDINGS:
         yield f"\n**{finding.title}**\n\n"
         yield f"| | seeds | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}\n"
+        seeds = findings.common_seeds(finding, results)
         for name, row in finding.rows.items():
-            own = [result["scores"] for (of, _), result in results.items() if of == row]
+            own = [results[row, seed]["scores"] for seed in seeds if (row, seed) in results]
             values = ([scores[score] for scores in own] for score in COLUMNS if own)
             cells = [f"{np.mean(of):.1f}" + f" ± {np.ptp(of) / 2:.1f}" * (len(of) > 1) for of in values]
             cells = cells or ["–"] * len(COLUMNS)

@@ -218,6 +218,13 @@ def queue() -> list[tuple[str, int]]:
     return list(dict.fromkeys(run for row, seed in every for run in ((start_of(row), seed), (row, seed))))
 
 
+def common_seeds(finding: Finding, results: Results) -> list[int]:
+    """Returns the seeds that all rows of a finding have that have any."""
+    seeds = SEEDS[: finding.num_seeds]
+    found = [{seed for seed in seeds if (row, seed) in results} for row in finding.rows.values()]
+    return [seed for seed in seeds if all(seed in own for own in found if own)]
+
+
 def verdict(claim: Claim, finding: Finding, results: Results) -> str:
     """Returns what the means over the seeds say of a claim, and what every seed says that has the rows it needs."""
     margins: dict[int, float] = {}

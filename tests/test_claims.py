@@ -172,7 +172,20 @@ def test_the_table_tells_means_spreads_and_what_is_missing():
     assert "6 of 56 runs are done; a run takes 4.0 minutes of one core" in text
     assert "| text to image | 2 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
     assert "| k = 3 | 0 | – |" in text
+    more = results([2.0, 1.0]) | {("pairs", 2): results([60.0])["pairs", 0]}
+    assert "| text to image | 2 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in "".join(claims.markdown(more))  # not the others' third
+    del more["bilateral", 1]
+    assert "| text to image | 1 | 32.0 | 30.0 |" in "".join(claims.markdown(more))
     assert text.count("not run yet") == sum(len(finding.claims) for finding in findings.FINDINGS) - 1
+
+
+def test_the_readme_has_the_table_of_the_stored_results():
+    root = pathlib.Path(RECIPE).parents[1]
+    results = root / "results" / "claims"
+    claims.pending_runs(RECIPE, results, root)  # each is of the recipe as it is now
+    text = "".join(claims.markdown(claims.all_results(results)))
+    assert (root / "docs" / "claims.md").read_text() == text
+    assert text.strip() in (root / "README.md").read_text()
 
 
 FAKE = """
