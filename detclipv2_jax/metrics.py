@@ -9,14 +9,16 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
 from absl import logging
-from clu import metric_writers
 from tqdm import tqdm
 
 from detclipv2_jax.workdir import write_text
+
+if TYPE_CHECKING:
+    from clu import metric_writers
 
 
 def prefix(kind: str, values: dict[str, Any]) -> dict[str, float]:
@@ -93,6 +95,8 @@ class MetricsWriter:
         self._events: metric_writers.AsyncWriter | None = None
         if jax.process_index() != 0:
             return
+        from clu import metric_writers  # imports TensorFlow, for seconds: not before the run is known to be good
+
         path = workdir / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)

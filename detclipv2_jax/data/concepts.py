@@ -9,13 +9,15 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import inflect
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, UInt64
 
 from detclipv2_jax.data import tokenizer
+
+if TYPE_CHECKING:
+    import inflect
 
 _DETERMINER = re.compile(r"^(?:an?|the|some|his|her|its|their|this|that|these|those)\s+")
 _WORD, _LAST_WORD = re.compile("[a-z]+"), re.compile("[a-z]+$")
@@ -33,6 +35,8 @@ def concept_text(name: str, definition: str = "") -> str:
 
 @functools.cache
 def _english() -> inflect.engine:
+    import inflect  # checks its own types when imported, for seconds: not in a process that compares no names
+
     return inflect.engine()
 
 
