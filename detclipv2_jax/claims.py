@@ -270,7 +270,8 @@ def all_results(folder: pathlib.Path) -> findings.Results:
 def markdown(results: findings.Results) -> Iterator[str]:
     """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts.
 
-    The rows of a finding are shown over the seeds that all of them have, but for rows that have none.
+    The rows of a finding are shown over the seeds that all of them have, but for rows that have none. The first score
+    is that of the detectors they start from, which differ between seeds and models.
     """
     minutes = [result["cpu_seconds"] / 60 for result in results.values()]
     yield f"{len(results)} of {len(findings.queue())} runs are done" + (
@@ -278,17 +279,21 @@ def markdown(results: findings.Results) -> Iterator[str]:
     )
     for finding in findings.FINDINGS:
         yield f"\n**{finding.title}**\n\n"
-        yield f"| | seeds | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}\n"
+        yield f"| | seeds | AP at the start | {' | '.join(COLUMNS.values())} |\n|---|---|---|{'---|' * len(COLUMNS)}\n"
         seeds = findings.common_seeds(finding, results)
         for name, row in finding.rows.items():
-            own = [results[row, seed]["scores"] for seed in seeds if (row, seed) in results]
-            values = ([scores[score] for scores in own] for score in COLUMNS if own)
-            cells = [f"{np.mean(of):.1f}" + f" ± {np.ptp(of) / 2:.1f}" * (len(of) > 1) for of in values]
-            cells = cells or ["–"] * len(COLUMNS)
+            own = [seed for seed in seeds if (row, seed) in results]
+            before = [results.get((findings.start_of(row), seed)) for seed in own]
+            cells = [_cell([start["scores"]["AP"] for start in before if start])]
+            cells += [_cell([results[row, seed]["scores"][score] for seed in own]) for score in COLUMNS]
             yield f"| {name} | {len(own)} | {' | '.join(cells)} |\n"
         yield "\n"
         for claim in finding.claims:
             yield f"* {claim.text}: {findings.verdict(claim, finding, results)}\n"
+
+
+def _cell(values: list[float]) -> str:
+    return f"{np.mean(values):.1f}" + f" ± {np.ptp(values) / 2:.1f}" * (len(values) > 1) if values else "–"
 
 
 def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> None:
