@@ -1,7 +1,7 @@
 """What a compiled program moves through memory and over the network, read from its optimised HLO text.
 
 XLA's own cost analysis counts the body of a loop once and is missing for GPUs. Here a body counts as often as it runs,
-and of a conditional the branch that moves more.
+and of a conditional, for memory and each kind of collective, the branch that moves more.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def traffic(text: str) -> Traffic:
                     total[key] += value * max(turns, 1)
             elif opcode == "conditional":
                 names = [part for found in _BRANCHES.findall(instruction.attributes) for part in found if part]
-                branches = re.findall(r"[\w.\-]+", " ".join(names))
-                total.update(max((cost(branch) for branch in branches), key=lambda moved: moved["memory"]))
+                branches = [cost(branch) for branch in re.findall(r"[\w.\-]+", " ".join(names))]
+                total.update({key: max(moved[key] for moved in branches) for key in set().union(*branches)})
             elif opcode in ("call", "async-start"):
                 for called in _CALLED.findall(instruction.attributes):
                     total.update(cost(called))

@@ -198,8 +198,6 @@ def _training(
         with jax.set_mesh(mesh):
             executed = flops.of(step, state, batch)
         executed -= by_trace(sizes.table_rows) - by_trace(sizes.num_concepts)  # chunks without concepts are skipped
-        if kind is not Kind.IMAGE_TEXT:  # whose similarities are computed again chunk by chunk
-            executed += (by_trace(sizes.num_concepts) - by_trace(0)) / flops.TRAINING
         return {
             "model": by_trace(sizes.num_concepts),
             "formula": flops.formula(config, kind, canvas, num_concepts=sizes.num_concepts, **counts),

@@ -98,3 +98,32 @@ def test_a_loop_over_rows_moves_each_row_once():
     assert traffic.memory == 10 * ((row + index) + (row + index)) + 2 * 10 * row
     assert traffic.network == {"all-gather": 20 * 128 * 4}
     assert traffic.unknown_loops == 0
+
+
+BRANCHES = """HloModule m
+
+%send (p: f32[10]) -> f32[10] {
+  %p = f32[10]{0} parameter(0)
+  %g = f32[80]{0} all-gather(%p), channel_id=1, dimensions={0}
+  ROOT %s = f32[10]{0} slice(%g), slice={[0:10]}
+}
+
+%stay (q: f32[10]) -> f32[10] {
+  %q = f32[10]{0} parameter(0)
+  %n = f32[10]{0} negate(%q)
+  %e = f32[10]{0} exponential(%n)
+  ROOT %m = f32[10]{0} negate(%e)
+}
+
+ENTRY %main (a: f32[10], b: pred[]) -> f32[10] {
+  %a = f32[10]{0} parameter(0)
+  %b = pred[] parameter(1)
+  ROOT %c = f32[10]{0} conditional(%b, %a, %a), true_computation=%send, false_computation=%stay
+}
+"""
+
+
+def test_what_one_branch_sends_counts_though_the_other_moves_more_memory():
+    traffic = hlo.traffic(BRANCHES)
+    assert traffic.memory == 3 * 2 * 10 * 4
+    assert traffic.network == {"all-gather": 80 * 4}

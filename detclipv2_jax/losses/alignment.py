@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -51,8 +52,9 @@ def alignment_loss(
 ) -> Float[Array, ""]:
     """Returns the focal loss summed over all anchors and concepts; the caller divides by the number of positives.
 
-    S = scale * embeddings . text^T + bias is computed in chunks of concepts, again in the backward pass, and never held
-    whole: for grounding it has 4 images x 22,400 anchors x about 9,000 concepts a device.
+    S = scale * embeddings . text^T + bias is computed in chunks of concepts, each with its gradient, and never held
+    whole: for grounding it has 4 images x 22,400 anchors x 12,800 concepts a device. Every device goes through the
+    chunks on its own; the gradient of the texts is summed over the devices once, at the end.
 
     Args:
       embeddings: of the regions; rows are split over the devices.
@@ -75,26 +77,79 @@ def alignment_loss(
     concept_mask = jnp.pad(concept_mask, (0, padding)).reshape(num_chunks, chunk)
     rows = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
     labels = jnp.where(positive, labels, -1)
-
-    def chunk_sum(embeddings, scale, bias, text, concept_mask, rows):
-        similarity = jnp.einsum("bad,cd->bac", embeddings, text, preferred_element_type=jnp.float32)
-        targets = labels[..., None] == rows[None, None]
-        loss = focal_loss(scale * similarity + bias, targets, alpha=alpha, gamma=gamma)
-        return jnp.sum(jnp.where(anchor_mask[..., None] & concept_mask[None, None], loss, 0.0))
-
+    focal = functools.partial(focal_loss, alpha=alpha, gamma=gamma)
     if num_chunks == 1:
-        return chunk_sum(embeddings, scale, bias, text[0], concept_mask[0], rows[0])
+        return _sum(focal, _similarity(embeddings, text[0]), scale, bias, anchor_mask, labels, concept_mask[0], rows[0])
+    return _in_chunks(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows)
 
-    embeddings32 = embeddings.astype(jnp.float32)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan keeps the two passes apart
-    def body(total, chunk):
-        def compute():
-            # float32 outside, so that the chunks' gradients add up in float32; the product is in the given type
-            return chunk_sum(embeddings32.astype(embeddings.dtype), scale, bias, *chunk)
+def _similarity(embeddings, text):
+    return jnp.einsum("bad,cd->bac", embeddings, text, preferred_element_type=jnp.float32)
+
+
+def _sum(focal, similarity, scale, bias, anchor_mask, labels, concept_mask, rows):
+    loss = focal(scale * similarity + bias, labels[..., None] == rows[None, None])
+    return jnp.sum(jnp.where(anchor_mask[..., None] & concept_mask[None, None], loss, 0.0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows):
+    """Returns the loss; `text` is [chunks, c, d], what belongs to it [chunks, c].
+
+    A sum's gradient is known with the sum, so that similarities are computed once. By hand, because of a scan of
+    conditionals the compiler keeps similarities for the way back and may gather them on all devices.
+    """
+    return _forward(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows)[0]
+
+
+def _forward(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows):
+    axes = tuple(jax.sharding.get_abstract_mesh().axis_names)
+    of_devices = functools.partial(_of_device, focal, axes)
+    if axes:
+        split, whole = PartitionSpec(axes), PartitionSpec()
+        of_devices = jax.shard_map(
+            of_devices,
+            in_specs=(split, split, split, whole, whole, whole, whole, whole),
+            out_specs=(split, whole, whole),
+            check_vma=False,  # no gradient is taken of it
+        )
+    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = of_devices(
+        embeddings, anchor_mask, labels, scale, bias, text, concept_mask, rows
+    )
+    return total, (embeddings_bar, scale_bar.astype(scale.dtype), bias_bar.astype(bias.dtype), text_bar)
+
+
+def _of_device(focal, axes, embeddings, anchor_mask, labels, scale, bias, text, concept_mask, rows):
+    """Returns gradients of (this device's embeddings, text), and loss and gradients of (scale, bias)."""
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def body(carry, chunk):
+        text, concept_mask, rows = chunk
+
+        def compute(carry):
+            loss = lambda *x: _sum(focal, *x, anchor_mask, labels, concept_mask, rows)  # noqa: E731
+            total, pull = jax.vjp(loss, _similarity(embeddings, text), scale, bias)
+            bar, *scalars_bar = pull(jnp.ones((), total.dtype))
+            bar = bar.astype(embeddings.dtype)
+            embeddings_bar, scalars = carry
+            # chunks' gradients add up in float32
+            embeddings_bar = embeddings_bar + dot("bac,cd->bad", bar, text)
+            return (embeddings_bar, scalars + jnp.stack([total, *scalars_bar])), dot("bac,bad->cd", bar, embeddings)
 
         # padding and repeated concepts stand last, and a chunk of nothing else costs nothing
-        return total + jax.lax.cond(jnp.any(chunk[1]), compute, lambda: jnp.zeros((), jnp.float32)), None
+        zeros = jnp.zeros(text.shape, jnp.float32)
+        return jax.lax.cond(jnp.any(concept_mask), compute, lambda carry: (carry, zeros), carry)
 
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (text, concept_mask, rows))
-    return total
+    carry = jnp.zeros(embeddings.shape, jnp.float32), jnp.zeros(3, jnp.float32)
+    (embeddings_bar, scalars), text_bar = jax.lax.scan(body, carry, (text, concept_mask, rows))
+    text_bar, scalars = jax.lax.psum((text_bar, scalars), axes) if axes else (text_bar, scalars)
+    return embeddings_bar.astype(embeddings.dtype), text_bar.astype(text.dtype), scalars
+
+
+def _backward(focal, residuals, total_bar):
+    bars = jax.tree.map(lambda bar: (total_bar * bar).astype(bar.dtype), residuals)
+    embeddings_bar, scale_bar, bias_bar, text_bar = bars
+    return embeddings_bar, scale_bar, bias_bar, None, None, text_bar, None, None
+
+
+_in_chunks.defvjp(_forward, _backward)
