@@ -94,32 +94,28 @@ def test_chunks_change_neither_value_nor_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
-def test_devices_agree_with_one_and_send_the_texts_gradient_once():
+@pytest.mark.parametrize("chunk", [8, 20])
+def test_devices_agree_with_one_and_send_the_texts_gradient_once(chunk):
     """However many chunks: what goes over the network is the gradient of the texts, the loss, and two scalars."""
-    embeddings, text, arrays = inputs(b=16, t=37, d=8)
+    b, a, t, d = 16, 7, 37, 8
+    embeddings, text, arrays = inputs(b=b, a=a, t=t, d=d)
     arrays["concept_mask"][30:] = False
     arrays["labels"] %= 30
-    of = functools.partial(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), embeddings, text, 3.0, -1.5)
-    one_device = of(chunk_bytes=1 << 20, arrays=arrays)
+
+    def gradients(embeddings, text, arrays, chunk_bytes):
+        function = functools.partial(loss, chunk_bytes=chunk_bytes, arrays=arrays)
+        return jax.value_and_grad(function, argnums=(0, 1, 2, 3))(embeddings, text, 3.0, -1.5)
+
     mesh = sharding.make_mesh()
-    rows = NamedSharding(mesh, sharding.BATCH)
-    split = jax.device_put((embeddings, {name: arrays[name] for name in ("anchor_mask", "labels", "positive")}), rows)
-    for chunk in (8, 20):
-        bytes_of_chunk = chunk * 4 * 7 * 16  # of all devices; num_devices is 1
-        step = jax.jit(
-            lambda embeddings, text, of_images, chunk_bytes=bytes_of_chunk: jax.value_and_grad(loss, (0, 1, 2, 3))(
-                embeddings, text, 3.0, -1.5, chunk_bytes=chunk_bytes, arrays=arrays | of_images
-            )
-        )
-        with jax.set_mesh(mesh):
-            program = step.lower(split[0], text, split[1]).compile()
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-            program(split[0], text, split[1]),
-            one_device,
-        )
-        num_chunks = -(-37 // chunk)
-        assert hlo.traffic(program.as_text()).network == {"all-reduce": 4 * (num_chunks * chunk * 8 + 3)}
+    split, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, sharding.REPLICATED)
+    places = {"concept_mask": whole, "anchor_mask": split, "labels": split, "positive": split}
+    on_devices = jax.device_put((embeddings, text, arrays), (split, whole, places))
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradients, static_argnums=3).lower(*on_devices, 4 * a * b * chunk).compile()
+    one_device = gradients(embeddings, text, arrays, 1 << 20)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), program(*on_devices), one_device)
+    num_rows = -(-t // chunk) * chunk
+    assert hlo.traffic(program.as_text()).network == {"all-reduce": 4 * (num_rows * d + 3)}
 
 
 def test_similarities_of_grounding_at_the_papers_size_are_never_held_whole():
