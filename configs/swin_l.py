@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     c.eval.batch_size = 64  # an image a device
     c.loss.selection_scope = "device"
     c.optimizer.learning_rate = 4e-4
+    c.chips.h100 = (("loss.chunk_bytes", 1 << 30),)  # as in configs/swin_t.py
     c.eval.annotations = "data/lvis/lvis_v1_minival_inserted_image_name.json"
     c.eval.images = "data/coco"
     return c
