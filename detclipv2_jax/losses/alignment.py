@@ -127,7 +127,9 @@ def _of_device(focal, axes, embeddings, anchor_mask, labels, scale, bias, text, 
         text, concept_mask, rows = chunk
 
         def compute(carry):
-            loss = lambda *x: _sum(focal, *x, anchor_mask, labels, concept_mask, rows)  # noqa: E731
+            def loss(similarity, scale, bias):
+                return _sum(focal, similarity, scale, bias, anchor_mask, labels, concept_mask, rows)
+
             total, pull = jax.vjp(loss, _similarity(embeddings, text), scale, bias)
             bar, *scalars_bar = pull(jnp.ones((), total.dtype))
             bar = bar.astype(embeddings.dtype)
