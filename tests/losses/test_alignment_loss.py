@@ -88,8 +88,11 @@ def test_chunks_change_neither_value_nor_gradients():
     arrays["labels"] %= 20
     results = []
     for chunk_bytes in (1 << 20, 4 * 7 * 2 * 8):
-        function = functools.partial(loss, chunk_bytes=chunk_bytes, arrays=arrays)
-        grads = jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2, 3)))
+
+        def weighted(*inputs, chunk_bytes=chunk_bytes):
+            return 3.0 * loss(*inputs, chunk_bytes=chunk_bytes, arrays=arrays)
+
+        grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2, 3)))
         results.append(grads(embeddings, text, jnp.float32(3.0), jnp.float32(-1.5)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
@@ -134,5 +137,5 @@ def test_similarities_of_grounding_at_the_papers_size_are_never_held_whole():
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
     program = gradient.lower(shape((b, a, d), jnp.bfloat16), shape((t, d), jnp.bfloat16), arrays).compile()
-    # most of it is float32 copies of the embeddings and of their gradient
-    assert program.memory_analysis().temp_size_in_bytes < 4 * b * a * t / 2
+    # 0.54 GB: the gradient of the embeddings in float32 and one chunk with its gradient
+    assert program.memory_analysis().temp_size_in_bytes < 4 * b * a * t / 4
