@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Bool, Float
 
+from detclipv2_jax import files
 from detclipv2_jax.data import concepts, tokenizer
 from detclipv2_jax.data.box_json import read_vocabulary
 
@@ -55,8 +56,8 @@ def parse_words(words: str, *, words_file: str = "", vocabulary: str = "") -> di
     lines = []
     if words_file and not words_file.endswith(".json"):
         try:
-            lines = pathlib.Path(words_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = files.read_lines(words_file)
+        except (OSError, ValueError) as error:
             raise ValueError(f"--words_file: cannot read {words_file}: {error}") from error
     for line in [*lines, *words.split(",")]:
         name, _, definition = line.partition("\t") if "\t" in line else line.partition(":")

@@ -12,7 +12,6 @@ in `counters`; above a share of the whole it is an error.
 from __future__ import annotations
 
 import collections
-import json
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from detclipv2_jax import files
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.checks import documented, probe_images, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
@@ -120,10 +120,7 @@ def _federated(image: dict[str, Any], index_of: dict[Any, int]) -> tuple[list[in
 
 @documented
 def load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid json: {error}") from None
+    content = files.read_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         found = f"the keys {sorted(content)[:8]}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{path} has {found}; an annotation json has `images` and `annotations`")
@@ -219,9 +216,9 @@ def _vocabulary(content: dict[str, Any], path: Path, dictionary: Vocabulary | No
         raise ValueError(f"{path} lists no categories")
     names, definitions = [], []
     for category in categories:
-        if not str(category.get("name", "")).strip() or "id" not in category:
-            raise ValueError(f"{path}: the category {category} needs an id and a name")
-        name = display_name(str(category["name"]))
+        name = display_name(category["name"]) if isinstance(category.get("name"), str) else ""
+        if not name or "id" not in category:
+            raise ValueError(f"{path}: the category {category} needs an id and a name, a text that is more than spaces")
         names.append(name)
         own = category.get("def") or category.get("definition") or ""
         definitions.append(own or (dictionary.definition(name) if dictionary else ""))

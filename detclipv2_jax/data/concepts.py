@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, UInt64
 
+from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
 
 if TYPE_CHECKING:
@@ -91,19 +92,20 @@ def read_dictionary(path: str | Path) -> Vocabulary:
     """Returns the dictionary of a TSV `name <tab> definition`; further columns and a header line "name" are ignored.
 
     Raises:
-      ValueError: the file is missing or empty, or a line has no name.
+      ValueError: the file is missing, empty or not UTF-8, or a line has no name.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"the dictionary {path} does not exist; it is a TSV `name <tab> definition`")
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = rows[1:] if rows and rows[0][0].strip().lower() == "name" else rows
+    rows = {i: line.split("\t") for i, line in enumerate(files.read_lines(path), 1) if line.strip()}
+    if rows and next(iter(rows.values()))[0].strip().lower() == "name":
+        del rows[next(iter(rows))]
     if not rows:
         raise ValueError(f"the dictionary {path} is empty; it is a TSV `name <tab> definition`")
-    names = [display_name(row[0]) for row in rows]
-    if "" in names:
-        raise ValueError(f"the dictionary {path} has no name in line {names.index('') + 1}: {rows[names.index('')]}")
-    return Vocabulary(tuple(names), tuple(row[1].strip() if len(row) > 1 else "" for row in rows))
+    names = {i: display_name(row[0]) for i, row in rows.items()}
+    if empty := [i for i, name in names.items() if not name]:
+        raise ValueError(f"the dictionary {path} has no name in line {empty[0]}: {rows[empty[0]]}")
+    return Vocabulary(tuple(names.values()), tuple(row[1].strip() if len(row) > 1 else "" for row in rows.values()))
 
 
 class Encoded(NamedTuple):

@@ -9,6 +9,7 @@ What cannot be used is counted by reason in `counters`; above a share of the who
 from __future__ import annotations
 
 import collections
+import io
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32
 
+from detclipv2_jax import files
 from detclipv2_jax.data.box_json import BoxSource, read_detection, read_grounding
 from detclipv2_jax.data.built import missing_folders, read_built
 from detclipv2_jax.data.checks import missing_paths, probe_images, refuse_above_share, resolve, unsafe_path
@@ -57,15 +59,14 @@ class PairSource:
         self.name, self.path, self.kind = path.stem, path, Kind.IMAGE_TEXT
         self.vocabulary = Vocabulary((), ())
         self._folder = folder
-        self._text = path.read_bytes()
+        self._text = files.read_bytes(path)
         bad: collections.Counter[str] = collections.Counter()
         repaired: collections.Counter[str] = collections.Counter()
-        starts, at, self.most_concepts, has_phrases = [], 0, 1, False
-        for line in self._text.split(b"\n"):
-            start, at = at, at + len(line) + 1
+        spans, self.most_concepts, has_phrases = [], 1, False
+        for start, line in files.byte_lines(io.BytesIO(self._text), where=path):
             if not line.strip():
                 continue
-            fields = line.rstrip(b"\r").split(b"\t")
+            fields = line.split(b"\t")
             if len(fields) < 2:
                 bad["without a tab"] += 1
             elif unsafe_path(fields[0].decode(errors="replace")):
@@ -73,30 +74,29 @@ class PairSource:
             elif not fields[1].decode(errors="ignore").strip():
                 bad["with an empty caption"] += 1
             else:
-                starts.append(start)
+                spans.append((start, start + len(line)))
                 _, _, phrases, problems = parse_pair(line)
                 repaired.update(problems)
                 has_phrases |= len(fields) > 2
                 self.most_concepts = max(self.most_concepts, 1 + len(phrases))
-            if max_examples and len(starts) == max_examples:
+            if max_examples and len(spans) == max_examples:
                 break
-        if not starts and not bad:
+        if not spans and not bad:
             raise ValueError(f"{path} is empty; it must be a TSV `image <tab> caption`")
-        refuse_above_share(bad, len(starts) + sum(bad.values()), max_bad_share, what="lines", where=path)
+        refuse_above_share(bad, len(spans) + sum(bad.values()), max_bad_share, what="lines", where=path)
         if not has_phrases:
             logging.warning("%s has no column of noun phrases: the caption alone is the concept of its image", path)
-        self._starts = np.array(starts, np.int64)
-        self.sizes = np.zeros((len(starts), 2), np.int32)
+        self._spans = np.array(spans, np.int64).reshape(-1, 2)
+        self.sizes = np.zeros((len(spans), 2), np.int32)
         self.counters = dict(bad + repaired)
-        probe_images(folder, (parse_pair(self._line(i))[0] for i in range(len(starts))), path)
+        probe_images(folder, (parse_pair(self._line(i))[0] for i in range(len(spans))), path)
 
     def _line(self, index: int) -> bytes:
-        start = self._starts[index]
-        end = self._text.find(b"\n", start)
-        return self._text[start : end if end >= 0 else len(self._text)]
+        start, end = self._spans[index]
+        return self._text[start:end]
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._spans)
 
     def file(self, index: int) -> str:
         return f"{self._folder}/{parse_pair(self._line(index))[0]}"
@@ -127,12 +127,12 @@ def parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
     except UnicodeDecodeError:
         text = line.decode(errors="ignore")
         repaired.append("invalid UTF-8 left out")
-    name, caption, *rest = text.rstrip("\r").split("\t")
+    name, caption, *rest = text.split("\t")
     phrases: list[str] = []
     if rest and rest[0].strip():
         try:
             column = json.loads(rest[0])
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: also of a number with thousands of digits
             column = None
         if isinstance(column, list) and all(isinstance(phrase, str) for phrase in column):
             phrases = [phrase.strip() for phrase in column if phrase.strip()]
@@ -144,11 +144,15 @@ def parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
 def read_pairs(pairs: str, images: str, *, max_examples: int = 0, max_bad_share: float = 0.0) -> PairSource:
     """Returns the source of an image-text TSV and its image folder; arguments as for `read_detection`."""
     path = Path(pairs)
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
-    if start.startswith((b"{", b"[{")):
+    if is_json(path):
         raise ValueError(f"{path} is a json; config.image_text.pairs takes a TSV `image <tab> caption`")
     return PairSource(path, os.path.realpath(images), max_examples=max_examples, max_bad_share=max_bad_share)
+
+
+def is_json(path: Path) -> bool:
+    """Returns whether a file that should be a TSV looks like a json."""
+    with path.open("rb") as file:
+        return files.without_mark(file.read(4096), where=path).lstrip().startswith((b"{", b"[{"))
 
 
 def _missing_files(kind: Kind, section: Any, prefix: str) -> list[str]:

@@ -1,0 +1,142 @@
+"""Files: text as people write it, file names from data, what is a file at all, and locks."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+_MAX_LINE_BYTES = 1 << 26  # a longer line is no text
+_MAX_NAME_BYTES = 120  # file systems take 255; suffixes, step numbers and partial files need room
+_UNSAFE = re.compile(r"[^\w .,()+=@-]|^[ .-]|[ .]$")
+# names that Windows keeps for devices, with any suffix
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+
+
+class NotRegularError(OSError):
+    """A path names a folder, a pipe, a socket or a device, where a file is needed."""
+
+
+class LockedError(RuntimeError):
+    """Another process holds a lock; the message is what it wrote of itself."""
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Returns the content of a regular file; a pipe or device, which may give nothing or have no end, is not opened.
+
+    Raises:
+      NotRegularError: the path names something else.
+      OSError: as `open`.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise NotRegularError(f"{os.fspath(path)} is not a regular file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def without_mark(data: bytes, *, where: str | os.PathLike[str]) -> bytes:
+    """Returns the text of a file, or its beginning, without a UTF-8 byte order mark.
+
+    Raises:
+      ValueError: it is UTF-16 or UTF-32, with a byte order mark or without.
+    """
+    encoding = next((name for mark, name in _OTHER_MARKS.items() if data.startswith(mark)), "")
+    if not encoding and 4 * data[:256].count(0) > len(data[:256]):
+        encoding = "UTF-16 or UTF-32"
+    if encoding:
+        raise ValueError(f"{os.fspath(where)} is {encoding}; save it as UTF-8")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def decode(data: bytes, *, where: str | os.PathLike[str]) -> str:
+    """Returns the text of a file without a byte order mark; ValueError if it is not UTF-8."""
+    try:
+        return without_mark(data, where=where).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{os.fspath(where)} is not UTF-8: byte {data[error.start]:#x} at position {error.start}; save it as UTF-8"
+        ) from None
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Returns the lines of a UTF-8 file, which end with LF, CRLF or CR; ValueError as `decode`."""
+    return io.StringIO(decode(read_bytes(path), where=path), newline=None).read().split("\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Returns the content of a json file; ValueError, which names the file, where it is none."""
+    text = decode(read_bytes(path), where=path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
+        raise ValueError(f"{os.fspath(path)} is no valid json: {error}") from None
+
+
+def byte_lines(file: BinaryIO, *, where: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """Yields (position, line without its end) of a text file; a line ends with LF, CRLF or CR.
+
+    Raises:
+      ValueError: the file is UTF-16 or UTF-32, or a line has no end.
+    """
+    rest = file.read(1 << 20)
+    text = without_mark(rest, where=where)
+    position, rest = len(rest) - len(text), text
+    while rest:
+        more = file.read(1 << 20)
+        lines = rest.splitlines(keepends=True)
+        rest = lines.pop() + more if more else b""  # the last may go on; CRLF may be cut in two
+        if len(rest) > _MAX_LINE_BYTES:
+            raise ValueError(f"{os.fspath(where)} has a line of more than {_MAX_LINE_BYTES >> 20} MiB; it is no text")
+        for line in lines:
+            yield position, line.rstrip(b"\r\n")
+            position += len(line)
+
+
+def safe_name(name: object) -> str:
+    """Returns a file name for whatever data call a thing: one part of a path, of 120 bytes at most.
+
+    A name that is one already stays as it is. Of another the characters that are letters, digits or harmless stay, and
+    a hash of the whole follows, so that different names do not become one.
+    """
+    text = str(name)
+    safe = _UNSAFE.sub("_", unicodedata.normalize("NFC", text))
+    if _RESERVED.fullmatch(safe) or not safe:
+        safe = f"_{safe}"
+    if safe == text and len(safe.encode()) <= _MAX_NAME_BYTES:
+        return safe
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+    short = safe.encode()[: _MAX_NAME_BYTES - len(digest) - 1].decode(errors="ignore").rstrip(" .")
+    return f"{short}-{digest}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, which is made if need be; the system forgets the lock of a killed process.
+
+    It is a POSIX lock: child processes do not inherit it, and NFS has it between hosts.
+
+    Raises:
+      LockedError: another process holds it.
+      OSError: the file cannot be written; or ENOLCK and the like where the file system has no locks.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise LockedError(file.read().strip() or "it does not say which") from None
+        yield

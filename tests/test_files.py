@@ -1,0 +1,106 @@
+"""Text of any encoding, file names from data, what is no file, and locks."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+
+from detclipv2_jax import files
+
+TEXT = "name\tdéf\nа\tb\n"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_are_the_same_with_any_end_and_mark(tmp_path, end, mark):
+    path = tmp_path / "text"
+    data = mark + TEXT.replace("\n", end).encode()
+    path.write_bytes(data)
+    assert files.read_lines(path) == TEXT.split("\n")
+    lines = list(files.byte_lines(io.BytesIO(data), where=path))
+    assert [line.decode() for _, line in lines] == TEXT.splitlines()
+    assert all(data[at : at + len(line)] == line for at, line in lines)
+
+
+def test_only_line_ends_end_lines(tmp_path):
+    (tmp_path / "text").write_text("a\x0bb\x0cc\u2028d\x85e\nf", encoding="utf-8")
+    assert files.read_lines(tmp_path / "text") == ["a\x0bb\x0cc\u2028d\x85e", "f"]
+
+
+def test_lines_that_are_cut_by_a_block_are_whole():
+    data = b"".join(b"%d" % i * 50_000 + b"\r\n" for i in range(90))
+    lines = list(files.byte_lines(io.BytesIO(data), where="x"))
+    assert [line for _, line in lines] == data.split(b"\r\n")[:-1]
+    assert all(data[at : at + len(line)] == line for at, line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_utf_16_is_refused_by_name(tmp_path, encoding):
+    path = tmp_path / "text"
+    path.write_bytes(json.dumps({"images": ["a"]}).encode(encoding))
+    for read in (files.read_lines, files.read_json):
+        with pytest.raises(ValueError, match=f"{path} is UTF-.*save it as UTF-8"):
+            read(path)
+    with pytest.raises(ValueError, match="is UTF-"), path.open("rb") as file:
+        list(files.byte_lines(file, where=path))
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xe9", b"[" * 100_000, b"9" * 10_000, b"{'a': 1}", b"\0"])
+def test_what_is_no_json_is_one_error_that_names_the_file(tmp_path, data):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.json is"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_pipes_devices_and_folders_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(files.NotRegularError):
+            files.read_bytes(path)
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with pytest.raises(files.NotRegularError):
+        files.read_bytes(tmp_path / "link")
+
+
+HOSTILE = (
+    "x/../../../../PWNED", "/etc/passwd", "..", ".", "", "a\0b", "a\nb", "..\\..\\x", "C:\\x", "CON", "nul.txt",
+    "a" * 5000, "é" * 300, " x", "x.", ".hidden", "-rf", "\udcff", "a:b", "a*b?", "\u202etxt", None, -1, 1.5, [1, "/"],
+    {"a": "b"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=repr)
+def test_any_name_becomes_one_part_of_a_path(tmp_path, name):
+    safe = files.safe_name(name)
+    path = tmp_path / f"{safe}.orbax-partial-12345.jpg"
+    path.write_bytes(b"x")
+    assert path.resolve().parent == tmp_path.resolve()
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert len(safe.encode()) <= 120
+    assert safe[0] not in ".- "
+
+
+def test_different_names_stay_different_and_plain_ones_as_they_are():
+    names = [*map(str, HOSTILE), "a/b", "a_b", "a\\b", "é", "e\u0301", "a" * 200 + "1", "a" * 200 + "2"]
+    assert len({unicodedata.normalize("NFC", files.safe_name(name)) for name in names}) == len(names)
+    for plain in (42, "42", "red car", "000000000042", "Käse", "cat_1-2.jpg"):
+        assert files.safe_name(plain) == str(plain)
+
+
+def test_a_lock_keeps_other_processes_out_until_its_process_is_gone(tmp_path):
+    code = (
+        "import pathlib, sys\nfrom detclipv2_jax import files\n"
+        f"with files.locked(pathlib.Path({str(tmp_path / 'lock')!r})): print('in', flush=True), sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as first:
+        assert first.stdout.readline() == "in\n"
+        with pytest.raises(files.LockedError, match="it does not say"), files.locked(tmp_path / "lock"):
+            pass
+        first.kill()
+    with files.locked(tmp_path / "lock"):
+        pass
