@@ -21,13 +21,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import processes
-from detclipv2_jax import replay as replay_lib
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
-from detclipv2_jax.workdir import WorkdirError, only_run, room, write_text
+from detclipv2_jax.runs import processes
+from detclipv2_jax.runs.workdir import WorkdirError, only_run, room, write_text
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration, e.g. configs/demo.py or configs/swin_t.py:full"
@@ -118,7 +117,7 @@ def prepare(
     complete = with_scenes(config_lib.for_chip(config, chip), workdir)
     work: Callable[[], dict[str, float]]
     if replayed:
-        return functools.partial(replay_lib.replay, train_lib.prepare_run(complete, workdir), replayed)
+        return functools.partial(train_lib.replay_step, train_lib.prepare_run(complete, workdir), replayed)
     if training:
         work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
     else:

@@ -21,10 +21,10 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from detclipv2_jax import visualize, vocabulary
 from detclipv2_jax.data import transforms
 from detclipv2_jax.eval.result import Rows, write_json
-from detclipv2_jax.inference import Found, Predictor
+from detclipv2_jax.inference import Found, Predictor, vocabulary
+from detclipv2_jax.visualize import figures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -85,7 +85,7 @@ def run(
         for row, found in predictor.iterate(load(), words, batch_size=size, **limits):
             i = readable[row]
             found_of[i] = found
-            visualize.detections(
+            figures.detections(
                 loaded.pop(row),
                 found.boxes,
                 found.labels,

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, schedule, state (fresh, started from other weights, or resumed), steps."""
+"""The training loop, top to bottom: data, order of the steps, state (fresh, pre-trained towers, or resumed), steps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from detclipv2_jax import alignment, flops, processes, sharding, train_state, train_step, visualize, weights
-from detclipv2_jax import checkpoints as checkpoints_lib
-from detclipv2_jax import optimizer as optimizer_lib
+from detclipv2_jax import train_step
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.inference import Detector
-from detclipv2_jax.metrics import MetricsWriter, Progress, prefix
-from detclipv2_jax.models import detclip
-from detclipv2_jax.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
-from detclipv2_jax.schedule import Schedule
-from detclipv2_jax.train_state import TrainState
+from detclipv2_jax.models import detclip, flops
+from detclipv2_jax.runs import checkpoints as checkpoints_lib
+from detclipv2_jax.runs import optimizer as optimizer_lib
+from detclipv2_jax.runs import pretrained as pretrained_lib
+from detclipv2_jax.runs import processes, sharding
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.runs.metrics import MetricsWriter, Progress, prefix
+from detclipv2_jax.runs.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
+from detclipv2_jax.runs.order import StepOrder
+from detclipv2_jax.runs.replay import replay
+from detclipv2_jax.runs.state import TrainState
+from detclipv2_jax.visualize import alignment, charts, figures
 
 PROFILE_AFTER_STEPS = 10  # by then the steps drawn most often are compiled
 
@@ -48,7 +53,7 @@ class Run:
     workdir: pathlib.Path
     mesh: Mesh
     streams: list[streams_lib.Stream]
-    schedule: Schedule
+    order: StepOrder
     model: detclip.DetCLIP
     shapes: Any  # tree of the parameters' shapes
     tx: optax.GradientTransformation
@@ -84,19 +89,19 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         second = evaluation.make_second(config, detector, workdir)
     with listed(problems):
         if not has_parameters(config, workdir):
-            weights.load_all(config.init_from, named_shapes(shapes))  # read again when needed
+            pretrained_lib.load_all(config.init_from, named_shapes(shapes))  # read again when needed
         elif not has_checkpoint(workdir):
             checkpoints_lib.check_start(config.init_from.checkpoint, config.model, shapes)
     if problems:
         raise ValueError("\n".join(problems))
-    schedule = make_schedule(config, streams)
-    tx = make_optimizer(config.optimizer, shapes, schedule.total_steps)
+    order = make_order(config, streams)
+    tx = make_optimizer(config.optimizer, shapes, order.total_steps)
     return Run(
         config=config,
         workdir=workdir,
         mesh=mesh,
         streams=streams,
-        schedule=schedule,
+        order=order,
         model=model,
         shapes=shapes,
         tx=tx,
@@ -107,9 +112,9 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
-def make_schedule(config: ConfigDict, streams: list[streams_lib.Stream]) -> Schedule:
+def make_order(config: ConfigDict, streams: list[streams_lib.Stream]) -> StepOrder:
     """Returns the order of the steps of a run."""
-    return Schedule(
+    return StepOrder(
         [stream.num_batches for stream in streams],
         epochs=config.epochs,
         seed=config.seed,
@@ -121,7 +126,7 @@ def make_schedule(config: ConfigDict, streams: list[streams_lib.Stream]) -> Sche
 
 
 def train(run: Run) -> dict[str, float]:
-    """Trains until the schedule or the scores end it, and returns the scores of the last checkpoint ({} without any).
+    """Trains to the last step, or until scores end it; returns the scores of the last checkpoint ({} without any).
 
     With `checkpoint.keep_best` they are those of the best checkpoint. Scores of the second set, of the parameters at
     the start and of those that are left, are led by "forgetting/before/" and "forgetting/after/".
@@ -134,7 +139,7 @@ def train(run: Run) -> dict[str, float]:
       NonFiniteError: a loss or gradient is not finite and `config.nonfinite` is "stop".
       MissingProcessError: another process is gone, or late by more than `config.timeout_s`.
     """
-    config, mesh, schedule = run.config, run.mesh, run.schedule
+    config, mesh, order = run.config, run.mesh, run.order
     first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:  # closes everything opened below, also after an error
         # --- state: fresh, started from other weights, or resumed
@@ -147,15 +152,15 @@ def train(run: Run) -> dict[str, float]:
             logging.info(
                 "parameters:\n%s", overview(state.params, config.optimizer.groups, frozen=config.optimizer.frozen)
             )
-        logging.info("step %d of %d, %d devices", start, schedule.num_steps, mesh.size)
+        logging.info("step %d of %d, %d devices", start, order.num_steps, mesh.size)
 
         # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
         steps = {key: jitted_step(run, *key) for key in {(stream.kind, stream.canvas) for stream in run.streams}}
         readers: dict[int, Iterator[Batch]] = {}
-        positions = schedule.next_positions(start)
+        positions = order.next_positions(start)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
         peak_flops = flops.peak_per_second(mesh)
-        progress = stack.enter_context(contextlib.closing(Progress(start, schedule.num_steps, peak_flops)))
+        progress = stack.enter_context(contextlib.closing(Progress(start, order.num_steps, peak_flops)))
 
         # --- scores by step, of this run's earlier processes too: the rest of the run may depend on them
         scores = {step: of for step, of in recorded(writer, "eval").items() if evaluation_due(run, step)}
@@ -164,13 +169,13 @@ def train(run: Run) -> dict[str, float]:
             before = evaluate_state(run.second, state, writer, kind="forgetting")
 
         # --- the loop
-        rate = learning_rate(config.optimizer, schedule.total_steps)
+        rate = learning_rate(config.optimizer, order.total_steps)
         cost = functools.cache(functools.partial(step_cost, run))
         stopping = stack.enter_context(processes.stop_signal())
-        profiled = profiled_steps(start, schedule.num_steps, config.profile_steps)
+        profiled = profiled_steps(start, order.num_steps, config.profile_steps)
         decision = optimizer_lib.Verdict(1.0, False)
         sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
-        for step in range(start, schedule.num_steps):
+        for step in range(start, order.num_steps):
             if run.evaluator and evaluation_due(run, step) and step not in scores:
                 scores[step] = evaluate_state(run.evaluator, state, writer)
             if step == start or evaluation_due(run, step):
@@ -180,7 +185,7 @@ def train(run: Run) -> dict[str, float]:
                 waited = f"{monitor} was not better for {config.optimizer.stop_patience} evaluations"
                 logging.info("stopped at step %d: %s; best %.4g, step %d", step, waited, scores[best][monitor], best)
                 break
-            draw = schedule.draw(step)
+            draw = order.draw(step)
             stream = run.streams[draw.stream]
             with progress.waiting():
                 if draw.stream not in readers:
@@ -196,7 +201,7 @@ def train(run: Run) -> dict[str, float]:
                 state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
             if sent:
                 sent()
-            done, last = step + 1, step + 1 == schedule.num_steps
+            done, last = step + 1, step + 1 == order.num_steps
             sent = functools.partial(
                 finish_step,
                 done,
@@ -242,15 +247,31 @@ def train(run: Run) -> dict[str, float]:
         if run.second and before is not None:
             after = evaluate_state(run.second, state, writer, kind="forgetting")
             result = result | prefix("forgetting/before", before) | prefix("forgetting/after", after)
-        if first_process and schedule.num_steps > start:
-            visualize.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
+        if first_process and order.num_steps > start:
+            charts.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
     return result
+
+
+def replay_step(run: Run, number: int) -> dict[str, float]:
+    """Returns the metrics of step `number` of a run (1 is the first), run again and printed with its examples.
+
+    Goes on from the newest checkpoint before that step, or from the beginning, as the run did; writes nothing.
+
+    Raises:
+      ValueError: the run has no such step, or no checkpoint is intact.
+    """
+    if number > run.order.num_steps:
+        raise ValueError(f"--replay={number}: the run has {run.order.num_steps} steps")
+    with contextlib.closing(checkpoints_lib.Checkpoints(run.workdir)) as checkpoints:
+        state = initial_state(run, checkpoints, before=number)
+    compiled = functools.cache(functools.partial(jitted_step, run))
+    return replay(number, state=state, order=run.order, streams=run.streams, compiled=compiled, mesh=run.mesh)
 
 
 def evaluation_due(run: Run, step: int) -> bool:
     """Returns whether the state after `step` steps is to be evaluated, wherever the run ends."""
     section = run.config.eval
-    passed = section.every_epochs and step in run.schedule.epoch_ends[section.every_epochs - 1 :: section.every_epochs]
+    passed = section.every_epochs and step in run.order.epoch_ends[section.every_epochs - 1 :: section.every_epochs]
     return run.evaluator is not None and step > 0 and bool(due(step, section.every_steps) or passed)
 
 
@@ -309,7 +330,7 @@ def draw_batch(
     """Writes what a step was trained on and, if `aligned`, the best region of every phrase of image-text pairs."""
     folder, name = run.workdir / "pictures", f"{stream.name.replace('/', '_')}_step{step}"
     if jax.process_index() == 0:
-        visualize.training_batch(batch, kind=stream.kind, path=folder / f"batch_{name}.jpg")
+        figures.training_batch(batch, kind=stream.kind, path=folder / f"batch_{name}.jpg")
     if stream.kind is Kind.IMAGE_TEXT and aligned:
         alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
 
@@ -345,7 +366,7 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints, *, before:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
         logging.info("parameters from step %d of %s", step, config.init_from.checkpoint)
         return jax.jit(new, out_shardings=run.shardings)(jax.tree.map(np.asarray, params))
-    pretrained, notes = weights.load_all(config.init_from, named_shapes(run.shapes))
+    pretrained, notes = pretrained_lib.load_all(config.init_from, named_shapes(run.shapes))
     for note in notes:
         logging.info(note)
     return jax.jit(create, out_shardings=run.shardings)(jax.random.key(config.seed), pretrained)

@@ -32,9 +32,9 @@ from detclipv2_jax.losses import concept_table, contrastive, proposals
 from detclipv2_jax.losses.alignment import alignment_loss, focal_loss
 from detclipv2_jax.losses.localization import localization_losses
 from detclipv2_jax.models.detclip import DetCLIP, Regions
-from detclipv2_jax.optimizer import without_frozen
-from detclipv2_jax.sharding import BATCH, REPLICATED
-from detclipv2_jax.train_state import TrainState
+from detclipv2_jax.runs.optimizer import without_frozen
+from detclipv2_jax.runs.sharding import BATCH, REPLICATED
+from detclipv2_jax.runs.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

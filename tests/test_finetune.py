@@ -10,12 +10,13 @@ import pytest
 from test_main import _steps_are_compiled_once, lines, start, with_steps  # noqa: F401  (steps are shared here too)
 
 from configs import finetune_odinw
-from detclipv2_jax import checkpoints, main, train
+from detclipv2_jax import main, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
-from detclipv2_jax.optimizer import param_name, verdict
-from detclipv2_jax.train_state import TrainState
+from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs.optimizer import param_name, verdict
+from detclipv2_jax.runs.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def _detectors_are_traced_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Detector", shared)
         patch.setattr(loop, "Detector", shared)
-        patch.setattr(train.visualize, "curves", lambda *_, **__: None)  # they take longer than the steps
+        patch.setattr(train.charts, "curves", lambda *_, **__: None)  # they take longer than the steps
         yield
 
 

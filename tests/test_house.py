@@ -12,66 +12,40 @@ import jax.numpy as jnp
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import sharding, step_program, train_state, train_step
+from detclipv2_jax import train_step
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip
-from detclipv2_jax.optimizer import make_optimizer
+from detclipv2_jax.preflight import compile_step
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.runs.optimizer import make_optimizer
 
 PACKAGE = pathlib.Path(train_step.__file__).parent
-# what a part may import beside itself; nobody imports the command-line tools
+FOR_ALL = ("config", "chips", "files")  # import nothing of the package, so that everything may import them
+# rooms and what each may import beside these: only rooms below it. A command (`__main__`) is a part of its own, which
+# nobody imports
 MAY_IMPORT = {
-    "alignment": {"data", "drawing", "geometry", "inference", "models", "visualize"},
-    "builders": {"data"},
-    "checkpoints": {"config", "optimizer", "train_state", "weights", "workdir"},
-    "claims": {"config", "data", "eval", "findings", "visualize"},
-    "config": set(),
-    "convert": {"data", "weights"},
-    "convert.__main__": {"convert"},
-    "data": {"geometry"},
-    "drawing": set(),
-    "export": {"config", "inference", "models", "saved_model", "standalone", "vocabulary"},
-    "eval": {
-        "checkpoints", "data", "geometry", "inference", "models", "processes", "sharding", "visualize", "vocabulary",
-        "workdir",
-    },
-    "findings": set(),
-    "flops": {"data", "geometry", "models"},
     "geometry": set(),
-    "hlo": set(),
-    "inference": {"alignment", "checkpoints", "data", "geometry", "models", "sharding", "vocabulary"},
-    "inspection": {"config", "data", "visualize"},
-    "losses": {"geometry"},
-    "main": {"config", "data", "eval", "processes", "replay", "train", "workdir"},
-    "metrics": {"workdir"},
     "models": {"geometry"},
-    "optimizer": set(),
-    "predict": {"data", "eval", "inference", "visualize", "vocabulary"},
-    "preflight": {"config", "data", "flops", "run_data", "step_program"},
-    "prepare": {"builders", "config", "data", "inspection"},
-    "processes": set(),
-    "regions": {"data", "drawing", "geometry", "inference", "losses", "models", "visualize"},
-    "replay": {"checkpoints", "metrics", "sharding", "train"},
-    "run_data": {"builders", "data", "models", "optimizer", "train", "train_state", "weights"},
-    "saved_model": {"data", "inference"},
-    "schedule": set(),
-    "sharding": {"data"},
-    "standalone": set(),
-    "step_program": {
-        "config", "data", "flops", "hlo", "inference", "models", "optimizer", "schedule", "sharding", "train",
-        "train_state",
-    },
-    "train": {
-        "alignment", "checkpoints", "data", "eval", "flops", "inference", "metrics", "models", "optimizer",
-        "processes", "schedule", "sharding", "train_state", "train_step", "visualize", "weights",
-    },
-    "train_state": {"models", "optimizer", "sharding"},
-    "train_step": {"data", "geometry", "losses", "models", "optimizer", "sharding", "train_state"},
-    "visualize": {"data", "drawing", "geometry"},
-    "visualize.__main__": {"alignment", "builders", "data", "inference", "visualize"},
-    "vocabulary": {"data"},
-    "weights": set(),
-    "workdir": set(),
-}  # fmt: skip
+    "losses": {"geometry"},
+    "runs": {"data", "models"},
+    "inference": {"data", "geometry", "models", "runs"},
+    "visualize": {"data", "geometry", "inference", "losses", "models"},
+    "visualize.__main__": {"data", "inference"},
+    "eval": {"data", "inference", "models", "runs", "visualize"},
+    "train_step": {"data", "geometry", "losses", "models", "runs"},
+    "train": {"data", "eval", "inference", "models", "runs", "train_step", "visualize"},
+    "main": {"data", "eval", "runs", "train"},
+    "predict": {"data", "eval", "inference", "visualize"},
+    "preflight": {"data", "inference", "models", "runs", "train"},
+    "preflight.__main__": {"data", "models"},
+    "prepare": {"data", "visualize"},
+    "prepare.__main__": {"data"},
+    "convert": {"data", "runs"},
+    "export": {"data", "inference"},
+    "export.__main__": {"inference", "models"},
+    "claims.__main__": {"data", "eval", "visualize"},
+}
 
 
 def imports(path):
@@ -88,13 +62,25 @@ def test_imports_follow_the_arrows():
     found = collections.defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        part = ".".join(parts) if parts[-1] == "__main__" else parts[0]  # a command may import more than its package
+        part = f"{parts[0]}.__main__" if parts[-1] == "__main__" else parts[0]
         for name in imports(path):
             names = name.split(".")
-            if names[0] == "detclipv2_jax" and len(names) > 1 and names[1] != part:
+            if names[0] == "detclipv2_jax" and len(names) > 1 and names[1] not in (parts[0], *FOR_ALL):
                 found[part].add(names[1])
-    wrong = {part: sorted(names - MAY_IMPORT.get(part, set()) - {"files"}) for part, names in found.items()}
-    assert not {part: names for part, names in wrong.items() if names}
+    # an arrow that nobody uses is one that nobody would miss
+    assert {part: sorted(names) for part, names in found.items()} == {
+        part: sorted(names) for part, names in MAY_IMPORT.items() if names
+    }
+
+
+def test_rooms_form_no_circle():
+    def below(part, above):
+        assert part not in above, f"circle: {' -> '.join((*above, part))}"
+        for name in MAY_IMPORT.get(part, ()):
+            below(name, (*above, part))
+
+    for part in MAY_IMPORT:
+        below(part, ())
 
 
 def test_data_workers_stay_light():
@@ -110,6 +96,23 @@ def test_data_workers_stay_light():
 def test_only_checkpoints_knows_orbax():
     users = {path.name for path in PACKAGE.rglob("*.py") if any(name.startswith("orbax") for name in imports(path))}
     assert users == {"checkpoints.py"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("inference", {"matplotlib", "pycocotools", "tensorflow"}),
+        ("losses.contrastive", {"optax", "detclipv2_jax.data", "detclipv2_jax.models"}),
+        ("runs.checkpoints", {"matplotlib", "pycocotools", "tensorflow", "grain"}),
+        ("train_step", {"matplotlib", "pycocotools", "tensorflow"}),
+    ],
+)
+def test_rooms_load_only_what_is_below(module, unwanted):
+    code = f"import sys, detclipv2_jax.{module}; print(sorted({unwanted} & set(sys.modules)))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert loaded.stdout.strip() == "[]"
 
 
 @functools.cache
@@ -134,7 +137,7 @@ def test_every_config_can_be_traced(name, kind):
     canvas = tuple(config[kind.value].canvases[0])
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=canvas, mesh=mesh)
     with jax.set_mesh(mesh):
-        after, metrics = jax.eval_shape(step, state, step_program.batch_shapes(config, kind, canvas, table_rows=8 * 96))
+        after, metrics = jax.eval_shape(step, state, compile_step.batch_shapes(config, kind, canvas, table_rows=8 * 96))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(metric.shape == () and metric.dtype == jnp.float32 for metric in metrics.values())
     assert {"loss", "finite", "grad_norm"} <= metrics.keys()

@@ -11,9 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import checkpoints, flops, main, metrics, prepare, train
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import main, train
 from detclipv2_jax.eval import loop, lvis
+from detclipv2_jax.models import flops
+from detclipv2_jax.prepare import __main__ as prepare
+from detclipv2_jax.runs import checkpoints, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 

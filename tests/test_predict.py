@@ -14,11 +14,12 @@ import planted
 import pytest
 from PIL import Image
 
-from detclipv2_jax import checkpoints, predict, vocabulary
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import predict
 from detclipv2_jax.data import tokenizer
-from detclipv2_jax.inference import Predictor
+from detclipv2_jax.inference import Predictor, vocabulary
 from detclipv2_jax.models import detclip
+from detclipv2_jax.runs import checkpoints
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import pytest
 from jax.sharding import NamedSharding
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import sharding, train_state, train_step
+from detclipv2_jax import train_step
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.models import detclip
-from detclipv2_jax.optimizer import make_optimizer, param_name
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.runs.optimizer import make_optimizer, param_name
 
 CANVAS = (64, 64)
 

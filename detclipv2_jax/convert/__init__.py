@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from detclipv2_jax.convert import layouts
 from detclipv2_jax.convert.reading import read
-from detclipv2_jax.weights import FRESH, KEYS, ROOTS
+from detclipv2_jax.runs.pretrained import FRESH, KEYS, ROOTS
 
 PARTS = tuple(layouts.LAYOUTS)
 

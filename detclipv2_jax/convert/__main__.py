@@ -9,7 +9,7 @@
 
 --input is a .safetensors file, or with PyTorch installed a .pth, .pt or .bin file, from which plain weights are read
 and no code is run. Whatever is missing, unexpected or of another shape is an error that lists it. Windows and the 77
-positions of CLIP stay as they are: a run fits them to its model when it starts (detclipv2_jax/weights.py). The text
+positions of CLIP stay as they are: a run fits them to its model when it starts (`runs/pretrained.py`). The text
 tower computes QuickGELU, as OpenAI's weights need; names do not tell weights trained with plain GELU (LAION's).
 
 With --layout, a file with our names is written for that library instead; the numbers are the same, bit for bit.

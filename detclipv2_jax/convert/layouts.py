@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from detclipv2_jax.data.tokenizer import VOCABULARY_SIZE
-from detclipv2_jax.weights import FRESH, ROOTS, Shape, differences
+from detclipv2_jax.runs.pretrained import FRESH, ROOTS, Shape, differences
 
 # our module -> theirs, with what comes before "weight" or "bias"; query, key and value where they are apart. Within a
 # block and a patch merging names follow that of the block. {stage} counts from 0, {before} is the stage before

@@ -1,6 +1,6 @@
 """The folders that `python -m detclipv2_jax.prepare` builds, read with random access and without TensorFlow.
 
-`detclipv2_jax.builders.shards` documents the files of a folder, `detclipv2_jax.builders.record_builder` an example.
+`detclipv2_jax.prepare.shards` documents the files of a folder, `detclipv2_jax.prepare.record_builder` an example.
 TFDS finds the records of the ArrayRecord files; their `tf.train.Example` protos are taken apart here, in 0.03 ms an
 example where TFDS's own NumPy decoding of any features takes 0.3 ms, and photos stay encoded.
 """

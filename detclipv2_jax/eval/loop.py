@@ -19,15 +19,16 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from detclipv2_jax import checkpoints, processes, visualize, vocabulary
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream, eval_streams
 from detclipv2_jax.eval import coco, lvis
 from detclipv2_jax.eval.result import Parts, Rows, write
-from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits
+from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, vocabulary
 from detclipv2_jax.models import detclip
-from detclipv2_jax.sharding import BATCH, REPLICATED, make_mesh, param_shardings
+from detclipv2_jax.runs import checkpoints, processes
+from detclipv2_jax.runs.sharding import BATCH, REPLICATED, make_mesh, param_shardings
+from detclipv2_jax.visualize import figures
 
 
 class Evaluator:
@@ -167,7 +168,7 @@ class Evaluator:
         ]
         corner_and_size = np.array([row["bbox"] for row in own], np.float64).reshape(-1, 4)
         boxes = np.concatenate([corner_and_size[:, :2], corner_and_size[:, :2] + corner_and_size[:, 2:]], axis=1)
-        visualize.detections(
+        figures.detections(
             sample.image,
             sample.boxes * sample.scale,
             sample.labels,

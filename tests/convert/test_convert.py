@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from detclipv2_jax import convert, weights
+from detclipv2_jax import convert
 from detclipv2_jax.data.tokenizer import num_tokens, tokenize
 from detclipv2_jax.models.swin import Swin
 from detclipv2_jax.models.text_encoder import TextEncoder
-from detclipv2_jax.optimizer import named_shapes
+from detclipv2_jax.runs import pretrained
+from detclipv2_jax.runs.optimizer import named_shapes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -46,9 +47,9 @@ def converted(part, content, folder):
 
 def load(path, part, model, *inputs, **options):
     """Returns the variables of a model with the parameters of a file; fresh ones are seeded."""
-    root = weights.ROOTS[part]
+    root = pretrained.ROOTS[part]
     shapes = jax.eval_shape(lambda key: {root: model.init(key, *inputs, **options)["params"]}, jax.random.key(0))
-    params, _ = weights.load(path, root, named_shapes(shapes))
+    params, _ = pretrained.load(path, root, named_shapes(shapes))
 
     def value(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

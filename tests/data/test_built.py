@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import prepare
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.catalog import DATASETS, command_of
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.data.streams import train_streams
+from detclipv2_jax.prepare import __main__ as prepare
 
 BUILDERS = {"detection": "coco_json", "grounding": "grounding_json", "image_text": "image_text"}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from detclipv2_jax import prepare
 from detclipv2_jax.data import box_json, scenes, shapes, sources
+from detclipv2_jax.prepare import __main__ as prepare
 
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
 

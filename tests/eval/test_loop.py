@@ -9,10 +9,10 @@ import planted
 import pytest
 from PIL import Image
 
-from detclipv2_jax import sharding
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.eval import coco, loop, lvis, result
 from detclipv2_jax.inference import Detector
+from detclipv2_jax.runs import sharding
 
 NUM_IMAGES = 19  # no multiple of a batch
 

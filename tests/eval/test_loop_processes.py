@@ -11,7 +11,7 @@ import two_processes
 
 from detclipv2_jax.eval import loop
 from detclipv2_jax.inference import Detector
-from detclipv2_jax.sharding import make_mesh
+from detclipv2_jax.runs.sharding import make_mesh
 
 
 @pytest.mark.slow

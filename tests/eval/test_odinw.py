@@ -7,9 +7,9 @@ import jax
 import planted
 import pytest
 
-from detclipv2_jax import sharding
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
+from detclipv2_jax.runs import sharding
 
 
 def test_members():

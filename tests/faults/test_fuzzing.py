@@ -23,11 +23,11 @@ from ml_collections import config_flags
 
 from configs import demo
 from detclipv2_jax import config as config_lib
-from detclipv2_jax.builders import image_text
-from detclipv2_jax.builders.record_builder import Tally
 from detclipv2_jax.data import box_json, sources, tokenizer
 from detclipv2_jax.data.concepts import read_dictionary
 from detclipv2_jax.data.schema import UnusableError
+from detclipv2_jax.prepare import image_text
+from detclipv2_jax.prepare.record_builder import Tally
 
 NUM_INPUTS = 10_000 if os.environ.get("EXHAUSTIVE") else 300
 MAX_SECONDS = 10  # an input

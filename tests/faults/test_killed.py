@@ -20,8 +20,9 @@ import pytest
 import test_main
 from micro import micro_config
 
-from detclipv2_jax import checkpoints, train
+from detclipv2_jax import train
 from detclipv2_jax.eval import loop
+from detclipv2_jax.runs import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUM_KILLS = 20 if os.environ.get("EXHAUSTIVE") else 2

@@ -13,9 +13,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from micro import micro_config
 from tensorflow_datasets.proto import tf_example_pb2
 
-from detclipv2_jax import checkpoints, main, prepare, sharding, train, train_step
+from detclipv2_jax import main, train, train_step
 from detclipv2_jax.data import scenes
-from detclipv2_jax.train_state import TrainState
+from detclipv2_jax.prepare import __main__ as prepare
+from detclipv2_jax.runs import checkpoints, sharding
+from detclipv2_jax.runs.state import TrainState
 
 POISONED = 11  # of 24 examples
 NUM_STEPS = 3  # an epoch

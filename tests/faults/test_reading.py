@@ -13,10 +13,10 @@ import pytest
 import test_main
 from micro import micro_config
 
-from detclipv2_jax import prepare
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.data.streams import train_streams
+from detclipv2_jax.prepare import __main__ as prepare
 
 NUM_IMAGES = 200
 EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))

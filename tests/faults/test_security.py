@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detclipv2_jax.builders import image_text
-from detclipv2_jax.builders.record_builder import Tally
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.built import INDEX, BuiltSource
 from detclipv2_jax.data.schema import Kind, UnusableError
 from detclipv2_jax.eval.result import Parts, Rows
+from detclipv2_jax.prepare import image_text
+from detclipv2_jax.prepare.record_builder import Tally
 
 
 class Trap:

@@ -21,9 +21,10 @@ import pytest
 import test_main
 from micro import micro_config
 
-from detclipv2_jax import checkpoints, processes, sharding, train
+from detclipv2_jax import train
 from detclipv2_jax.data import scenes
-from detclipv2_jax.optimizer import param_name
+from detclipv2_jax.runs import checkpoints, processes, sharding
+from detclipv2_jax.runs.optimizer import param_name
 
 EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
 exhaustive = pytest.mark.skipif(not EXHAUSTIVE, reason="takes minutes: set EXHAUSTIVE=1")

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import checkpoints, workdir
-from detclipv2_jax.train_state import TrainState
+from detclipv2_jax.runs import checkpoints, workdir
+from detclipv2_jax.runs.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
 ITEMS = ("params", "optimizer")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from detclipv2_jax import hlo, sharding
 from detclipv2_jax.losses.alignment import alignment_loss, focal_loss
+from detclipv2_jax.preflight import hlo
+from detclipv2_jax.runs import sharding
 
 ALPHA, GAMMA = 0.25, 2.0
 

@@ -13,7 +13,7 @@ from detclipv2_jax.config import base, parameter_groups
 from detclipv2_jax.config import model as model_config
 from detclipv2_jax.geometry import anchors
 from detclipv2_jax.models import detclip
-from detclipv2_jax.optimizer import overview
+from detclipv2_jax.runs.optimizer import overview
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CANVAS = (64, 96)

@@ -1,0 +1,1 @@
+"""The paper's findings as runs on a laptop, and what they say."""

@@ -1,0 +1,354 @@
+"""Tests the paper's claims on the generated world: `python -m detclipv2_jax.claims [--jobs=2]`.
+
+Every (row, seed) is a run of configs/demo.py with a few keys changed, a process of its own on one core. All rows of a
+seed start from one detector trained on boxes alone, in place of the paper's pre-trained towers. A run that is done
+leaves a small file in results/claims; what has one is not run again, so the table continues where it stopped, and a run
+that was stopped continues at its last checkpoint. At the end docs/claims.md (the table, with a verdict a claim) and
+docs/claims.png (novel AP over steps) are written from the files there are; --jobs=0 does that alone.
+
+A claim is judged on the means over the seeds. Nothing is tuned a row, and what does not come out says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import json
+import operator
+import os
+import pathlib
+import platform
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax.claims import ablations
+from detclipv2_jax.data import scenes
+from detclipv2_jax.eval import coco, lvis
+from detclipv2_jax.eval.result import write_json, write_text
+from detclipv2_jax.visualize import charts
+
+# glibc: memory of a step is not given back after it; page faults are a quarter of the time of such small steps
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_ARENA_MAX": "1"}
+COLUMNS = {  # of the table: score → heading
+    "AP": "AP",
+    "base_AP": "base AP",
+    "novel_AP": "novel AP",
+    "novel_AP50": "novel AP50",
+    "novel_AR": "novel AR",
+    "held_out_AP": "held-out AP",
+}
+
+
+def configuration(recipe: str, row: str, seed: int) -> ConfigDict:
+    """Returns the configuration of a run."""
+    config = runpy.run_path(recipe)["get_config"]()
+    changes = ablations.STARTS.get(row) or ablations.ROWS[row]
+    # other steps than the start's draw other boxes and flips
+    seeds = {"seed": seed if row in ablations.STARTS else 100 + seed, "scenes.seed": seed}
+    config.update_from_flattened_dict(ablations.GOING_ON | changes | seeds)
+    return config
+
+
+def stored(folder: pathlib.Path, row: str, seed: int) -> dict[str, Any] | None:
+    """Returns the result of a finished run, None of another."""
+    path = folder / f"{row}_{seed}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def subset_scores(truth: dict[str, Any], detections: Any, counts: Callable[[dict[str, Any]], bool]) -> dict[str, float]:
+    """Returns LVIS's scores (in %) where only the boxes that count are sought; others are neither right nor wrong."""
+    boxes = [row | {"ignore": int(not counts(row))} for row in truth["annotations"]]
+    scores = lvis.evaluate(truth | {"annotations": boxes}, detections)
+    return {name: round(100 * value, 2) for name, value in scores.items()}
+
+
+def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the scores of a run in %: AP of all, base, novel shapes and held-out combinations, AR of novel shapes.
+
+    AR is class-agnostic: every box of an image counts once, with its best word, and the best 300 are taken.
+    """
+    frequency = {category["id"]: category["frequency"] for category in truth["categories"]}
+    parts: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "": lambda box: True,
+        "base_": lambda box: frequency[box["category_id"]] == "f",
+        "novel_": lambda box: frequency[box["category_id"]] == "r",
+        "held_out_": lambda box: box["held_out"],
+    }
+    scores: dict[str, float] = {}
+    for lead, counts in parts.items():
+        own = subset_scores(truth, rows, counts)
+        scores |= {f"{lead}{name}": own[name] for name in ("AP", "AP50")}
+    best: dict[Any, dict[str, Any]] = {}  # rows of an image stand best first
+    for row in rows:
+        best.setdefault((row["image_id"], *row["bbox"]), row | {"category_id": 1})
+    agnostic = {
+        "images": [{"id": image["id"]} for image in truth["images"]],
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": [box | {"category_id": 1, "of": box["category_id"]} for box in truth["annotations"]],
+    }
+    found = subset_scores(agnostic, list(best.values()), lambda box: frequency[box["of"]] == "r")
+    return scores | {"novel_AR": found["AR@300"]}
+
+
+def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+    """Returns what is stored of a finished run beside its name and times."""
+    last = max((workdir / "eval").glob("step_*_detections.json"))
+    truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    along = {
+        f"{name}_by_step": {str(line["step"]): round(100 * line[key], 2) for line in lines if key in line}
+        for name, key in (("base_AP", "eval/APf"), ("novel_AP", "eval/APr"))
+    }
+    return {
+        "scores": score(truth, coco.load_detections(last)),
+        **along,
+        "steps": int(last.name.split("_")[1]),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+        | {"python": platform.python_version()},
+    }
+
+
+def recipe_of(recipe: str, row: str, seed: int) -> list[str]:
+    """Returns how a run differs from the defaults, folders apart, the kind of its world, and the same of its start."""
+    lines = [*config_lib.differences(config_lib.base(), configuration(recipe, row, seed)), f"world {scenes.FORMAT}"]
+    if row in ablations.STARTS:
+        return lines
+    return lines + [f"after {line}" for line in recipe_of(recipe, ablations.start_of(row), seed)]
+
+
+def pending_runs(recipe: str, results: pathlib.Path, work: pathlib.Path) -> list[tuple[str, int]]:
+    """Returns the runs that have no result yet, and the starts that they need and whose weights are gone.
+
+    Raises:
+      ValueError: a stored result was made by another recipe.
+    """
+    pending = []
+    for row, seed in ablations.queue():
+        result = stored(results, row, seed)
+        if result is None:
+            pending.append((row, seed))
+        elif result["recipe"] != (now := recipe_of(recipe, row, seed)):
+            changed = sorted(set(result["recipe"]) ^ set(now))
+            raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
+    starts = dict.fromkeys((ablations.start_of(row), seed) for row, seed in pending if row in ablations.ROWS)
+    return [run for run in ablations.queue() if run in pending or (run in starts and not is_done(work, *run))]
+
+
+def is_done(work: pathlib.Path, row: str, seed: int) -> bool:
+    """Returns whether the weights of a finished run are there."""
+    return (work / f"{row}_{seed}" / "done").exists()
+
+
+def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: int) -> None:
+    """Runs what has no result yet, `jobs` at a time, each on one core; says after each how long the rest will take.
+
+    Raises:
+      ValueError: a stored result was made by another recipe, or a run failed.
+    """
+    pending, total = pending_runs(recipe, results, work), len(ablations.queue())
+    durations = [run["seconds"] for run in all_results(results).values()]
+    cores = sorted(os.sched_getaffinity(0))[-jobs:]
+    running: dict[int, tuple[subprocess.Popen, str, int, ConfigDict, float]] = {}
+    with contextlib.ExitStack() as stack:
+        while pending or running:
+            for core in [core for core in cores if core not in running]:
+                # a row waits for its start
+                ready = (
+                    (row, seed)
+                    for row, seed in pending
+                    if row in ablations.STARTS or is_done(work, ablations.start_of(row), seed)
+                )
+                if (run := next(ready, None)) is None:
+                    break
+                pending.remove(run)
+                config = configuration(recipe, *run)
+                process = start(recipe, *run, config, work=work, core=core)
+                running[core] = (process, *run, config, time.monotonic())
+                stack.callback(stop, process, work / f"{run[0]}_{run[1]}", since=running[core][-1])
+                print(f"{run[0]}, seed {run[1]}, begins: {work / f'{run[0]}_{run[1]}'}/log.txt", flush=True)
+            time.sleep(0.2)
+            for core, (process, row, seed, config, since) in list(running.items()):
+                done, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if not done:
+                    continue
+                process.returncode = os.waitstatus_to_exitcode(status)
+                workdir = work / f"{row}_{seed}"
+                spent = account(workdir, since=since, usage=usage)
+                if process.returncode:
+                    raise ValueError(f"the run {row}, seed {seed}, failed; see {workdir}/log.txt")
+                del running[core]
+                result = {
+                    "row": row,
+                    "seed": seed,
+                    **result_of(workdir, config),
+                    "recipe": recipe_of(recipe, row, seed),
+                    **spent,
+                }
+                write_json(results / f"{row}_{seed}.json", result, indent=1)
+                if row in ablations.STARTS:
+                    (workdir / "done").touch()
+                else:
+                    shutil.rmtree(workdir / "checkpoints")
+                durations.append(spent["seconds"])
+                left = len(pending) + len(running)
+                shown = ", ".join(f"{heading} {result['scores'][name]:.1f}" for name, heading in COLUMNS.items())
+                print(
+                    f"[{total - left}/{total}] {row}, seed {seed}: {shown}; {spent['seconds'] / 60:.1f} minutes, about "
+                    f"{left * float(np.mean(durations)) / 3600 / len(cores):.1f} hours left",
+                    flush=True,
+                )
+
+
+def start(
+    recipe: str, row: str, seed: int, config: ConfigDict, *, work: pathlib.Path, core: int
+) -> subprocess.Popen[bytes]:
+    """Returns the process of a run, its world written; output goes to log.txt of its workdir."""
+    workdir = work / f"{row}_{seed}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    config.scenes.folder = str(work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}")
+    scenes.write(**config.scenes.to_dict())
+    if row in ablations.ROWS:
+        config.init_from.checkpoint = str(work / f"{ablations.start_of(row)}_{seed}")
+    with open(workdir / "log.txt", "ab") as log:
+        process = subprocess.Popen(
+            command(recipe, config, workdir),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ},
+        )
+    with contextlib.suppress(ProcessLookupError):  # it may have failed at once
+        os.sched_setaffinity(process.pid, {core})  # threads, which come later, inherit it
+    return process
+
+
+def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Returns the command that trains a configuration, which differs from the recipe in some keys."""
+    changed = config_lib.differences(runpy.run_path(recipe)["get_config"](), config)
+    keys = [line.split(":")[0] for line in changed]
+    values = [functools.reduce(operator.getitem, key.split("."), config) for key in keys]
+    flags = [f"--config.{key}={value}" for key, value in zip(keys, values, strict=True)]
+    return [sys.executable, "-m", "detclipv2_jax.main", f"--config={recipe}", f"--workdir={workdir}", *flags]
+
+
+def stop(process: subprocess.Popen[bytes], workdir: pathlib.Path, *, since: float) -> None:
+    """Ends a process that still runs; it saves its state first."""
+    if process.poll() is None:
+        process.terminate()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        account(workdir, since=since, usage=usage)
+
+
+def account(workdir: pathlib.Path, *, since: float, usage: resource.struct_rusage) -> dict[str, int]:
+    """Returns the seconds that a run took, its stopped processes included; keeps them in its workdir."""
+    path = workdir / "spent.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = {"seconds": time.monotonic() - since, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    spent = {name: round(before.get(name, 0) + value) for name, value in now.items()}
+    write_json(path, spent, indent=None)
+    return spent
+
+
+def all_results(folder: pathlib.Path) -> ablations.Results:
+    """Returns the stored results of the table by (row, seed)."""
+    found = {key: stored(folder, *key) for key in ablations.queue()}
+    return {key: result for key, result in found.items() if result is not None}
+
+
+def markdown(results: ablations.Results) -> Iterator[str]:
+    """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts.
+
+    The rows of a finding are shown over the seeds that all of them have, but for rows that have none. The first score
+    is that of the detectors they start from, which differ between seeds and models.
+    """
+    minutes = [result["cpu_seconds"] / 60 for result in results.values()]
+    yield f"{len(results)} of {len(ablations.queue())} runs are done" + (
+        f"; a run takes {np.mean(minutes):.1f} minutes of one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
+    )
+    for finding in ablations.FINDINGS:
+        yield f"\n**{finding.title}**\n\n"
+        yield f"| | seeds | AP at the start | {' | '.join(COLUMNS.values())} |\n|---|---|---|{'---|' * len(COLUMNS)}\n"
+        seeds = ablations.common_seeds(finding, results)
+        for name, row in finding.rows.items():
+            own = [seed for seed in seeds if (row, seed) in results]
+            before = [results.get((ablations.start_of(row), seed)) for seed in own]
+            cells = [_cell([start["scores"]["AP"] for start in before if start])]
+            cells += [_cell([results[row, seed]["scores"][score] for seed in own]) for score in COLUMNS]
+            yield f"| {name} | {len(own)} | {' | '.join(cells)} |\n"
+        yield "\n"
+        for claim in finding.claims:
+            yield f"* {claim.text}: {ablations.verdict(claim, finding, results)}\n"
+
+
+def _cell(values: list[float]) -> str:
+    return f"{np.mean(values):.1f}" + f" ± {np.ptp(values) / 2:.1f}" * (len(values) > 1) if values else "–"
+
+
+def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes claims.md and, where there is something to show, claims.png."""
+    found = all_results(results)
+    write_text(output / "claims.md", markdown(found))
+    lines: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for name, row in ablations.FINDINGS[0].rows.items():
+        for (of, seed), result in found.items():
+            before = found.get((ablations.start_of(row), seed))
+            if of == row and before:
+                steps, values = zip(novel_curve(recipe, before), novel_curve(recipe, result), strict=True)
+                steps = (steps[0], steps[0][-1] + steps[1])
+                lines.setdefault(name, []).append((np.concatenate(steps), np.concatenate(values)))
+    if lines:
+        x = "detection steps (steps of other kinds lie between them)"
+        charts.lines(lines, x=x, y="AP of novel shapes (%)", path=output / "claims.png")
+
+
+def novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the AP of novel shapes in % over the detection steps of a run."""
+    config = configuration(recipe, result["row"], result["seed"])
+    num_steps = config.epochs * round(
+        config.scenes.num_detection / config.detection.batch_size * config.detection.weight
+    )
+    steps = np.array([int(step) for step in result["novel_AP_by_step"]])
+    return steps / steps[-1] * num_steps, np.array([*result["novel_AP_by_step"].values()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detclipv2_jax.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; 0: only write table and plot")
+    parser.add_argument("--config", default="configs/demo.py", metavar="FILE", help="the recipe")
+    parser.add_argument("--results", default="results/claims", metavar="DIR", type=pathlib.Path)
+    parser.add_argument("--work", default="runs/claims", metavar="DIR", type=pathlib.Path, help="worlds and workdirs")
+    parser.add_argument("--output", default="docs", metavar="DIR", type=pathlib.Path, help="of table and plot")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs are stopped, too
+    try:
+        if options.jobs:
+            run_table(options.config, results=options.results, work=options.work, jobs=options.jobs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        write_report(options.config, options.results, options.output)
+    print("".join(markdown(all_results(options.results))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Which photos of one set are those of another: evaluation photos must not be trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_COCO_NUMBER = re.compile(r"\d{12}(?!\d)")  # COCO_val2014_000000000042.jpg and val2017/000000000042.jpg are one photo
+
+
+def photo_of(name: str) -> str:
+    """Returns what names a photo in all data sets: the 12-digit number of COCO and LVIS, else the file name."""
+    stem = os.path.basename(name)
+    return found[-1] if (found := _COCO_NUMBER.findall(stem)) else stem
+
+
+def held_out_photos(jsons: Sequence[str]) -> frozenset[str]:
+    """Returns what names the photos (`photo_of`) of COCO-format jsons; ValueError if one cannot be read."""
+    photos: set[str] = set()
+    for path in jsons:
+        try:
+            images = json.loads(Path(path).read_bytes())["images"]
+            photos.update(photo_of(str(image.get("file_name") or image.get("coco_url"))) for image in images)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--validation: {path} is no COCO-format json ({type(error).__name__}: {error})") from None
+    return frozenset(photos)

@@ -1,0 +1,1 @@
+"""A checkpoint written for programs without this package: safetensors, StableHLO, SavedModel."""

@@ -1,0 +1,227 @@
+"""From regions and words to boxes: scores fused with top-k and NMS; best regions and similarity maps of phrases."""
+
+from __future__ import annotations
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from detclipv2_jax.geometry import anchors as anchor_lib
+from detclipv2_jax.geometry import boxes as box_lib
+from detclipv2_jax.geometry import nms as nms_lib
+from detclipv2_jax.models.detclip import Regions
+
+# words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
+WORD_CHUNK = 128
+AnyArray = Array | np.ndarray
+
+
+@flax.struct.dataclass
+class Detections:
+    """Boxes found on a batch of images, best first, in pixels of the original images; zero where not `mask`."""
+
+    boxes: Float[Array, "b n 4"]  # xyxy, inside the image
+    scores: Float[Array, "b n"]
+    labels: Int[Array, "b n"]  # rows of the vocabulary
+    mask: Bool[Array, "b n"]
+
+
+@flax.struct.dataclass
+class Limits:
+    """What counts as a detection; see `detect`. A new value of the integers compiles anew."""
+
+    score_threshold: float
+    nms_iou: float
+    pre_nms: int = flax.struct.field(pytree_node=False)
+    max_detections: int = flax.struct.field(pytree_node=False)
+    class_agnostic: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ConfigDict,
+        *,
+        score_threshold: float | None = None,
+        nms_iou: float | None = None,
+        max_detections: int | None = None,
+    ) -> Limits:
+        """Returns the limits of `config.eval`, each replaced where given; ValueError if one is out of range."""
+        score_threshold = config.score_threshold if score_threshold is None else score_threshold
+        nms_iou = config.nms_iou if nms_iou is None else nms_iou
+        max_detections = config.max_detections if max_detections is None else max_detections
+        for name, value in (("score_threshold", score_threshold), ("nms_iou", nms_iou)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
+        if max_detections < 1:
+            raise ValueError(f"max_detections is {max_detections}; it must be at least 1")
+        pre_nms = max(config.pre_nms, max_detections)
+        return cls(score_threshold, nms_iou, pre_nms=pre_nms, max_detections=max_detections)
+
+
+def detect(
+    regions: Regions,
+    text: Float[AnyArray, "w d"],
+    text_mask: Bool[AnyArray, " w"],
+    *,
+    anchors: Float[AnyArray, "a 4"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    extent: Int[AnyArray, "b 2"],
+    image_scale: Float[AnyArray, "b 2"],
+    original_size: Int[AnyArray, "b 2"],
+    score_threshold: float,
+    nms_iou: float,
+    pre_nms: int,
+    max_detections: int,
+    word_chunk: int = WORD_CHUNK,
+    class_agnostic: bool = False,
+) -> Detections:
+    """Returns the best boxes of every image (spec section 9, point 21).
+
+    1. score = sigmoid(scale * region . word + bias) * sigmoid(centerness); 0 for masked words and for anchors whose
+       centre lies on the padding;
+    2. the best `pre_nms` (anchor, word) pairs; of equal scores the lower anchor comes first, then the lower word;
+    3. their boxes in the original image, cut at its border; those without area or not above the threshold are left out;
+    4. NMS within each word (over all words if `class_agnostic`), the best `max_detections`.
+
+    Args:
+      regions: of a canvas (padded network image) whose `anchors` are given.
+      text: L2-normalised word embeddings; w must be a multiple of `word_chunk`, see `vocabulary.pad`.
+      text_mask: which rows are words.
+      anchors: of the canvas, all levels.
+      scale, bias: of the logit.
+      extent: valid (height, width) px of the canvas.
+      image_scale: (y, x) canvas px per original px.
+      original_size: (height, width) px.
+      score_threshold: in [0, 1); only scores above it count.
+      nms_iou: a box is removed by a better one if their IoU is above it.
+      pre_nms: pairs an image that enter NMS.
+      max_detections: boxes an image.
+      word_chunk: words scored at once; changes memory and speed only.
+      class_agnostic: boxes of different words remove each other too.
+    """
+    anchors = jnp.asarray(anchors)
+    # 1
+    center_yx = box_lib.centers(anchors)[:, ::-1]
+    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
+    centerness = jnp.where(on_image, jax.nn.sigmoid(regions.centerness), 0.0)
+    # 2
+    scores, anchor_of, words = _best_pairs(
+        regions.embeddings, text, text_mask, centerness, scale=scale, bias=bias, num=pre_nms, word_chunk=word_chunk
+    )
+    # 3
+    deltas = jnp.take_along_axis(regions.box_deltas, anchor_of[..., None], axis=1)
+    boxes = box_lib.decode_deltas(anchors[anchor_of], deltas)
+    boxes = box_lib.scale(boxes, 1.0 / jnp.asarray(image_scale)[:, None])
+    boxes = box_lib.clip(boxes, jnp.asarray(original_size)[:, None])
+    mask = (scores > score_threshold) & (box_lib.area(boxes) > 0.0)
+    # 4
+    keep = functools.partial(nms_lib.nms, iou_threshold=nms_iou, max_outputs=max_detections)
+    classes = jnp.zeros_like(words) if class_agnostic else words
+    kept, used = jax.vmap(lambda b, s, m, c: keep(b, s, mask=m, classes=c))(boxes, scores, mask, classes)
+    return Detections(
+        boxes=jnp.take_along_axis(boxes, kept[..., None], axis=1) * used[..., None],
+        scores=jnp.take_along_axis(scores, kept, axis=1) * used,
+        labels=jnp.take_along_axis(words, kept, axis=1) * used,
+        mask=used,
+    )
+
+
+def _best_pairs(
+    embeddings: Float[Array, "b a d"],
+    text: Float[AnyArray, "w d"],
+    text_mask: Bool[AnyArray, " w"],
+    centerness: Float[Array, "b a"],
+    *,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    num: int,
+    word_chunk: int,
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]:
+    """Returns (scores, anchors, words) of the best `num` pairs of every image, in order; score 0: an empty place.
+
+    One chunk of words after the other is scored and merged into the best pairs so far, so that no (anchors x words)
+    array exists. Within a chunk the best `num` anchors, by their best word, hold the best `num` pairs: a pair of any
+    other anchor has `num` better ones, one on each of these.
+    """
+    num_images, num_anchors, _ = embeddings.shape
+    if text.shape[0] % word_chunk:
+        raise ValueError(f"{text.shape[0]} words are no multiple of word_chunk={word_chunk}; use vocabulary.pad")
+    chunks = (
+        text.reshape(-1, word_chunk, text.shape[1]),
+        text_mask.reshape(-1, word_chunk),
+        jnp.arange(0, text.shape[0], word_chunk),
+    )
+
+    def merge(best, chunk):
+        words, mask, first_word = chunk
+        words = words.astype(embeddings.dtype)  # here, not outside the loop: no second copy of a large vocabulary
+        similarity = jnp.einsum("bad,wd->baw", embeddings, words, preferred_element_type=jnp.float32)
+        scores = jax.nn.sigmoid(scale * similarity + bias) * centerness[..., None] * mask[None, None]
+        _, rows = jax.lax.top_k(jnp.max(scores, axis=-1), min(num, num_anchors))
+        rows = jnp.sort(rows, axis=-1)  # so that positions below are in the order of (anchor, word)
+        scores = jnp.take_along_axis(scores, rows[..., None], axis=1).reshape(num_images, -1)
+        scores, position = jax.lax.top_k(scores, min(num, scores.shape[1]))
+        found = (-scores, jnp.take_along_axis(rows, position // word_chunk, axis=1), position % word_chunk + first_word)
+        both = [jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True)]
+        return tuple(x[:, :num] for x in jax.lax.sort(both, dimension=1, num_keys=3)), None
+
+    nothing = jnp.zeros((num_images, num), jnp.int32)
+    start = (jnp.zeros((num_images, num), jnp.float32), nothing, nothing)
+    (negative_scores, anchor_of, words), _ = jax.lax.scan(merge, start, chunks)
+    return -negative_scores, anchor_of, words
+
+
+@flax.struct.dataclass
+class Alignment:
+    """For every phrase its best region on one image of a batch."""
+
+    boxes: Float[Array, "m 4"]  # xyxy in pixels of the original image
+    scores: Float[Array, " m"]  # similarity, the contrastive loss's s
+    ranks: Int[Array, " m"]  # place of the image in the batch ordered by best similarity, from 1
+    maps: Float[Array, "m h w"]  # similarity at every cell of P3, the best of the levels; -inf on the padding
+
+    def photo_maps(self, extent: Int[np.ndarray, " 2"]) -> Float[np.ndarray, "m h w"]:
+        """Returns the maps without padding, given the image's (height, width) px on the canvas."""
+        rows, columns = np.maximum(np.ceil(np.asarray(extent) / anchor_lib.STRIDES[0] - 0.5), 1).astype(int)
+        return np.asarray(self.maps)[:, :rows, :columns]
+
+
+def align(
+    regions: Regions,
+    phrases: Float[AnyArray, "m d"],
+    *,
+    index: int | Int[Array, ""],
+    canvas: tuple[int, int],
+    scale: Float[Array, ""],
+    extent: Int[AnyArray, "b 2"],
+    image_scale: Float[AnyArray, "b 2"],
+    original_size: Int[AnyArray, "b 2"],
+) -> Alignment:
+    """Returns the best region on image `index` of the batch for every phrase, and what it means among the batch.
+
+    Similarity is scale * region . phrase, as in the contrastive loss, over all anchors whose centre lies on the photo.
+    """
+    grid = anchor_lib.grid(canvas)
+    center_yx = box_lib.centers(jnp.asarray(grid.boxes))[:, ::-1]
+    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
+    words = phrases.astype(regions.embeddings.dtype)
+    similarity = scale * jnp.einsum("bad,md->bma", regions.embeddings, words, preferred_element_type=jnp.float32)
+    similarity = jnp.where(on_image[:, None], similarity, -jnp.inf)
+    best = jnp.max(similarity, axis=-1)  # [b, m]
+    anchor_of = jnp.argmax(similarity[index], axis=-1)
+    boxes = box_lib.decode_deltas(jnp.asarray(grid.boxes)[anchor_of], regions.box_deltas[index][anchor_of])
+    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / image_scale[index])[None]), original_size[index][None])
+    (height, width), *_ = sizes = anchor_lib.level_sizes(canvas)
+    maps, start = jnp.full((len(phrases), height, width), -jnp.inf), 0
+    for level_height, level_width in sizes:
+        level = similarity[index, :, start : start + level_height * level_width]
+        start += level_height * level_width
+        rows, columns = np.arange(height) * level_height // height, np.arange(width) * level_width // width
+        maps = jnp.maximum(maps, level.reshape(-1, level_height, level_width)[:, rows][:, :, columns])
+    return Alignment(boxes, best[index], 1 + jnp.sum(best > best[index][None], axis=0), maps)

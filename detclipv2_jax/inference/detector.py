@@ -1,0 +1,173 @@
+"""A model whose functions are compiled once for each shape: texts encoded, photos searched, phrases aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.geometry import anchors as anchor_lib
+from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, AnyArray, Detections, Limits, align, detect
+from detclipv2_jax.models.detclip import DetCLIP, Regions
+from detclipv2_jax.runs.sharding import BATCH, REPLICATED
+
+TEXT_BATCH = 256  # texts encoded at once
+
+
+class Photos(NamedTuple):
+    """A batch of photos on one canvas; the fields are those of `data.schema.Batch`."""
+
+    image: UInt8[AnyArray, "b h w 3"]
+    extent: Int[AnyArray, "b 2"]
+    scale: Float[AnyArray, "b 2"]
+    original_size: Int[AnyArray, "b 2"]
+
+
+class Detector:
+    """The compiled functions of a model; each shape is compiled once in the life of the object.
+
+    With a mesh, photos and texts are split over its devices, parameters stay where they are, and results are whole on
+    every process.
+    """
+
+    def __init__(self, model: DetCLIP, *, mesh: Mesh | None = None):
+        self.model, self.mesh = model, mesh
+        whole = None if mesh is None else NamedSharding(mesh, REPLICATED)
+        encode = self._split(self._encode, REPLICATED, BATCH)
+        predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
+        self._compiled_encode = jax.jit(encode, out_shardings=whole)
+        self.compiled_predict = jax.jit(predict, out_shardings=whole)
+        self._compiled_align = jax.jit(self._align, out_shardings=whole)
+        self._compiled_ground = jax.jit(self._ground, out_shardings=whole)
+
+    def _split(self, method: Callable, *specs: PartitionSpec) -> Callable:
+        """Returns the method computed by every device for its own rows, arguments and results laid out by `specs`.
+
+        Left to the partitioner, every top_k would gather the scores of all images.
+        """
+        if self.mesh is None:
+            return method
+        return jax.shard_map(method, mesh=self.mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+
+    def to_global(self, batch: Batch) -> Photos:
+        """Returns the photos of the global batch, of which this process holds `batch`."""
+        photos = Photos(batch.image, batch.extent, batch.scale, batch.original_size)
+        if self.mesh is None:
+            return photos
+        sharding = NamedSharding(self.mesh, BATCH)
+        return Photos(*(jax.make_array_from_process_local_data(sharding, np.asarray(array)) for array in photos))
+
+    def encode_vocabulary(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "w d"]:
+        """Returns the L2-normalised embeddings of texts."""
+        return self.encode_tokens(params, tokenizer.tokenize(texts, max_length=self.model.text["context_length"]))
+
+    def encode_tokens(self, params: Any, tokens: Int[np.ndarray, "w l"]) -> Float[np.ndarray, "w d"]:
+        """Returns the L2-normalised embeddings of rows of tokens, encoded in batches of few sizes."""
+        size = min(TEXT_BATCH, 1 << max(3, (len(tokens) - 1).bit_length()))  # a power of two from 8
+        num_shards = 1 if self.mesh is None else self.mesh.size
+        size = -(-size // num_shards) * num_shards
+        padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)))
+        batches = np.split(padded, len(padded) // size)
+        return np.concatenate([np.asarray(self._compiled_encode(params, batch)) for batch in batches])[: len(tokens)]
+
+    def predict(
+        self,
+        params: Any,
+        photos: Photos,
+        text: Float[AnyArray, "w d"],
+        text_mask: Bool[AnyArray, " w"],
+        limits: Limits,
+    ) -> Detections:
+        """Returns what `detect` finds; text and mask come from `vocabulary.pad`."""
+        return self.compiled_predict(params, photos, text, text_mask, limits)
+
+    def align(
+        self, params: Any, photos: Photos, phrases: Float[AnyArray, "p m d"], index: Int[AnyArray, " p"]
+    ) -> Alignment:
+        """Returns what `align` finds for the m phrases of each of the p photos `index`, stacked."""
+        return self._compiled_align(params, photos, phrases, index)
+
+    def ground(self, params: Any, photos: Photos, phrases: Float[AnyArray, "p d"], limits: Limits) -> Detections:
+        """Returns what `detect` finds for each phrase alone on one photo; arrays begin with [p]."""
+        return self._compiled_ground(params, photos, phrases, limits)
+
+    # what is compiled
+
+    def _apply(self, params: Any, *arguments: Any, method: str, **options: Any) -> Any:
+        return self.model.apply({"params": params}, *arguments, method=method, **options)
+
+    def _encode(self, params: Any, tokens: Int[Array, "t l"]) -> Float[Array, "t d"]:
+        return self._apply(params, tokens, method="encode_text")
+
+    def _regions(self, params: Any, photos: Photos) -> Regions:
+        return self._apply(params, photos.image, photos.extent, method="encode_image", train=False)
+
+    def _predict(
+        self, params: Any, photos: Photos, text: Float[Array, "w d"], text_mask: Bool[Array, " w"], limits: Limits
+    ) -> Detections:
+        return self._detect(params, self._regions(params, photos), photos, text, text_mask, limits)
+
+    def _ground(self, params: Any, photos: Photos, phrases: Float[Array, "p d"], limits: Limits) -> Detections:
+        regions = self._regions(params, photos)
+
+        def find(phrase: Float[Array, " d"]) -> Detections:
+            return self._detect(params, regions, photos, phrase[None], jnp.ones(1, bool), limits, word_chunk=1)
+
+        return jax.tree.map(lambda array: array[:, 0], jax.lax.map(find, phrases))
+
+    def _detect(
+        self,
+        params: Any,
+        regions: Regions,
+        photos: Photos,
+        text: Float[Array, "w d"],
+        text_mask: Bool[Array, " w"],
+        limits: Limits,
+        *,
+        word_chunk: int = WORD_CHUNK,
+    ) -> Detections:
+        scale, bias = self._apply(params, method="logit_parameters")
+        _, height, width, _ = photos.image.shape
+        return detect(
+            regions,
+            text,
+            text_mask,
+            anchors=anchor_lib.grid((height, width)).boxes,
+            scale=scale,
+            bias=bias,
+            extent=photos.extent,
+            image_scale=photos.scale,
+            original_size=photos.original_size,
+            score_threshold=limits.score_threshold,
+            nms_iou=limits.nms_iou,
+            pre_nms=limits.pre_nms,
+            max_detections=limits.max_detections,
+            word_chunk=word_chunk,
+            class_agnostic=limits.class_agnostic,
+        )
+
+    def _align(self, params: Any, photos: Photos, phrases: Float[Array, "p m d"], index: Int[Array, " p"]) -> Alignment:
+        scale, _ = self._apply(params, method="logit_parameters")
+        regions = self._split(self._regions, REPLICATED, BATCH)(params, photos)
+        _, height, width, _ = photos.image.shape
+
+        def align_one(pair: tuple[Array, Array]) -> Alignment:
+            return align(
+                regions,
+                pair[0],
+                index=pair[1],
+                canvas=(height, width),
+                scale=scale,
+                extent=photos.extent,
+                image_scale=photos.scale,
+                original_size=photos.original_size,
+            )
+
+        return jax.lax.map(align_one, (phrases, index))

@@ -1,0 +1,203 @@
+"""`Predictor`: any words on any images with a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from detclipv2_jax.data import concepts, transforms
+from detclipv2_jax.inference import vocabulary
+from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits
+from detclipv2_jax.inference.detector import Detector, Photos
+from detclipv2_jax.models import detclip
+from detclipv2_jax.models.detclip import DetCLIP
+from detclipv2_jax.runs import checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was found on one image, best first."""
+
+    boxes: Float[np.ndarray, "n 4"]  # xyxy in pixels of the image as displayed (EXIF rotation applied)
+    scores: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]  # positions in `vocabulary`
+    vocabulary: tuple[str, ...]
+    size: tuple[int, int]  # (height, width) px of the image
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the word of every box."""
+        return [self.vocabulary[label] for label in self.labels]
+
+
+class Predictor:
+    """Finds any words on any images with a trained model, on the first device of this process.
+
+    predictor = Predictor.from_checkpoint("runs/demo")
+    found = predictor(["photo.jpg"], ["cat", "red car"])[0]
+    print(found.names, found.scores, found.boxes)
+    """
+
+    def __init__(
+        self, config: ConfigDict, model: DetCLIP, params: Any, *, step: int = 0, cache: str | pathlib.Path | None = None
+    ):
+        self.config, self.params, self.step = config, params, step
+        self.detector = Detector(model)
+        self._embed = vocabulary.Cache(
+            functools.partial(self.detector.encode_vocabulary, params),
+            text_config=config.model.text.to_dict(),
+            text_params=params["text_encoder"],
+            folder=cache,
+        )
+
+    @classmethod
+    def from_checkpoint(cls, workdir: str | pathlib.Path) -> Predictor:
+        """Returns the predictor of a training run's newest checkpoint; ValueError if there is none.
+
+        Embeddings of vocabularies are kept in `<workdir>/vocabularies`.
+        """
+        config, params, step = checkpoints.load_for_inference(workdir)
+        model = detclip.from_config(config.model)
+        return cls(config, model, params, step=step, cache=pathlib.Path(workdir) / "vocabularies")
+
+    def __call__(
+        self,
+        images: Iterable[str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]],
+        words: Sequence[str] | Mapping[str, str],
+        *,
+        score_threshold: float | None = None,
+        nms_iou: float | None = None,
+        max_detections: int | None = None,
+        batch_size: int = 1,
+    ) -> list[Found]:
+        """Returns what is found on every image, in order.
+
+        Args:
+          images: paths or RGB arrays of any size.
+          words: what to look for, or name → definition.
+          score_threshold: only boxes above it; None: the configuration's `eval` value, as for the next two.
+          nms_iou: a box is removed by a better one of its word if their IoU is above it.
+          max_detections: boxes an image.
+          batch_size: images a step; a new value compiles anew.
+
+        Raises:
+          ValueError: an image cannot be read, no words, or a limit out of range.
+        """
+        limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+        found = dict(self.iterate(images, words, batch_size=batch_size, **limits))
+        return [found[i] for i in range(len(found))]
+
+    def iterate(
+        self, images: Iterable[Any], words: Sequence[str] | Mapping[str, str], *, batch_size: int = 1, **given: Any
+    ) -> Iterator[tuple[int, Found]]:
+        """Yields (position of the image, what is found) as batches of one canvas fill; see `__call__`.
+
+        Holds no more than a batch of images a canvas, so `images` may be endless.
+        """
+        names, text, mask = self.vocabulary(words)
+        limits = Limits.from_config(self.config.eval, **given)
+        waiting: dict[tuple[int, ...], list[tuple[int, Photos]]] = {}
+        for i, image in enumerate(images):
+            photo = self._photo(image)
+            batch = waiting.setdefault(photo.image.shape[:2], [])
+            batch.append((i, photo))
+            if len(batch) == batch_size:
+                yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
+                batch.clear()
+        for batch in filter(None, waiting.values()):
+            yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
+
+    def _find(self, batch, names, text, mask, *, limits: Limits, batch_size: int) -> Iterator[tuple[int, Found]]:
+        photos = [photo for _, photo in batch]
+        photos += photos[-1:] * (batch_size - len(photos))  # the compiled size; the copies' results are not read
+        found = self.detector.predict(self.params, _stack(photos), text, mask, limits)
+        found = jax.tree.map(np.asarray, found)
+        for row, (i, photo) in enumerate(batch):
+            keep = found.mask[row]
+            arrays = (found.boxes[row][keep], found.scores[row][keep], found.labels[row][keep])
+            height, width = map(int, photo.original_size)
+            yield i, Found(*arrays, names, (height, width))
+
+    def align(self, images: Sequence[Any], phrases: Sequence[str], *, index: int = 0) -> Alignment:
+        """Returns the best region of each phrase on image `index`, and the image's rank among `images` for it.
+
+        All images are put on the canvas of that image; maps cover it without padding. `figures.alignment` draws them.
+        """
+        photos = self.photos(images, index=index)
+        text = self.vocabulary(phrases)[1][: len(phrases)]
+        found = self.detector.align(self.params, photos, text[None], np.array([index], np.int32))
+        found = jax.tree.map(lambda array: np.asarray(array)[0], found)
+        return found.replace(maps=found.photo_maps(photos.extent[index]))
+
+    def ground(self, image: Any, phrases: Float[np.ndarray, "p d"], *, max_detections: int) -> Detections:
+        """Returns the best boxes of each phrase alone on one image, arrays beginning with [p].
+
+        Args:
+          image: path or RGB array.
+          phrases: rows of what `vocabulary` gives; their number is padded to a multiple of 8, so that few are compiled.
+          max_detections: boxes a phrase.
+        """
+        limits = Limits.from_config(self.config.eval, max_detections=max_detections)
+        padded, _ = vocabulary.pad(phrases, multiple=8)
+        found = self.detector.ground(self.params, _stack([self._photo(image)]), padded, limits)
+        return jax.tree.map(lambda array: np.asarray(array)[: len(phrases)], found)
+
+    def vocabulary(self, words: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        """Returns (names, padded embeddings, mask) of words, from the cache where it has exactly them.
+
+        Warns of texts that are longer than the model's context and lose their end.
+        """
+        if isinstance(words, str) or not words:
+            raise ValueError(f"words must be a list of words, or a dict name → definition, but are {words!r}")
+        definitions = words if isinstance(words, Mapping) else dict.fromkeys(words, "")
+        names = tuple(words)
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"words must be texts that are not empty, not {list(names)!r}")
+        texts = [concepts.concept_text(name, definitions[name]) for name in names]
+        vocabulary.warn_truncated(texts, max_length=self.config.model.text.context_length)
+        return names, *vocabulary.pad(self._embed(texts), multiple=WORD_CHUNK)
+
+    def photos(self, images: Sequence[Any], *, index: int = 0) -> Photos:
+        """Returns paths or RGB arrays as a batch, on the canvas that shows image `index` largest."""
+        height, width, _ = self._photo(images[index]).image.shape
+        return _stack([self._photo(image, (height, width)) for image in images])
+
+    def _photo(self, image: Any, canvas: tuple[int, int] | None = None) -> Photos:
+        """Returns one image (no batch axis) on the canvas that shows it largest, or on the given one."""
+        sides = {"short_side": self.config.eval.short_side, "long_side": self.config.eval.long_side}
+        try:
+            source, size = _open(image)
+            if canvas is None:  # as data.streams assigns them: of equals the first
+                canvases = self.config.eval.canvases
+                canvas = max(canvases, key=lambda canvas: min(canvas[0] / size[0], canvas[1] / size[1]))
+            out = np.zeros((*canvas, 3), np.uint8)
+            placed = transforms.place(source, out, annotated_size=(0, 0), **sides)
+        except (OSError, ValueError) as error:
+            name = image if isinstance(image, (str, os.PathLike)) else "array"
+            raise ValueError(f"cannot read the image {name}: {error}") from error
+        extent, original_size = np.array(placed, np.int32)
+        return Photos(out, extent, (extent / original_size).astype(np.float32), original_size)
+
+
+def _stack(photos: Sequence[Photos]) -> Photos:
+    return Photos(*(np.stack(arrays) for arrays in zip(*photos, strict=True)))
+
+
+def _open(image: Any) -> tuple[bytes | np.ndarray, tuple[int, int]]:
+    """Returns encoded bytes or pixels of an image, and its (height, width) as displayed."""
+    if isinstance(image, (str, os.PathLike)):
+        data = pathlib.Path(image).read_bytes()
+        return data, transforms.read_header(data).displayed_size
+    pixels = np.ascontiguousarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"it is {pixels.dtype}{list(pixels.shape)}, not RGB uint8 [height, width, 3]")
+    return pixels, pixels.shape[:2]

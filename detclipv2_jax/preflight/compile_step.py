@@ -1,0 +1,358 @@
+"""One step of a configuration, lowered from shapes and compiled for accelerators that are not there.
+
+  python -m detclipv2_jax.preflight.compile_step JOB.json
+
+is what `detclipv2_jax.preflight` runs, one process a program: the last line of stdout is the measured program as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import inference, train
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.models import detclip, flops
+from detclipv2_jax.preflight import hlo
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.runs.optimizer import make_optimizer
+from detclipv2_jax.runs.order import StepOrder
+
+GIB = 1 << 30
+MAX_CHUNK_BYTES = 1 << 50  # no loss is cut into chunks
+
+
+class Chip(NamedTuple):
+    """An accelerator."""
+
+    platform: str
+    kind: str  # of `flops.PEAKS`
+    memory: float  # bytes that a program may use
+    per_host: int  # chips
+
+    @property
+    def peak(self) -> float:
+        return flops.PEAKS[self.kind]
+
+
+CHIPS = {
+    "v4": Chip("tpu", "TPU v4", 30.75 * GIB, 4),
+    "v5e": Chip("tpu", "TPU v5 lite", 15.75 * GIB, 4),
+    "v5p": Chip("tpu", "TPU v5", 95.74 * GIB, 4),
+    "v6e": Chip("tpu", "TPU v6 lite", 31.25 * GIB, 4),
+    "h100": Chip("cuda", "NVIDIA H100", 0.75 * 79.1 * GIB, 8),  # jax takes three quarters unless told otherwise
+}
+# what XLA asks a device for; the figures are those of nvidia-smi and of the CUDA programming guide for an H100 SXM
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Accelerators named like "v5e:4x8" or "h100:32"."""
+
+    name: str
+    chip: str
+    num_devices: int
+
+    @classmethod
+    def parse(cls, name: str) -> Topology:
+        """Returns the topology of a name; ValueError for another chip or form."""
+        chip, _, shape = name.partition(":")
+        if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+            raise ValueError(
+                f"--topology={name} is unknown; allowed are {', '.join(CHIPS)}, each with its shape: v5e:4x8, "
+                "v5p:4x4x4, h100:8"
+            )
+        return cls(name, chip, math.prod(map(int, shape.split("x"))))
+
+    @property
+    def num_hosts(self) -> int:
+        return -(-self.num_devices // CHIPS[self.chip].per_host)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables under which its programs are compiled on any machine."""
+        common = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        if CHIPS[self.chip].platform == "tpu":
+            # a third of the compiler's time, for a program that is a little slower and takes a little more memory
+            return common | {"XLA_FLAGS": "", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
+        # GPU kernels cannot be timed without a GPU; Triton's need one for its choice of tiles
+        return common | {"XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
+
+    def devices(self) -> list[jax.Device]:
+        """Returns the described devices; ValueError without the package that compiles for them."""
+        platform = CHIPS[self.chip].platform
+        options: dict[str, Any] = {"topology_name": self.name}
+        if platform == "cuda":
+            shape = f"1x{self.num_hosts}x{self.num_devices // self.num_hosts}"
+            options = {"topology_name": "", "target_config": H100, "topology": shape}
+        try:
+            return list(topologies.get_topology_desc(platform=platform, **options).devices)
+        except Exception as error:  # of several types, each for a missing package or an unknown shape
+            package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin jax-cuda13-pjrt"}[platform]
+            raise ValueError(f"{self.name}: {str(error).splitlines()[0]} (needs `pip install {package}`)") from error
+
+
+def step_names(config: ConfigDict) -> list[str]:
+    """Returns the names of all step programs of a configuration that has data of all its kinds."""
+    kinds = [kind for kind in Kind if _has_data(config[kind.value])]
+    names = [f"{kind}/{h}x{w}" for kind in kinds for h, w in config[kind.value].canvases]
+    return names + [f"prediction/{h}x{w}" for h, w in config.eval.canvases]
+
+
+def _has_data(section: ConfigDict) -> bool:
+    return bool(section.data or section.get("annotations") or section.get("pairs"))
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a step depend on beside the configuration."""
+
+    table_rows: int  # of the concept tables of all hosts
+    num_concepts: int  # distinct ones in the global batch
+    num_words: int  # of the vocabulary of an evaluation
+
+
+class Program(NamedTuple):
+    """One step: what is jitted, its arguments as shapes with shardings, and its FLOPs by way of counting them."""
+
+    jitted: Any
+    arguments: tuple[Any, ...]
+    flops: Callable[[], dict[str, float]]
+
+
+def assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
+    """Returns the run of a configuration on a mesh, without files and data."""
+    total_steps = 100_000  # a number in the formula of the learning rate
+    model = detclip.from_config(config.model)
+    shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
+    tx = make_optimizer(config.optimizer, shapes, total_steps)
+    return train.Run(
+        config=config,
+        workdir=pathlib.Path(),
+        mesh=mesh,
+        streams=[],
+        order=StepOrder([total_steps], epochs=1, seed=0),
+        model=model,
+        tx=tx,
+        shardings=train_state.state_shardings(mesh, tx, shapes, ema=config.optimizer.ema_decay > 0),
+        detector=inference.Detector(model, mesh=mesh),
+        evaluator=None,
+        second=None,
+        shapes=shapes,
+    )
+
+
+def program(config: ConfigDict, name: str, mesh: jax.sharding.Mesh, platform: str, sizes: Sizes) -> Program:
+    """Returns the program of a step."""
+    kind, canvas = name.split("/")
+    size = tuple(map(int, canvas.split("x")))
+    if kind == "prediction":
+        return _prediction(config, size, mesh, platform, sizes)
+    return _training(config, Kind(kind), size, mesh, platform, sizes)
+
+
+def _training(
+    config: ConfigDict, kind: Kind, canvas: tuple[int, int], mesh: jax.sharding.Mesh, platform: str, sizes: Sizes
+) -> Program:
+    run = assemble(config, mesh)
+    params = train_state.param_shapes(run.model, context_length=config.model.text.context_length)
+    state = jax.eval_shape(lambda p: train_state.create(p, run.tx, ema=run.shardings.ema is not None), params)
+    state = jax.tree.map(_placed, state, run.shardings)
+    batch = batch_shapes(config, kind, canvas, table_rows=sizes.table_rows, place=NamedSharding(mesh, sharding.BATCH))
+
+    def count() -> dict[str, float]:
+        counts = {"table_rows": sizes.table_rows, "num_devices": mesh.size}
+        by_trace = flops.of_step(config, kind, canvas, **counts)
+        whole = _with_deform(config, platform)
+        whole.loss.chunk_bytes = MAX_CHUNK_BYTES
+        step = train.jitted_step(assemble(whole, mesh), kind, canvas)
+        with jax.set_mesh(mesh):
+            executed = flops.of(step, state, batch)
+        executed -= by_trace(sizes.table_rows) - by_trace(sizes.num_concepts)  # chunks without concepts are skipped
+        return {
+            "model": by_trace(sizes.num_concepts),
+            "formula": flops.formula(config, kind, canvas, num_concepts=sizes.num_concepts, **counts),
+            "executed": executed,
+        }
+
+    return Program(train.jitted_step(run, kind, canvas), (state, batch), count)
+
+
+def _with_deform(config: ConfigDict, platform: str) -> ConfigDict:
+    """Returns a copy whose deformable layer has one form, that of a platform: a count takes the dearer of two."""
+    config = config.copy_and_resolve_references()
+    if config.model.head.deform_impl == "auto":
+        config.model.head.deform_impl = "banded" if platform == "tpu" else "gather"
+    return config
+
+
+def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+
+def batch_shapes(
+    config: ConfigDict, kind: Kind, canvas: tuple[int, int], *, table_rows: int, place: NamedSharding | None = None
+) -> Batch:
+    """Returns the shapes of a global batch."""
+    section = config[kind.value]
+    b = section.batch_size
+    n, m = (0, section.max_phrases + 1) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
+
+    def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    return Batch(
+        image=shape((b, *canvas, 3), jnp.uint8),
+        extent=shape((b, 2), jnp.int32),
+        scale=shape((b, 2), jnp.float32),
+        original_size=shape((b, 2), jnp.int32),
+        image_mask=shape((b,), bool),
+        example_id=shape((b,), jnp.int32),
+        boxes=shape((b, n, 4), jnp.float32),
+        box_mask=shape((b, n), bool),
+        box_concepts=shape((b, n), jnp.int32),
+        concept_tokens=shape((table_rows, config.model.text.context_length), jnp.int32),
+        concept_mask=shape((table_rows,), bool),
+        concept_ids=shape((table_rows, 2), jnp.uint32),
+        caption_concepts=shape((b, m), jnp.int32),
+        caption_mask=shape((b, m), bool),
+    )
+
+
+def _prediction(
+    config: ConfigDict, canvas: tuple[int, int], mesh: jax.sharding.Mesh, platform: str, sizes: Sizes
+) -> Program:
+    run = assemble(config, mesh)
+    params = train_state.param_shapes(run.model, context_length=config.model.text.context_length)
+    params = jax.tree.map(_placed, params, run.shardings.params)
+    place, whole = (NamedSharding(mesh, spec) for spec in (sharding.BATCH, sharding.REPLICATED))
+    b, embed_dim = config.eval.batch_size, config.model.embed_dim
+    pairs = jax.ShapeDtypeStruct((b, 2), jnp.int32, sharding=place)
+    image = jax.ShapeDtypeStruct((b, *canvas, 3), jnp.uint8, sharding=place)
+    photos = inference.Photos(image, pairs, jax.ShapeDtypeStruct((b, 2), jnp.float32, sharding=place), pairs)
+    num_words = -(-sizes.num_words // inference.WORD_CHUNK) * inference.WORD_CHUNK
+    text = jax.ShapeDtypeStruct((num_words, embed_dim), jnp.float32, sharding=whole)
+    mask = jax.ShapeDtypeStruct((num_words,), bool, sharding=whole)
+    predict, limits = run.detector.compiled_predict, inference.Limits.from_config(config.eval)
+
+    def count() -> dict[str, float]:
+        per_image = flops.formula_image(config.model, canvas) + flops.num_anchors(canvas) * num_words * embed_dim
+        detectors = {name: assemble(_with_deform(config, name), mesh).detector for name in ("cpu", platform)}
+        model, executed = (
+            flops.of(detectors[name].compiled_predict, params, photos, text, mask, limits) for name in ("cpu", platform)
+        )
+        return {"model": model, "formula": 2.0 * b * per_image, "executed": executed}
+
+    return Program(predict, (params, photos, text, mask, limits), count)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns a compiled program's memory in bytes a device, traffic, FLOPs of all devices, and times.
+
+    `job` has config (JSON text), topology, step, sizes (of `Sizes`) and cache, the folder where results are kept by the
+    hash of the lowered program and of what compiles it.
+    """
+    config = config_lib.from_json(job["config"])
+    topology = Topology.parse(job["topology"])
+    platform = CHIPS[topology.chip].platform
+    devices = topology.devices()
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, devices=devices)
+    step = program(config, job["step"], mesh, platform, Sizes(**job["sizes"]))
+    with jax.set_mesh(mesh):
+        start = time.process_time()
+        lowered = step.jitted.trace(*step.arguments).lower(lowering_platforms=(platform,))
+        lowering_s = time.process_time() - start
+    versions = {"jax": jax.__version__, "compiler": devices[0].client.platform_version, **topology.environment}
+    known = json.dumps([job["topology"], versions, job["sizes"]]) + lowered.as_text()
+    path = pathlib.Path(job["cache"]) / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    counts = step.flops()
+    start, clock = time.process_time(), time.monotonic()
+    try:
+        result = _of_compiled(lowered.compile())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result = {"memory": _of_refusal(str(error))}
+    result |= {
+        "flops": counts,
+        "lowering_cpu_s": lowering_s,
+        "compile_cpu_s": time.process_time() - start,
+        "compile_s": time.monotonic() - clock,
+        "compiler_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": versions,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(result))
+    partial.rename(path)
+    return result
+
+
+def _of_compiled(compiled: Any) -> dict[str, Any]:
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    moved = hlo.traffic(text)
+    # donated arguments are results, too
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "results": results,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    return {
+        "memory": parts | {"total": sum(parts.values())},
+        "bytes": moved.memory,
+        "network": moved.network,
+        "unknown_loops": moved.unknown_loops,
+        "instructions": text.count("\n"),
+    }
+
+
+def _of_refusal(message: str) -> dict[str, float]:
+    """Returns the memory that a program needs as a compiler says that refuses it."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
+    return {"total": float(used[1]) * units[used[2]] if used else math.inf}
+
+
+def main() -> None:
+    print(json.dumps(measure(json.loads(pathlib.Path(sys.argv[1]).read_text()))))
+
+
+if __name__ == "__main__":
+    main()

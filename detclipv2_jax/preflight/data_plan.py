@@ -1,0 +1,145 @@
+"""What the data of a run comes to: steps of every kind, rows of the concept tables, what is wrong with the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path, PurePath
+
+from ml_collections import ConfigDict
+
+from detclipv2_jax import train
+from detclipv2_jax.data.box_json import BoxSource
+from detclipv2_jax.data.built import REPORT, BuiltSource
+from detclipv2_jax.data.catalog import DATASETS
+from detclipv2_jax.data.leakage import held_out_photos, photo_of
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.sources import PairSource
+from detclipv2_jax.data.streams import Stream, eval_streams, table_capacity, train_streams
+from detclipv2_jax.models import detclip
+from detclipv2_jax.runs import pretrained
+from detclipv2_jax.runs.optimizer import learning_rate, named_shapes
+from detclipv2_jax.runs.state import param_shapes
+
+LVIS_NAMES = 1203
+MAX_MISSING_SHARE = 0.1  # of the examples that a published data set should have
+
+
+@dataclasses.dataclass
+class Plan:
+    """Steps of the whole run by step program, sizes by kind, and what there is to say."""
+
+    num_steps: dict[str, float] = dataclasses.field(default_factory=dict)
+    table_rows: dict[str, int] = dataclasses.field(default_factory=dict)  # of all hosts
+    num_concepts: dict[str, int] = dataclasses.field(default_factory=dict)  # distinct ones of a global batch, at most
+    num_words: int = LVIS_NAMES  # of the evaluation's vocabulary
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
+    """Returns the plan of a run whose folders hold what the published data sets of their names have."""
+    plan = Plan()
+    for kind in Kind:
+        section = config[kind.value]
+        known = [DATASETS[name] for folder in section.data if (name := PurePath(folder).name) in DATASETS]
+        if not known:
+            continue
+        num_examples = sum(dataset.num_examples for dataset in known)
+        batches = (config.epochs - section.from_epoch) * section.weight * num_examples / section.batch_size
+        for height, width in section.canvases:
+            plan.num_steps[f"{kind}/{height}x{width}"] = batches / len(section.canvases)
+        num_names = sum(dataset.num_names for dataset in known)
+        rows = table_capacity(
+            section, kind, num_images=section.batch_size // num_hosts, table_multiple=num_devices // num_hosts,
+            num_known=num_names,
+        )  # fmt: skip
+        _set_table(plan, kind, rows * num_hosts, num_names)
+        plan.notes.append(f"{kind}: {num_examples:,} examples as published; the files were not looked at")
+    return plan
+
+
+def _set_table(plan: Plan, kind: Kind, rows: int, num_names: int) -> None:
+    plan.table_rows[kind], plan.num_concepts[kind] = rows, min(rows, num_names or rows)
+
+
+def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
+    """Returns the plan of a run from its files, every problem among them listed: missing files, canvases without
+    examples, numbers far from the published ones, photos of the evaluation, and a schedule that ends elsewhere."""
+    plan = Plan()
+    streams: list[Stream] = []
+    with train.listed(plan.problems):
+        streams = train_streams(config, process_count=num_hosts, table_multiple=num_devices // num_hosts)
+    with train.listed(plan.problems):
+        evaluated = eval_streams(config.eval, input_config=config.input)
+        if evaluated:
+            plan.num_words = len(evaluated[0].ground_truth.texts)
+            plan.notes += [f"{stream.name}: {stream.num_examples:,} images" for stream in evaluated]
+        else:
+            plan.notes.append("no evaluation: config.eval.annotations is empty")
+    with train.listed(plan.problems):
+        if not config.init_from.checkpoint:
+            context_length = config.model.text.context_length
+            shapes = param_shapes(detclip.from_config(config.model), context_length=context_length)
+            plan.notes += pretrained.load_all(config.init_from, named_shapes(shapes))[1]
+    if not streams:
+        return plan
+    order = train.make_order(config, streams)
+    positions = order.next_positions(order.num_steps)
+    for stream, num_steps in zip(streams, positions, strict=True):
+        plan.num_steps[stream.name] = num_steps
+        names = {id(source): len(source.vocabulary) for source in stream.sources if stream.kind is Kind.DETECTION}
+        _set_table(plan, stream.kind, stream.capacities["table"] * num_hosts, sum(names.values()))
+        passes = num_steps * stream.batch_size / stream.num_examples
+        plan.notes.append(
+            f"{stream.name}: {stream.num_examples:,} images, {stream.num_batches:,} batches an epoch, {num_steps:,} "
+            f"steps = {passes:.2f} passes, concept table {stream.capacities['table']:,} rows a host"
+        )
+        with train.listed(plan.problems):
+            stream.batch(0)  # decodes a host's photos
+    for kind in Kind:
+        of_kind = [stream for stream in streams if stream.kind is kind]
+        missing = {tuple(canvas) for canvas in config[kind.value].canvases} - {stream.canvas for stream in of_kind}
+        if of_kind and missing:
+            plan.notes.append(f"{kind}: no image is largest on the canvas {', '.join(map(str, sorted(missing)))}")
+    _check_sources(config, streams, plan)
+    rate = learning_rate(config.optimizer, order.total_steps)
+    end = float(rate(order.num_steps)) / config.optimizer.learning_rate
+    plan.notes.append(
+        f"schedule: {order.num_steps:,} of {order.total_steps:,} steps; the learning rate ends at {end:.3g} of its peak"
+    )
+    if order.num_steps < order.total_steps:
+        plan.notes.append(f"config.num_steps={config.num_steps} ends the run early")
+    if order.total_steps <= config.optimizer.warmup_steps:
+        plan.problems.append(
+            f"config.optimizer.warmup_steps is {config.optimizer.warmup_steps}, but the run has only "
+            f"{order.total_steps} steps: the learning rate never reaches its peak"
+        )
+    return plan
+
+
+def _check_sources(config: ConfigDict, streams: list[Stream], plan: Plan) -> None:
+    """Notes the counts of every source, and photos of the evaluation in it."""
+    held_out = held_out_photos([config.eval.annotations] if Path(config.eval.annotations).is_file() else [])
+    for source in {id(source): source for stream in streams for source in stream.sources}.values():
+        found = 0
+        if isinstance(source, BuiltSource):
+            report = json.loads((source.folder / REPORT).read_bytes())
+            published = DATASETS.get(source.folder.name)
+            if published and report["examples"] < (1 - MAX_MISSING_SHARE) * published.num_examples:
+                plan.problems.append(
+                    f"{source.folder} has {report['examples']:,} examples; {published.title} has "
+                    f"{published.num_examples:,}"
+                )
+            photos = report["validation photos"]
+            found = 0 if photos["left out"] else photos["found"]
+            if held_out and not photos["compared with"]:
+                plan.notes.append(
+                    f"{source.folder} was not compared with photos of validation sets; build it again with "
+                    f"--validation={config.eval.annotations} --drop_validation"
+                )
+        elif isinstance(source, BoxSource | PairSource):
+            names = (source.describe(i).removesuffix(f" of {source.path}") for i in range(len(source)))
+            found = len(held_out & {photo_of(name) for name in names})
+        if found:
+            plan.problems.append(f"{source.name}: {found:,} photos of the evaluation are among its {len(source):,}")

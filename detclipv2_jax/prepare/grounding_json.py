@@ -1,0 +1,25 @@
+"""Grounding from a json as made for MDETR: `final_mixed_train_no_coco.json`, `final_flickr_separateGT_train.json`.
+
+A phrase is the text of the `tokens_positive` spans of a box, several spans joined; equal phrases of an image
+share their boxes. The format and what is checked are documented in `detclipv2_jax.data.box_json`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from detclipv2_jax.data.box_json import read_grounding
+from detclipv2_jax.prepare.coco_json import BoxReader
+from detclipv2_jax.prepare.record_builder import RecordBuilder
+
+
+class GroundingJson(RecordBuilder):
+    """Captioned images with the boxes of their phrases, from a json with tokens_positive."""
+
+    name = "detclipv2_grounding_json"
+
+
+def open_reader(annotations: str, images: str, *, shard_size: int, max_bad_share: float) -> BoxReader:
+    """Returns the reader of a grounding json."""
+    source = read_grounding(annotations, images, max_bad_share=max_bad_share)
+    return BoxReader(source, indices=np.arange(len(source)), folder=images, shard_size=shard_size)

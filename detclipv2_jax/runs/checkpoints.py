@@ -1,0 +1,293 @@
+"""Checkpoints of a run: the only module that knows orbax.
+
+A checkpoint holds the items `params`, `optimizer` (step and optimizer state) and `ema` where it is kept, so that
+prediction reads no more than it needs. Nothing else is stored: order and position of the data follow from the step,
+what evaluations lead to from their scores. `best.json` beside `checkpoints/` names the best one where it is kept.
+
+Every item has a `sha256.json` with the digest of each of its files, without which it does not count as complete. They
+are compared before anything is restored: bits of an array that flipped on disk would otherwise be restored in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax.runs import pretrained
+from detclipv2_jax.runs.optimizer import named_shapes
+from detclipv2_jax.runs.state import TrainState
+from detclipv2_jax.runs.workdir import room, write_text
+
+_DIGESTS = "sha256.json"
+
+
+class _Handler(ocp.StandardCheckpointHandler):
+    """Writes the digests of an item's files before orbax gives the item its name."""
+
+    def finalize(self, directory: Any) -> None:
+        """Ends the writing of an item; orbax's interface, called by process 0 when all have written."""
+        super().finalize(directory)
+        folder = pathlib.Path(directory)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        digests = {str(path.relative_to(folder)): _digest(path) for path in files}
+        write_text(folder / _DIGESTS, [json.dumps(digests, indent=1), "\n"])
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True)
+class _Save(ocp.args.StandardSave):
+    """What is saved in an item."""
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    """Shapes and shardings of what is read from an item."""
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _NewestAndBest:
+    """Keeps the newest checkpoints, and the one of step `best` where it is set."""
+
+    def __init__(self, num_newest: int):
+        self.best: int | None = None
+        self._num_newest = num_newest
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Returns which of the checkpoints, oldest first, stay; orbax's interface."""
+        del context
+        old = len(checkpoints) - self._num_newest
+        return [i >= old or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 0):
+        """Opens the checkpoints of a workdir, to read or, with a number `keep` of newest ones, to write."""
+        self._best_file = pathlib.Path(workdir) / "best.json"
+        self._folder = pathlib.Path(workdir).resolve() / "checkpoints"
+        self._policy = _NewestAndBest(keep)
+        self._num_bytes = 0  # of the checkpoint that was written last
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            # named here, because orbax tells shapes only of items whose handler it knows
+            item_handlers={name: _Handler() for name in ("params", "optimizer", "ema")},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=keep > 0,  # what a reader sees may be in the making
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the number of steps done at the newest checkpoint, None without one."""
+        return self._manager.latest_step()
+
+    def mark_best(self, step: int, *, score: str, value: float) -> None:
+        """Keeps the checkpoint of this step, saved before or next, beyond the newest ones, and says so in best.json."""
+        if step == self._policy.best:
+            return
+        self._policy.best = step
+        if jax.process_index() == 0:
+            write_text(self._best_file, [json.dumps({"step": step, "score": score, "value": value}), "\n"])
+
+    def best_step(self) -> int | None:
+        """Returns the step of the best checkpoint where it is kept, else of the newest one, None without one."""
+        if self._best_file.is_file():
+            best = json.loads(self._best_file.read_text())["step"]
+            if best in self._manager.all_steps():  # it is marked before it is written
+                return best
+        return self.latest_step()
+
+    def damage(self, step: int, items: Sequence[str]) -> list[str]:
+        """Returns the files of the items of a checkpoint that are not as they were written, with what is wrong."""
+        found = []
+        for item in items:
+            folder = self._folder / str(step) / item
+            try:
+                digests = json.loads((folder / _DIGESTS).read_bytes())
+            except (OSError, ValueError):
+                digests = {_DIGESTS: ""}
+            for name, digest in digests.items():
+                if not (folder / name).is_file():
+                    found.append(f"{item}/{name} is missing")
+                elif _digest(folder / name) != digest:
+                    found.append(f"{item}/{name} has changed")
+        return found
+
+    def intact_step(
+        self, items: Sequence[str], *, first: int | None = None, before: int | None = None, set_aside: bool = False
+    ) -> int | None:
+        """Returns the step of the newest checkpoint whose items are as they were written, None without any checkpoint.
+
+        Process 0 reads them for all, and names in the log those that are damaged.
+
+        Args:
+          items: what has to be intact.
+          first: the step that is preferred to newer ones.
+          before: only steps below this one.
+          set_aside: move damaged ones to damaged_checkpoints/, since they will be written again.
+
+        Raises:
+          ValueError: there are checkpoints, and none of them is intact.
+        """
+        steps = [step for step in self._manager.all_steps() if before is None or step < before]
+        found, damaged = -1, dict[int, str]()
+        if jax.process_index() == 0:
+            for step in sorted(steps, key=lambda step: (step == first, step), reverse=True):
+                if not (damage := self.damage(step, items)):
+                    found = step
+                    break
+                damaged[step] = f"checkpoint {self._folder / str(step)} is damaged: {', '.join(damage[:5])}"
+                logging.error("%s; it is not used", damaged[step])
+            for step in damaged if set_aside and found >= 0 else ():
+                place = self._folder.with_name("damaged_checkpoints")
+                place.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(place / time.strftime(f"{step}_%Y%m%d_%H%M%S"))
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found < 0 and steps:
+            raise ValueError(
+                "\n".join(
+                    [
+                        *damaged.values(),
+                        f"no checkpoint is intact; move {self._folder} away to start from the beginning",
+                    ]
+                )
+            )
+        if set_aside:
+            self._manager.reload()
+        return found if steps else None
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts writing `state` after `step` steps; returns when the arrays are copied. A saved step is left alone.
+
+        Raises:
+          WorkdirError: there is no room on the disk, now or for the checkpoint before.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "params": _Save(state.params),
+            "optimizer": _Save({"step": state.step, "opt_state": state.opt_state}),
+        }
+        if state.ema is not None:
+            items["ema"] = _Save(state.ema)
+        self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        with room(self._folder, self._num_bytes, what=f"the checkpoint of step {step}"):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, abstract: TrainState, *, step: int) -> TrainState:
+        """Returns the checkpoint of a step as arrays of the shapes and shardings of `abstract`.
+
+        Raises:
+          ValueError: stored parameters and those of the configuration differ; missing, unexpected and reshaped names.
+        """
+        self.wait()
+        report_differences(self.stored(step), abstract.params, what=f"checkpoint of step {step}")
+        items = {
+            "params": _Restore(abstract.params),
+            "optimizer": _Restore({"step": abstract.step, "opt_state": abstract.opt_state}),
+        }
+        if abstract.ema is not None:
+            items["ema"] = _Restore(abstract.ema)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(
+            step=restored["optimizer"]["step"],
+            params=restored["params"],
+            opt_state=restored["optimizer"]["opt_state"],
+            ema=restored["ema"] if abstract.ema is not None else None,
+        )
+
+    def stored(self, step: int, item: str = "params") -> Any:
+        """Returns the tree of shapes that the checkpoint of a step holds."""
+        return self._manager.item_metadata(step)[item].tree
+
+    def restore_params(self, step: int, item: str = "params") -> Any:
+        """Returns the parameters of the checkpoint of a step on this process's first device."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=device),
+            self.stored(step, item),
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: _Restore(abstract)}))[item]
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises as `save`."""
+        with self._room_for_last():
+            self._manager.wait_until_finished()
+
+    def _room_for_last(self) -> contextlib.AbstractContextManager[None]:
+        return room(self._folder, what=f"a checkpoint of {self._num_bytes / 1e6:,.2f} MB")
+
+    def close(self) -> None:
+        """Waits for writing and frees the manager; raises as `save`."""
+        with self._room_for_last():
+            self._manager.close()
+
+
+def report_differences(stored: Any, expected: Any, *, what: str) -> None:
+    """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`, if there are any."""
+    if lines := pretrained.differences(named_shapes(stored), named_shapes(expected)):
+        raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
+
+
+@contextlib.contextmanager
+def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoints, int, str]]:
+    """Yields (config, checkpoints, step and item that count) of a run; raises as `load_for_inference`."""
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"{workdir} has no checkpoints; the run must train until its first one")
+    item = "ema" if config.optimizer.ema_decay else "params"
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        step = checkpoints.intact_step([item], first=checkpoints.best_step())
+        if step is None:
+            raise ValueError(f"{workdir}/checkpoints is empty; the run must train until its first checkpoint")
+        yield config, checkpoints, step, item
+
+
+def load_for_inference(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, int]:
+    """Returns (config, parameters, step) of a run's best checkpoint where it keeps that one, else of its newest.
+
+    They are the averaged parameters if the run keeps them.
+
+    Raises:
+      ValueError: `workdir` holds no run or no intact checkpoint.
+    """
+    with _opened(workdir) as (config, checkpoints, step, item):
+        return config, checkpoints.restore_params(step, item), step
+
+
+def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> None:
+    """Raises a ValueError unless `load_for_inference` gives parameters of these shapes; lists every difference.
+
+    Args:
+      workdir: of another run.
+      model: config.model of this one, which explains the shapes.
+      shapes: tree of shapes of its parameters.
+    """
+    with _opened(workdir) as (config, checkpoints, step, item):
+        try:
+            report_differences(checkpoints.stored(step, item), shapes, what=f"init_from.checkpoint {workdir}")
+        except ValueError as error:
+            lines = [f"  config.model.{line}" for line in config_lib.differences(config.model, model)]
+            raise ValueError("\n".join([f"{error}\nits configuration -> this one:", *lines])) from None

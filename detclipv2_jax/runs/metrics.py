@@ -1,0 +1,133 @@
+"""What a run tells of itself while it goes on: a progress bar, rates, and scalars on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+from detclipv2_jax.runs.workdir import write_text
+
+if TYPE_CHECKING:
+    from clu import metric_writers
+
+
+def prefix(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """Returns the values as floats under names led by the kind."""
+    return {f"{kind}/{name}": float(value) for name, value in values.items()}
+
+
+class Progress:
+    """Progress bar of a terminal (step, loss terms, images/s, time left), and rates for the log.
+
+    Attributes:
+      flops: done since rates were asked for, to be counted from outside.
+    """
+
+    def __init__(self, start: int, total: int, peak_flops: float | None = None):
+        self._peak_flops = peak_flops  # a second, of all devices
+        self._bar = tqdm(
+            initial=start, total=total, unit="step", dynamic_ncols=True, mininterval=0.5,
+            disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._steps, self._images, self._waited, self.flops = time.monotonic(), 0, 0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def step(self, num_images: int) -> None:
+        """Counts one step."""
+        self._bar.update()
+        self._steps += 1
+        self._images += num_images
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Shows the loss terms of a step on the bar."""
+        losses = {name: f"{value:.3f}" for name, value in metrics.items() if "loss" in name}
+        self._bar.set_postfix(losses | {"img/s": f"{self._images / max(time.monotonic() - self._since, 1e-6):.1f}"})
+
+    def rates(self) -> dict[str, float]:
+        """Returns what happened since the last call: speed, share of time spent waiting for the data of any process.
+
+        The utilisation is of the devices' peak (see `flops`), where that is known.
+        """
+        elapsed = max(time.monotonic() - self._since, 1e-6)
+        rates = {
+            "timing/images_per_second": self._images / elapsed,
+            "timing/step_seconds": elapsed / max(self._steps, 1),
+            "timing/data_wait_share": self._waited / elapsed,
+        }
+        if self._peak_flops:
+            rates["timing/flop_utilization"] = self.flops / (elapsed * self._peak_flops)
+        self._reset()
+        return rates
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+class MetricsWriter:
+    """Scalars to metrics.jsonl (one flat object a line), TensorBoard and the log; process 0 only.
+
+    Lines of steps after `start` are from a run that was continued from an older checkpoint; they are removed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        self._file: TextIO | None = None
+        self._kept: list[dict[str, Any]] = []
+        self._events: metric_writers.AsyncWriter | None = None
+        if jax.process_index() != 0:
+            return
+        from clu import metric_writers  # imports TensorFlow, for seconds: not before the run is known to be good
+
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            # a killed run may leave half a line, which is later than every checkpoint
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            write_text(path, kept)
+            self._kept = [json.loads(line) for line in kept]
+        self._file = path.open("a")
+        self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+    def recorded(self, kind: str) -> list[tuple[int, dict[str, float]]]:
+        """Returns (step, scores) of every evaluation of a kind that was there at the start; [] but on process 0."""
+        found = (
+            (row["step"], {k.removeprefix(f"{kind}/"): row[k] for k in row if k.startswith(f"{kind}/")})
+            for row in self._kept
+        )
+        return [(step, scores) for step, scores in found if scores]
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars of a step."""
+        if self._file is None or self._events is None:
+            return
+        # JSON has no NaN; null keeps the line readable by every parser
+        line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        self._events.write_scalars(step, scalars)
+        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()

@@ -1,0 +1,67 @@
+"""What a training run carries from step to step, and its sharded creation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+
+from detclipv2_jax.models.detclip import DetCLIP
+from detclipv2_jax.runs.sharding import REPLICATED, param_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Step (number of steps done), parameters (float32), optimizer state, and the average of the parameters if kept."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema: Any  # None without optimizer.ema_decay
+
+
+def init_params(model: DetCLIP, key: jax.Array, *, context_length: int) -> Any:
+    """Returns fresh parameters; shapes do not depend on the canvas, so a small one is traced."""
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    extent = jnp.full((1, 2), 64, jnp.int32)
+    tokens = jnp.zeros((1, context_length), jnp.int32)
+    return model.init(key, image, extent, tokens, train=False)["params"]
+
+
+def param_shapes(model: DetCLIP, *, context_length: int) -> Any:
+    """Returns the tree of parameter shapes without computing anything."""
+    return jax.eval_shape(lambda key: init_params(model, key, context_length=context_length), jax.random.key(0))
+
+
+def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: Any, *, ema: bool) -> TrainState:
+    """Returns the sharding of every array of the state: moments and average like their parameter, others replicated."""
+    replicated = NamedSharding(mesh, REPLICATED)
+    shardings = param_shardings(mesh, shapes)
+
+    def frozen(moment: Any) -> bool:  # there is none
+        return isinstance(moment, optax.MaskedNode)
+
+    opt_state = optax.tree_utils.tree_map_params(
+        tx,
+        lambda moment, sharding: moment if frozen(moment) else sharding,
+        jax.eval_shape(tx.init, shapes),
+        shardings,
+        transform_non_params=lambda _: replicated,
+        is_leaf=frozen,
+    )
+    return TrainState(step=replicated, params=shardings, opt_state=opt_state, ema=shardings if ema else None)
+
+
+def create(params: Any, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """Returns the state before the first step. Jit it with `state_shardings`: `jit(tx.init)` replicates moments."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+    )

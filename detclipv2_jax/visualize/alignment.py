@@ -1,0 +1,93 @@
+"""Pictures of word-region alignment (the paper's Figure 1): best regions of phrases, and where they are similar."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from detclipv2_jax.data import tokenizer, transforms
+from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.inference import Detector, Predictor
+from detclipv2_jax.visualize import drawing, figures
+
+
+def draw(
+    predictor: Predictor,
+    images: Sequence[Any],
+    phrases: Sequence[str],
+    *,
+    index: int = 0,
+    caption: str = "",
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the picture of one photo's best regions: boxes, scores, ranks and similarity maps of its phrases.
+
+    Args:
+      predictor: a checkpoint of ours.
+      images: paths or RGB arrays; the ranks are among them.
+      phrases: of the photo's caption.
+      index: position of the photo.
+      caption: text above the picture.
+      path: where to write the picture.
+    """
+    found = predictor.align(images, phrases, index=index)
+    photo = images[index] if isinstance(images[index], np.ndarray) else transforms.read(images[index])
+    return figures.alignment(
+        photo,
+        phrases,
+        found.boxes,
+        scores=found.scores,
+        ranks=found.ranks,
+        num_images=len(images),
+        maps=found.maps,
+        caption=caption,
+        path=path,
+    )
+
+
+def draw_batch(
+    detector: Detector, params: Any, batch: Batch, *, num_pictures: int, folder: str | pathlib.Path, name: str
+) -> None:
+    """Draws the first photos of an image-text batch with the best region of each of their phrases.
+
+    Ranks are among all images of the global batch. All processes take part; process 0 writes `<name>_<i>.jpg`.
+
+    Args:
+      detector: of the model and the mesh.
+      params: of the model.
+      batch: this process's rows.
+      num_pictures: photos drawn, at most those of the batch on process 0.
+      folder: where to write.
+      name: beginning of the files' names.
+    """
+    num_pictures = min(num_pictures, len(batch.image))
+    tokens = batch.concept_tokens[batch.caption_concepts[:num_pictures]]  # [p, m, l]
+    if jax.process_count() > 1:  # all processes must ask for the same phrases
+        tokens = np.asarray(multihost_utils.broadcast_one_to_all(tokens))
+    phrases = detector.encode_tokens(params, tokens.reshape(-1, tokens.shape[-1]))
+    phrases = phrases.reshape(*tokens.shape[:2], -1)
+    photos = detector.to_global(batch)
+    found = detector.align(params, photos, phrases, np.arange(num_pictures, dtype=np.int32))
+    if jax.process_index() != 0:
+        return
+    found = jax.tree.map(np.asarray, found)
+    for i in range(num_pictures):
+        mask, (height, width) = batch.caption_mask[i], batch.extent[i]
+        caption, *rest = tokenizer.decode(tokens[i][mask])
+        own = jax.tree.map(lambda array, i=i, mask=mask: array[i][mask], found)
+        figures.alignment(
+            batch.image[i, :height, :width],
+            ["the whole caption", *rest],
+            own.boxes * batch.scale[i][[1, 0, 1, 0]],  # shown at canvas size
+            scores=own.scores,
+            ranks=own.ranks,
+            num_images=photos.image.shape[0],
+            maps=own.photo_maps(batch.extent[i]),
+            caption=caption,
+            path=pathlib.Path(folder) / f"{name}_{i}.jpg",
+        )

@@ -1,0 +1,174 @@
+"""Charts: the curves of a run, lines, bars, histograms.
+
+Every function returns the picture as uint8[h, w, 3] and writes it to `path` if one is given. Colours are Okabe and
+Ito's, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from detclipv2_jax.visualize import drawing
+
+
+def curves(
+    metrics: str | pathlib.Path,
+    *,
+    names: Sequence[str] = (),
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the curves of a run's `metrics.jsonl`: one panel a quantity, one line a kind of data.
+
+    Thin: every value. Thick: a moving mean. `names` chooses quantities ("loss_alignment"); without it all are drawn.
+
+    Raises:
+      ValueError: the file is missing, holds something else, or has none of the names.
+    """
+    series = read_metrics(metrics)
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name, (steps, values) in series.items():
+        group, _, quantity = name.rpartition("/")
+        if group in ("eval", "forgetting") and (np.asarray(values) == -1).all():
+            continue  # pycocotools' mark: nothing of that kind to score
+        panels.setdefault(quantity, {})[group] = (steps, values)
+    groups = sorted({group for lines in panels.values() for group in lines} - {""})
+    colors = {group: hex_color(drawing.nth_color(i)) for i, group in enumerate(groups)}
+    colors[""] = "#191919"
+    if names:
+        missing = sorted(set(names) - panels.keys())
+        if missing:
+            raise ValueError(f"{metrics} has no {', '.join(missing)}; it has {', '.join(sorted(panels))}")
+        panels = {name: panels[name] for name in names}
+    shown = {group for lines in panels.values() for group in lines}
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows + 0.5), dpi=100, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (quantity, lines) in zip(grid.flat, panels.items(), strict=False):
+        for group, (steps, values) in lines.items():
+            window = np.ones(min(1 + len(values) // 20, 51))
+            mean = np.convolve(values, window, mode="same") / np.convolve(np.ones_like(values), window, mode="same")
+            axes.plot(steps, values, color=colors[group], linewidth=0.6, alpha=0.45)
+            marker = "o" if len(steps) < 3 else ""
+            axes.plot(steps, mean, color=colors[group], linewidth=1.8, marker=marker)
+        axes.set_title(quantity, fontsize=11)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    line = functools.partial(matplotlib.lines.Line2D, [], [], linewidth=3)
+    handles = [line(color=colors[group], label=group) for group in groups if group in shown]
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(len(handles), 1), frameon=False, fontsize=11)
+    return render(figure, path)
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]],
+    *,
+    x: str,
+    y: str,
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns one panel with a colour and a marker a name: thin every line (x, y) of it, thick their mean.
+
+    Lines of a name are of one length. `x` and `y` are what the axes are called.
+    """
+    figure = Figure(figsize=(7.0, 4.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, own) in enumerate(series.items()):
+        color = hex_color(drawing.nth_color(i))
+        for places, values in own:
+            axes.plot(places, values, color=color, linewidth=0.6, alpha=0.5)
+        mean = np.mean(np.array(own), axis=0)
+        axes.plot(*mean, color=color, linewidth=2.0, marker="os^Dv"[i % 5], label=f"{name} ({len(own)})")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(bottom=0.0)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="(runs)", frameon=False, fontsize=9)
+    return render(figure, path)
+
+
+def bars(
+    names: Sequence[str],
+    values: Float[np.ndarray, " n"],
+    *,
+    x: str,
+    marked: int = -1,
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns a bar a name, the longest at the top; `x` is what the axis is called, `marked` has another colour."""
+    order = np.argsort(values, kind="stable")
+    figure = Figure(figsize=(9.0, 0.45 * len(names) + 0.8), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    colors = [hex_color(drawing.PALETTE[1 if i == marked else 0]) for i in order]
+    axes.barh([names[i] for i in order], np.asarray(values)[order], color=colors)
+    axes.set_xlabel(x)
+    axes.spines[["top", "right"]].set_visible(False)
+    return render(figure, path)
+
+
+def histograms(
+    rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], *, path: str | pathlib.Path | None = None
+) -> drawing.Picture:
+    """Returns a panel for each histogram, those of one row beside each other.
+
+    Args:
+      rows: title of the row → name of the quantity → (edges [n + 1], counts [n]).
+      path: where to write the picture.
+    """
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(4.2 * columns, 2.6 * len(rows) + 0.2), dpi=100, layout="constrained")
+    for line, (title, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        for axes in line[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (name, (edges, counts)) in zip(line, panels.items(), strict=False):
+            axes.stairs(counts, edges, fill=True, color=hex_color(drawing.PALETTE[0]))
+            axes.set_title(f"{title}\n{name}", fontsize=11)
+            axes.tick_params(labelsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+    return render(figure, path)
+
+
+def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns name → (steps, values) of a `metrics.jsonl`; of a step that was written twice the later value counts."""
+    try:
+        rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
+        values: dict[str, dict[int, float]] = {}
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    values.setdefault(name, {})[int(row["step"])] = float(value)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no metrics.jsonl (one JSON object with a step a line): {error}") from error
+    if not values:
+        raise ValueError(f"{path} holds no metrics yet")
+    return {
+        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
+        for name, points in values.items()
+    }
+
+
+def render(figure: Figure, path: str | pathlib.Path | None) -> drawing.Picture:
+    """Returns the figure as a picture, written to `path` if one is given."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return drawing.save(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]), path)
+
+
+def hex_color(color: drawing.Color) -> str:
+    """Returns a colour as matplotlib takes it."""
+    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -1,0 +1,301 @@
+"""Figures: detections on a photo, a training batch, word-region alignment, targets, sampling.
+
+Every function takes arrays, returns the picture as uint8[h, w, 3] and writes it to `path` if one is given. Colours are
+Okabe and Ito's, which colour-blind readers can tell apart; every box also carries its word.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from pycocotools import mask as boxes_lib
+
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.geometry import anchors, atss
+from detclipv2_jax.visualize import charts, drawing
+
+
+def detections(
+    image: drawing.Picture,
+    boxes: Float[np.ndarray, "n 4"],
+    labels: Int[np.ndarray, " n"],
+    names: Sequence[str],
+    *,
+    scores: Float[np.ndarray, " n"] | None = None,
+    min_score: float = 0.0,
+    max_drawn: int = 20,
+    max_iou: float = 0.5,
+    truth: tuple[Float[np.ndarray, "m 4"], Int[np.ndarray, " m"]] | None = None,
+    title: str = "",
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the photo with its boxes, each with word and score, and a legend of colours.
+
+    Args:
+      image: the photo.
+      boxes: xyxy in its pixels, best first if they have scores.
+      labels: position in `names` of each box's word.
+      names: the vocabulary.
+      scores: of the boxes; None for annotated boxes.
+      min_score: boxes below are not drawn; the legend says how many there are.
+      max_drawn: at most so many boxes are drawn.
+      max_iou: with scores, a box that overlaps a better drawn one by more, of whatever word, is not drawn: a place is
+        shown once, with its best word. 1.0 draws them all.
+      truth: annotated boxes and labels, drawn on a second copy of the photo at the left.
+      title: first line of the figure.
+      path: where to write the picture.
+    """
+    shown = np.arange(len(boxes))
+    if scores is not None:
+        shown = np.flatnonzero(np.asarray(scores) >= min_score)
+        shown = shown[_places(boxes[shown], max_iou)]
+    shown = shown[:max_drawn]
+    present = np.concatenate([labels[shown]] + ([] if truth is None else [truth[1]])).astype(int)
+    colors = drawing.colors_of(present)
+    note = _count_note(num_shown=len(shown), num_boxes=len(boxes), scores=scores, min_score=min_score)
+
+    def panel(boxes, labels, scores, heading):
+        texts = [
+            names[label] if scores is None else f"{names[label]} {scores[i]:.2f}" for i, label in enumerate(labels)
+        ]
+        photo = drawing.photo(image, boxes, texts, [colors[label] for label in labels])
+        return drawing.stack([drawing.text_block(heading, width=photo.shape[1], size=15), photo]) if heading else photo
+
+    found = panel(boxes[shown], labels[shown], None if scores is None else np.asarray(scores)[shown], note)
+    panels = [found] if truth is None else [panel(*truth, None, f"annotated: {len(truth[0])}"), found]
+    body = drawing.grid(panels, columns=len(panels))
+    counts = {label: int(np.sum(labels[shown] == label)) for label in colors}
+    entries = [(colors[label], f"{names[label]}" + (f" × {n}" if n > 1 else "")) for label, n in counts.items()]
+    parts = [drawing.text_block(title, width=body.shape[1], size=18, bold=True)] if title else []
+    parts += [body] + ([drawing.legend(entries, width=body.shape[1])] if entries else [])
+    return drawing.save(drawing.frame(drawing.stack(parts)), path)
+
+
+def training_batch(
+    batch: Batch,
+    *,
+    kind: Kind,
+    max_images: int = 8,
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns a contact sheet of what a step is trained on.
+
+    Every canvas is shown whole: the photo, its padding hatched, its boxes with their concepts, or for image-text
+    pairs the caption and its phrases below. The last lines list the concepts of the table that belong to no image.
+    Texts are decoded from the tokens: what is shown is what the text tower gets.
+
+    Args:
+      batch: host arrays.
+      kind: kind of data.
+      max_images: images drawn.
+      path: where to write the picture.
+    """
+    texts = tokenizer.decode(batch.concept_tokens)
+    _, height, width, _ = batch.image.shape
+    shown_width = 460 if width >= height else 320
+    cells = []
+    for i in range(min(max_images, len(batch.image))):
+        rows = batch.box_concepts[i][batch.box_mask[i]]
+        colors = drawing.colors_of(rows)
+        photo = drawing.photo(
+            drawing.hatch_padding(batch.image[i], batch.extent[i]),
+            batch.boxes[i][batch.box_mask[i]],
+            [texts[row] for row in rows],
+            [colors[row] for row in rows],
+            long_side=max(shown_width, round(shown_width * height / width)),
+        )
+        size, extent = ("×".join(map(str, sides)) for sides in (batch.original_size[i], batch.extent[i]))
+        lines = [f"example {batch.example_id[i]}: {size} px as {extent}"]
+        if kind == Kind.IMAGE_TEXT:
+            caption, *phrases = (texts[row] for row in batch.caption_concepts[i][batch.caption_mask[i]])
+            lines += [f"“{caption}”", *(f"· {phrase}" for phrase in phrases)]
+        else:
+            lines.append(f"{len(rows)} boxes, {len(colors)} concepts")
+        cells.append(drawing.stack([photo, drawing.text_block("\n".join(lines), width=photo.shape[1], size=13)]))
+    body = drawing.grid(cells, columns=max(1, 1440 // shown_width))
+
+    used = np.union1d(batch.box_concepts[batch.box_mask], batch.caption_concepts[batch.caption_mask])
+    others = [texts[row] for row in np.setdiff1d(np.flatnonzero(batch.concept_mask), used)]
+    footer = f"{int(batch.concept_mask.sum())} concepts in the table: {len(used)} of images, {len(others)} negatives"
+    footer += f"\nnegatives: {' | '.join(others[:60])}{' | …' if len(others) > 60 else ''}" if others else ""
+    title = f"{kind.value}: {len(cells)} of {len(batch.image)} images on {height}×{width} canvases (hatched: padding)"
+    masks = {"images": batch.image_mask, "boxes": batch.box_mask, "concepts": batch.concept_mask}
+    masks["captions and phrases"] = batch.caption_mask
+    filled = [f"{mask.sum()} of {mask.size} {name}" for name, mask in masks.items() if mask.size]
+    title += f"; of the padded arrays hold data: {', '.join(filled)}"
+    top = drawing.text_block(title, width=body.shape[1], size=18, bold=True)
+    bottom = drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)
+    return drawing.save(drawing.frame(drawing.stack([top, body, bottom])), path)
+
+
+def alignment(
+    image: drawing.Picture,
+    phrases: Sequence[str],
+    boxes: Float[np.ndarray, "m 4"],
+    *,
+    scores: Float[np.ndarray, " m"],
+    ranks: Int[np.ndarray, " m"],
+    num_images: int,
+    maps: Float[np.ndarray, "m h w"],
+    caption: str = "",
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the paper's Figure 1 for one photo: the best region of every phrase, and where each phrase is similar.
+
+    `alignment.draw` makes it from a checkpoint, images and phrases; `Predictor.align` computes the arrays.
+
+    Args:
+      image: the photo.
+      phrases: texts compared with its regions.
+      boxes: best region of each phrase, xyxy in pixels of the photo.
+      scores: similarity of phrase and best region, the contrastive loss's s.
+      ranks: place of this photo in a batch ordered by best score for the phrase, from 1.
+      num_images: images in that batch.
+      maps: similarity over the photo (any resolution; it is stretched over the whole photo).
+      caption: text above the figure.
+      path: where to write the picture.
+    """
+    height, width, _ = image.shape
+    shown_width = 440 if width >= height else 320
+    long_side = max(shown_width, round(shown_width * height / width))
+    colors = [drawing.nth_color(i) for i in range(len(phrases))]
+    numbered = [f"{i} {phrase}" for i, phrase in enumerate(phrases, start=1)]
+
+    def cell(heading: str, picture: drawing.Picture) -> drawing.Picture:
+        return drawing.stack([drawing.text_block(heading, width=picture.shape[1], size=14), picture])
+
+    cells = [cell("best region of every phrase", drawing.photo(image, boxes, numbered, colors, long_side=long_side))]
+    for i, name in enumerate(numbered):
+        low, high = np.min(maps[i]), np.max(maps[i])
+        heading = f"{name}\nscore {scores[i]:.2f}, rank {ranks[i]} of {num_images}\ndark {low:.2f} to bright {high:.2f}"
+        heat = drawing.heat(image, maps[i])
+        cells.append(cell(heading, drawing.photo(heat, boxes[i : i + 1], [""], [colors[i]], long_side=long_side)))
+    body = drawing.grid(cells, columns=max(1, 1440 // shown_width), bottom=True)
+    parts = [drawing.text_block(f"“{caption}”", width=body.shape[1], size=18, bold=True)] if caption else []
+    footer = (
+        f"score: similarity of the phrase and its best region; rank: place of the photo among {num_images}, 1 is best"
+    )
+    parts += [body, drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)]
+    return drawing.save(drawing.frame(drawing.stack(parts)), path)
+
+
+def targets(
+    batch: Batch, *, top_k: int = 9, max_images: int = 4, path: str | pathlib.Path | None = None
+) -> drawing.Picture:
+    """Returns what the detector is asked to find: each box, and in its colour the anchors that ATSS gives it.
+
+    Args:
+      batch: host arrays, of detection or grounding.
+      top_k: see `geometry.atss.assign`.
+      max_images: images drawn.
+      path: where to write the picture.
+    """
+    texts = tokenizer.decode(batch.concept_tokens)
+    num_images, (height, width) = min(max_images, len(batch.image)), batch.image.shape[1:3]
+    grid = anchors.grid((height, width))
+    strides = np.repeat(anchors.STRIDES, grid.levels)
+    centers = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
+    columns = min(num_images, 4)
+    shape = (math.ceil(num_images / columns), columns)
+    figure = Figure(
+        figsize=(4.2 * columns, (4.2 * height / width + 0.5) * shape[0] + 0.6), dpi=100, layout="constrained"
+    )
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for i, axes in zip(range(num_images), panels, strict=False):
+        mask = batch.box_mask[i]
+        found = atss.assign(grid.boxes, grid.levels, batch.boxes[i], mask, top_k=top_k)
+        positive, box_of = np.asarray(found.positive), np.asarray(found.box_index)
+        axes.imshow(drawing.hatch_padding(batch.image[i], batch.extent[i]), extent=(0, width, height, 0))
+        for n in np.flatnonzero(mask):
+            own, color = positive & (box_of == n), charts.hex_color(drawing.nth_color(int(n)))
+            _outline(axes, batch.boxes[i, n], color, f"{texts[batch.box_concepts[i, n]]}: {own.sum()}")
+            axes.scatter(*centers[own].T, s=3 * strides[own], color=color, edgecolors="white", linewidths=0.8)
+        axes.set_title(f"{mask.sum()} boxes, {positive.sum()} of {len(positive)} anchors", fontsize=11)
+    note = "dot: centre of an anchor that learns the box of its colour; larger: coarser level; number: anchors of a box"
+    figure.supxlabel(note, fontsize=10)
+    return charts.render(figure, path)
+
+
+def sampling(
+    image: drawing.Picture,
+    phrases: Sequence[str],
+    boxes: Float[np.ndarray, "m 4"],
+    *,
+    regular: Float[np.ndarray, "m 9 2"],
+    points: Float[np.ndarray, "m 9 2"],
+    weights: Float[np.ndarray, "m 9"],
+    strides: Float[np.ndarray, " m"],
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns where the deformable layer samples for one region of every phrase; `regions.draw_sampling` makes it.
+
+    Args:
+      image: the photo.
+      phrases: text of each region.
+      boxes: of the regions, xyxy in pixels of the photo.
+      regular: (x, y) that a plain 3×3 convolution would sample, in pixels of the photo.
+      points: (x, y) that are sampled.
+      weights: of the samples, in [0, 1].
+      strides: of the regions' levels, in pixels of the canvas.
+      path: where to write the picture.
+    """
+    height, width, _ = image.shape
+    columns = min(len(phrases), 4)
+    shape = (math.ceil(len(phrases) / columns), columns)
+    figure = Figure(
+        figsize=(4.2 * columns, (4.2 * height / width + 0.5) * shape[0] + 0.6), dpi=100, layout="constrained"
+    )
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for i, (axes, phrase) in enumerate(zip(panels, phrases, strict=False)):
+        color = charts.hex_color(drawing.nth_color(i))
+        axes.imshow(image, extent=(0, width, height, 0))
+        _outline(axes, boxes[i], color, "")
+        axes.plot(*np.stack([regular[i], points[i]]).transpose(2, 0, 1), color="white", linewidth=1.2)
+        axes.scatter(*regular[i].T, s=16, marker="s", facecolors="none", edgecolors="white", linewidths=1.2)
+        axes.scatter(*points[i].T, s=20 + 120 * weights[i], color=color, edgecolors="black", linewidths=0.8)
+        axes.set_title(f"{phrase}\nlevel of stride {strides[i]:.0f} px", fontsize=11)
+    note = "square: what a plain convolution would sample; dot: what the deformable layer samples, larger: more weight"
+    figure.supxlabel(note, fontsize=10)
+    return charts.render(figure, path)
+
+
+def _outline(axes: Axes, box: np.ndarray, color: str, text: str) -> None:
+    x1, y1, x2, y2 = box
+    for line, edge in ((4, "white"), (2, color)):  # a rim on any background
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=line))
+    if text:
+        face = {"facecolor": "white", "edgecolor": color, "pad": 1.5, "alpha": 0.85}
+        axes.text(x1, y1, text, fontsize=9, verticalalignment="bottom", bbox=face, clip_on=True)
+
+
+def _places(boxes: Float[np.ndarray, "n 4"], max_iou: float) -> list[int]:
+    """Returns the boxes, best first, that overlap no better one of them by more than `max_iou`."""
+    corner_and_size = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
+    overlaps = np.reshape(boxes_lib.iou(corner_and_size, corner_and_size, [0] * len(boxes)), (len(boxes),) * 2)
+    kept: list[int] = []
+    for i in range(len(boxes)):
+        if not np.any(overlaps[i, kept] > max_iou):
+            kept.append(i)
+    return kept
+
+
+def _count_note(*, num_shown: int, num_boxes: int, scores: np.ndarray | None, min_score: float) -> str:
+    if scores is None:
+        return ""
+    if num_boxes == 0:
+        return "nothing found"
+    if num_shown == 0:
+        return f"nothing scored {min_score:.2f} or more; the best of {num_boxes} boxes has {np.max(scores):.2f}"
+    return f"found: the best {num_shown} of {num_boxes}" if num_shown < num_boxes else f"found: {num_boxes}"

@@ -1,0 +1,304 @@
+"""The table of the paper's claims: its runs, their scores, its verdicts; how it goes on where it was stopped."""
+
+import dataclasses
+import json
+import pathlib
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import main
+from detclipv2_jax.claims import __main__ as claims
+from detclipv2_jax.claims import ablations
+from detclipv2_jax.visualize import charts
+
+RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "demo.py")
+
+
+def test_every_row_is_a_valid_run_of_its_own():
+    rows = ablations.queue()
+    assert len(rows) == len(set(rows))
+    assert {row for row, _ in rows} == set(ablations.ROWS) | set(ablations.STARTS)
+    assert rows[:3] == [("start", 0), ("detection", 0), ("pairs", 0)]
+    # a table that is stopped early has every finding with one seed before any with two
+    assert rows.index(("detection", 2)) < rows.index(("pairs_128", 0)) < rows.index(("bilateral", 1))
+    for row, seed in rows:
+        if row in ablations.ROWS:  # its start has its model and comes before it
+            before = (ablations.start_of(row), seed)
+            assert rows.index(before) < rows.index((row, seed))
+            one, other = (claims.configuration(RECIPE, *run) for run in (before, (row, seed)))
+            assert one.model == other.model
+            assert one.scenes.num_detection == other.scenes.num_detection
+    recipes = set()
+    for row, seed in rows:
+        config = claims.configuration(RECIPE, row, seed)
+        config_lib.validate(config, num_devices=1)
+        recipes.add(tuple(claims.recipe_of(RECIPE, row, seed)))
+    assert len(recipes) == len(rows)
+    seeds = [{seed for of, seed in rows if of == row} for row in ("pairs", "bilateral")]
+    assert seeds == [{0, 1, 2}, {0, 1}]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("row", ["grounding_pairs", "detection_twice", "classification", "pairs_64"])
+def test_the_command_of_a_run_makes_its_configuration(tmp_path, row):
+    config = claims.configuration(RECIPE, row, 1)
+    config.scenes.folder = str(tmp_path)
+    arguments = claims.command(RECIPE, config, tmp_path)
+    assert arguments[:3] == [sys.executable, "-m", "detclipv2_jax.main"]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments[2:])
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    values(arguments[2:])
+    assert config_lib.differences(values.config, config) == []
+    assert values.workdir == str(tmp_path)
+
+
+def test_the_start_is_scored_after_as_many_steps_on_boxes_as_the_demo_has():
+    of_demo, of_start = runpy.run_path(RECIPE)["get_config"](), claims.configuration(RECIPE, "start", 0)
+    assert of_demo.scenes.num_detection == of_start.scenes.num_detection
+    assert of_demo.detection == of_start.detection
+    assert of_demo.epochs % of_start.eval.every_epochs == 0
+
+
+def test_the_demo_ends_with_its_scores_beside_those_of_boxes_alone(tmp_path):
+    values = runpy.run_path(RECIPE)
+    for seed, novel in enumerate((3.0, 4.0)):
+        along = {"base_AP_by_step": {"400": 40.0, "800": 50.0}, "novel_AP_by_step": {"400": novel, "800": 5.0}}
+        (tmp_path / f"start_{seed}.json").write_text(json.dumps(along))
+    (tmp_path / "start_plain_0.json").write_text("{}")
+    values["closing"].__globals__["RESULTS"] = tmp_path
+    text = values["get_config"]().closing.format(APf=41.23, APr=21.0, AP=30.0)
+    assert "base shapes had boxes, AP 41.2." in text
+    assert "AP 21.0; their colours" in text
+    assert text.endswith(" 400 steps on boxes alone end at 40.0 and 3.5 (python -m detclipv2_jax.claims).")
+
+
+def test_closing_words_on_other_data_are_left_out(capsys):
+    main.print_closing("novel {APr:.1f}", {"AP": 0.5, "APr": 0.25})
+    main.print_closing("novel {APr:.1f}", {"AP": 0.5})  # a COCO json without frequencies
+    main.print_closing("", {})
+    assert capsys.readouterr().out == "novel 25.0\n"
+
+
+def world():
+    """Returns two images, each with a base object, the second with a novel one, too."""
+    boxes = [(1, 1, [0, 0, 10, 10], False), (2, 1, [0, 0, 10, 10], True), (2, 2, [40, 40, 20, 20], False)]
+    return {
+        "images": [{"id": i, "neg_category_ids": [1, 2], "not_exhaustive_category_ids": []} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "red star", "frequency": "f"}, {"id": 2, "name": "key", "frequency": "r"}],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "held_out": out}
+            for i, (image, category, box, out) in enumerate(boxes, start=1)
+        ],
+    }
+
+
+def found(image_id, category_id, box, score):
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+
+
+def test_scores_are_those_of_the_subsets():
+    star = found(1, 1, [0, 0, 10, 10], 0.9)
+    misnamed = [found(2, 1, [40, 40, 20, 20], 0.5), found(2, 2, [40, 40, 20, 20], 0.4)]
+    perfect = [star, found(2, 1, [0, 0, 10, 10], 0.8), misnamed[1]]
+    assert claims.score(world(), perfect) == dict.fromkeys(
+        ("AP", "AP50", "base_AP", "base_AP50", "novel_AP", "novel_AP50", "held_out_AP", "held_out_AP50", "novel_AR"),
+        100.0,
+    )
+    scores = claims.score(world(), [star, *misnamed])
+    assert scores["held_out_AP"] == 0.0
+    assert scores["base_AP"] == pytest.approx(100 * 51 / 101, abs=0.01)  # recall 0.5, at the better of two scores
+    assert (scores["novel_AP"], scores["novel_AR"]) == (100.0, 100.0)
+    scores = claims.score(world(), [star, misnamed[0]])
+    assert (scores["novel_AP"], scores["novel_AR"]) == (0.0, 100.0)  # found, under a wrong name
+    half = claims.score(world(), [star, found(2, 2, [40, 40, 20, 15], 0.4)])  # IoU 0.75: six of ten thresholds
+    assert (half["novel_AP"], half["novel_AP50"], half["novel_AR"]) == (60.0, 100.0, 60.0)
+
+
+def results(margins, *, row="pairs"):
+    """Returns results of finding 2 in which a row leads the others' AP by the margin of each seed."""
+    rows = ablations.FINDINGS[1].rows.values()
+    made = {}
+    for seed, margin in enumerate(margins):
+        for name in rows:
+            scores = dict.fromkeys(claims.COLUMNS, 30.0) | {"AP": 30.0 + margin * (name == row)}
+            made[name, seed] = {"scores": scores, "cpu_seconds": 240}
+    return made
+
+
+def test_verdicts_go_by_the_means():
+    finding, (claim,) = ablations.FINDINGS[1], ablations.FINDINGS[1].claims
+    assert ablations.verdict(claim, finding, {}) == "not run yet"
+    text = ablations.verdict(claim, finding, results([2.0, -1.0]))
+    assert text == "reproduced; smallest margin +0.0, by seed +0.0, -1.0, which disagree"
+    assert ablations.verdict(claim, finding, results([3.0], row="image_to_text")) == (
+        "**not reproduced**; smallest margin -3.0, by seed -3.0; 1 of 2 seeds"
+    )
+
+
+def test_a_claim_is_judged_as_soon_as_the_rows_it_needs_are_there():
+    finding = ablations.FINDINGS[0]
+    scores = {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0}
+    found = {(row, 0): {"scores": scores} for row in ("detection", "pairs_base_words")}
+    found["detection", 1] = {"scores": scores}
+    texts = [ablations.verdict(claim, finding, found) for claim in finding.claims]
+    assert texts[:4] == ["not run yet"] * 4
+    assert texts[4] == "reproduced; smallest margin +3.0, by seed +3.0; 1 of 3 seeds"
+
+
+def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
+    finding = ablations.FINDINGS[0]
+    scores = {row: {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0} for row in finding.rows.values()}
+    scores["pairs"] |= {"novel_AP": 20.5, "base_AP": 39.5}
+    scores["grounding_pairs"] |= {"novel_AP": 21.0}
+    held = [min(claim.margins(scores)) >= 0 for claim in finding.claims]
+    assert held == [True] * 5
+    scores["detection_twice"]["novel_AP"], scores["pairs"]["base_AP"] = 6.0, 38.5
+    scores["pairs_base_words"]["novel_AP"], scores["grounding_pairs"]["novel_AR"] = 9.0, 89.0
+    held = [min(claim.margins(scores)) >= 0 for claim in finding.claims]
+    assert held == [False, True, False, False, False]
+
+
+def test_the_table_tells_means_spreads_and_what_is_missing():
+    starts = {("start", seed): {"scores": {"AP": 20.0 + seed}, "cpu_seconds": 240} for seed in (0, 1)}
+    text = "".join(claims.markdown(results([2.0, 1.0]) | starts))
+    assert "8 of 56 runs are done; a run takes 4.0 minutes of one core" in text
+    assert "| text to image | 2 | 20.5 ± 0.5 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
+    assert "| k = 3 | 0 | – |" in text
+    more = results([2.0, 1.0]) | {("pairs", 2): results([60.0])["pairs", 0]}
+    text_of_more = "".join(claims.markdown(more))
+    assert "| text to image | 2 | – | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text_of_more  # not the others' third
+    del more["bilateral", 1]
+    assert "| text to image | 1 | – | 32.0 | 30.0 |" in "".join(claims.markdown(more))
+    assert text.count("not run yet") == sum(len(finding.claims) for finding in ablations.FINDINGS) - 1
+
+
+def test_the_readme_has_the_table_of_the_stored_results():
+    root = pathlib.Path(RECIPE).parents[1]
+    results = root / "results" / "claims"
+    claims.pending_runs(RECIPE, results, root)  # each is of the recipe as it is now
+    text = "".join(claims.markdown(claims.all_results(results)))
+    assert (root / "docs" / "claims.md").read_text() == text
+    assert text.strip() in (root / "README.md").read_text()
+
+
+FAKE = """
+import json, pathlib, sys
+workdir, row, seed, fails = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+if row == fails: sys.exit(3)
+(workdir / "eval").mkdir()
+(workdir / "checkpoints").mkdir()
+rows = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}]
+(workdir / "eval" / "step_00000020_detections.json").write_text(json.dumps(rows))
+scores = [{"step": 10, "eval/APr": 0.1, "eval/APf": 0.3}, {"step": 20, "eval/APr": 0.2, "eval/APf": 0.4}]
+lines = [scores[0], {"step": 15, "detection/loss": 1.0}, scores[1]]
+(workdir / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
+"""
+
+
+def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
+    finding = dataclasses.replace(ablations.FINDINGS[1], num_seeds=1)
+    monkeypatch.setattr(ablations, "FINDINGS", (finding,))
+    monkeypatch.setattr(claims.scenes, "write", lambda folder, **_: write_world(pathlib.Path(folder)))
+    fails, started = "bilateral", []
+
+    def command(recipe, config, workdir):
+        row, seed = workdir.name.rsplit("_", 1)
+        started.append(row)
+        return [sys.executable, "-S", "-c", FAKE, str(workdir), row, seed, fails]
+
+    monkeypatch.setattr(claims, "command", command)
+    folders = {name: tmp_path / name for name in ("results", "work", "output")}
+    arguments = [f"--{name}={folder}" for name, folder in folders.items()] + ["--jobs=1", f"--config={RECIPE}"]
+    assert claims.main(arguments) == 1
+    assert "the run bilateral, seed 0, failed" in capsys.readouterr().err
+    assert started == ["start", "pairs", "bilateral"]
+    assert (folders["work"] / "start_0" / "checkpoints").exists()
+    assert not (folders["work"] / "pairs_0" / "checkpoints").exists()
+    stored = json.loads((folders["results"] / "pairs_0.json").read_text())
+    assert (stored["row"], stored["seed"], stored["steps"]) == ("pairs", 0, 20)
+    assert stored["novel_AP_by_step"] == {"10": 10.0, "20": 20.0}
+    assert stored["base_AP_by_step"] == {"10": 30.0, "20": 40.0}
+    assert stored["scores"]["base_AP"] > 0
+    assert stored["versions"].keys() >= {"jax", "python"}
+    fails = ""
+    assert claims.main(arguments) == 0
+    assert started == ["start", "pairs", "bilateral", "bilateral", "image_to_text"]
+    printed = capsys.readouterr().out
+    assert f"image_to_text, seed 0, begins: {folders['work']}/image_to_text_0/log.txt" in printed
+    assert "[4/4] image_to_text, seed 0: AP" in printed
+    assert "reproduced" in (folders["output"] / "claims.md").read_text()
+
+    # a row whose start is gone needs it again
+    shutil.rmtree(folders["work"])
+    (folders["results"] / "image_to_text_0.json").unlink()
+    assert claims.main(arguments) == 0
+    assert started[5:] == ["start", "image_to_text"]
+
+    # a result of another recipe is not taken for one of this
+    monkeypatch.setitem(ablations.ROWS, "pairs", ablations.ROWS["pairs"] | {"loss.temperature": 0.3})
+    assert claims.main(arguments) == 1
+    assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
+
+
+def test_what_was_stopped_counts_to_the_time_of_a_run(tmp_path):
+    for spent in (100, 200):
+        process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+        since = time.monotonic() - 100
+        claims.stop(process, tmp_path, since=since)
+        claims.stop(process, tmp_path, since=since)  # it has ended
+        assert process.returncode == -signal.SIGTERM
+        assert json.loads((tmp_path / "spent.json").read_text())["seconds"] == pytest.approx(spent, abs=10)
+    usage = resource.struct_rusage([1.4, 0.4, *[0] * 14])
+    added = claims.account(tmp_path / "other", since=time.monotonic(), usage=usage)
+    assert added == {"seconds": 0, "cpu_seconds": 2}
+
+
+def test_the_plot_counts_detection_steps(tmp_path, monkeypatch):
+    number = {row: num_detection_steps(row) for row in ("start", "detection", "pairs", "detection_twice")}
+    assert number["pairs"] == number["detection"] == number["detection_twice"] / 2
+    for row, steps in (("start", 700), ("detection", 500), ("pairs", 1000), ("detection_twice", 1000)):
+        result = {"row": row, "seed": 0, "novel_AP_by_step": {str(steps // 2): 1.0, str(steps): 2.0}, "cpu_seconds": 60}
+        (tmp_path / f"{row}_0.json").write_text(json.dumps(result | {"scores": dict.fromkeys(claims.COLUMNS, 1.0)}))
+    drawn = {}
+    monkeypatch.setattr(claims.charts, "lines", lambda series, **_: drawn.update(series))
+    claims.write_report(RECIPE, tmp_path, tmp_path)
+    ends = {name: line[0][0].tolist() for name, line in drawn.items()}
+    start = number.pop("start")
+    assert list(ends) == ["detection", "+ pairs", "detection, twice the steps"]
+    for steps, num in zip(ends.values(), number.values(), strict=True):
+        assert steps == [start / 2, start, start + num / 2, start + num]
+
+
+def num_detection_steps(row):
+    config = claims.configuration(RECIPE, row, 0)
+    return config.epochs * config.scenes.num_detection / config.detection.batch_size * config.detection.weight
+
+
+def write_world(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(world()))
+
+
+def test_lines_are_drawn_with_their_mean(tmp_path):
+    x = np.array([0.5, 1.0])
+    series = {
+        "with": [(x, np.array([10.0, 20.0])), (x, np.array([12.0, 24.0]))],
+        "without": [(x, np.array([1.0, 2.0]))],
+    }
+    picture = charts.lines(series, x="share", y="AP", path=tmp_path / "lines.png")
+    assert (tmp_path / "lines.png").stat().st_size > 1000
+    colors = {tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}
+    assert len(colors) > 10
+    assert not np.array_equal(picture, charts.lines({"with": series["with"]}, x="share", y="AP"))

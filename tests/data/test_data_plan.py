@@ -1,0 +1,55 @@
+"""The plan of a run from its files: steps, tables, and what is found wrong."""
+
+from detclipv2_jax.data.catalog import DATASETS
+from detclipv2_jax.preflight import data_plan
+from detclipv2_jax.prepare import __main__ as prepare
+
+
+def check(config, **changes):
+    config.init_from.swin = config.init_from.text = ""
+    config.optimizer.warmup_steps = 3
+    config.update(changes)
+    return data_plan.check(config, num_hosts=2, num_devices=4)
+
+
+def test_a_run_on_raw_files(config):
+    config.eval.annotations = config.eval.images = ""
+    plan = check(config, epochs=2)
+    assert not plan.problems
+    # five landscape or square and two portrait photos, batches of four; seven pairs on one canvas
+    assert plan.num_steps == {
+        "detection/64x96": 2, "detection/96x64": 2, "grounding/64x96": 2, "grounding/96x64": 2, "image_text/64x64": 4
+    }  # fmt: skip
+    assert plan.table_rows == {"detection": 16, "grounding": 32, "image_text": 48}
+    assert plan.num_concepts["detection"] == 6
+    assert any(note.startswith("schedule: 12 of 12 steps; the learning rate ends at 0 ") for note in plan.notes)
+
+
+def test_photos_of_the_evaluation_and_other_problems(config, world):
+    for image in (world / "images").iterdir():
+        image.write_bytes(b"no picture")
+    plan = check(config, epochs=2, optimizer={"warmup_steps": 1000}, num_steps=5)
+    text = "\n".join(plan.problems)
+    assert "detection: 7 photos of the evaluation are among its 7" in text
+    assert "pairs: 7 photos" in text
+    assert "cannot be used" in text
+    assert "warmup_steps is 1000, but the run has only 12 steps" in text
+    assert "config.num_steps=5 ends the run early" in plan.notes
+
+
+def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world):
+    name, known = next((name, dataset) for name, dataset in DATASETS.items() if dataset.kind == "detection")
+    folder = world / "built" / name
+    prepare.run("coco_json", source=str(world / "detection.json"), output=str(folder))
+    config.detection.data = (str(folder),)
+    config.detection.annotations = config.detection.images = ""
+    config.grounding.annotations = config.grounding.images = config.image_text.pairs = config.image_text.images = ""
+    plan = check(config)
+    assert f"has 7 examples; {known.title} has {known.num_examples:,}" in "".join(plan.problems)
+    assert any("was not compared with photos of validation sets" in note for note in plan.notes)
+    leaking = world / "built" / "leaking"
+    prepare.run(
+        "coco_json", source=str(world / "detection.json"), output=str(leaking), validation=(config.eval.annotations,)
+    )
+    config.detection.data = (str(leaking),)
+    assert "leaking: 7 photos of the evaluation are among its 7" in "".join(check(config).problems)

@@ -1,0 +1,196 @@
+"""Exports are run from disk in processes without the package, and find what the model finds."""
+
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import tracemalloc
+
+import exported
+import flax
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from detclipv2_jax.data import tokenizer, transforms
+from detclipv2_jax.export import __main__ as export
+from detclipv2_jax.export import scripts
+from detclipv2_jax.export.scripts import weights as loader
+from detclipv2_jax.inference import Predictor
+from detclipv2_jax.models import detclip
+
+WORDS = {"person": "a human being", "red car": "", "café": "", "dog's bowl": "", "東京": ""}
+NUM_PHOTOS = 3
+LIMITS = {"max_detections": 50, "nms_iou": 0.5}
+
+
+@pytest.fixture(scope="module")
+def predictor(micro_session):
+    """The real architecture with random values, on two canvases."""
+    config = micro_session.copy_and_resolve_references()
+    config.eval.canvases = ((96, 64), (64, 96))
+    config.eval.short_side, config.eval.long_side = 64, 96
+    model = detclip.from_config(config.model)
+    image, extent = np.zeros((1, 64, 96, 3), np.uint8), np.array([[64, 96]], np.int32)
+    init = jax.jit(lambda key: model.init(key, image, extent, tokenizer.tokenize(["cat"]), train=False)["params"])
+    return Predictor(config, model, init(jax.random.key(0)), step=7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_traced_once():
+    made, make = [], export.make_modules
+
+    def make_once(*arguments):
+        made.extend([] if made else [make(*arguments)])
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "make_modules", make_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(request, tmp_path_factory):
+    """Landscape photographs, painted ones where there are none."""
+    try:
+        files = sorted((request.getfixturevalue("shared_data") / "coco_eval" / "images").iterdir())
+    except pytest.skip.Exception:
+        rng, files = np.random.default_rng(0), []
+        for i in range(NUM_PHOTOS):
+            pixels = rng.integers(0, 256, (6, 9 - i % 2, 3), dtype=np.uint8).repeat(70, axis=0).repeat(70, axis=1)
+            files.append(tmp_path_factory.mktemp("photos") / f"{i}.png")
+            Image.fromarray(pixels).save(files[-1])
+    landscape = (pixels for pixels in map(transforms.read, files) if pixels.shape[0] < pixels.shape[1])
+    return list(itertools.islice(landscape, NUM_PHOTOS))
+
+
+@pytest.fixture(scope="module")
+def expected(predictor, photos):
+    """What the predictor finds, and the arguments of an export that must find the same."""
+    found = predictor(photos, WORDS, batch_size=NUM_PHOTOS, **LIMITS)
+    return found, exported.arguments(predictor, photos, WORDS), predictor.vocabulary(WORDS)[1][: len(WORDS)]
+
+
+def _export(predictor, monkeypatch, folder, file_format, **options):
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
+    export.run(checkpoint="run", file_format=file_format, output=str(folder), **options)
+    return folder
+
+
+def _check(found, expected):
+    """Boxes (as shares of the photo's sides), scores and embeddings to 1e-4."""
+    own, _, embeddings = expected
+    np.testing.assert_allclose(found["embeddings"], embeddings, atol=1e-4)
+    assert max(exported.differences(found, own)) < 1e-4
+    assert all(len(photo.scores) > 10 for photo in own)
+
+
+@pytest.mark.slow
+def test_weights_and_vocabulary(predictor, monkeypatch, expected, tmp_path):
+    folder = _export(predictor, monkeypatch, tmp_path / "out", "safetensors", words=WORDS)
+    found = exported.run("safetensors", folder, {}, tmp_path)
+    assert found.pop("words").tolist() == list(WORDS)
+    assert found.pop("definitions").tolist() == list(WORDS.values())
+    np.testing.assert_array_equal(found.pop("embeddings"), expected[2])
+    params = flax.traverse_util.flatten_dict(predictor.params, sep="/")
+    assert found.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert json.loads((folder / "config.json").read_text())["model"]["embed_dim"] == 16
+    listed = subprocess.run([sys.executable, "weights.py"], cwd=folder, capture_output=True, text=True, check=True)
+    assert "F32 [] logit_bias" in listed.stdout.splitlines()
+    assert len(listed.stdout.splitlines()) == len(params)
+
+
+def test_scripts_are_short_and_need_little():
+    """Fewer than 60 lines each; of third parties the loader needs NumPy and safetensors alone."""
+    folder = pathlib.Path(scripts.__path__[0])
+    assert all(len((folder / name).read_text().splitlines()) < 60 for name in ("weights.py", "detector.py"))
+    code = (
+        "import sys, weights; print(sorted({'jax', 'flax', 'tensorflow', 'torch', 'detclipv2_jax'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_reading_allocates_no_more_than_the_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({f"{i}": np.full((250, 1000), i, np.float32) for i in range(4)}, path)
+    tracemalloc.start()
+    assert loader.shapes(tmp_path) == {f"{i}": ("F32", (250, 1000)) for i in range(4)}
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    assert loader.load(tmp_path)["3"].sum() == 750_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size + 100_000
+
+
+@pytest.mark.parametrize(
+    ("entry", "num_bytes"),
+    [
+        ({"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}, 16),
+        ({"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 16]}, 16),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, 8),
+        ({"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 0]}, 0),
+    ],
+)
+def test_a_header_that_promises_more_than_the_file_has_is_refused(tmp_path, entry, num_bytes):
+    header = json.dumps({"a": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(num_bytes)
+    (tmp_path / "weights.safetensors").write_bytes(data)
+    for read in (loader.shapes, loader.load):
+        with pytest.raises(SafetensorError):
+            read(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + header)
+    with pytest.raises(SafetensorError):
+        loader.shapes(tmp_path)
+
+
+@pytest.mark.slow
+def test_stablehlo(predictor, monkeypatch, expected, tmp_path):
+    folder = _export(predictor, monkeypatch, tmp_path / "out", "stablehlo", **LIMITS)
+    names = ["detect_64x96.stablehlo", "detect_96x64.stablehlo", "encode_text.stablehlo"]
+    assert sorted(path.name for path in folder.glob("*.stablehlo")) == names
+    module = jax.export.deserialize(bytearray((folder / names[0]).read_bytes()))
+    assert module.platforms == ("cpu", "tpu", "cuda")
+    *_, image, _, _, text = module.in_avals
+    assert str(image.shape) == "(b, 64, 96, 3)"
+    assert str(text.shape) == "(w, 16)"
+    _check(exported.run("stablehlo", folder, expected[1], tmp_path), expected)
+
+
+@pytest.mark.slow
+def test_saved_model(predictor, monkeypatch, expected, tmp_path):
+    folder = _export(predictor, monkeypatch, tmp_path / "out", "saved_model", **LIMITS)
+    found = exported.run("saved_model", folder, expected[1], tmp_path)
+    _check(found, expected)
+    texts = expected[1]["words"]
+    assert [name.decode() for name in found["names"][0][:5]] == texts[found["labels"][0][:5]].tolist()
+
+
+def test_wrong_arguments(predictor, monkeypatch, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--output: .*used holds something already; give a new folder"):
+        _export(predictor, monkeypatch, tmp_path / "used", "safetensors")
+    with pytest.raises(ValueError, match="--words: a SavedModel takes its words when it runs"):
+        _export(predictor, monkeypatch, tmp_path / "new", "saved_model", words=WORDS)
+    with pytest.raises(ValueError, match=r"nms_iou is 2\.0; it must lie between 0 and 1"):
+        _export(predictor, monkeypatch, tmp_path / "new", "stablehlo", nms_iou=2.0)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is no workdir: it has no config"):
+        export.run(checkpoint=str(tmp_path), file_format="safetensors", output=str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    line = [sys.executable, "-m", "detclipv2_jax.export", f"--checkpoint={tmp_path}", "--format=stablehlo"]
+    line += [f"--output={tmp_path / 'new'}", "--words=cat", "--vocabulary=coco"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is no workdir: it has no config.json")

@@ -1,0 +1,283 @@
+"""Fused scores against brute force, boxes in original coordinates, the vocabulary, and the Predictor."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import planted
+import pytest
+from jax.sharding import NamedSharding
+from PIL import Image
+
+from detclipv2_jax.data import transforms
+from detclipv2_jax.geometry import anchors as anchor_lib
+from detclipv2_jax.inference import Detector, Limits, Photos, Predictor, vocabulary
+from detclipv2_jax.inference.detect import detect
+from detclipv2_jax.models.detclip import Regions
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.visualize import alignment
+
+CANVAS = (48, 64)
+ANCHORS = anchor_lib.grid(CANVAS).boxes
+SCALE, BIAS = 0.5, -1.0
+OPTIONS = {"score_threshold": 0.1, "nms_iou": 0.5, "pre_nms": 60, "max_detections": 25}
+
+
+def _case(*, ties: bool, num_images: int = 3, num_words: int = 12):
+    """Returns regions, words and photos; with ties embeddings are small integers, so that many scores are equal."""
+    rng = np.random.default_rng(int(ties))
+    shape = (num_images, len(ANCHORS))
+    if ties:
+        embeddings, text = rng.integers(-1, 2, (*shape, 4)), rng.integers(-1, 2, (num_words, 4))
+        centerness = rng.integers(0, 2, shape)
+    else:
+        embeddings, text = rng.normal(size=(*shape, 4)), rng.normal(size=(num_words, 4))
+        centerness = rng.normal(size=shape)
+    deltas = rng.normal(size=(*shape, 4)) * 2
+    regions = Regions(*(jnp.asarray(x, jnp.float32) for x in (embeddings, deltas, centerness)), None)
+    extent = jnp.array([[48, 64], [30, 64], [48, 40]][:num_images], jnp.int32)
+    original = jnp.array([[96, 128], [15, 32], [144, 120]][:num_images], jnp.int32)
+    photos = {"extent": extent, "image_scale": extent / original, "original_size": original}
+    return regions, jnp.asarray(text, jnp.float32), photos
+
+
+@functools.partial(jax.jit, static_argnames=("word_chunk", "pre_nms", "max_detections", "class_agnostic"))
+def _detect(regions, text, text_mask, photos, **options):
+    return detect(regions, text, text_mask, anchors=ANCHORS, scale=SCALE, bias=BIAS, **photos, **options)
+
+
+def _oracle(regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_nms, max_detections, class_agnostic):
+    """Every score, a stable sort over (anchor, word), decoding and greedy NMS as loops; yields rows of each image."""
+    for i in range(len(regions.centerness)):
+        # the same arithmetic as the program: the order of nearly equal scores is not what is tested here
+        logits = SCALE * jnp.asarray(regions.embeddings[i]) @ text.T + BIAS
+        scores = np.array(jax.nn.sigmoid(logits) * jax.nn.sigmoid(regions.centerness[i])[:, None])
+        center_x, center_y = (ANCHORS[:, 0] + ANCHORS[:, 2]) / 2, (ANCHORS[:, 1] + ANCHORS[:, 3]) / 2
+        height, width = np.asarray(photos["extent"][i])
+        scores[(center_x >= width) | (center_y >= height)] = 0
+        scores[:, ~np.asarray(text_mask)] = 0
+        order = np.argsort(-scores.reshape(-1), kind="stable")[:pre_nms]
+        kept = []
+        for anchor, word in zip(*np.divmod(order, scores.shape[1]), strict=True):
+            if scores[anchor, word] <= score_threshold:
+                continue
+            x1, y1, x2, y2 = ANCHORS[anchor]
+            dx, dy, dw, dh = np.asarray(regions.box_deltas[i, anchor], np.float64) * (0.1, 0.1, 0.2, 0.2)
+            w, h = (x2 - x1) * np.exp(dw), (y2 - y1) * np.exp(dh)
+            x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
+            box = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
+            box /= np.asarray(photos["image_scale"][i])[[1, 0, 1, 0]]
+            box = np.clip(box, 0, np.asarray(photos["original_size"][i])[[1, 0, 1, 0]])
+            if (box[2] - box[0]) * (box[3] - box[1]) <= 0:
+                continue
+            if all(_iou(box, b) <= nms_iou for b, _, c in kept if class_agnostic or c == word):
+                kept.append((box, scores[anchor, word], word))
+        yield kept[:max_detections]
+
+
+def _iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+def test_detect_equals_brute_force(ties, class_agnostic):
+    regions, text, photos = _case(ties=ties)
+    text_mask = jnp.arange(12) < 10
+    found = _detect(regions, text, text_mask, photos, word_chunk=4, class_agnostic=class_agnostic, **OPTIONS)
+    expected = list(_oracle(regions, text, text_mask, photos, class_agnostic=class_agnostic, **OPTIONS))
+    assert any(len(rows) == OPTIONS["max_detections"] for rows in expected) or class_agnostic
+    for i, rows in enumerate(expected):
+        assert rows
+        assert found.mask[i].sum() == len(rows)
+        boxes, scores, words = map(np.array, zip(*rows, strict=True))
+        np.testing.assert_array_equal(found.labels[i][: len(rows)], words)
+        np.testing.assert_allclose(found.scores[i][: len(rows)], scores, rtol=1e-6)
+        np.testing.assert_allclose(found.boxes[i][: len(rows)], boxes, atol=1e-3)
+        assert not found.scores[i][len(rows) :].any()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_chunks_and_padding_change_nothing(ties):
+    regions, text, photos = _case(ties=ties)
+    padded, mask = vocabulary.pad(np.asarray(text), multiple=16)
+    assert padded.shape == (16, 4)
+    whole = _detect(regions, padded, mask, photos, word_chunk=16, **OPTIONS)
+    parts = _detect(regions, text, np.ones(12, bool), photos, word_chunk=4, **OPTIONS)
+    # sums of another chunk width may differ in the last bit
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), whole, parts)
+
+
+def test_more_room_than_pairs():
+    regions, text, photos = _case(ties=False, num_images=1, num_words=1)
+    options = OPTIONS | {"pre_nms": 500, "max_detections": 500, "nms_iou": 1.0, "score_threshold": 0.0}
+    found = _detect(regions, text, jnp.ones(1, bool), photos, word_chunk=1, **options)
+    assert 0 < found.mask.sum() <= len(ANCHORS)
+
+
+def test_word_count_must_fill_the_chunks():
+    regions, text, photos = _case(ties=False)
+    with pytest.raises(ValueError, match=r"12 words are no multiple of word_chunk=5; use vocabulary\.pad"):
+        _detect(regions, text, jnp.ones(12, bool), photos, word_chunk=5, **OPTIONS)
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    grid, dim = anchor_lib.grid((800, 1344)).boxes, 512
+    shape = jax.ShapeDtypeStruct
+    embeddings, deltas = shape((1, len(grid), dim), jnp.bfloat16), shape((1, len(grid), 4), jnp.float32)
+    regions = Regions(embeddings, deltas, shape((1, len(grid)), jnp.float32), None)
+    sizes, scales = shape((1, 2), jnp.int32), shape((1, 2), jnp.float32)
+    options = {"score_threshold": 0.0, "nms_iou": 0.6, "pre_nms": 1000, "max_detections": 300}
+    run = jax.jit(functools.partial(detect, anchors=grid, scale=1.0, bias=-4.6, **options))
+    temporary = {}
+    for num_words in (1203, 21_000):
+        rows = -(-num_words // 128) * 128
+        text, mask = shape((rows, dim), jnp.float32), shape((rows,), bool)
+        compiled = run.lower(regions, text, mask, extent=sizes, image_scale=scales, original_size=sizes).compile()
+        temporary[num_words] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary[21_000] <= 1.2 * temporary[1203]
+    assert temporary[21_000] < len(grid) * 21_000 * 4 / 20  # a 20th of the scores that are never held
+
+
+def test_panorama_lands_on_its_object():
+    """Regions made by hand for a 3:1 photo: one cell knows the object, given in the photo's coordinates."""
+    size, canvas = (1000, 3000), (64, 128)
+    truth = np.array([2100.0, 300.0, 2500.0, 700.0])
+    out = np.zeros((*canvas, 3), np.uint8)
+    extent, original = transforms.place(
+        np.zeros((*size, 3), np.uint8), out, annotated_size=(0, 0), short_side=64, long_side=128
+    )
+    assert (extent, original) == ((43, 128), size)  # the long side bounds it
+    grid = anchor_lib.grid(canvas).boxes
+    scale = np.array(extent) / original
+    target = truth * scale[[1, 0, 1, 0]]
+    anchor = int(np.argmin(np.abs((grid[:, :2] + grid[:, 2:]) / 2 - (target[:2] + target[2:]) / 2).sum(1)))
+    side, size = grid[anchor, 2:] - grid[anchor, :2], target[2:] - target[:2]
+    shift = (target[:2] + target[2:] - grid[anchor, :2] - grid[anchor, 2:]) / 2
+    deltas = np.zeros((1, len(grid), 4), np.float32)
+    deltas[0, anchor] = np.concatenate([shift / side / 0.1, np.log(size / side) / 0.2])
+    embeddings = np.zeros((1, len(grid), 2), np.float32)
+    embeddings[0, anchor, 1] = 1.0
+    below = int(np.flatnonzero((grid[:, 1] + grid[:, 3]) / 2 >= extent[0])[0])
+    embeddings[0, below, 1] = 2.0  # a better score, on the padding: must not count
+    regions = Regions(*map(jnp.asarray, (embeddings, deltas, np.zeros((1, len(grid)), np.float32))), None)
+    options = {"score_threshold": 0.4, "nms_iou": 0.6, "pre_nms": 100, "max_detections": 5, "word_chunk": 2}
+    run = jax.jit(functools.partial(detect, anchors=grid, scale=8.0, bias=-4.0, **options))
+    sizes = {"extent": np.array([extent]), "original_size": np.array([original])}
+    found = run(regions, jnp.eye(2), jnp.ones(2, bool), image_scale=np.float32(scale[None]), **sizes)
+    assert found.mask[0].tolist() == [True, False, False, False, False]
+    assert found.labels[0, 0] == 1
+    np.testing.assert_allclose(found.boxes[0, 0], truth, atol=0.05)
+
+
+# --- the model compiled, and the Predictor
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(*planted.make())
+
+
+def test_one_device_equals_eight():
+    config, model, params = planted.make()
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(8):
+        x, y = rng.integers(0, 40, 2)
+        images.append(planted.paint((64, 128), {"red": (x, y, x + 24, y + 20), "blue": (x + 50, y, x + 80, y + 24)}))
+    sizes = np.full((8, 2), (64, 128), np.int32)
+    photos = Photos(np.stack(images), sizes, np.ones((8, 2), np.float32), sizes)
+    limits = Limits.from_config(config.eval)
+    one, mesh = Detector(model), sharding.make_mesh(fsdp=2)
+    eight = Detector(model, mesh=mesh)
+    texts = ["red", "blue"]
+    np.testing.assert_array_equal(one.encode_vocabulary(params, texts), eight.encode_vocabulary(params, texts))
+    text, mask = vocabulary.pad(one.encode_vocabulary(params, texts), multiple=128)
+    split = Photos(*(jax.device_put(x, NamedSharding(mesh, sharding.BATCH)) for x in photos))
+    found = eight.predict(params, split, text, mask, limits)
+    assert found.boxes.sharding.is_fully_replicated
+    expected = one.predict(params, photos, text, mask, limits)
+    assert expected.mask.any(axis=1).all()
+    # nothing but the results moves between devices; left alone, the partitioner gathers the scores of all images
+    program = eight.compiled_predict.lower(params, split, text, mask, limits).compile().as_text()
+    moved = re.findall(r"(\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
+    shapes = {(re.sub(r"\{.*", "", shape), kind) for shape, kind in moved}
+    results = ("f32[8,300,4]", "f32[8,300]", "s32[8,300]", "pred[8,300]")
+    assert shapes == {(shape, "all-gather") for shape in results}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), expected, found)
+
+
+def test_predictor_finds_words_on_images_of_any_size(predictor, tmp_path):
+    truth = {"red": (2100, 300, 2500, 700), "blue": (300, 500, 900, 900)}
+    panorama = planted.paint((1000, 3000), truth)
+    Image.fromarray(panorama).save(tmp_path / "panorama.png")
+    upright = np.ascontiguousarray(panorama.transpose(1, 0, 2))
+    small = planted.paint((40, 50), {"red": (10, 10, 30, 30)})
+    options = {"score_threshold": 0.1, "max_detections": 5}
+    found = predictor([tmp_path / "panorama.png", upright, small], ["blue", "red"], batch_size=2, **options)
+    assert [image.size for image in found] == [(1000, 3000), (3000, 1000), (40, 50)]
+    for image, swap in ((found[0], [0, 1, 2, 3]), (found[1], [1, 0, 3, 2])):
+        for name, box in truth.items():
+            best = image.names.index(name)
+            # a canvas pixel is 23 px of the photo, and the planted model rounds to whole pixels
+            np.testing.assert_allclose(image.boxes[best], np.array(box)[swap], atol=24)
+    assert set(found[2].names) == {"red"}
+    np.testing.assert_allclose(found[2].boxes[0], [10, 10, 30, 30], atol=1)
+    alone = predictor([panorama, small], {"blue": "", "red": ""}, **options)
+    for a, b in zip([found[0], found[2]], alone, strict=True):
+        np.testing.assert_allclose(a.boxes, b.boxes, rtol=1e-5)
+        assert a.names == b.names
+
+
+def test_predictor_says_what_is_wrong(predictor, tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="words must be a list of words, or a dict name → definition, but are 'red'"):
+        predictor([image], "red")
+    with pytest.raises(ValueError, match="texts that are not empty"):
+        predictor([image], ["red", " "])
+    with pytest.raises(ValueError, match=r"cannot read the image array: it is float64\[8, 8, 3\], not RGB uint8"):
+        predictor([image / 255], ["red"])
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*text\.jpg: not an image"):
+        predictor([tmp_path / "text.jpg"], ["red"])
+    with pytest.raises(ValueError, match=r"cannot read the image .*absent\.jpg: .*No such file"):
+        predictor([tmp_path / "absent.jpg"], ["red"])
+    with pytest.raises(ValueError, match=r"nms_iou is 1\.5; it must lie between 0 and 1"):
+        predictor([image], ["red"], nms_iou=1.5)
+    with pytest.raises(ValueError, match="max_detections is 0; it must be at least 1"):
+        predictor([image], ["red"], max_detections=0)
+
+
+def test_predictor_aligns_a_caption(predictor):
+    images = [planted.paint((60, 100), {"red": (5, 5, 35, 35)}), planted.paint((90, 60), {"blue": (5, 5, 40, 40)})]
+    found = predictor.align(images, ["red", "blue"], index=0)
+    assert found.scores.tolist() == [10.0, 0.0]
+    assert found.ranks.tolist() == [1, 2]
+    assert found.maps.shape == (2, 8, 13)  # 60 x 100 px shown as 64 x 107
+    assert found.maps[0].max() == 10.0
+    np.testing.assert_allclose(found.boxes[0], [5, 5, 35, 35], atol=1)
+
+
+def test_the_alignment_of_a_photo_is_drawn_from_a_checkpoint(predictor, tmp_path):
+    images = [planted.paint((60, 100), {"red": (5, 5, 35, 35)}), planted.paint((60, 100), {"blue": (5, 5, 40, 40)})]
+    Image.fromarray(images[0]).save(tmp_path / "photo.png")
+    path = tmp_path / "figure.png"
+    picture = alignment.draw(predictor, [tmp_path / "photo.png", images[1]], ["red", "blue"], caption="a", path=path)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    other = alignment.draw(predictor, images, ["red", "blue"], index=1, caption="a")
+    assert picture.shape == other.shape
+    assert not np.array_equal(picture, other)
+    np.testing.assert_array_equal(picture, alignment.draw(predictor, images, ["red", "blue"], caption="a"))
+
+
+def test_limits_take_the_given_values_only():
+    config = planted.make()[0].eval
+    limits = Limits.from_config(config, nms_iou=0.0, max_detections=2000)
+    assert (limits.score_threshold, limits.nms_iou, limits.max_detections) == (config.score_threshold, 0.0, 2000)
+    assert limits.pre_nms == 2000  # no fewer candidates than detections

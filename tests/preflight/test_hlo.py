@@ -1,0 +1,130 @@
+"""Traffic of compiled programs: a small one over 8 devices, counted by hand, and lines as TPUs and GPUs write them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from detclipv2_jax.preflight import hlo
+from detclipv2_jax.runs import sharding
+
+
+def test_collectives_in_and_out_of_loops():
+    mesh = sharding.make_mesh(fsdp=8)
+
+    def local(x):  # f32[4, 16] a device, of [32, 16]
+        x = jax.lax.scan(
+            lambda c, _: (jax.lax.ppermute(c, "fsdp", [(i, (i + 1) % 8) for i in range(8)]), None), x, None, 5
+        )[0]
+        whole = jax.lax.all_gather(x, "fsdp", tiled=True)  # [32, 16]
+        part = jax.lax.psum_scatter(jnp.sin(whole), "fsdp", tiled=True)  # [4, 16] of an operand [32, 16]
+        return jax.lax.psum(jnp.sum(part, axis=0), "fsdp") + jax.lax.psum(jnp.bfloat16(1), "fsdp")
+
+    rows = NamedSharding(mesh, P("fsdp"))
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("fsdp"), out_specs=P(), check_vma=False))
+    program = step.lower(jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=rows)).compile()
+    traffic = hlo.traffic(program.as_text())
+    network = dict(traffic.network)
+    assert network.pop("collective-permute") == 5 * 4 * 16 * 4
+    assert network.pop("all-gather") == 32 * 16 * 4
+    # XLA may reduce and then cut
+    reduced = network.pop("reduce-scatter", 0) + network.pop("all-reduce", 0)
+    assert reduced == pytest.approx(32 * 16 * 4 + 16 * 4, abs=4)
+    assert not network
+    assert traffic.unknown_loops == 0
+
+
+def test_a_loop_whose_length_depends_on_data_counts_once():
+    def loop(x, n):
+        return jax.lax.fori_loop(0, n, lambda i, y: y @ y, x)
+
+    program = jax.jit(loop).lower(jnp.zeros((64, 64)), 3).compile()
+    traffic = hlo.traffic(program.as_text())
+    assert traffic.unknown_loops == 1
+    assert 2 * 64 * 64 * 4 <= traffic.memory < 8 * 64 * 64 * 4
+
+
+PROGRAM = """HloModule m
+
+%cut (p.0: f32[10,128], p.1: s32[]) -> f32[1,128] {
+  %p.0 = f32[10,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  ROOT %d = f32[1,128]{1,0:T(8,128)} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,128}
+}
+
+%put (q.0: f32[10,128], q.1: f32[1,128], q.2: s32[]) -> f32[10,128] {
+  %q.0 = f32[10,128]{1,0:T(8,128)} parameter(0)
+  %q.1 = f32[1,128]{1,0:T(8,128)S(1)} parameter(1)
+  %q.2 = s32[]{:T(128)} parameter(2)
+  %n = f32[1,128]{1,0:T(8,128)} negate(%q.1)
+  ROOT %u = f32[10,128]{1,0:T(8,128)} dynamic-update-slice(%q.0, %n, %q.2)
+}
+
+%body (b: (s32[], f32[10,128])) -> (s32[], f32[10,128]) {
+  %b = (s32[]{:T(128)}, f32[10,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %x = f32[10,128]{1,0:T(8,128)} get-tuple-element(%b), index=1
+  %row = f32[1,128]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%cut
+  %new = f32[10,128]{1,0:T(8,128)} fusion(%x, %row, %i), kind=kLoop, calls=%put
+  ROOT %t = (s32[]{:T(128)}, f32[10,128]{1,0:T(8,128)}) tuple(%i, %new)
+}
+
+%condition (c: (s32[], f32[10,128])) -> pred[] {
+  %limit = s32[1]{0:T(128)} constant({300})
+  %pair = s32[2]{0:T(128)} constant({1, 2})
+  %ten = s32[]{:T(128)} constant(10)
+  %c = (s32[]{:T(128)}, f32[10,128]{1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %ten), direction=LT
+}
+
+ENTRY %main (a: f32[10,128]) -> f32[10,128] {
+  %a = f32[10,128]{1,0:T(8,128)} parameter(0)
+  %z = s32[]{:T(128)} constant(0)
+  %s = (s32[]{:T(128)}, f32[10,128]{1,0:T(8,128)}) tuple(%z, %a)
+  %w = (s32[]{:T(128)}, f32[10,128]{1,0:T(8,128)}) while(%s), condition=%condition, body=%body
+  %r = f32[10,128]{1,0:T(8,128)} get-tuple-element(%w), index=1
+  %g = (f32[10,128]{1,0}, f32[20,128]{1,0}) all-gather-start(%r), channel_id=1, dimensions={0}
+  %h = f32[20,128]{1,0} all-gather-done(%g)
+  ROOT %o = f32[10,128]{1,0:T(8,128)} negate(%r)
+}
+"""
+
+
+def test_a_loop_over_rows_moves_each_row_once():
+    traffic = hlo.traffic(PROGRAM)
+    row, index = 128 * 4, 4
+    # read into vector memory, which costs nothing more there, and written back; then the last line
+    assert traffic.memory == 10 * ((row + index) + (row + index)) + 2 * 10 * row
+    assert traffic.network == {"all-gather": 20 * 128 * 4}
+    assert traffic.unknown_loops == 0
+
+
+BRANCHES = """HloModule m
+
+%send (p: f32[10]) -> f32[10] {
+  %p = f32[10]{0} parameter(0)
+  %g = f32[80]{0} all-gather(%p), channel_id=1, dimensions={0}
+  ROOT %s = f32[10]{0} slice(%g), slice={[0:10]}
+}
+
+%stay (q: f32[10]) -> f32[10] {
+  %q = f32[10]{0} parameter(0)
+  %n = f32[10]{0} negate(%q)
+  %e = f32[10]{0} exponential(%n)
+  ROOT %m = f32[10]{0} negate(%e)
+}
+
+ENTRY %main (a: f32[10], b: pred[]) -> f32[10] {
+  %a = f32[10]{0} parameter(0)
+  %b = pred[] parameter(1)
+  ROOT %c = f32[10]{0} conditional(%b, %a, %a), true_computation=%send, false_computation=%stay
+}
+"""
+
+
+def test_what_one_branch_sends_counts_though_the_other_moves_more_memory():
+    traffic = hlo.traffic(BRANCHES)
+    assert traffic.memory == 3 * 2 * 10 * 4
+    assert traffic.network == {"all-gather": 80 * 4}

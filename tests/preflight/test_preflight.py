@@ -1,0 +1,170 @@
+"""The tool: sizes and steps of a run, tables and exit status from recorded figures, one program compiled for a TPU."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import pytest
+
+from configs import swin_t
+from detclipv2_jax import config as config_lib
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.preflight import __main__ as preflight
+from detclipv2_jax.preflight import compile_step, data_plan
+from detclipv2_jax.preflight.compile_step import GIB, Topology
+from detclipv2_jax.runs import sharding
+
+V5E = Topology.parse("v5e:4x8")
+
+
+def result(total_gib, *, executed=4e14):
+    memory = {"arguments": 1.25 * GIB, "temporaries": total_gib * GIB - 1.25 * GIB, "results": 0, "program": 0}
+    return {
+        "memory": memory | {"total": total_gib * GIB},
+        "bytes": 250e9,
+        "network": {"all-reduce": 0.5e9},
+        "unknown_loops": 0,
+        "flops": {"model": 3.2e14, "formula": 3.25e14, "executed": executed},
+        "compile_cpu_s": 300.0,
+        "versions": {"jax": "0.10.2", "compiler": "libtpu"},
+    }
+
+
+def test_topologies():
+    assert (V5E.num_devices, V5E.num_hosts) == (32, 8)
+    assert (Topology.parse("h100:8").num_hosts, Topology.parse("h100:32").num_hosts) == (1, 4)
+    assert Topology.parse("v5p:4x4x4").num_devices == 64
+    for name in ("v7:4x4", "v5e", "h100:", "v5e:4x"):
+        with pytest.raises(ValueError, match="v5e:4x8"):
+            Topology.parse(name)
+
+
+def test_steps_and_sizes_of_the_paper_s_run():
+    config = swin_t.get_config()
+    plan = data_plan.expected(config, num_hosts=8, num_devices=32)
+    # spec section 4: 5,156 / 6,016 / 2,116 steps an epoch
+    totals = {kind: sum(num for name, num in plan.num_steps.items() if name.startswith(kind)) / 12 for kind in Kind}
+    assert list(totals.values()) == pytest.approx([5156, 6016, 2116], rel=0.001)
+    # a host has 16 images; names are known to be 365, phrases are not, pairs have a caption and 8 phrases
+    assert plan.table_rows == {"detection": 8 * 368, "grounding": 8 * 1600, "image_text": 8 * 768 * 9}
+    assert plan.num_concepts == plan.table_rows | {"detection": 365}
+    assert set(plan.num_steps) | {"prediction/800x1344", "prediction/1344x800"} == set(compile_step.step_names(config))
+
+
+@pytest.mark.slow
+def test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more(micro):
+    micro.eval.canvases = ((320, 320),)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    sizes = compile_step.Sizes(0, 0, 256)
+    counts = compile_step.program(micro, "prediction/320x320", mesh, "tpu", sizes).flops()
+    assert counts["model"] == pytest.approx(counts["formula"], rel=0.05)
+    assert counts["executed"] > counts["model"]  # the banded form of the deformable layer
+
+
+def run(monkeypatch, tmp_path, measured, *, only=(), change=None):
+    """Runs the tool on configs/swin_t.py with recorded measurements; returns (report, exit status well?, compiled)."""
+    compiled = []
+
+    def measure(config, topology, step, sizes, cache):
+        compiled.append((step, config.optimizer.accumulate.to_dict(), config.model.remat))
+        return measured(step, config)
+
+    monkeypatch.setattr(preflight, "measure", measure)
+    config = swin_t.get_config()
+    config.update(change or {})
+    options = {"only": only, "cache": tmp_path, "check_data": False}
+    return *preflight.run(config, ["v5e:4x8"], **options), compiled
+
+
+def test_a_run_that_fits(monkeypatch, tmp_path):
+    report, well, compiled = run(monkeypatch, tmp_path, lambda step, config: result(12.5))
+    assert well
+    assert [step for step, *_ in compiled] == compile_step.step_names(swin_t.get_config())
+    row = next(line for line in report.splitlines() if line.startswith("| detection/800x1344"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "detection/800x1344", "1.25", "11.25", "12.50", "yes", "320.0 (325.0)", "+25%", "250", "all-reduce 0.50",
+        "5.0 CPU min",
+    ]  # fmt: skip
+    assert len(cells) == len(preflight.COLUMNS)
+    # 12 × (5,156 + 6,016 + 2,116) steps of 3.2e14 FLOPs at 40% of 197 TFLOP/s
+    hours = 12 * (660_000 / 128 + 770_000 / 128 + 13_000_000 / 6144) * 3.2e14 / (0.4 * 197e12) / 3600
+    assert f"{hours:,.0f} chip-hours" in report
+
+
+def test_values_that_would_fit_are_found(monkeypatch, tmp_path):
+    def measured(step, config):
+        return result(20.0 / config.optimizer.accumulate.detection + 1, executed=4e14)
+
+    report, well, compiled = run(monkeypatch, tmp_path, measured, only=["detection/800x1344"])
+    assert not well
+    assert "--config.optimizer.accumulate.detection=2 (11.0 GiB, +0% FLOPs)" in report
+    assert [accumulate["detection"] for _, accumulate, _ in compiled] == [1, 2]
+    # two images a device are not enough, so they are not tried
+    _, _, compiled = run(
+        monkeypatch,
+        tmp_path,
+        lambda step, config: result(60.0 / config.optimizer.accumulate.detection),
+        only=["detection/8"],
+    )
+    assert [accumulate["detection"] for _, accumulate, _ in compiled] == [1, 4]
+
+
+def test_pairs_are_recomputed_before_they_are_embedded_twice(monkeypatch, tmp_path):
+    def measured(step, config):
+        return result(18.0 if config.model.remat == "blocks" else 14.0)
+
+    report, well, compiled = run(monkeypatch, tmp_path, measured, only=["image_text"])
+    assert not well
+    assert "--config.model.remat=all (14.0 GiB" in report
+    assert len(compiled) == 2
+
+
+def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
+    report, well, _ = run(
+        monkeypatch, tmp_path, lambda step, config: {"error": "exit status -9: killed"}, only=["pred"]
+    )
+    assert not well
+    assert "exit status -9" in report
+    # the FLOPs of steps that were not compiled are those of the formula: about 214, 360 and 1,331 TFLOP
+    hours = 12 * (5156 * 214.2e12 + 6016 * 359.6e12 + 2116 * 1331.3e12) / (0.4 * 197e12) / 3600
+    assert float(re.search(r"(\d+) chip-hours", report)[1]) == pytest.approx(hours, rel=0.05)
+
+
+def test_what_a_compiler_says_when_it_refuses():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.57G of 15.75G hbm. Exceeded by 7.82G."
+    assert compile_step._of_refusal(message)["total"] == pytest.approx(23.57 * GIB)
+
+
+def test_wrong_arguments(tmp_path):
+    config = swin_t.get_config()
+    with pytest.raises(ValueError, match="detection/800x1344"):
+        preflight.run(config, ["v5e:4x8"], only=["detect/8"], cache=tmp_path)
+    with pytest.raises(ValueError, match="not divisible by 48 devices"):
+        preflight.run(config, ["v5e:6x8"], cache=tmp_path)
+
+
+def test_missing_data_is_listed_and_ends_with_status_1(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "measure", lambda *_: result(12.5))
+    config = swin_t.get_config()
+    config.model = config_lib.model("nano")  # traced in a moment
+    report, well = preflight.run(config, ["v5e:4x8"], only=["detection"], cache=tmp_path)
+    assert not well
+    for missing in ("data/objects365", "data/gqa", "data/cc12m", "data/lvis", "weights/swin_tiny.safetensors"):
+        assert missing in report
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs `pip install libtpu`, not a TPU")
+def test_a_tiny_step_compiles_for_tpus(micro, tmp_path):
+    config = micro
+    config.detection.annotations = "unused"
+    sizes = compile_step.Sizes(64, 12, 8)
+    measured = preflight.measure(config, Topology.parse("v5e:2x2"), "detection/64x64", sizes, tmp_path)
+    assert measured.get("error") is None
+    assert 0 < measured["memory"]["total"] < GIB
+    assert measured["network"]["all-reduce"] > 0
+    again = preflight.measure(config, Topology.parse("v5e:2x2"), "detection/64x64", sizes, tmp_path)
+    assert again == measured
+    assert len(list(pathlib.Path(tmp_path).glob("*.json"))) == 1

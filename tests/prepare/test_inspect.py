@@ -1,0 +1,85 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detclipv2_jax.data import scenes
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.streams import train_streams
+from detclipv2_jax.prepare import __main__ as prepare
+from detclipv2_jax.prepare import inspect
+from detclipv2_jax.visualize import drawing
+
+
+@pytest.fixture
+def on_scenes(micro, tmp_path):
+    """The micro configuration with its generated files."""
+    sizes = {"num_detection": 12, "num_grounding": 12, "num_image_text": 12, "num_eval": 0}
+    scenes.write(tmp_path / "data", **sizes, size_px=64, seed=0)
+    for kind, key, file in (
+        ("detection", "annotations", "detection.json"),
+        ("grounding", "annotations", "grounding.json"),
+        ("image_text", "pairs", "pairs.tsv"),
+    ):
+        micro[kind][key], micro[kind].images = str(tmp_path / "data" / file), str(tmp_path / "data")
+    return micro
+
+
+def check_pictures(folder, report):
+    """Checks that there are sheets of two batches a stream and a histogram a quantity."""
+    names = [f"{name.replace('/', '_')}_{n}.jpg" for name in report for n in range(2)]
+    assert sorted(path.name for path in folder.glob("*.jpg")) == sorted(names)
+    with Image.open(folder / "histograms.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape[1] == 7 * 420
+    rows = np.array_split((pixels == np.array(drawing.PALETTE[0])).all(-1), 3)
+    assert [sum(part.any() for part in np.array_split(row, 7, axis=1)) for row in rows] == [7, 7, 5]
+
+
+def test_raw_files_are_counted_as_batches_have_them(on_scenes, tmp_path):
+    report = inspect.inspect(str(tmp_path / "out"), config=on_scenes, num_examples=16)
+    assert report == json.loads((tmp_path / "out" / "inspection.json").read_text())
+    check_pictures(tmp_path / "out", report)
+    assert list(report) == ["detection/64x64", "grounding/64x64", "image_text/64x64"]
+    for stream in train_streams(on_scenes):
+        batches, facts = [stream.batch(n) for n in range(2)], report[stream.name]
+        assert (facts["images of an epoch"], facts["images counted"]) == (12, 16)
+        assert facts["capacities"] == stream.capacities
+        sizes = facts["photo: short side, px"]
+        assert (sizes["smallest"], sizes["largest"], sizes["counts"]) == (64, 64, [16])
+        if stream.kind is not Kind.IMAGE_TEXT:
+            boxes = np.concatenate([batch.box_mask.sum(1) for batch in batches])
+            found = facts["boxes an image"]
+            assert dict(zip(found["edges"], found["counts"], strict=False)) == {
+                n: int((boxes == n).sum()) for n in range(boxes.min(), boxes.max() + 1)
+            }
+            assert found["mean"] == round(boxes.mean(), 3)
+            own = [{*batch.box_concepts[i][batch.box_mask[i]]} for batch in batches for i in range(8)]
+        else:
+            assert "boxes an image" not in facts
+            assert "tokens a negative" not in facts
+            own = [{*batch.caption_concepts[i][batch.caption_mask[i]]} for batch in batches for i in range(8)]
+        assert facts["concepts an image"]["mean"] == round(np.mean([len(rows) for rows in own]), 3)
+        assert sum(facts["tokens a concept of an image"]["counts"]) == sum(map(len, own))
+
+
+def test_bins_are_whole_and_few():
+    edges, counts = inspect.histogram(np.array([1, 3, 3]))
+    assert (edges.tolist(), counts.tolist()) == ([1, 2, 3, 4], [1, 0, 2])
+    edges, counts = inspect.histogram(np.arange(1, 1001))
+    assert len(counts) <= 40
+    assert counts.sum() == 1000
+    assert set(np.diff(edges)) == {25}
+
+
+def test_built_folders_replace_what_the_configuration_names(on_scenes, tmp_path):
+    data, out = tmp_path / "data", str(tmp_path / "built")
+    prepare.run("coco_json", source=str(data / "detection.json"), output=out, images=str(data), shard_size=100)
+    raw = inspect.inspect(str(tmp_path / "raw"), config=on_scenes, num_examples=8)
+    built = inspect.inspect(str(tmp_path / "out"), config=on_scenes, folders=[out], num_examples=8)
+    assert list(built) == ["detection/64x64"]
+    assert built["detection/64x64"] == raw["detection/64x64"]
+    with pytest.raises(ValueError, match=r"is no folder that .* has built: it has no build_report\.json"):
+        inspect.inspect(str(tmp_path / "x"), folders=[str(pathlib.Path(out) / "no")])

@@ -1,0 +1,43 @@
+import json
+
+import pytest
+from raw_files import write_coco
+
+from detclipv2_jax.data.built import read_built
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.prepare import __main__ as prepare
+
+
+def lvis_json(tmp_path):
+    path = write_coco(tmp_path / "raw")
+    (path.parent / "train2017").mkdir()
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        name = image.pop("file_name")
+        (path.parent / "images" / name).rename(path.parent / "train2017" / name)
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{name}"
+        image["neg_category_ids"], image["not_exhaustive_category_ids"] = [3], [2]
+    for category, frequency in zip(content["categories"], "rcf", strict=True):
+        category["frequency"], category["def"] = frequency, f"definition {category['id']}"
+    path.write_text(json.dumps(content))
+    return path, content
+
+
+def test_federated_lists_definitions_and_frequencies(tmp_path):
+    path, _ = lvis_json(tmp_path)
+    report = prepare.run("lvis", source=str(path), images=str(path.parent), output=str(tmp_path / "out"))
+    assert report["categories by frequency"] == {"rare": 1, "common": 1, "frequent": 1}
+    built = read_built(str(tmp_path / "out"), Kind.DETECTION)
+    assert (built[0].negatives, built[0].not_negatives) == (("thing 3",), ("thing 2",))
+    assert built.vocabulary.definitions == ("definition 1", "definition 2", "definition 3")
+    assert built.vocabulary.category_ids == (1, 2, 3)
+
+
+def test_a_json_that_is_not_lvis_is_refused(tmp_path):
+    path, content = lvis_json(tmp_path)
+    for image in content["images"]:
+        del image["neg_category_ids"]
+    del content["categories"][0]["frequency"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"lacks neg_category_ids, the frequency of every category.*KIND coco_json"):
+        prepare.run("lvis", source=str(path), images=str(path.parent), output=str(tmp_path / "out"))

@@ -1,0 +1,151 @@
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from raw_files import write_coco
+
+from detclipv2_jax.data.built import read_built
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.prepare import __main__ as prepare
+from detclipv2_jax.prepare import coco_json, shards
+
+
+def build(source, output, **options):
+    return prepare.run("coco_json", source=str(source), output=str(output), **{"shard_size": 2} | options)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "build_report.json"}
+
+
+def test_a_build_is_read_by_tfds_alone(tmp_path):
+    build(write_coco(tmp_path / "raw"), tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        "build_report.json",
+        "dataset_info.json",
+        *(f"detclipv2_coco_json-train.array_record-{i:05d}-of-00003" for i in range(3)),
+        "features.json",
+        "index.npz",
+        "vocabulary.json",
+    ]
+    examples = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert len(examples) == 6
+    example = examples[1]
+    assert example["image"].shape == (24, 32, 3)
+    assert example["concepts"] == [b"thing 1", b"thing 2"]
+    np.testing.assert_array_equal(example["boxes"], [[1, 2, 7, 8], [2, 2, 9, 8]])
+    np.testing.assert_array_equal(example["box_concepts"], [0, 1])
+    np.testing.assert_array_equal(example["size"], [24, 32])
+    assert example["name"] == b"000000000001.jpg"
+
+
+def test_the_builder_is_an_ordinary_tfds_builder(tmp_path):
+    source = write_coco(tmp_path / "raw")
+    reader = coco_json.open_reader(str(source), str(source.parent / "images"), shard_size=4, max_bad_share=0.0)
+    builder = coco_json.CocoJson.of(reader, data_dir=tmp_path / "out")
+    builder.download_and_prepare()
+    names = [example["name"] for example in builder.as_data_source("train")]
+    assert names == [f"{i:012d}.jpg".encode() for i in range(6)]
+
+
+def test_report(tmp_path):
+    source = write_coco(tmp_path / "raw", broken=(4,))
+    report = build(source, tmp_path / "out", max_bad_share=0.2, command="typed")
+    assert report == json.loads((tmp_path / "out" / "build_report.json").read_text())
+    assert (report["kind"], report["seen"], report["examples"], report["boxes"]) == ("detection", 6, 5, 6)
+    assert report["distinct concepts"] == 3
+    assert report["dropped"] == {"not an image": 1}
+    assert report["longest"]["boxes of an image"] == 2
+    assert report["longest"]["tokens of a concept"] == 4  # [SOS] thing 1 [EOS]
+    assert len(report["inputs"][str(source)]["sha256"]) == 64
+    assert report["command"] == "typed"
+    assert prepare.summary(report, "data/mine").splitlines()[-1] == (
+        'put in the config: config.detection.data = ("data/mine",)'
+    )
+
+
+def test_too_much_that_is_bad_is_an_error_that_a_larger_share_continues(tmp_path, monkeypatch):
+    source = write_coco(tmp_path / "raw", broken=(5,))
+    with pytest.raises(ValueError, match=r"1 of 6 items cannot be used \(1 not an image\)"):
+        build(source, tmp_path / "out")
+    monkeypatch.setattr(shards.Job, "write", lambda job, shard: pytest.fail("a finished shard was written again"))
+    assert build(source, tmp_path / "out", max_bad_share=0.2)["examples"] == 5
+
+
+def test_restart_does_not_redo_finished_shards(tmp_path, monkeypatch):
+    source = write_coco(tmp_path / "raw")
+    build(source, tmp_path / "whole")
+    write, written = shards.Job.write, []
+
+    def dying(job, shard):
+        if len(written) == 2:
+            part = job.file(shard, f"part{os.getpid()}")
+            part.write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        written.append(shard)
+        return write(job, shard)
+
+    monkeypatch.setattr(shards.Job, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "build_report.json").exists()
+    monkeypatch.setattr(shards.Job, "write", lambda job, shard: (written.append(shard), write(job, shard))[1])
+    build(source, tmp_path / "out")
+    assert written == [0, 1, 2]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    build(source, tmp_path / "out")  # finished: nothing is done
+    assert written == [0, 1, 2]
+
+
+def test_a_kill_while_files_get_their_names_is_survived(tmp_path, monkeypatch):
+    source = write_coco(tmp_path / "raw")
+    build(source, tmp_path / "whole")
+    rename, renamed = pathlib.Path.rename, []
+
+    def dying(path, target):
+        if "-of-" in str(target):
+            renamed.append(path)
+            if len(renamed) == 2:
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path / "out")
+    build(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_other_inputs_or_options_in_the_same_folder_are_an_error(tmp_path):
+    source = write_coco(tmp_path / "raw")
+    build(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="shard_size: 2 -> 3"):
+        build(source, tmp_path / "out", shard_size=3)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="is not empty and no build"):
+        build(source, tmp_path / "notes")
+
+
+def test_a_shard_without_usable_examples_is_left_out(tmp_path):
+    source = write_coco(tmp_path / "raw", broken=(2, 3))
+    report = build(source, tmp_path / "out", max_bad_share=0.5)
+    assert report["examples"] == 4
+    assert len(list((tmp_path / "out").glob("*-of-00002"))) == 2
+    source = read_built(str(tmp_path / "out"), Kind.DETECTION)
+    assert [source[i].concepts for i in (0, 2)] == [("thing 1",), ("thing 3",)]
+    nothing = write_coco(tmp_path / "none", labels=((1,),), broken=(0,))
+    with pytest.raises(ValueError, match="no usable example; 1 not an image"):
+        build(nothing, tmp_path / "empty", max_bad_share=1.0)
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_files(tmp_path):
+    source = write_coco(tmp_path / "raw")
+    build(source, tmp_path / "one")
+    build(source, tmp_path / "two", num_workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

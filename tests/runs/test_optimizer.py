@@ -1,0 +1,175 @@
+"""Parameter groups, learning rate and update against a NumPy AdamW."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.models import detclip
+from detclipv2_jax.runs.optimizer import (
+    assign_groups,
+    learning_rate,
+    make_optimizer,
+    param_name,
+    verdict,
+    with_rate_factor,
+    without_frozen,
+)
+
+
+def names_of_group(config, *, factor=None, decay=None):
+    shapes = train_state.param_shapes(detclip.from_config(config.model), context_length=16)
+    assigned = assign_groups(shapes, config.optimizer.groups)
+    groups = config.optimizer.groups
+    return {
+        param_name(path)
+        for path, index in jax.tree_util.tree_leaves_with_path(assigned)
+        if (factor is None or groups[index][1] == factor) and (decay is None or groups[index][2] == decay)
+    }
+
+
+def test_the_text_tower_and_nothing_else_has_a_tenth_of_the_learning_rate(micro):
+    everything = names_of_group(micro)
+    assert names_of_group(micro, factor=0.1) == {name for name in everything if name.startswith("text_encoder/")}
+
+
+def test_kernels_decay_and_norms_biases_tables_and_scales_do_not(micro):
+    decayed, kept = names_of_group(micro, decay=True), names_of_group(micro, decay=False)
+    assert {name.rsplit("/", 1)[-1] for name in decayed} <= {"kernel"}, decayed
+    assert not {name for name in kept if name.endswith("/kernel")}
+    assert {"logit_scale", "logit_bias"} <= kept
+    assert any(name.endswith("relative_position_table") for name in kept)
+
+
+def test_a_parameter_in_no_group_is_named():
+    with pytest.raises(ValueError, match=r"1 parameters match no regex .* head/kernel"):
+        assign_groups({"head": {"kernel": 0}, "swin": {"bias": 0}}, ((r"swin/.*", 1.0, True),))
+
+
+def test_learning_rate_warms_up_linearly_and_ends_at_zero(micro):
+    micro.optimizer.warmup_steps = 10
+    rate = learning_rate(micro.optimizer, 110)
+    peak = micro.optimizer.learning_rate
+    assert [float(rate(step)) / peak for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+
+
+def test_other_learning_rates(micro):
+    c = micro.optimizer
+    c.warmup_steps, c.decay_at, c.decay_factor, c.min_learning_rate = 10, (2 / 3, 11 / 12), 0.1, c.learning_rate / 50
+    share = {}
+    for c.schedule in ("cosine", "step", "plateau", "constant"):
+        rate = learning_rate(c, 240)
+        steps = (0, 5, 10, 159, 160, 219, 220, 240)
+        share[c.schedule] = [float(rate(step)) / c.learning_rate for step in steps]
+    assert share["step"] == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert share["plateau"] == share["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1])
+    assert share["cosine"][-1] == pytest.approx(1 / 50)
+
+
+def ways_down(scores, config):
+    """Returns the verdict after each of the scores, given by epoch from 10 steps an epoch."""
+    steps = [10 * (epoch + 1) for epoch in range(len(scores))]
+    return [verdict(dict(zip(steps[: n + 1], scores, strict=False)), config) for n in range(len(scores))]
+
+
+def test_plateaus_lower_the_rate_and_end_the_run(micro):
+    c = micro.optimizer
+    c.schedule, c.learning_rate, c.min_learning_rate, c.decay_factor = "plateau", 4e-5, 1e-8, 0.1
+    c.patience, c.stop_patience, c.warmup_steps = 2, 3, 0
+    #        gain gain same  2nd   gain  worse 2nd: down again …
+    scores = [0.1, 0.2, 0.2, 0.1, 0.3, 0.3, 0.2] + [0.0] * 7
+    found = ways_down(scores, c)
+    smallest = 1e-8 / 4e-5  # 4e-9 would be below it
+    factors = [1, 1, 1, 0.1, 0.1, 0.1, 1e-2, 1e-2, 1e-3, 1e-3, smallest, smallest, smallest, smallest]
+    assert [decision.factor for decision in found] == pytest.approx(factors)
+    assert [decision.over for decision in found] == [False] * 13 + [True]
+    assert ways_down([*scores, 0.9], c)[-1].over  # what is over stays over
+    rescued = ways_down([*scores[:12], 0.4, 0.0, 0.0, 0.0], c)
+    assert [decision.over for decision in rescued[-4:]] == [False, False, False, True]
+    c.stop_patience = 0
+    assert not any(decision.over for decision in ways_down([0.0] * 50, c))
+    # nothing is held against a run that still warms up: the first 5 epochs
+    c.warmup_steps = 51
+    assert [decision.factor for decision in ways_down([0.5] + [0.0] * 7, c)] == pytest.approx([1] * 6 + [0.1] * 2)
+    # other schedules may end early too, and keep their rate
+    c.schedule, c.stop_patience, c.warmup_steps = "cosine", 3, 0
+    assert ways_down([0.1, 0, 0, 0], c) == [(1.0, False)] * 3 + [(1.0, True)]
+
+
+def test_the_factor_of_a_plateau_scales_the_update(micro):
+    config = micro.optimizer
+    config.schedule, config.warmup_steps, config.groups = "plateau", 0, ((r".*", 1.0, True),)
+    params = {"kernel": jnp.ones(3)}
+    tx = make_optimizer(config, params, 100)
+    state = tx.init(params)
+    whole, _ = tx.update(params, state, params)
+    part, after = tx.update(params, with_rate_factor(state, jnp.float32(0.1)), params)
+    np.testing.assert_allclose(part["kernel"], 0.1 * whole["kernel"], rtol=1e-6)
+    again, _ = tx.update(params, after, params)
+    assert np.all(np.abs(again["kernel"]) < 0.2 * np.abs(whole["kernel"]))  # it stays
+
+
+def test_what_is_frozen_has_no_moments_and_no_update(micro):
+    config = micro.optimizer
+    config.warmup_steps, config.schedule, config.clip_norm = 0, "plateau", 1.0
+    config.groups = ((r".*bias", 1.0, False), (r".*", 0.1, True))
+    rng = np.random.default_rng(0)
+    tower = {"kernel": jnp.asarray(rng.normal(size=(3, 5)), jnp.float32), "bias": jnp.ones(7)}
+    params = {"text_encoder": tower, "head": {"kernel": jnp.ones(11), "bias": jnp.ones(13)}}
+    config.frozen = "text_encoder/.*"
+    tx = make_optimizer(config, params, 100)
+    state = tx.init(params)
+    assert {x.shape for x in jax.tree.leaves(state)} == {(), (11,), (13,)}
+    grads = jax.tree.map(lambda x: 100 * jnp.ones_like(x), params)
+    updates, _ = jax.jit(tx.update)(without_frozen(grads, config.frozen), state, params)
+    # as if the rest were everything, the norm that clips included
+    config.frozen = ""
+    rest = {"head": params["head"]}
+    alone = make_optimizer(config, rest, 100)
+    expected, _ = jax.jit(alone.update)({"head": grads["head"]}, alone.init(rest), rest)
+    jax.tree.map(np.testing.assert_array_equal, updates["head"], expected["head"])
+    after = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, after["text_encoder"], tower)
+    assert not any(np.any(x) for x in jax.tree.leaves(without_frozen(grads, "text_encoder/.*")["text_encoder"]))
+    assert without_frozen(grads, "") is grads
+    for config.frozen, which in (("text_tower/.*", "no parameter"), (".*", "all parameters")):
+        with pytest.raises(ValueError, match=rf"optimizer.frozen '.*' matches {which}"):
+            make_optimizer(config, params, 100)
+
+
+def test_update_is_adamw_with_factors_and_masked_decay(micro):
+    config = micro.optimizer
+    config.clip_norm, config.warmup_steps, config.schedule = 0.0, 0, "constant"
+    config.groups = ((r"slow/.*", 0.1, True), (r".*bias", 1.0, False), (r".*", 1.0, True))
+    rng = np.random.default_rng(0)
+    params = {
+        "slow": {"kernel": rng.normal(size=3)},
+        "fast": {"kernel": rng.normal(size=3), "bias": rng.normal(size=3)},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    tx = make_optimizer(config, params, 100)
+    state = tx.init(params)
+    expected = jax.tree.map(np.asarray, params)
+    moments = jax.tree.map(lambda x: (np.zeros(3), np.zeros(3)), params)
+    for step in range(1, 4):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=3), jnp.float32), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for outer, inner, factor, decay in (
+            ("slow", "kernel", 0.1, 1),
+            ("fast", "kernel", 1, 1),
+            ("fast", "bias", 1, 0),
+        ):
+            gradient = np.asarray(grads[outer][inner])
+            m, v = moments[outer][inner]
+            m = config.b1 * m + (1 - config.b1) * gradient
+            v = config.b2 * v + (1 - config.b2) * gradient**2
+            moments[outer][inner] = (m, v)
+            adam = m / (1 - config.b1**step) / (np.sqrt(v / (1 - config.b2**step)) + 1e-8)
+            old = expected[outer][inner]
+            expected[outer][inner] = old - config.learning_rate * factor * (adam + decay * config.weight_decay * old)
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        wanted = expected[path[0].key][path[1].key]
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, err_msg=param_name(path))

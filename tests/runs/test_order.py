@@ -1,0 +1,78 @@
+"""The order of steps: shares, purity, positions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detclipv2_jax.runs.order import StepOrder
+
+PAPER = (5156, 6016, 2116)  # batches an epoch of O365, GoldG and CC15M (spec section 4)
+
+
+def test_the_papers_run_has_159k_steps_in_the_papers_shares():
+    schedule = StepOrder(PAPER, epochs=12, seed=0)
+    assert schedule.num_steps == schedule.total_steps == 159_456
+    drawn = [schedule.draw(step).stream for step in range(*schedule.epoch_ends[:2])]
+    assert tuple(np.bincount(drawn)) == PAPER
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.data(),
+)
+def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed, data):
+    starts = [0, *(data.draw(st.integers(0, epochs)) for _ in num_batches[1:])]
+    order = ("shuffled", "cycle")[seed % 2]
+    schedule = StepOrder(num_batches, epochs=epochs, seed=seed, order=order, from_epochs=starts)
+    seen = [0] * len(num_batches)
+    for step in range(schedule.num_steps):
+        assert schedule.next_positions(step) == seen
+        draw = schedule.draw(step)
+        assert draw.position == seen[draw.stream]
+        seen[draw.stream] += 1
+        if step + 1 in schedule.epoch_ends:
+            epoch = schedule.epoch_ends.tolist().index(step + 1) + 1
+            assert seen == [max(epoch - start, 0) * n for n, start in zip(num_batches, starts, strict=True)]
+    assert schedule.next_positions(schedule.total_steps) == seen
+
+
+def test_order_depends_on_the_seed_only():
+    order = [[StepOrder(PAPER, epochs=1, seed=seed).draw(step) for step in range(200)] for seed in (0, 0, 1)]
+    assert order[0] == order[1] != order[2]
+
+
+def test_a_cycle_spreads_every_stream_evenly_and_repeats():
+    schedule = StepOrder(PAPER, epochs=2, seed=0, order="cycle")
+    size = int(schedule.epoch_ends[0])
+    other = StepOrder(PAPER, epochs=1, seed=1, order="cycle")
+    first, again, same = (
+        [x.draw(at + i).stream for i in range(size)] for x, at in ((schedule, 0), (schedule, size), (other, 0))
+    )
+    assert first == again == same
+    seen = np.cumsum(np.eye(3)[first], axis=0)
+    expected = np.outer(np.arange(1, size + 1), PAPER) / size
+    assert np.abs(seen - expected).max() < 2
+    assert tuple(seen[-1]) == PAPER
+
+
+def test_weights_multiply_the_steps_of_a_stream_and_zero_leaves_it_out():
+    schedule = StepOrder((10, 10, 10), epochs=1, seed=0, weights=(0.5, 0.0, 2.0))
+    drawn = np.bincount([schedule.draw(step).stream for step in range(schedule.num_steps)], minlength=3)
+    assert drawn.tolist() == [5, 0, 20]
+
+
+def test_num_steps_caps_the_run_but_not_the_horizon():
+    capped = StepOrder((4, 4), epochs=10, seed=0, num_steps=7)
+    assert (capped.num_steps, capped.total_steps) == (7, 80)
+    assert StepOrder((4, 4), epochs=1, seed=0, num_steps=700).num_steps == 8
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="at least one stream"):
+        StepOrder((4,), epochs=1, seed=0, weights=(0.0,))
+    with pytest.raises(ValueError, match="in the first epoch"):
+        StepOrder((4,), epochs=2, seed=0, from_epochs=(1,))

@@ -1,0 +1,48 @@
+"""Who holds what on the mesh."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.models import detclip
+from detclipv2_jax.runs.optimizer import make_optimizer
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "spec"),
+    [
+        ((64, 128), 1, P()),
+        ((64, 128), 4, P(None, "fsdp")),
+        ((128, 64), 4, P("fsdp", None)),
+        ((3, 3, 6), 4, P()),
+        ((3, 8), 8, P(None, "fsdp")),
+        ((), 2, P()),
+    ],
+)
+def test_the_largest_divisible_axis_is_split(shape, fsdp, spec):
+    assert sharding.param_spec(shape, fsdp=fsdp) == spec
+
+
+def test_mesh_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide the number of devices, 8"):
+        sharding.make_mesh(fsdp=3)
+
+
+def test_parameters_and_moments_shrink_with_fsdp(micro):
+    model = detclip.from_config(micro.model)
+    shapes = train_state.param_shapes(model, context_length=16)
+    tx = make_optimizer(micro.optimizer, shapes, 10)
+
+    def bytes_per_device(fsdp):
+        mesh = sharding.make_mesh(fsdp=fsdp)
+        placed = train_state.state_shardings(mesh, tx, shapes, ema=True)
+        state = jax.eval_shape(lambda params: train_state.create(params, tx, ema=True), shapes)
+        sizes = jax.tree.map(lambda x, s: np.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, state, placed)
+        return sum(jax.tree.leaves(sizes))
+
+    whole, half, eighth = bytes_per_device(1), bytes_per_device(2), bytes_per_device(8)
+    assert half < 0.52 * whole  # what is too small to split stays whole
+    assert eighth < 0.16 * whole

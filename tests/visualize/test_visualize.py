@@ -1,0 +1,359 @@
+"""Figures are rendered and looked at: boxes and labels where they belong, nothing empty, files written."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.visualize import __main__ as command
+from detclipv2_jax.visualize import charts, drawing, figures
+
+NAMES = ("cat", "dog", "a very long name of a thing")
+
+
+def _photo(height=120, width=180):
+    return np.random.default_rng(0).integers(90, 160, (height, width, 3), dtype=np.uint8)
+
+
+def _has(picture, color):
+    return (np.asarray(picture) == np.array(color)).all(-1)
+
+
+def test_photo_draws_boxes_where_they_are():
+    image = np.full((300, 450, 3), 128, np.uint8)
+    box = np.array([[90.0, 60.0, 225.0, 240.0]])
+    picture = drawing.photo(image, box, [""], [drawing.PALETTE[0]], long_side=900)
+    assert picture.shape == (600, 900, 3)
+    rows, columns = np.nonzero(_has(picture, drawing.PALETTE[0]))
+    assert abs(rows.min() - 120) <= 1
+    assert abs(rows.max() - 480) <= 1
+    assert abs(columns.min() - 180) <= 1
+    assert abs(columns.max() - 450) <= 1
+    assert not _has(picture, drawing.PALETTE[0])[140:460, 200:430].any()  # an outline
+
+
+def test_labels_lie_inside_and_apart():
+    rng = np.random.default_rng(0)
+    size, taken = (900, 600), []
+    for i in range(30):
+        x, y = rng.uniform(-20, 880), rng.uniform(-20, 580)
+        box = np.array([x, y, x + rng.uniform(1, 400), y + rng.uniform(1, 300)])
+        place = drawing.place_label(box, (60 + i % 5 * 15, 20), size, taken)
+        assert 0 <= place[0] <= place[2] < size[0]
+        assert 0 <= place[1] <= place[3] < size[1]
+        taken.append(place)
+    # the same small box five times: five labels, none over another
+    box, taken = np.array([400.0, 300, 420, 310]), []
+    for _ in range(5):
+        taken.append(drawing.place_label(box, (50, 20), size, taken))
+    overlaps = [
+        max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+        for i, a in enumerate(taken)
+        for b in taken[:i]
+    ]
+    assert max(overlaps[:3]) == 0
+    assert sum(overlaps) < 2 * 50 * 20
+    # wider than the photo: at its left edge
+    assert drawing.place_label(box, (2000, 20), size, [])[0] == 0
+
+
+def test_colors_are_distinct_and_follow_the_labels():
+    colors = [drawing.nth_color(i) for i in range(3 * len(drawing.PALETTE))]
+    assert len(set(colors)) == len(colors)
+    assert list(drawing.colors_of(np.array([5, 2, 5]))) == [5, 2]
+
+
+def test_detections_show_boxes_scores_and_legend(tmp_path):
+    boxes = np.array([[10, 10, 60, 60], [80, 20, 150, 100], [0, 0, 5, 5]], np.float32)
+    labels, scores = np.array([1, 2, 0]), np.array([0.9, 0.4, 0.1])
+    path = tmp_path / "pictures" / "found.png"
+    picture = figures.detections(
+        _photo(), boxes, labels, NAMES, scores=scores, min_score=0.3, title="photo.jpg", path=path
+    )
+    with Image.open(path) as stored:
+        np.testing.assert_array_equal(np.asarray(stored), picture)
+    height = 600 + 2 * drawing.MARGIN_PX
+    assert picture.shape[0] > height
+    assert picture.shape[1] == 900 + 2 * drawing.MARGIN_PX
+    legend = picture[-50:]
+    for color in drawing.PALETTE[:2]:
+        assert _has(picture[:-50], color).any()
+        assert _has(legend, color).sum() > 100
+    assert not _has(picture, drawing.PALETTE[2]).any()  # below min_score
+
+
+def test_a_place_is_shown_once_with_its_best_word():
+    boxes = np.array([[10, 10, 60, 60], [12, 10, 60, 60], [80, 20, 150, 100], [10, 10, 60, 30]], np.float32)
+    labels, names, scores = np.arange(4), [*NAMES, "flower"], np.array([0.9, 0.8, 0.7, 0.6])
+
+    def num_colors(**options):
+        picture = figures.detections(_photo(), boxes, labels, names, **options)
+        return sum(bool(_has(picture, color).any()) for color in drawing.PALETTE[:4])
+
+    assert num_colors(scores=scores) == 3  # the second lies on the first; the last covers a part of it
+    assert num_colors(scores=scores, max_drawn=2) == 2
+    assert num_colors(scores=scores, max_iou=0.3) == 2
+    assert num_colors(scores=scores, max_iou=1.0) == 4
+    assert num_colors() == 4  # annotated boxes
+
+
+def test_detections_beside_the_truth():
+    boxes, labels = np.array([[10, 10, 60, 60]], np.float32), np.array([1])
+    alone = figures.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]))
+    both = figures.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]), truth=(boxes, labels))
+    assert both.shape[1] > 1.9 * alone.shape[1]
+    halves = np.array_split(_has(both, drawing.PALETTE[0])[:-60], 2, axis=1)
+    assert all(half.any() for half in halves)
+
+
+@pytest.mark.parametrize(
+    ("num", "note"),
+    [(0, "nothing found"), (2, "nothing scored 0.80 or more; the best of 2 boxes has 0.50")],
+)
+def test_detections_without_any(num, note, monkeypatch):
+    texts = []
+    block = drawing.text_block
+    monkeypatch.setattr(drawing, "text_block", lambda text, **options: texts.append(text) or block(text, **options))
+    boxes = np.tile([[10.0, 10, 60, 60]], (num, 1))
+    picture = figures.detections(
+        _photo(), boxes, np.zeros(num, int), NAMES, scores=np.linspace(0.5, 0.4, num), min_score=0.8
+    )
+    assert texts == [note]
+    assert picture.std() > 5
+
+
+def _batch(kind, *, canvas=(96, 128)):
+    b, n, m = 3, 4, 3
+    texts = ["a red cat", "dog", "tree", "a photo of a red cat", "café"]
+    boxes = np.zeros((b, n, 4), np.float32)
+    boxes[:, 0], boxes[:, 1] = [10, 10, 40, 50], [30, 20, 70, 60]
+    captions = kind is Kind.IMAGE_TEXT
+    return Batch(
+        image=np.random.default_rng(0).integers(80, 170, (b, *canvas, 3), dtype=np.uint8),
+        extent=np.array([[96, 100], [70, 128], [96, 128]], np.int32),
+        scale=np.ones((b, 2), np.float32),
+        original_size=np.array([[192, 200], [140, 256], [96, 128]], np.int32),
+        image_mask=np.ones(b, bool),
+        example_id=np.arange(b, dtype=np.int32),
+        boxes=boxes[:, : 0 if captions else n],
+        box_mask=np.tile([True, True, False, False], (b, 1))[:, : 0 if captions else n],
+        box_concepts=np.tile([0, 1, 0, 0], (b, 1))[:, : 0 if captions else n],
+        concept_tokens=np.concatenate([tokenizer.tokenize(texts), np.zeros((3, 16), np.int32)]),
+        concept_mask=np.arange(8) < 5,
+        concept_ids=np.zeros((8, 2), np.uint32),
+        caption_concepts=np.tile([3, 0, 1], (b, 1))[:, : m if captions else 0],
+        caption_mask=np.tile([True, True, False], (b, 1))[:, : m if captions else 0],
+    )
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_contact_sheet_says_what_a_batch_holds(kind, tmp_path, monkeypatch):
+    texts = []
+    block = drawing.text_block
+    monkeypatch.setattr(drawing, "text_block", lambda text, **options: texts.append(text) or block(text, **options))
+    picture = figures.training_batch(_batch(kind), kind=kind, max_images=2, path=tmp_path / "batch.png")
+    assert (tmp_path / "batch.png").stat().st_size > 1000
+    *cells, heading, footer = texts
+    assert heading.startswith(f"{kind.value}: 2 of 3 images on 96×128 canvases")
+    assert len(cells) == 2
+    assert cells[0].startswith("example 0: 192×200 px as 96×100\n")
+    if kind is Kind.IMAGE_TEXT:
+        assert cells[0].endswith("“a photo of a red cat”\n· a red cat")
+        assert footer == "5 concepts in the table: 2 of images, 3 negatives\nnegatives: dog | tree | café"
+    else:
+        assert cells[0].endswith("2 boxes, 2 concepts")
+        assert "negatives: tree | a photo of a red cat | café" in footer
+        assert _has(picture, drawing.PALETTE[0]).any()
+        assert _has(picture, drawing.PALETTE[1]).any()
+
+
+def test_padding_is_hatched():
+    image = np.full((40, 60, 3), 7, np.uint8)
+    hatched = drawing.hatch_padding(image, np.array([30, 50]))
+    assert (hatched[:30, :50] == 7).all()
+    assert set(np.unique(hatched[30:])) == set(np.unique(hatched[:, 50:])) == {200, 225}
+
+
+def test_alignment_shows_region_and_map_of_every_phrase(tmp_path):
+    phrases = ["a red car", "the sky"]
+    boxes = np.array([[20, 60, 90, 110], [0, 0, 180, 40]], np.float32)
+    maps = np.zeros((2, 15, 22), np.float32)
+    maps[0, 10, 6], maps[1, 2] = 9.0, 5.0
+    picture = figures.alignment(
+        _photo(),
+        phrases,
+        boxes,
+        scores=np.array([9.0, 5.0]),
+        ranks=np.array([1, 2]),
+        num_images=4,
+        maps=maps,
+        caption="a red car under the sky",
+        path=tmp_path / "align.png",
+    )
+    assert (tmp_path / "align.png").exists()
+    thirds = [picture[:, i : i + 452] for i in (12, 464, 916)]
+    assert [_has(part, drawing.PALETTE[0]).any() for part in thirds] == [True, True, False]
+    assert [_has(part, drawing.PALETTE[1]).any() for part in thirds] == [True, False, True]
+    heat = drawing.heat(np.full((120, 180, 3), 128, np.uint8), maps[0]).astype(int)
+    assert heat[84, 52].sum() > heat[20, 150].sum() + 100  # bright where it is similar
+    assert drawing.heat(_photo(), np.ones((3, 3), np.float32)).shape == (120, 180, 3)  # no division by the range
+
+
+def test_curves_have_a_panel_a_quantity(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": step, f"{kind}/loss": 1.0 / step, f"{kind}/empty": None}
+        for step, kind in zip(range(1, 41), ["detection", "image_text"] * 20, strict=True)
+    ]
+    rows += [{"step": 40, "eval/AP": 0.1, "eval/AP50": 0.2}, {"step": 40, "eval/AP": 0.3}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    series = charts.read_metrics(path)
+    assert series["detection/loss"][0].tolist() == list(range(1, 41, 2))
+    assert series["eval/AP"][1].tolist() == [0.3]  # the later of two
+    assert "detection/empty" not in series
+    picture = charts.curves(path, path=tmp_path / "curves.png")
+    only = charts.curves(path, names=["loss"])
+    assert picture.shape[1] == 3 * 420
+    assert only.shape[1] == 420
+    for color in (drawing.PALETTE[0], drawing.PALETTE[2]):  # detection and image_text; eval is between
+        assert _has(only, color).sum() > 50
+    with pytest.raises(ValueError, match=r"has no loss_x; it has AP, AP50, loss"):
+        charts.curves(path, names=["loss_x"])
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]\n", "{\n", '{"loss": 1}\n'])
+def test_curves_of_something_else(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl (is no metrics\.jsonl|holds no metrics yet)"):
+        charts.curves(path)
+
+
+def _command(*arguments):
+    return command.main(list(map(str, arguments)))
+
+
+def test_detections_are_drawn_from_files(tmp_path, capsys):
+    """Results that name words and photos, and results of an evaluation with its annotations."""
+    Image.fromarray(_photo()).save(tmp_path / "a.png")
+    rows = [
+        {"image_id": 7, "category_id": 3, "bbox": [10, 20, 60, 50], "score": score, "name": "cat", "file_name": "a.png"}
+        for score in (0.1, 0.9)
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    options = (
+        "detections",
+        "--detections",
+        tmp_path / "found.json",
+        "--images",
+        tmp_path,
+        "--output",
+        tmp_path / "out",
+    )
+    assert _command(*options) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "a.jpg")
+    alone = np.asarray(Image.open(tmp_path / "out" / "a.jpg"))
+    (tmp_path / "found.json").write_text(json.dumps([{k: row[k] for k in list(row)[:4]} for row in rows]))
+    assert _command(*options) == 1
+    assert "it has no 'name'); give the --annotations it was made on" in capsys.readouterr().err
+    truth = {
+        "images": [{"id": 7, "file_name": "a.png", "height": 120, "width": 180}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [100, 20, 60, 50]}],
+        "categories": [{"id": 2, "name": "wild_dog"}, {"id": 3, "name": "cat"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    assert _command(*options, "--annotations", tmp_path / "truth.json") == 0
+    assert np.asarray(Image.open(tmp_path / "out" / "a.jpg")).shape[1] > 1.8 * alone.shape[1]  # two photos
+    assert _command(*options, "--annotations", tmp_path / "absent.json") == 1
+    assert "absent.json" in capsys.readouterr().err
+
+
+def test_predicted_rows_meet_annotations_by_file_and_word(tmp_path, monkeypatch):
+    """`predict` numbers photos and words from 1; the annotations have the same numbers for others."""
+    Image.fromarray(_photo()).save(tmp_path / "a.png")
+    Image.fromarray(_photo()).save(tmp_path / "b.png")
+    row = {
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [10, 20, 60, 50],
+        "score": 0.9,
+        "name": "cat",
+        "file_name": "x/b.png",
+    }
+    (tmp_path / "found.json").write_text(json.dumps([row, row | {"category_id": 2, "name": "owl"}]))
+    truth = {
+        "images": [
+            {"id": i + 1, "file_name": name, "height": 120, "width": 180} for i, name in enumerate(("a.png", "b.png"))
+        ],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    drawn = {}
+    monkeypatch.setattr(
+        command.figures, "detections",
+        lambda image, boxes, labels, names, *, title, **options: drawn.update({title: [names[i] for i in labels]}),
+    )  # fmt: skip
+    options = (
+        "detections",
+        "--detections",
+        tmp_path / "found.json",
+        "--images",
+        tmp_path,
+        "--output",
+        tmp_path / "out",
+    )
+    assert _command(*options, "--annotations", tmp_path / "truth.json") == 0
+    assert drawn == {"a.png": [], "b.png": ["cat", "owl"]}
+
+
+def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
+    for name in "abc":
+        Image.fromarray(_photo()).save(tmp_path / f"{name}.png")
+    drawn = {}
+    monkeypatch.setattr(command.Predictor, "from_checkpoint", lambda workdir: f"predictor of {workdir}")
+    monkeypatch.setattr(
+        command.alignment, "draw", lambda *arguments, **options: drawn.update(options, arguments=arguments)
+    )
+    options = ("alignment", "--checkpoint=run", "--image", tmp_path / "b.png", "--caption", "a cat on a red car")
+    options += ("--others", tmp_path / "*.png", "--output", tmp_path / "out.png")
+    assert _command(*options, "--phrases", "a cat, red car,") == 0
+    photos = [str(tmp_path / f"{name}.png") for name in "bac"]
+    assert drawn["arguments"] == ("predictor of run", photos, ["a cat on a red car", "a cat", "red car"])
+    assert drawn["caption"] == "a cat on a red car"
+    assert drawn["path"] == str(tmp_path / "out.png")
+    monkeypatch.setattr(command.phrases_lib, "check_pipeline", lambda name: None)
+    monkeypatch.setattr(command.phrases_lib, "noun_phrases", lambda captions, **options: [["cat"] for _ in captions])
+    assert _command(*options) == 0
+    assert drawn["arguments"][2] == ["a cat on a red car", "cat"]
+
+
+def test_curves_of_a_workdir(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "detection/loss": 2.0}) + "\n")
+    assert _command("curves", "--metrics", tmp_path, "--output", tmp_path / "curves.png") == 0
+    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
+    assert _command("curves", "--metrics", tmp_path, "--names=nothing", "--output", tmp_path / "x.png") == 1
+    assert "has no nothing; it has loss" in capsys.readouterr().err
+
+
+def test_targets_show_the_anchors_of_every_box(tmp_path):
+    batch = _batch(Kind.DETECTION)
+    picture = figures.targets(batch, max_images=2, path=tmp_path / "targets.png")
+    assert picture.shape[1] == 2 * 420
+    for color in drawing.PALETTE[:2]:
+        assert _has(picture, color).sum() > 100  # box and dots
+    assert not _has(picture, drawing.PALETTE[2]).any()  # the third box is padding
+    empty = batch._replace(box_mask=np.zeros_like(batch.box_mask))
+    assert not _has(figures.targets(empty), drawing.PALETTE[0]).any()
+
+
+def test_bars_are_ordered_and_one_is_marked():
+    picture = charts.bars(["a", "b", "c"], np.array([1.0, 3.0, 2.0]), x="similarity", marked=2)
+    place = {i: np.nonzero(_has(picture, drawing.PALETTE[i]))[0] for i in (0, 1)}
+    assert place[0].min() < place[1].min() < place[1].max() < place[0].max()  # b, c, a from the top
+    widths = [_has(picture, drawing.PALETTE[i]).any(axis=0).sum() for i in (0, 1)]
+    assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=3)
