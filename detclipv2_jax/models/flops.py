@@ -53,7 +53,7 @@ def of_step(
     """
     settings = config.model.copy_and_resolve_references()
     settings.remat, settings.head.deform_impl = "none", "gather"  # the banded form multiplies with zeros
-    model, batch_size = detclip.from_config(settings), config[kind.value].batch_size
+    model, batch_size = detclip.from_config(settings), config[kind].batch_size
     image, extent = jnp.zeros((1, *canvas, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
     tokens = jnp.zeros((1, settings.text.context_length), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), image, extent, tokens, train=False))
@@ -127,7 +127,7 @@ def formula(
     num_concepts: float,
 ) -> float:
     """Returns what `of_step` counts, from sizes alone."""
-    num_images, rows = config[kind.value].batch_size, _num_compared(config, kind, canvas, num_devices)
+    num_images, rows = config[kind].batch_size, _num_compared(config, kind, canvas, num_devices)
     towers = num_images * formula_image(config.model, canvas) + table_rows * formula_text(config.model)
     return 2.0 * (TRAINING * towers + num_images * rows * num_concepts * config.model.embed_dim)
 
