@@ -141,6 +141,15 @@ def _similarity(regions, region_mask, text):
     return jnp.where(region_mask[:, :, None], similarity, LOW)
 
 
+def _scaled(similarity, region_mask, temperature):
+    """Returns similarity / temperature, exactly LOW where masked.
+
+    A compiler may round LOW / temperature at one place and not at another. Their difference is then 1e23 instead of 0,
+    and the softmax of an image without any region NaN.
+    """
+    return jnp.where(region_mask[:, :, None], similarity / temperature, LOW)
+
+
 def _best(settings, regions, region_mask, text):
     """Returns (value of each concept for each image, index of its most similar region), each [b, c]."""
 
@@ -150,7 +159,7 @@ def _best(settings, regions, region_mask, text):
 
     if settings.matching == "one_to_many":
         similarity = _similarity(regions, region_mask, text)
-        weight = jax.nn.softmax(similarity / settings.temperature, axis=1)
+        weight = jax.nn.softmax(_scaled(similarity, region_mask, settings.temperature), axis=1)
         return jnp.sum(weight * similarity, axis=1), _first_max(similarity)
     if settings.impl == "pallas":
         return jax.lax.platform_dependent(
@@ -209,7 +218,7 @@ def _pull_all(regions, region_mask, table, unique, chosen, best_bar, *, settings
 
     def similarity_bar(start, rows, chunk_bar):
         similarity = _similarity(regions, region_mask, take(table, rows))
-        scaled = similarity / settings.temperature
+        scaled = _scaled(similarity, region_mask, settings.temperature)
         scaled = scaled - jnp.max(scaled, axis=1, keepdims=True)  # before the difference below, which would cancel
         weight = jax.nn.softmax(scaled, axis=1)
         return chunk_bar[:, None, :] * weight * (1.0 + scaled - jnp.sum(weight * scaled, axis=1, keepdims=True))

@@ -3,35 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from oracle import geometry
 
 from detclipv2_jax.geometry import anchors, atss
-
-
-def oracle(anchor_boxes, level_counts, boxes, box_mask, top_k=9):
-    """Returns (box index, positive) by the paper's Algorithm 1, in float64, one box at a time."""
-    anchor_boxes, boxes = np.float64(anchor_boxes), np.float64(boxes)
-    centers = (anchor_boxes[:, :2] + anchor_boxes[:, 2:]) / 2
-    best, owner = np.full(len(anchor_boxes), -1.0), np.zeros(len(anchor_boxes), int)
-    for number, box in enumerate(boxes):
-        if not box_mask[number]:
-            continue
-        distance = np.square(centers - (box[:2] + box[2:]) / 2).sum(axis=1)
-        candidates, start = [], 0
-        for count in level_counts:
-            order = np.argsort(distance[start : start + count], kind="stable")
-            candidates.extend(start + order[:top_k])
-            start += count
-        candidates = np.array(candidates)
-        size = np.minimum(anchor_boxes[candidates, 2:], box[2:]) - np.maximum(anchor_boxes[candidates, :2], box[:2])
-        common = np.maximum(size, 0).prod(axis=1)
-        areas = (anchor_boxes[candidates, 2:] - anchor_boxes[candidates, :2]).prod(axis=1)
-        overlap = common / (areas + (box[2:] - box[:2]).prod() - common)
-        threshold = overlap.mean() + overlap.std(ddof=1)
-        inside = np.minimum(centers[candidates] - box[:2], box[2:] - centers[candidates]).min(axis=1) > 0.01
-        for anchor, value in zip(candidates[inside], overlap[inside], strict=True):
-            if value >= threshold and value > best[anchor]:
-                best[anchor], owner[anchor] = value, number
-    return owner, best >= 0
 
 
 def random_boxes(rng, count, canvas, largest):
@@ -47,7 +21,7 @@ def check(canvas, boxes, box_mask=None):
     grid = anchors.grid(canvas)
     box_mask = np.ones(len(boxes), bool) if box_mask is None else box_mask
     result = jax.jit(atss.assign, static_argnums=1)(grid.boxes, grid.levels, boxes, box_mask)
-    index, positive = oracle(grid.boxes, grid.levels, boxes, box_mask)
+    index, positive = geometry.assign(grid.boxes, grid.levels, boxes, box_mask)
     np.testing.assert_array_equal(result.positive, positive)
     np.testing.assert_array_equal(result.box_index, index)
     return int(positive.sum())
@@ -101,7 +75,7 @@ def test_over_a_batch_equals_one_by_one():
     mask = rng.uniform(size=(3, 20)) < 0.7
     batch = jax.jit(jax.vmap(lambda b, m: atss.assign(grid.boxes, grid.levels, b, m)))(boxes, mask)
     for i in range(3):
-        index, positive = oracle(grid.boxes, grid.levels, boxes[i], mask[i])
+        index, positive = geometry.assign(grid.boxes, grid.levels, boxes[i], mask[i])
         np.testing.assert_array_equal(batch.positive[i], positive)
         np.testing.assert_array_equal(batch.box_index[i], index)
 

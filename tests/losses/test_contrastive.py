@@ -131,11 +131,13 @@ def test_what_is_masked_has_no_influence_and_no_gradient(match):
     assert not result[1][1][~arrays["concept_mask"]].any()
 
 
-def test_images_without_proposals_and_captions_without_concepts_make_no_pair():
+@pytest.mark.parametrize("match", contrastive.MATCHINGS)
+@pytest.mark.parametrize("chunk_bytes", [4480, 1 << 20])
+def test_images_without_proposals_and_captions_without_concepts_make_no_pair(match, chunk_bytes):
     arrays, _ = oracle.example()
     arrays["region_mask"][5] = False
     arrays["caption_mask"][6] = False
-    result, expected = both(arrays, side="bilateral")
+    result, expected = both(arrays, side="bilateral", matching=match, chunk_bytes=chunk_bytes)
     oracle.assert_close(result, expected)
     assert not result[1][0][5:7].any()
 
