@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from detclipv2_jax import files
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text, num_draws
 from detclipv2_jax.data.schema import Batch, DataError, Kind, Record, UnusableError
@@ -296,5 +297,4 @@ def pixels_of(record: Record) -> bytes | np.ndarray:
     """Returns the encoded bytes or the RGB pixels of a record; raises OSError if its file cannot be read."""
     if isinstance(record.image, bytes | np.ndarray):
         return record.image
-    with open(record.image, "rb") as file:
-        return file.read()
+    return files.read_bytes(record.image)

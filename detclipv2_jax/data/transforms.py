@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ import simplejpeg
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
+from detclipv2_jax import files
 from detclipv2_jax.data.schema import UnusableError
 
-MAX_PIXELS = 1 << 26  # larger photos are refused before they are decoded (200 MB as RGB)
+MAX_PIXELS = 1 << 26  # that are decoded (200 MB as RGB); of larger photos only JPEGs of one scan are read, reduced
+MAX_REDUCED = 1 << 28  # pixels of a JPEG that is read at reduced scale; phones make 200 million
 MAX_SCANNED = 1 << 30  # pixels times scans of a progressive JPEG; scans without content cost as much time as any
 MAX_SIDE = 65_535  # px; of a JPEG
 # OpenCV's REDUCED_COLOR flags say BGR; the scale bit alone combines with RGB
@@ -27,7 +30,10 @@ _REDUCED = {
     1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8
 }  # fmt: skip
 _EXIF_ORIENTATION = 0x0112
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
+_TIFF_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # whole numbers
 _PARAMETERLESS = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # one that ends a scan
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
 
 
@@ -37,6 +43,7 @@ class Header(NamedTuple):
     size: tuple[int, int]  # of the stored pixels
     orientation: int  # EXIF, 1-8; 5-8 swap height and width for display
     is_jpeg: bool
+    tiff_orientation: tuple[tuple[int, str], ...] = ()  # where a TIFF has it, as struct formats; decoders follow it
 
     @property
     def displayed_size(self) -> tuple[int, int]:
@@ -46,6 +53,18 @@ class Header(NamedTuple):
 def _exif_orientation(exif: Image.Exif) -> int:
     orientation = exif.get(_EXIF_ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
+
+
+def _num_scans(data: bytes, at: int) -> int:
+    """Returns the scans of a JPEG from its first one at `at` on; other images may follow it in the file."""
+    if data.count(b"\xff\xda", at) == 1:
+        return 1
+    num_scans = 0
+    while at + 4 <= len(data) and data[at + 1] != 0xD9:
+        num_scans += data[at + 1] == 0xDA
+        found = _MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
+        at = found.start() if found else len(data)
+    return num_scans
 
 
 def _jpeg_header(data: bytes) -> Header:
@@ -71,32 +90,73 @@ def _jpeg_header(data: bytes) -> Header:
         elif marker == 0xDA:  # the scan: inside it FF D9 can only be the end of the image
             if size is None or data.rfind(b"\xff\xd9", at) < 0:
                 break
-            if size[0] * size[1] * data.count(b"\xff\xda", at) > MAX_SCANNED:
+            num_scans = _num_scans(data, at)
+            if size[0] * size[1] * num_scans > MAX_SCANNED:
                 raise UnusableError("too many scans")
+            if num_scans > 1 and size[0] * size[1] > MAX_PIXELS:  # a decoder would hold all coefficients
+                raise UnusableError(f"more than {MAX_PIXELS} pixels in several scans")
             return Header(size, orientation, is_jpeg=True)
         at += 2 + length
     raise UnusableError("truncated image")
 
 
+def _tiff_header(data: bytes) -> Header:
+    order, big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
+    (start,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", data, 8 if big else 4)
+    (num_entries,) = struct.unpack_from(f"{order}Q" if big else f"{order}H", data, start)
+    start, length = (start + 8, 20) if big else (start + 2, 12)
+    values: dict[int, list[int]] = {_TIFF_WIDTH: [0], _TIFF_HEIGHT: [0], _TIFF_ORIENTATION: []}
+    places = []
+    for at in range(start, min(start + num_entries * length, len(data)), length):
+        tag, number_format = struct.unpack_from(f"{order}HH", data, at)
+        if tag in values and number_format in _TIFF_FORMATS:
+            place = at + (12 if big else 8), order + _TIFF_FORMATS[number_format]
+            values[tag] += struct.unpack_from(place[1], data, place[0])
+            if tag == _TIFF_ORIENTATION:
+                places.append(place)
+    orientation = next((value for value in values[_TIFF_ORIENTATION] if value in range(1, 9)), 1)
+    size = max(values[_TIFF_HEIGHT]), max(values[_TIFF_WIDTH])
+    return Header(size, orientation, is_jpeg=False, tiff_orientation=tuple(places))
+
+
+def _other_header(data: bytes) -> Header:
+    image = Image.open(io.BytesIO(data))
+    if image.format == "PNG" and "exif" not in image.info:
+        # it may stand behind the pixels, which Pillow's own search decodes
+        at = 8
+        while at + 12 <= len(data) and data[at + 4 : at + 8] != b"eXIf":
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+        if at + 12 <= len(data):
+            image.info["exif"] = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")]
+    try:
+        exif = Image.Image.getexif(image)
+    except (SyntaxError, struct.error, ValueError, KeyError, OSError):
+        exif = Image.Exif()  # a broken EXIF block does not spoil the pixels
+    return Header((image.height, image.width), _exif_orientation(exif), is_jpeg=False)
+
+
 def read_header(data: bytes) -> Header:
-    """Returns size and orientation from the first bytes of an encoded image.
+    """Returns size and orientation of an encoded image, without decoding it.
 
     Raises:
-      UnusableError: not an image, truncated (JPEG only; others show when decoded), or more than MAX_PIXELS pixels.
+      UnusableError: not an image, truncated (JPEG only; others show when decoded), or more pixels than are decoded.
     """
     if data[:2] == b"\xff\xd8":
         header = _jpeg_header(data)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]) > MAX_PIXELS:
+        raise UnusableError(f"more than {MAX_PIXELS} pixels")  # Pillow would warn of it
     else:
         try:
-            image = Image.open(io.BytesIO(data))
-            header = Header((image.height, image.width), _exif_orientation(image.getexif()), is_jpeg=False)
+            is_tiff = data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+            header = _tiff_header(data) if is_tiff else _other_header(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise UnusableError(f"more than {MAX_PIXELS} pixels") from None
-        except (OSError, SyntaxError, ValueError, struct.error):
+        except (OSError, SyntaxError, ValueError, OverflowError, struct.error):
             raise UnusableError("not an image" if data else "empty file") from None
     height, width = header.size
-    if height * width > MAX_PIXELS:
-        raise UnusableError(f"more than {MAX_PIXELS} pixels")
+    limit = MAX_REDUCED if header.is_jpeg else MAX_PIXELS
+    if height * width > limit:
+        raise UnusableError(f"more than {limit} pixels")
     if not height * width:
         raise UnusableError("image without pixels")
     return header
@@ -155,14 +215,16 @@ def target_size(size: tuple[int, int], *, canvas: tuple[int, int], short_side: i
 
 
 def decode(data: bytes, header: Header, *, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns stored RGB pixels, of a JPEG possibly at 1/2, 1/4 or 1/8 scale, but never smaller than `size`.
+    """Returns stored RGB pixels, of a JPEG possibly at 1/2, 1/4 or 1/8 scale.
+
+    They are never smaller than `size`, but for a JPEG of more than MAX_PIXELS.
 
     Raises:
-      UnusableError: the pixels cannot be decoded.
+      UnusableError: the pixels cannot be decoded, or are not as many as the header says.
     """
     scales = (8, 4, 2) if header.is_jpeg else ()
     holds = (s for s in scales if -(-header.size[0] // s) >= size[0] and -(-header.size[1] // s) >= size[1])
-    scale = next(holds, 1)
+    scale = next(holds, 1 if header.size[0] * header.size[1] <= MAX_PIXELS else 2)
     if header.is_jpeg and scale == 1:
         try:
             # the pixels of OpenCV in less time; what will be averaged may be a little rough
@@ -170,13 +232,21 @@ def decode(data: bytes, header: Header, *, size: tuple[int, int]) -> UInt8[np.nd
             return simplejpeg.decode_jpeg(data, fastdct=shrinks, fastupsample=shrinks)
         except ValueError:
             pass  # CMYK or damaged: OpenCV decides
+    array = np.frombuffer(data, np.uint8)
+    if header.tiff_orientation and header.orientation > 1:
+        turned = bytearray(data)
+        for at, number_format in header.tiff_orientation:
+            struct.pack_into(number_format, turned, at, 1)
+        array = np.frombuffer(turned, np.uint8)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[scale]
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        pixels = cv2.imdecode(array, flags)
     except cv2.error:
         pixels = None
     if pixels is None:
         raise UnusableError("undecodable image")
+    if pixels.shape[:2] != (-(-header.size[0] // scale), -(-header.size[1] // scale)):
+        raise UnusableError("size differs from the header's")
     return pixels
 
 
@@ -222,10 +292,16 @@ def place(
 
 
 def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the image as it is displayed, RGB at full size; UnusableError or OSError if it is none."""
-    with open(path, "rb") as file:
-        data = file.read()
-    height, width = read_header(data).displayed_size
+    """Returns the image as it is displayed, RGB; at full size, or where it has more than MAX_PIXELS at half.
+
+    Raises:
+      UnusableError: it is no image.
+      OSError: it cannot be read.
+    """
+    data = files.read_bytes(path)
+    header = read_header(data)
+    factor = 1 if header.size[0] * header.size[1] <= MAX_PIXELS else 2
+    height, width = (-(-side // factor) for side in header.displayed_size)
     pixels = np.zeros((height, width, 3), np.uint8)
     place(data, pixels, annotated_size=(0, 0), short_side=min(height, width), long_side=max(height, width))
     return pixels
