@@ -143,6 +143,8 @@ def base() -> ConfigDict:
         # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
         d.source_weights = ()
         d.max_bad_share = 0.01  # an error above this share of unusable images or boxes
+        # photos of `images` may be links to files elsewhere (DVC, git-annex, hub caches). False: only within the folder
+        d.follow_links = False
         if kind == "image_text":
             d.pairs = ""  # TSV `image <tab> caption [<tab> JSON list of noun phrases]`
             d.max_phrases = 8  # noun phrases a caption, beside the caption itself
@@ -243,6 +245,7 @@ def base() -> ConfigDict:
     c.eval.definitions = True  # "name, definition" as in detection training
     c.eval.dictionary = ""
     c.eval.max_bad_share = 0.0
+    c.eval.follow_links = False
     c.eval.every_steps = 0  # 0: only at the end
     c.eval.every_epochs = 0  # the same in passes over the data; 0: not
     c.eval.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by

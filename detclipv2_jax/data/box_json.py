@@ -43,6 +43,7 @@ class BoxSource:
         image_of_box: np.ndarray,
         vocabulary: Vocabulary,
         counters: dict[str, int],
+        follow_links: bool = False,
     ):
         self.name, self.path, self.kind = path.stem, path, kind
         self.vocabulary = vocabulary
@@ -50,7 +51,7 @@ class BoxSource:
         self.image_ids = [image["id"] for image in images]
         self.federated = any("neg_category_ids" in image for image in images)  # not every box is annotated (LVIS)
         self.sizes = np.array([_size(image) for image in images], np.int32).reshape(-1, 2)
-        self._folder = folder
+        self._folder, self._follow_links = folder, follow_links
         self._files = [file_name(image) for image in images]
         self._captions = [image.get("caption", "") for image in images] if kind is Kind.GROUNDING else None
         index_of = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
@@ -79,7 +80,7 @@ class BoxSource:
             kind=self.kind,
             source=self.name,
             example_id=index,
-            image=resolve(self._folder, self._files[index]),
+            image=resolve(self._folder, self._files[index], follow_links=self._follow_links),
             size=tuple(self.sizes[index].tolist()),
             boxes=self._boxes[rows],
             concepts=tuple(names[i] for i in present),
@@ -93,7 +94,8 @@ class BoxSource:
         """Reads the sizes the annotation does not give from the headers of the images ; canvases need them."""
         for index in np.flatnonzero((self.sizes == 0).any(axis=1)):
             try:
-                header = transforms.read_header(Path(resolve(self._folder, self._files[index])).read_bytes())
+                path = resolve(self._folder, self._files[index], follow_links=self._follow_links)
+                header = transforms.read_header(files.read_bytes(path))
                 self.sizes[index] = header.displayed_size
             except (UnusableError, OSError):
                 continue  # it is reported when it is read
@@ -254,6 +256,7 @@ def read_detection(
     dictionary: str = "",
     max_examples: int = 0,
     max_bad_share: float = 0.0,
+    follow_links: bool = False,
     need_boxes: bool = True,
     num_shots: int = 0,
     few_shot_seed: int = 0,
@@ -266,6 +269,7 @@ def read_detection(
       dictionary: TSV with definitions for the categories that have none; "" for none.
       max_examples: the first n images; 0: all.
       max_bad_share: an error above this share of unusable images or boxes.
+      follow_links: images may be links to files outside of the folder.
       need_boxes: False for evaluation, where boxes are read by the evaluator alone and every image is kept.
       num_shots: only the images of `few_shot` with this many; 0: all.
       few_shot_seed: its seed.
@@ -302,6 +306,7 @@ def read_detection(
         image_of_box=image_of_box,
         vocabulary=vocabulary,
         counters=counters | more,
+        follow_links=follow_links,
     )
 
 
@@ -347,6 +352,7 @@ def read_grounding(
     *,
     max_examples: int = 0,
     max_bad_share: float = 0.0,
+    follow_links: bool = False,
 ) -> BoxSource:
     """Returns the source of an MDETR-style json and its image folder; arguments as for `read_detection`.
 
@@ -376,4 +382,5 @@ def read_grounding(
         image_of_box=image_of_box,
         vocabulary=Vocabulary(tuple(phrases), ("",) * len(phrases)),
         counters=counters | more | ({"image with an empty caption": empty} if empty else {}),
+        follow_links=follow_links,
     )

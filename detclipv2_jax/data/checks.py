@@ -51,19 +51,20 @@ def unsafe_path(name: str) -> bool:
     return not name or path.is_absolute() or ".." in path.parts or "\0" in name
 
 
-def resolve(folder: str, name: str) -> str:
+def resolve(folder: str, name: str, *, follow_links: bool = False) -> str:
     """Returns the path of an image inside a folder; `folder` is absolute and free of symbolic links.
 
     Raises:
-      UnusableError: a symbolic link leads out of the folder.
+      UnusableError: a symbolic link leads out of the folder, and `follow_links` does not allow it.
     """
     path = folder
     for part in PurePosixPath(name).parts:
         path = f"{path}/{part}"
-        if os.path.islink(path):  # rare; resolving every path from the root would cost as much as reading its header
+        if not follow_links and os.path.islink(path):
+            # rare; resolving every path from the root would cost as much as reading its header
             whole = os.path.realpath(os.path.join(folder, name))
             if not whole.startswith(folder + os.sep):
-                raise UnusableError("link out of the image folder")
+                raise UnusableError("link out of the image folder: follow_links allows them")
             return whole
     return path
 

@@ -55,10 +55,10 @@ class Source(Protocol):
 class PairSource:
     """Captioned images of a TSV; lines are parsed when asked for."""
 
-    def __init__(self, path: Path, folder: str, *, max_examples: int, max_bad_share: float):
+    def __init__(self, path: Path, folder: str, *, max_examples: int, max_bad_share: float, follow_links: bool):
         self.name, self.path, self.kind = path.stem, path, Kind.IMAGE_TEXT
         self.vocabulary = Vocabulary((), ())
-        self._folder = folder
+        self._folder, self._follow_links = folder, follow_links
         self._text = files.read_bytes(path)
         bad: collections.Counter[str] = collections.Counter()
         repaired: collections.Counter[str] = collections.Counter()
@@ -110,7 +110,7 @@ class PairSource:
             kind=self.kind,
             source=self.name,
             example_id=index,
-            image=resolve(self._folder, name),
+            image=resolve(self._folder, name, follow_links=self._follow_links),
             size=(0, 0),
             boxes=np.zeros((0, 4), np.float32),
             concepts=(caption, *phrases),
@@ -141,12 +141,15 @@ def parse_pair(line: bytes) -> tuple[str, str, list[str], list[str]]:
     return name, caption.strip(), phrases, repaired
 
 
-def read_pairs(pairs: str, images: str, *, max_examples: int = 0, max_bad_share: float = 0.0) -> PairSource:
+def read_pairs(
+    pairs: str, images: str, *, max_examples: int = 0, max_bad_share: float = 0.0, follow_links: bool = False
+) -> PairSource:
     """Returns the source of an image-text TSV and its image folder; arguments as for `read_detection`."""
     path = Path(pairs)
     if is_json(path):
         raise ValueError(f"{path} is a json; config.image_text.pairs takes a TSV `image <tab> caption`")
-    return PairSource(path, os.path.realpath(images), max_examples=max_examples, max_bad_share=max_bad_share)
+    limits = {"max_examples": max_examples, "max_bad_share": max_bad_share, "follow_links": follow_links}
+    return PairSource(path, os.path.realpath(images), **limits)
 
 
 def is_json(path: Path) -> bool:
@@ -181,7 +184,7 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
         return []
     if problems := _missing_files(kind, section, prefix) + missing_folders(folders, kind, prefix=prefix):
         raise ValueError("\n".join(problems))
-    limits = {"max_examples": section.max_examples, "max_bad_share": section.max_bad_share}
+    limits = {key: section[key] for key in ("max_examples", "max_bad_share", "follow_links")}
     sources: list[Source] = []
     try:
         if _names_raw_files(kind, section):
@@ -219,6 +222,7 @@ def open_evaluation(section: Any, *, prefix: str) -> BoxSource | None:
             dictionary=section.dictionary,
             max_examples=section.max_examples,
             max_bad_share=section.max_bad_share,
+            follow_links=section.follow_links,
             need_boxes=False,
         )
     except ValueError as error:

@@ -2,7 +2,8 @@
 
 * TSV `image <tab> caption [<tab> JSON list of noun phrases]`, as `detclipv2_jax.data.sources` reads it.
 * tar: files of one sample follow each other and share the name before the first dot: an image (jpg, jpeg, png, webp,
-  bmp, gif, tif, tiff) and the caption in .txt or under `caption` in .json. Nothing is unpacked to disk.
+  bmp, gif, avif, tif, tiff) and the caption in .txt or, where that is empty, under `caption` in .json. A file may hold
+  several archives, one after the other, and be compressed. Nothing is unpacked to disk.
 * `00000.parquet` beside `00000.tar` (img2dataset): the caption where the tar has none; what was never downloaded is
   reported by its status, what was downloaded and is not in the tar is counted as dropped.
 
@@ -12,28 +13,39 @@ CC12M are read this way.
 
 from __future__ import annotations
 
+import bz2
 import collections
+import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from detclipv2_jax import files
 from detclipv2_jax.data.checks import probe_images, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.phrases import MAX_CHARACTERS, check_pipeline, normalize, noun_phrases
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
-from detclipv2_jax.data.sources import parse_pair
+from detclipv2_jax.data.sources import is_json, parse_pair
 from detclipv2_jax.prepare.coco_json import describe_file
 from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder, Tally
 
-_IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-_MAX_FILE_BYTES = 1 << 28  # of a file in a tar
+_IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "avif", "tif", "tiff"})
+_MAX_SAMPLE_BYTES = 1 << 28  # of what is read of a sample of a tar
+_MAX_NAME_BYTES = 1 << 16  # of a header of a tar that holds a long name
+_MAX_ZEROS = 1 << 16  # blocks between archives in a file
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_NAME_TYPES = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 _CUT = "tar cut or damaged"
 _TOGETHER = 256  # captions that are normalised and parsed together
 
@@ -111,31 +123,33 @@ class PairReader:
 class TsvReader(PairReader):
     """Lines of a TSV and their images in a folder."""
 
-    def __init__(self, path: Path, folder: str, *, shard_size: int, **options: Any):
-        self._path, self._folder, self._starts = path, os.path.realpath(folder), [0]
-        at, self.num_items = 0, 0
+    def __init__(self, path: Path, folder: str, *, shard_size: int, follow_links: bool, **options: Any):
+        self._follow_links = follow_links
+        self._path, self._folder, self._starts = path, os.path.realpath(folder), list[int]()
+        self.num_items, end = 0, 0
         first: list[str] = []
         with path.open("rb") as file:
-            for line in file:
-                at += len(line)
+            for position, line in files.byte_lines(file, where=path):
+                end = position + len(line)
                 if line.strip():
+                    if self.num_items % shard_size == 0:
+                        self._starts.append(position)
                     self.num_items += 1
                     if len(first) < 64 and b"\t" in line:
-                        first.append(parse_pair(line.rstrip(b"\n"))[0])
-                    if self.num_items % shard_size == 0:
-                        self._starts.append(at)
-        if self._starts[-1] < at or not at:
-            self._starts.append(at)
-        super().__init__([path], num_shards=len(self._starts) - 1, **options)
+                        first.append(parse_pair(line)[0])
+        super().__init__([path], num_shards=len(self._starts), **options)
+        self._starts.append(end)
         self.inputs = {str(path): describe_file(path)}
         probe_images(self._folder, (name for name in first if not unsafe_path(name)), path)
 
     def pairs(self, shard: int, tally: Tally) -> Iterator[Pair]:
         """Yields the pairs of the lines of a shard."""
+        start, end = self._starts[shard : shard + 2]
         with self._path.open("rb") as file:
-            file.seek(self._starts[shard])
-            while file.tell() < self._starts[shard + 1]:
-                line = file.readline().rstrip(b"\r\n")
+            file.seek(start)
+            for position, line in files.byte_lines(file, where=self._path):
+                if start + position >= end:
+                    break
                 if not line.strip():
                     continue
                 tally.seen += 1
@@ -148,7 +162,7 @@ class TsvReader(PairReader):
                     continue
                 tally.noted.update(repaired)
                 try:
-                    image = resolve(self._folder, name)
+                    image = resolve(self._folder, name, follow_links=self._follow_links)
                 except UnusableError as error:
                     tally.dropped[error.reason] += 1
                     continue
@@ -159,13 +173,54 @@ class _HashingFile:
     """A file that is read once from begin to end, and the sha256 of what was read."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self.digest, self.last = file, hashlib.sha256(), b""
+        self._file, self.digest = file, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
         self.digest.update(data)
-        self.last = data[-512:] or self.last
         return data
+
+
+class _Member(tarfile.TarInfo):
+    """A file of a tar; damage of an archive is an error, where tarfile takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> tarfile.TarInfo:
+        """Returns the next file; tarfile's interface."""
+        try:
+            member = super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end of an archive
+            tarfile_.num_zeros += 1
+            if tarfile_.num_zeros > _MAX_ZEROS:
+                raise tarfile.ReadError("zeros without end") from None
+            raise
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EmptyHeaderError) and tarfile_.num_zeros:  # type: ignore[attr-defined]
+                raise  # the end of the file
+            raise tarfile.ReadError(f"no header of a file: {error}") from error
+        tarfile_.num_zeros = 0
+        return member
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type in _NAME_TYPES and self.size > _MAX_NAME_BYTES:
+            raise tarfile.ReadError("a name without end")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+class _Archives(tarfile.TarFile):
+    """The archives that follow each other in a stream."""
+
+    tarinfo = _Member
+    num_zeros = 0  # blocks of zeros after the last file
+
+
+def _unpacked(start: bytes, file: Any) -> Any:
+    """Returns a stream of what a file holds that may be compressed by gzip (in any number of members), bzip2 or xz."""
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    if start.startswith(b"BZh"):
+        return bz2.BZ2File(file)
+    return lzma.LZMAFile(file) if start.startswith(b"\xfd7zXZ\0") else file
 
 
 class TarReader(PairReader):
@@ -182,15 +237,12 @@ class TarReader(PairReader):
         num_samples = 0
         with path.open("rb") as raw:
             hashing = _HashingFile(raw)
-            for key, files in _samples(hashing, tally):
+            for key, contents in _samples(_unpacked(raw.peek(6), hashing), tally):
                 num_samples += 1
-                if pair := _to_pair(f"{path.name}/{key}", files, table.get(key, ""), tally):
+                if pair := _to_pair(f"{path.name}/{key}", contents, table.get(key, ""), tally):
                     yield pair
-            while hashing.read(1 << 20):  # the end of a tar is padding that no reader needs
+            while hashing.read(1 << 20):  # what follows a cut
                 pass
-            if path.suffix == ".tar" and any(hashing.last) and not tally.dropped[_CUT]:
-                tally.dropped[_CUT] += 1  # tarfile takes a cut between two files for the end, which is a block of zeros
-                tally.seen += 1
             tally.inputs[str(path)] = {"sha256": hashing.digest.hexdigest()}
         lost = max(len(table) - num_samples, 0)
         if lost:
@@ -209,60 +261,86 @@ def _read_parquet(path: Path, tally: Tally) -> dict[str, str]:
     statuses = collections.Counter(row.get("status", "success") for row in rows)
     tally.noted.update({f"not downloaded: {name}": num for name, num in statuses.items() if name != "success"})
     succeeded = [row for row in rows if row.get("status", "success") == "success"]
-    return {str(row.get("key")): row.get("caption") or "" for row in succeeded}
+    captions = {str(row.get("key")): row.get("caption") for row in succeeded}
+    return {key: caption if isinstance(caption, str) else "" for key, caption in captions.items()}
 
 
 def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields key and files by suffix of each sample of a tar; of a tar that is cut, the samples before the cut."""
-    current, files = "", dict[str, bytes]()
+    current, contents, num_bytes = "", dict[str, bytes](), 0
+    keys = set[str]()
     try:
-        with tarfile.open(fileobj=file, mode="r|*") as archive:
-            for member in archive:
+        with _Archives.open(fileobj=file, mode="r|", ignore_zeros=True) as archive:
+            while member := archive.next():
+                archive.members.clear()  # it would remember all of them
                 folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
+                stem, _, suffix = base.lower().partition(".")
                 if not member.isfile() or not stem:
                     continue
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current:
-                    if files:
-                        yield current, files
-                    current, files = key, {}
-                if member.size > _MAX_FILE_BYTES:
-                    tally.noted[f"file of more than {_MAX_FILE_BYTES} bytes left out"] += 1
-                    files.setdefault("", b"")  # the sample exists
+                key = f"{folder}/{base[: len(stem)]}"[not folder :]
+                if key != current or suffix in contents:
+                    if contents:
+                        yield current, contents
+                    if key in keys:
+                        tally.noted["sample with the key of another"] += 1
+                    keys.add(key)
+                    current, contents, num_bytes = key, {}, 0
+                contents.setdefault("", b"")  # the sample exists, whatever it holds
+                if suffix not in _IMAGE_SUFFIXES and suffix not in ("txt", "json"):
                     continue
-                if content := archive.extractfile(member):
-                    files[suffix.lower()] = content.read()
-    except (tarfile.TarError, EOFError, OSError):
+                num_bytes += member.size
+                if num_bytes > _MAX_SAMPLE_BYTES:
+                    tally.noted[f"file beyond {_MAX_SAMPLE_BYTES} bytes of a sample left out"] += 1
+                elif content := archive.extractfile(member):
+                    contents[suffix] = content.read()
+    # ValueError, LookupError, RecursionError: of headers without sense
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, LookupError, RecursionError):
         tally.dropped[_CUT] += 1
         tally.seen += 1
-    if files:  # before a cut it may be whole; if not, it is counted
-        yield current, files
+    if contents:  # before a cut it may be whole; if not, it is counted
+        yield current, contents
 
 
-def _to_pair(name: str, files: dict[str, bytes], caption: str, tally: Tally) -> Pair | None:
-    image = next((content for suffix, content in files.items() if suffix in _IMAGE_SUFFIXES), None)
+def _captions(contents: dict[str, bytes], tally: Tally) -> Iterator[str]:
+    """Yields the captions that a sample has, the first to be preferred."""
+    for suffix in {"txt", "json"} & contents.keys():
+        try:
+            contents[suffix] = files.without_mark(contents[suffix], where="")
+        except ValueError:
+            tally.noted["caption in UTF-16 left out"] += 1
+            contents[suffix] = b""
+    text = contents.get("txt", b"")
+    caption = text.decode(errors="ignore")
+    if caption.encode() != text:
+        tally.noted["invalid UTF-8 left out"] += 1
+    yield caption
+    try:
+        content = json.loads(contents.get("json") or b"{}")
+    except (ValueError, RecursionError):
+        content = None
+    value = content.get("caption") if isinstance(content, dict) else None
+    if isinstance(value, str):
+        yield value
+    elif value is not None:
+        tally.noted["caption that is no text left out"] += 1
+
+
+def _to_pair(name: str, contents: dict[str, bytes], known: str, tally: Tally) -> Pair | None:
+    """Returns the pair of a sample, None with its reason counted where it is none; `known` is the parquet's caption."""
+    image = next((content for suffix, content in contents.items() if suffix in _IMAGE_SUFFIXES), None)
     if image is None:
         tally.dropped["sample without an image"] += 1
         return None
-    text = files.get("txt")
-    if text is None and "json" in files:
-        try:
-            content = json.loads(files["json"])
-        except ValueError:
-            content = None
-        caption = str((content.get("caption") if isinstance(content, dict) else None) or caption)
-    if text is not None:
-        caption = text.decode(errors="ignore")
-        if caption.encode() != text:
-            tally.noted["invalid UTF-8 left out"] += 1
-    if not caption.strip():
-        tally.dropped["empty caption" if text is not None else "sample without a caption"] += 1
+    caption = next((text for text in (*_captions(contents, tally), known) if text.strip()), "")
+    if not caption:
+        tally.dropped["empty caption" if "txt" in contents else "sample without a caption"] += 1
         return None
     return Pair(name, image, caption, None)
 
 
-def open_reader(source: str, images: str, *, shard_size: int, pipeline: str, max_phrases: int) -> Reader:
+def open_reader(
+    source: str, images: str, *, shard_size: int, pipeline: str, max_phrases: int, follow_links: bool = False
+) -> Reader:
     """Returns the reader of a TSV with its image folder, or of a folder of tar files, or of one.
 
     Raises:
@@ -272,12 +350,13 @@ def open_reader(source: str, images: str, *, shard_size: int, pipeline: str, max
         check_pipeline(pipeline)
     options = {"pipeline": pipeline, "max_phrases": max_phrases}
     path = Path(source)
-    if path.is_dir() or ".tar" in path.suffixes:
-        tars = sorted([*path.rglob("*.tar"), *path.rglob("*.tar.gz")]) if path.is_dir() else [path]
+    if path.is_dir() or path.name.endswith(TAR_SUFFIXES):
+        tars = (
+            sorted(found for found in path.rglob("*") if found.name.endswith(TAR_SUFFIXES)) if path.is_dir() else [path]
+        )
         if not tars:
             raise ValueError(f"--input={source} has no .tar file; it must be a TSV or a folder of webdataset shards")
         return TarReader(tars, **options)
-    with path.open("rb") as file:
-        if file.read(64).lstrip().startswith((b"{", b"[{")):
-            raise ValueError(f"--input={source} is a json; image_text takes a TSV `image <tab> caption` or tar files")
-    return TsvReader(path, images, shard_size=shard_size, **options)
+    if is_json(path):
+        raise ValueError(f"--input={source} is a json; image_text takes a TSV `image <tab> caption` or tar files")
+    return TsvReader(path, images, shard_size=shard_size, follow_links=follow_links, **options)

