@@ -185,7 +185,7 @@ class _Member(tarfile.TarInfo):
     """A file of a tar; damage of an archive is an error, where tarfile takes it for the end."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: Any) -> tarfile.TarInfo:
+    def fromtarfile(cls, tarfile_: Any) -> Any:
         """Returns the next file; tarfile's interface."""
         try:
             member = super().fromtarfile(tarfile_)
@@ -212,6 +212,7 @@ class _Archives(tarfile.TarFile):
 
     tarinfo = _Member
     num_zeros = 0  # blocks of zeros after the last file
+    members: list[tarfile.TarInfo]
 
 
 def _unpacked(start: bytes, file: Any) -> Any:
