@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 from micro import micro_config
-from oracle.towers import StandIn, assert_same_gradients, expected_step, make_batch
+from oracle.towers import StandIn, assert_same_gradients, expected_step, make_batch, recorder
 
-from detclipv2_jax import sharding, train_state, train_step
+from detclipv2_jax import train_step
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import state as train_state
 
 CANVAS = (64, 96)
 RATE, DECAY = 0.1, 0.75
@@ -44,13 +46,6 @@ def configuration(kind, num_chunks, head="none", frozen="", **switches):
     for name, value in (values | switches).items():
         config.loss[name] = value
     return config
-
-
-def recorder():
-    """Returns an optimizer whose state is the gradient it was given last."""
-    return optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads)
-    )
 
 
 @functools.cache
