@@ -1,0 +1,116 @@
+"""Pages of the site that are written by the code itself: the first page, the configuration, the Python interface."""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ml_collections import ConfigDict
+
+import detclipv2_jax
+from detclipv2_jax import config as config_lib
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the written pages."""
+    pages = {"index.md": home(), "configuration.md": configuration(), **interface()}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def home() -> str:
+    """Returns the README with its links as they are within docs/."""
+    text = (ROOT / "README.md").read_text()
+    return text.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+
+
+def configuration() -> str:
+    """Returns a table of every key: its default and the comment beside or above its line in config.py."""
+    lead = (
+        "# Configuration\n\n"
+        "Written from `detclipv2_jax/config.py`, whose `base()` has every key with the value of the paper's Swin-T. "
+        "`configs/*.py` set others; `--config.KEY=VALUE` on the command line wins. What the comments leave to be "
+        "explained is in [decisions](decisions.md).\n"
+    )
+    parts, section = [lead], None
+    for key, value, comment in keys():
+        own = key.rpartition(".")[0]
+        if own != section:
+            section = own
+            parts.append(f"\n## {section or 'The run'}\n\n| key | default | |\n|---|---|---|\n")
+        cells = (f"`{key}`", f"`{shown(value)}`", comment)
+        parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
+    return "".join(parts)
+
+
+def shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
+def keys() -> list[tuple[str, object, str]]:
+    """Returns (dotted key, default, comment) of every key; those of no section first, then in the order of config.py."""
+    lines: dict[tuple[int, str], str] = {}
+    stored = ConfigDict.__setitem__
+
+    def record(section: ConfigDict, key: str, value: object) -> None:
+        frame = sys._getframe(1)
+        while frame and pathlib.Path(frame.f_code.co_filename).name != "config.py":
+            frame = frame.f_back
+        if frame:
+            lines[id(section), key] = comment_at(frame.f_lineno)
+        stored(section, key, value)
+
+    with mock.patch.object(ConfigDict, "__setitem__", record):
+        made = config_lib.base()
+
+    def walk(section: ConfigDict, prefix: str) -> Iterator[tuple[str, object, str]]:
+        entries = [(key, section[key]) for key in section]
+        for key, value in entries:
+            if not isinstance(value, ConfigDict):
+                yield prefix + key, value, lines.get((id(section), key), "")
+        for key, value in entries:
+            if isinstance(value, ConfigDict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    return list(walk(made, ""))
+
+
+SOURCE = inspect.getsource(config_lib).splitlines()
+
+
+def comment_at(number: int) -> str:
+    """Returns the comment of a line (from 1) of config.py: what stands above it, then what stands beside it."""
+    beside = re.search(r"\s# (.*)$", SOURCE[number - 1])
+    above: list[str] = []
+    for line in reversed(SOURCE[: number - 1]):
+        if not line.lstrip().startswith("# ") or line.lstrip().startswith("# ---"):
+            break
+        above.insert(0, line.strip()[2:])
+    return " ".join(above + [beside.group(1)] * bool(beside))
+
+
+def interface() -> dict[str, str]:
+    """Returns a page for every room, with its modules and what their docstrings say."""
+    rooms: dict[str, list[str]] = {"": []}
+    for module in pkgutil.walk_packages(detclipv2_jax.__path__, "detclipv2_jax."):
+        parts = module.name.split(".")
+        if not module.ispkg and parts[-1] != "__main__":
+            rooms.setdefault(parts[1] if len(parts) > 2 else "", []).append(module.name)
+    titles = {room: room or "the run" for room in sorted(rooms)}
+    pages = {
+        f"api/{room or 'run'}.md": f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in rooms[room]) + "\n"
+        for room, title in titles.items()
+    }
+    return pages
