@@ -29,6 +29,7 @@ SCOPES = ("device", "global")
 REMATS = ("none", "blocks", "heads", "all")
 DTYPES = ("float32", "bfloat16")
 DEFORMS = ("auto", "gather", "banded")
+ATTENTIONS = ("auto", "xla", "pallas")
 IMPLS = ("xla", "pallas")
 SCHEDULES = ("cosine", "step", "plateau", "constant")
 ORDERS = ("shuffled", "cycle")
@@ -64,6 +65,7 @@ def model(size: str) -> ConfigDict:
     c.swin.num_heads = num_heads
     c.swin.window_size = window
     c.swin.drop_path_rate = 0.0 if nano else 0.2  # stochastic depth of the last block, linear from 0 (Table 9)
+    c.swin.attention_impl = "auto"  # auto | xla | pallas: how windows are computed; auto: one kernel on NVIDIA GPUs
     # FPN (P3-P7) and the ATSS head shared over its levels
     c.head = ConfigDict()
     c.head.channels = 64 if nano else 256  # of the pyramid and of both towers
@@ -370,6 +372,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
 
     choice("model.dtype", DTYPES)
     choice("model.remat", REMATS)
+    choice("model.swin.attention_impl", ATTENTIONS)
     choice("model.head.deform_impl", DEFORMS)
     choice("model.head.objectness", OBJECTNESS)
     choice("loss.selection", SELECTIONS)

@@ -73,10 +73,11 @@ def run(
     if file_format == "saved_model" and words:
         raise ValueError("--words: a SavedModel takes its words when it runs; leave them out")
     predictor = Predictor.from_checkpoint(checkpoint)
-    if dtype and dtype != predictor.config.model.dtype:
-        config = predictor.config.copy_and_resolve_references()
-        config.model.dtype = dtype
-        predictor = Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
+    config = predictor.config.copy_and_resolve_references()
+    with config.unlocked():  # configurations of old runs have no such key
+        config.model.swin.attention_impl = "xla"  # a kernel would tie the program to this version of jaxlib
+    config.model.dtype = dtype or config.model.dtype
+    predictor = Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
     limits = Limits.from_config(
         predictor.config.eval, score_threshold=score_threshold, nms_iou=nms_iou, max_detections=max_detections
     )

@@ -20,11 +20,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from detclipv2_jax.models.repeat import repeat
+from detclipv2_jax.models.window_attention import window_attention
 
 PATCH = 4  # px
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5
-MASKED = -100.0  # added to the logits of pairs that the cyclic shift brought together, as in the reference
 
 _dense_init = nn.initializers.truncated_normal(0.02)
 
@@ -47,6 +47,7 @@ class Swin(nn.Module):
     num_heads: tuple[int, ...]
     window_size: int
     drop_path_rate: float = 0.0
+    attention_impl: str = "auto"  # of `window_attention`
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -80,6 +81,7 @@ class Swin(nn.Module):
                     window_size=self.window_size,
                     shift=shift,
                     drops_paths=self.drop_path_rate > 0.0,
+                    attention_impl=self.attention_impl,
                     dtype=self.dtype,
                     parent=None,
                 )
@@ -114,15 +116,16 @@ class SwinBlock(nn.Module):
     window_size: int
     shift: int
     drops_paths: bool
+    attention_impl: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], drop_rate: Float[Array, ""], train: bool) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
         dense = functools.partial(Dense, dtype=self.dtype)
-        y = WindowAttention(self.num_heads, self.window_size, self.shift, self.dtype, name="attention")(
-            _layer_norm(self.dtype, "norm1")(x)
-        )
+        y = WindowAttention(
+            self.num_heads, self.window_size, self.shift, self.attention_impl, self.dtype, name="attention"
+        )(_layer_norm(self.dtype, "norm1")(x))
         x = x + self._drop_path(y, drop_rate, train)
         y = dense(MLP_RATIO * channels, name="mlp_in")(_layer_norm(self.dtype, "norm2")(x))
         y = dense(channels, name="mlp_out")(gelu(y))
@@ -145,6 +148,7 @@ class WindowAttention(nn.Module):
     num_heads: int
     window_size: int
     shift: int
+    impl: str
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -163,17 +167,9 @@ class WindowAttention(nn.Module):
         x = x.reshape(b, rows, window, columns, window, c).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * columns, window**2, c)
 
-        qkv = jnp.split(Dense(3 * c, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
-        query, key, value = (part.reshape(*part.shape[:3], heads, c // heads) for part in qkv)
-        query = query * (c // heads) ** -0.5
-        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
-        logits += bias.transpose(2, 0, 1)[None, None]
-        if any(shifts):
-            region = jnp.asarray(_regions(rows, columns, window, shifts))
-            apart = region[:, :, None] != region[:, None, :]
-            logits = jnp.where(apart[None, :, None], logits + MASKED, logits)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        x = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value).reshape(x.shape)
+        qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(x)
+        region = jnp.asarray(_regions(rows, columns, window, shifts)) if any(shifts) else None
+        x = window_attention(qkv, bias.transpose(2, 0, 1), region, impl=self.impl)
         x = Dense(c, dtype=self.dtype, name="projection")(x)
 
         x = x.reshape(b, rows, columns, window, window, c).transpose(0, 1, 3, 2, 4, 5)
