@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pathlib
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 from ml_collections import ConfigDict
 
-import detclipv2_jax
 from detclipv2_jax import config as config_lib
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Lists the pages of the Python interface, which mkdocs.yml cannot know."""
+    reference = next(part["Reference"] for part in config.nav if "Reference" in part)
+    reference.append({"Python interface": sorted(interface())})
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -98,16 +103,17 @@ def comment_at(number: int) -> str:
         if not line.lstrip().startswith("# ") or line.lstrip().startswith("# ---"):
             break
         above.insert(0, line.strip()[2:])
-    return " ".join(above + [beside.group(1)] * bool(beside))
+    return " ".join([*above, beside.group(1)] if beside else above)
 
 
 def interface() -> dict[str, str]:
-    """Returns a page for every room, with its modules and what their docstrings say."""
-    rooms: dict[str, list[str]] = {"": []}
-    for module in pkgutil.walk_packages(detclipv2_jax.__path__, "detclipv2_jax."):
-        parts = module.name.split(".")
-        if not module.ispkg and parts[-1] != "__main__":
-            rooms.setdefault(parts[1] if len(parts) > 2 else "", []).append(module.name)
+    """Returns a page for every room: its modules, with what their docstrings say."""
+    package = ROOT / "detclipv2_jax"
+    rooms: dict[str, list[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        if not path.name.startswith("__"):
+            room, name = (".".join(path.relative_to(package).with_suffix("").parts[:-1]), path.stem)
+            rooms.setdefault(room.split(".")[0], []).append(".".join(filter(None, ("detclipv2_jax", room, name))))
     titles = {room: room or "the run" for room in sorted(rooms)}
     pages = {
         f"api/{room or 'run'}.md": f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in rooms[room]) + "\n"

@@ -148,7 +148,9 @@ def test_only_converted_files_are_allowed(micro):
 def test_a_run_starts_from_a_checkpoint_of_timm_and_one_of_transformers(micro, tmp_path):
     shapes = shapes_of(micro.model)
     for part, layout, root in (("swin", "timm", "swin/"), ("clip_text", "transformers", "text_encoder/")):
-        tower = {name: shape for name, shape in shapes.items() if name.startswith(root) and name not in pretrained.FRESH}
+        tower = {
+            name: shape for name, shape in shapes.items() if name.startswith(root) and name not in pretrained.FRESH
+        }
         params = {name: seeded.parameter(name, shape) for name, shape in tower.items()}
         theirs = layouts.to_checkpoint(part, params, layout=layout, what="the test").params
         save_file(theirs, tmp_path / f"{layout}.safetensors")
