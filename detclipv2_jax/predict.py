@@ -1,6 +1,6 @@
 """Finds any words on any images, with a checkpoint of ours.
 
-  python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
+    python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
 
 Words need not occur in training; --vocabulary=lvis is a ready list of them, and --words_file may be a json with
 categories, whose definitions it takes. Writes <output>/detections.json (COCO results with the name and the file of

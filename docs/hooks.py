@@ -11,13 +11,11 @@ from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -65,7 +63,7 @@ def shown(value: object) -> str:
 
 
 def keys() -> list[tuple[str, object, str]]:
-    """Returns (dotted key, default, comment) of every key; those of no section first, then in the order of config.py."""
+    """Returns (dotted key, default, comment) of every key in the order of config.py, those of no section first."""
     lines: dict[tuple[int, str], str] = {}
     stored = ConfigDict.__setitem__
 

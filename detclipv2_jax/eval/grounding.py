@@ -1,6 +1,6 @@
 """Phrase grounding: Recall@1/5/10 of the phrases of captions, or accuracy of referring expressions, at IoU 0.5.
 
-  python -m detclipv2_jax.eval.grounding --checkpoint=DIR --annotations=FILE --images=DIR [--task=referring]
+    python -m detclipv2_jax.eval.grounding --checkpoint=DIR --annotations=FILE --images=DIR [--task=referring]
 
 Reads MDETR-format json: `images` with a caption, `annotations` with bbox and tokens_positive (character spans).
 

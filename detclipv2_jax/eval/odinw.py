@@ -1,6 +1,6 @@
 """ODinW13 and ODinW35: COCO AP of every member, and the means, zero-shot and fine-tuned.
 
-  python -m detclipv2_jax.eval.odinw --checkpoint=DIR --data=DIR [--finetuned=DIR] [--output=DIR]
+    python -m detclipv2_jax.eval.odinw --checkpoint=DIR --data=DIR [--finetuned=DIR] [--output=DIR]
 
 --data holds the members as GLIP publishes them (`odinw.json` beside this file has folder and prompts of each), or as
 <name>/test with an annotations.json among the photos. --checkpoint is one run scored on all of them, --finetuned a

@@ -1,6 +1,6 @@
 """One step of a configuration, lowered from shapes and compiled for accelerators that are not there.
 
-  python -m detclipv2_jax.preflight.compile_step JOB.json
+    python -m detclipv2_jax.preflight.compile_step JOB.json
 
 is what `detclipv2_jax.preflight` runs, one process a program: the last line of stdout is the measured program as JSON.
 """

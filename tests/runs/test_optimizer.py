@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.models import detclip
+from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import (
     assign_groups,
     learning_rate,

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from detclipv2_jax import convert, main, train
-from detclipv2_jax.runs import checkpoints
-from detclipv2_jax.runs import state as train_state
-from detclipv2_jax.runs import pretrained
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import convert, main, train
 from detclipv2_jax.convert import layouts
 from detclipv2_jax.models import detclip
+from detclipv2_jax.runs import checkpoints, pretrained
+from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import named_shapes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
-from detclipv2_jax.models import detclip
 from detclipv2_jax.runs.optimizer import make_optimizer
 
 
