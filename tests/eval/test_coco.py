@@ -90,6 +90,57 @@ def test_frequencies_average_their_categories():
     assert "APc     -" in coco.table(scores)
 
 
+def _grid(count, *, side=100.0):
+    """Returns annotations of a rare category in a row on one image."""
+    boxes = [[2 * side * i, 0.0, side, side] for i in range(count)]
+    annotations = [{"id": i, "image_id": 1, "category_id": 7, "bbox": box} for i, box in enumerate(boxes, start=1)]
+    return {
+        "images": [{"id": 1}],
+        "annotations": annotations,
+        "categories": [{"id": 7, "name": "cat", "frequency": "r"}],
+    }
+
+
+def test_rare_ap_counts_a_hundred_detections_all_sizes_and_all_thresholds():
+    truth = _grid(40)
+    rows = [row | {"score": 0.9 - 0.01 * i} for i, row in enumerate(_perfect(truth))]
+    scores = coco.evaluate(truth, rows)
+    assert scores["APr"] == scores["AP"] == pytest.approx(1.0)  # with 10 detections it would be 0.25
+    assert scores["AR10"] == pytest.approx(0.25)
+    for row in rows:
+        row["bbox"] = [*row["bbox"][:3], 80.0]
+    scores = coco.evaluate(truth, rows)
+    assert scores["APr"] == scores["AP"] == pytest.approx(0.7)  # 0.5, 0.55, ... 0.8
+
+
+@pytest.mark.parametrize(("height", "found"), [(50.0, ("AP50",)), (49.0, ()), (75.0, ("AP50", "AP75"))])
+def test_an_overlap_of_exactly_the_threshold_is_enough(height, found):
+    truth = _grid(1)
+    scores = coco.evaluate(truth, [row | {"bbox": [0.0, 0.0, 100.0, height]} for row in _perfect(truth)])
+    assert {name for name in ("AP50", "AP75") if scores[name] > 0} == set(found)
+
+
+def test_area_is_that_of_the_box_unless_given():
+    for changes, small in (({}, 1.0), ({"area": 2000}, -1.0)):
+        truth = _grid(1)
+        truth["annotations"][0] |= {"bbox": [0, 0, 20, 50]} | changes
+        scores = coco.evaluate(truth, _perfect(truth))
+        assert (scores["APs"], scores["APm"]) == pytest.approx((small, -small))
+    truth["annotations"][0] = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [0, 0, 20, 60]}
+    assert coco.evaluate(truth, _perfect(truth))["APs"] == -1.0
+
+
+def test_crowds_neither_count_nor_punish():
+    truth = _grid(2)
+    truth["annotations"][1]["iscrowd"] = 1
+    rows = _perfect(truth)
+    rows[1]["score"] = 1.0  # on the crowd
+    assert coco.evaluate(truth, rows)["AP"] == pytest.approx(1.0)
+    assert coco.evaluate(truth, rows[:1])["AR100"] == pytest.approx(1.0)
+    del truth["annotations"][1]["iscrowd"]
+    assert coco.evaluate(truth, rows[:1])["AR100"] == pytest.approx(0.5)
+
+
 def test_nothing_small_is_minus_one():
     truth = _truth()
     truth["annotations"] = [a for a in truth["annotations"] if a["bbox"][2] * a["bbox"][3] > 96**2]

@@ -195,6 +195,32 @@ def test_federated_rules():
     assert "APr                -         -" in lvis.table(scores)
 
 
+@pytest.mark.parametrize(("height", "found"), [(25, ("AP50",)), (24, ()), (37.5, ("AP50", "AP75"))])
+def test_an_overlap_of_exactly_the_threshold_is_enough(height, found):
+    scores = lvis.evaluate(_truth(), [_row(1, [0, 0, 50, height], 0.5)])
+    assert {name for name in ("AP50", "AP75") if scores[name] > 0} == set(found)
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(32, "sm"), (96, "ml"), (31, "s"), (33, "m"), (97, "l")])
+def test_both_ends_of_a_size_belong_to_it(side, sizes):
+    truth = _truth()
+    truth["annotations"][0]["bbox"] = [0, 0, side, side]
+    rows = [_row(1, [0, 0, side, side], 0.5), _row(1, [300, 300, side, side], 0.9)]  # the second is wrong
+    scores = lvis.evaluate(truth, rows)
+    expected = [0.5 if size in sizes else -1.0 for size in "sml"]
+    assert [scores[f"AP{size}"] for size in "sml"] == pytest.approx(expected)
+    assert [scores[f"AR{size}@300"] for size in "sml"] == [1.0 if size in sizes else -1.0 for size in "sml"]
+
+
+def test_the_best_detections_of_an_image_and_of_a_category_count(monkeypatch):
+    monkeypatch.setattr(lvis, "MAX_AN_IMAGE", 2)
+    monkeypatch.setattr(lvis, "MAX_A_CATEGORY", 3)
+    cat, wrong = _row(1, [0, 0, 50, 50], 0.5), _row(1, [300, 300, 50, 50], 0.9)
+    for others, standard, fixed in ((1, 1.0, 1.0), (2, 0.0, 1.0), (3, 0.0, 0.0)):
+        scores = lvis.evaluate(_truth(), [cat, *[wrong] * others])
+        assert (scores["AR@2"], scores["fixed_AR"]) == (standard, fixed)
+
+
 def test_no_detections_and_part_of_the_images():
     truth = _truth()
     assert lvis.evaluate(truth, [])["AP"] == lvis.evaluate(truth, [])["fixed_AR"] == 0.0

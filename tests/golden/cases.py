@@ -129,6 +129,51 @@ def deform_case(size: tuple[int, int], kind: str, channels: int = 5, outputs: in
     )
 
 
+class HeadSize(NamedTuple):
+    """Architecture of a head."""
+
+    channels: int
+    num_convs: int
+    num_groups: int
+    embed_dim: int
+    objectness: str
+
+
+class GradientCase(NamedTuple):
+    """A small detector and inputs of odd sizes; see `detector.py`."""
+
+    swin: SwinSize
+    head: HeadSize
+    canvas: tuple[int, int]
+
+    def features(self) -> list[np.ndarray]:
+        """Returns what a backbone gives a pyramid: sizes n and 2n or 2n - 1, on both axes both."""
+        sizes, width = ((13, 18), (7, 9), (4, 5)), self.swin.embed_dim
+        return [seeded.uniform(f"feature{i}", (2, *size, width * 2**i)) for i, size in enumerate(sizes)]
+
+    def levels(self) -> list[np.ndarray]:
+        """Returns what a pyramid gives a head."""
+        sizes = ((13, 18), (7, 9), (4, 5), (2, 3), (1, 2))
+        return [seeded.uniform(f"level{i}", (2, *size, self.head.channels)) for i, size in enumerate(sizes)]
+
+    def images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (uint8 images, extents), the second image smaller than the canvas."""
+        images = (seeded.uniform("photo", (2, *self.canvas, 3)) * 73 + 127.5).astype(np.uint8)
+        return images, np.array([self.canvas, (self.canvas[0] - 13, self.canvas[1] - 22)], np.int32)
+
+
+# windows of 4: stages 1-3 are shifted on both axes, stage 4 along one alone; an odd side in every merging
+PARTS = {
+    objectness: GradientCase(
+        SwinSize(8, (2, 2, 2, 2), (1, 1, 2, 2), 4), HeadSize(16, 2, 4, 8, objectness), canvas=(75, 170)
+    )
+    for objectness in ("classification", "iou")
+}
+WHOLE = GradientCase(
+    SwinSize(8, (1, 2, 1, 1), (1, 1, 2, 2), 4), HeadSize(16, 1, 4, 8, "classification"), canvas=(75, 170)
+)
+
+
 class NmsCase(NamedTuple):
     """Boxes with scores and classes."""
 

@@ -1,7 +1,9 @@
 """Writes the reference outputs beside this file. Run once, in an environment with torch:
 
     pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.23.0 open_clip_torch==3.3.0 jaxtyping
-    PYTHONPATH=. python tests/golden/make_fixtures.py [swin] [text] [layouts] [deform_conv] [boxes] [--full=FOLDER]
+    PYTHONPATH=. python tests/golden/make_fixtures.py [--full=FOLDER] [PART ...]
+
+PART is swin, text, layouts, deform_conv, boxes or gradients; without one, all are made.
 
 Weights and inputs come from `seeded`, keyed by the names of our parameters (of a library's parameters for `layouts`);
 the tests make them again. Written are evenly spaced entries of the outputs and the standard deviation of the whole
@@ -15,6 +17,7 @@ import sys
 import tempfile
 
 import cases
+import detector
 import numpy as np
 import seeded
 import torch
@@ -283,6 +286,19 @@ def make_boxes(full: pathlib.Path | None) -> dict[str, np.ndarray]:
     return out
 
 
+def make_gradients(full: pathlib.Path | None) -> dict[str, np.ndarray]:
+    """Returns digests of outputs and gradients of backbone, pyramid, head and the whole image side."""
+    case = cases.PARTS["classification"]
+    found = {"swin": detector.swin(case), "pyramid": detector.pyramid(case), "detector": detector.whole(cases.WHOLE)}
+    found |= {f"head_{objectness}": detector.head(case) for objectness, case in cases.PARTS.items()}
+    out = {}
+    for part, arrays in found.items():
+        names = sorted(arrays)
+        out[f"{part}/names"] = np.array(names)
+        out[f"{part}/digests"] = np.stack([seeded.digest(name, arrays[name]) for name in names])
+    return out
+
+
 def main() -> None:
     """Writes the fixtures named on the command line, or all."""
     makers = {
@@ -291,6 +307,7 @@ def main() -> None:
         "layouts": make_layouts,
         "deform_conv": make_deform_conv,
         "boxes": make_boxes,
+        "gradients": make_gradients,
     }
     arguments = sys.argv[1:]
     full = next((pathlib.Path(a.removeprefix("--full=")) for a in arguments if a.startswith("--full=")), None)

@@ -27,7 +27,9 @@ def parameter(path: str, shape: tuple[int, ...]) -> np.ndarray:
         return 1 + 0.2 * x
     if leaf == "kernel":
         return x * np.float32(np.prod(shape[:-1]) ** -0.5)
-    return {"bias": 0.2, "relative_position_table": 1.0, "embedding": 0.5, "position_embedding": 0.5}[leaf] * x
+    size = {"bias": 0.2, "embedding": 0.5, "position_embedding": 0.5}
+    size |= dict.fromkeys(("relative_position_table", "level_scales", "logit_scale", "logit_bias"), 1.0)
+    return size[leaf] * x
 
 
 def foreign(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,3 +46,19 @@ def sample(x: np.ndarray, count: int = 256) -> np.ndarray:
     """Returns evenly spaced entries of the flattened array, first and last included."""
     x = np.asarray(x).reshape(-1)
     return x[np.linspace(0, x.size - 1, min(count, x.size)).round().astype(np.int64)]
+
+
+def digest(name: str, x: np.ndarray) -> np.ndarray:
+    """Returns float64[7] that any change of the array would change, the first its root mean square.
+
+    The others are of its size too: two sums with random signs and sizes over the square root of the number of entries,
+    and four entries.
+    """
+    x = np.asarray(x, np.float64)
+    sums = [np.sum(x * uniform(f"digest{i}/{name}", x.shape)) / max(x.size, 1) ** 0.5 for i in range(2)]
+    return np.array([np.mean(x**2) ** 0.5, *sums, *np.resize(sample(x, 4), 4)])
+
+
+def difference(name: str, x: np.ndarray, expected: np.ndarray) -> float:
+    """Returns how far an array is from a digest of it, in parts of its root mean square."""
+    return float(np.abs(digest(name, x) - expected).max() / max(expected[0], 1e-30))

@@ -1,5 +1,6 @@
 """The whole detector: outputs, what is invariant, what receives gradients, names and sizes of its parameters."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -8,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_gradients import check, seeded_params
 
 from detclipv2_jax.config import base, parameter_groups
 from detclipv2_jax.config import model as model_config
 from detclipv2_jax.geometry import anchors
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs.optimizer import overview
+
+import cases  # isort: skip  (beside the fixtures; golden_gradients adds their folder)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CANVAS = (64, 96)
@@ -109,6 +113,28 @@ def test_images_do_not_influence_each_other(detector):
     run = jax.jit(lambda v, image, extent: model.apply(v, image, extent, train=False, method="encode_image"))
     together, alone = run(variables, image, extent), run(variables, image[::-1], extent[::-1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[::-1], atol=1e-5), together, alone)
+
+
+@pytest.mark.slow
+def test_regions_and_gradients_equal_torch():
+    case = cases.WHOLE
+    head = case.head._asdict()
+    config = small(
+        embed_dim=head.pop("embed_dim"),
+        logit__normalize_regions=False,
+        **{f"head__{key}": value for key, value in head.items()},
+        **{f"swin__{key}": value for key, value in case.swin._asdict().items()},
+    )
+    model = detclip.from_config(config)
+    image, extent = case.images()
+    params = seeded_params("", model, image, extent, train=False, method="encode_image")
+    logit = {name: params.pop(name) for name in ("logit_scale", "logit_bias")}
+
+    def run(params, _):
+        regions = model.apply({"params": params | logit}, image, extent, train=False, method="encode_image")
+        return {field.name: getattr(regions, field.name) for field in dataclasses.fields(regions)}
+
+    check("detector", run, params=params)
 
 
 def gradients(config, variables, output):

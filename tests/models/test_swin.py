@@ -1,5 +1,6 @@
 """The backbone against timm, torchvision and transformers, on inputs of any size."""
 
+import functools
 import os
 import pathlib
 import sys
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_gradients import check, seeded_params
 
-from detclipv2_jax.models.swin import Swin, gelu
+from detclipv2_jax.models.swin import Swin, SwinBlock, gelu
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -44,6 +46,20 @@ def test_equal_to_the_libraries(case):
             assert error < 2e-4, f"{library} stage {stage}: {error:.1e} of the feature's standard deviation"
 
 
+def test_gradients_equal_torchvision():
+    case = cases.PARTS["classification"]
+    model, image = Swin(**case.swin._asdict()), seeded.uniform("image", (2, *case.canvas, 3))
+    check(
+        "swin",
+        lambda params, inputs: {
+            f"feature{i}": x
+            for i, x in enumerate(model.apply({"params": params["swin"]}, inputs["image"], train=False), start=2)
+        },
+        params={"swin": seeded_params("swin/", model, image, train=False)},
+        inputs={"image": image},
+    )
+
+
 @pytest.mark.parametrize("canvas", [(64, 96), (33, 50), (1, 7)])
 def test_sizes_round_up(canvas):
     model, variables = build("narrow")
@@ -52,18 +68,67 @@ def test_sizes_round_up(canvas):
         assert feature.shape == (2, -(-canvas[0] // stride), -(-canvas[1] // stride), channels)
 
 
-def test_drop_path_drops_images_independently_and_keeps_the_mean():
+def test_drop_path_keeps_the_mean():
+    num_images, rate = 4096, 0.4
+    block = SwinBlock(num_heads=1, window_size=2, shift=0, drops_paths=True)
+    image = jnp.repeat(seeded.uniform("image", (1, 2, 2, 4)), num_images, axis=0)
+    params = seeded_params("block/", block, image, jnp.float32(rate), False)
+    for silent in ("mlp_out", "attention/projection"):  # leaves one branch, whose output then depends on nothing random
+        variables = {"params": silence(params, silent)}
+        run = functools.partial(block.apply, variables, image, rngs={"dropout": jax.random.key(0)})
+        branch, dropped = run(jnp.float32(rate), False) - image, run(jnp.float32(rate), True) - image
+        kept = np.abs(dropped).max(axis=(1, 2, 3)) > 0
+        assert kept.mean() == pytest.approx(1 - rate, abs=5 * (rate * (1 - rate) / num_images) ** 0.5)
+        np.testing.assert_allclose(dropped[kept] * (1 - rate), branch[kept], atol=1e-6)
+        np.testing.assert_array_equal(run(jnp.float32(0.0), True) - image, branch)
+
+
+def silence(params, *names):
+    """Returns parameters with zeros in those of the modules of these names."""
+
+    def zero(path, leaf):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf * 0 if any(f"{name}/" in path for name in names) else leaf
+
+    return jax.tree_util.tree_map_with_path(zero, params)
+
+
+@pytest.mark.parametrize("depths", [(1, 2, 2, 1), (1, 1, 8, 1)], ids=["written out", "in a loop"])
+def test_drop_path_rises_with_depth_and_differs_between_blocks(depths):
+    num_images, rate = 512, 0.5
+    model = Swin(4, depths, (1, 1, 1, 1), 2, drop_path_rate=rate)
+    image = jnp.repeat(seeded.uniform("image", (1, 8, 8, 3)), num_images, axis=0)
+    params = seeded_params("swin/", model, image, train=False)
+    run = jax.jit(
+        lambda params, key, train: model.apply({"params": params}, image, train=train, rngs={"dropout": key}),
+        static_argnums=2,
+    )
+    names = [f"stage{stage}_block{i}" for stage, depth in enumerate(depths, start=1) for i in range(depth)]
+    kept = {}
+    for place, name in enumerate(names):
+        for branch, other in (("attention/projection", "mlp_out"), ("mlp_out", "attention/projection")):
+            silent = [f"{n}/{b}" for n in names for b in (branch, other) if (n, b) != (name, branch)]
+            stage = max(int(name[5]), 2)  # the first features after the block
+            chosen, nothing = silence(params, *silent), silence(params, *silent, f"{name}/{branch}")
+            features = run(chosen, jax.random.key(0), True)[stage - 2]
+            without = run(nothing, jax.random.key(0), False)[stage - 2]
+            kept[name, branch] = np.abs(features - without).max(axis=(1, 2, 3)) > 1e-6
+            expected = 1 - rate * place / (len(names) - 1)
+            bound = 5 * (expected * (1 - expected) / num_images) ** 0.5
+            assert kept[name, branch].mean() == pytest.approx(expected, abs=bound), (name, branch)
+    # independent draws agree by chance alone
+    random = np.stack([x for x in kept.values() if not x.all()])
+    assert len(random) == 2 * len(names) - 2
+    correlation = np.corrcoef(random) - np.eye(len(random))
+    assert np.abs(correlation).max() < 6 / num_images**0.5
+    other_key = run(params, jax.random.key(1), True)[-1]
+    assert np.abs(run(params, jax.random.key(0), True)[-1] - other_key).max() > 0.1
+
+
+def test_drop_path_needs_a_key():
     model, variables = build("narrow", drop_path_rate=0.4)
-    image = jnp.repeat(seeded.uniform("image", (1, 32, 32, 3)), 64, axis=0)
-    run = jax.jit(lambda v, key, train: model.apply(v, image, train=train, rngs={"dropout": key})[0], static_argnums=2)
-    first, again, other = (run(variables, jax.random.key(key), True) for key in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 0.1
-    assert len({np.asarray(x).tobytes() for x in first}) > 8  # equal images, different depths
-    steady = run(variables, jax.random.key(0), False)
-    np.testing.assert_array_equal(steady[0], steady[1])
     with pytest.raises(Exception, match="dropout"):
-        model.apply(variables, image[:1], train=True)
+        model.apply(variables, seeded.uniform("image", (1, 32, 32, 3)), train=True)
 
 
 def test_bfloat16_is_near_float32():
