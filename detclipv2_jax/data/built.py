@@ -7,12 +7,15 @@ example where TFDS's own NumPy decoding of any features takes 0.3 ms, and photos
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detclipv2_jax import files
 from detclipv2_jax.data.catalog import command_of
 from detclipv2_jax.data.checks import documented
 from detclipv2_jax.data.concepts import Vocabulary
@@ -20,6 +23,21 @@ from detclipv2_jax.data.schema import Kind, Record, UnusableError
 
 INDEX, VOCABULARY, REPORT = "index.npz", "vocabulary.json", "build_report.json"
 PHRASES = "phrases.tsv"
+FEATURES, INFO = "features.json", "dataset_info.json"  # of TFDS
+_CLASSES = {  # of features; TFDS imports whatever module a features.json names
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+        "features_dict.FeaturesDict", "image_feature.Image", "sequence_feature.Sequence", "tensor_feature.Tensor",
+        "text_feature.Text",
+    )
+}  # fmt: skip
+_NAMES = {
+    "image", "name", "size", "boxes", "concepts", "box_concepts", "caption", "negatives", "not_negatives",
+}  # fmt: skip
+_KEYS = _NAMES | {
+    "pythonClassName", "featuresDict", "features", "feature", "tensor", "text", "sequence", "dtype", "encoding",
+    "shape", "dimensions", "length",
+}  # fmt: skip
 
 
 class BuiltSource:
@@ -28,9 +46,14 @@ class BuiltSource:
     def __init__(self, folder: Path, *, kind: Kind, vocabulary: Vocabulary, counters: dict[str, int], num: int):
         self.name, self.kind, self.vocabulary, self.counters = folder.name, kind, vocabulary, counters
         self.folder = folder
-        with np.load(folder / INDEX) as index:
-            self.sizes = index["sizes"][: num or None]
-            self.most_concepts = int(index["num_concepts"][: num or None].max())
+        try:
+            with (folder / INDEX).open("rb") as file, np.load(file) as index:
+                self.sizes = index["sizes"][: num or None]
+                self.most_concepts = int(index["num_concepts"][: num or None].max())
+        except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({error}); build the folder again") from None
+        if self.sizes.ndim != 2 or self.sizes.shape[1] != 2:
+            raise ValueError(f"{folder / INDEX} has sizes of the shape {self.sizes.shape}; build the folder again")
         self._examples: Any = None  # and the split that they are, once one was read
         self._split: Any = None
 
@@ -40,18 +63,23 @@ class BuiltSource:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def _example(self, index: int) -> Any:
-        """Returns the features of an example by name: protos of bytes_list, float_list or int64_list."""
-        # takes a second: only where examples are read
-        import tensorflow_datasets as tfds
-        from google.protobuf.message import DecodeError
-        from tensorflow_datasets.proto import tf_example_pb2
-
+    def _open(self) -> None:
+        """Opens the records, once."""
         if self._examples is None:
+            import tensorflow_datasets as tfds  # takes a second: only where examples are read
+
+            check_metadata(self.folder)
             builder = tfds.builder_from_directory(self.folder)
             self._split = builder.info.splits["train"]
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._examples = builder.as_data_source("train", deserialize_method=raw)
+
+    def _example(self, index: int) -> Any:
+        """Returns the features of an example by name: protos of bytes_list, float_list or int64_list."""
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        self._open()
         try:
             example = tf_example_pb2.Example.FromString(self._examples[index]).features.feature
             if example["image"].bytes_list.value:  # ArrayRecord gives empty records where a file was cut
@@ -69,11 +97,24 @@ class BuiltSource:
     def describe(self, index: int) -> str:
         try:
             return f"{_texts(self._example(index)['name'])[0]} of {self.folder}"
-        except UnusableError:
+        except (IndexError, ValueError):  # UnusableError, too
             return f"example {index} of {self.folder}"
 
     def __getitem__(self, index: int) -> Record:
+        self._open()
+        try:
+            record = self._record(index)
+        except UnusableError:
+            raise
+        except (IndexError, ValueError):
+            record = None
+        if record is None or not _is_whole(record):
+            raise UnusableError(f"record that is no example in {self.file(index)}")
+        return dataclasses.replace(record, box_concepts=record.box_concepts.astype(np.int32))
+
+    def _record(self, index: int) -> Record:
         example = self._example(index)
+        concepts = _texts(example["concepts"])
         return Record(
             kind=self.kind,
             source=self.name,
@@ -81,12 +122,20 @@ class BuiltSource:
             image=example["image"].bytes_list.value[0],
             size=tuple(example["size"].int64_list.value),
             boxes=np.array(example["boxes"].float_list.value, np.float32).reshape(-1, 4),
-            concepts=_texts(example["concepts"]),
-            box_concepts=np.array(example["box_concepts"].int64_list.value, np.int32),
-            caption=_texts(example["caption"])[0],
+            concepts=concepts,
+            box_concepts=np.array(example["box_concepts"].int64_list.value, np.int64),
+            caption=_texts(example["caption"])[0] if self.kind is not Kind.IMAGE_TEXT else concepts[0],
             negatives=_texts(example["negatives"]),
             not_negatives=_texts(example["not_negatives"]),
         )
+
+
+def _is_whole(record: Record) -> bool:
+    used = record.box_concepts
+    in_range = ((used >= 0) & (used < len(record.concepts))).all()
+    return bool(
+        len(record.size) == 2 and len(record.boxes) == len(used) and in_range and np.isfinite(record.boxes).all()
+    )
 
 
 def _texts(feature: Any) -> tuple[str, ...]:
@@ -103,6 +152,39 @@ def missing_folders(folders: tuple[str, ...], kind: Kind, *, prefix: str) -> lis
     return problems
 
 
+def check_metadata(folder: Path) -> None:
+    """Checks the files of TFDS in a built folder, which may come from a stranger, before TFDS reads them.
+
+    Raises:
+      ValueError: they are damaged, or name classes or files other than those that `prepare` writes.
+    """
+
+    def check(value: Any, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                if name not in _KEYS:
+                    raise ValueError(f"{folder / FEATURES} has the key {name!r}, which `prepare` does not write")
+                check(part, name)
+        elif isinstance(value, list):
+            for part in value:
+                check(part, key)
+        elif key == "pythonClassName" and value not in _CLASSES:
+            raise ValueError(f"{folder / FEATURES} names the class {value!r}, which is none of `prepare`'s features")
+
+    features, info = (files.read_json(folder / name) for name in (FEATURES, INFO))
+    if not isinstance(features, dict) or not isinstance(info, dict):
+        raise ValueError(f"{folder}: {FEATURES} and {INFO} must be json objects; build the folder again")
+    check(features)
+    check(features.get("pythonClassName"), "pythonClassName")
+    splits = info.get("splits")
+    splits = splits if isinstance(splits, list) and all(isinstance(split, dict) for split in splits) else []
+    paths = [split.get(key) for split in splits for key in ("filepathTemplate", "filepath_template")]
+    if not splits or any(path and os.path.basename(str(path)) != path for path in paths):
+        raise ValueError(f"{folder / INFO} names no split, or files outside of the folder; build it again")
+    if info.get("fileFormat") != "array_record":
+        raise ValueError(f"{folder / INFO} names the format {info.get('fileFormat')!r}; `prepare` writes array_record")
+
+
 @documented
 def read_built(folder: str, kind: Kind, *, dictionary: Vocabulary | None = None, max_examples: int = 0) -> BuiltSource:
     """Returns the source of a built folder.
@@ -117,10 +199,11 @@ def read_built(folder: str, kind: Kind, *, dictionary: Vocabulary | None = None,
       ValueError: the folder holds another kind of data.
     """
     path = Path(folder)
-    report = json.loads((path / REPORT).read_bytes())
+    check_metadata(path)
+    report = files.read_json(path / REPORT)
     if report["kind"] != kind:
         raise ValueError(f"{folder} holds {report['kind']} data; it belongs in config.{report['kind']}.data")
-    content = json.loads((path / VOCABULARY).read_bytes())
+    content = files.read_json(path / VOCABULARY)
     names, definitions = tuple(content["names"]), tuple(content["definitions"])
     if dictionary and kind is Kind.DETECTION:
         pairs = zip(names, definitions, strict=True)

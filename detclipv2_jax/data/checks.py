@@ -26,7 +26,15 @@ def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
     def checked(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         try:
             return read(*arguments, **options)
-        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, zipfile.BadZipFile) as error:
+        except (
+            AttributeError,
+            EOFError,
+            LookupError,
+            OverflowError,
+            RecursionError,
+            TypeError,
+            zipfile.BadZipFile,
+        ) as error:
             raise DataError(
                 f"{arguments[0]} does not have the documented form ({type(error).__name__}: {error})"
             ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,16 +52,8 @@ def check_pipeline(name: str) -> None:
 
 
 def normalize(texts: Sequence[str]) -> list[str]:
-    """Returns texts in Unicode's compatibility form (NFKC), by tensorflow-text, with single spaces."""
-    if all(text.isascii() for text in texts):
-        return [" ".join(text.split()) for text in texts]
-    # seconds and hundreds of MB: only where a text can change
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets from every process
-    import tensorflow
-    import tensorflow_text
-
-    tensorflow.config.set_visible_devices([], "GPU")  # it would take the memory of all of them
-    return [" ".join(text.decode().split()) for text in tensorflow_text.normalize_utf8(list(texts), "NFKC").numpy()]
+    """Returns texts in Unicode's compatibility form (NFKC) with single spaces."""
+    return [" ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split()) for text in texts]
 
 
 def noun_phrases(captions: Sequence[str], *, pipeline: str, max_phrases: int) -> list[list[str]]:

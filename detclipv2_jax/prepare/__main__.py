@@ -33,7 +33,7 @@ draws a data set of all kinds, so many images of each; its files may be the inpu
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import os
 import shlex
 import sys
@@ -44,6 +44,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import files
+from detclipv2_jax.data.box_json import file_name, load_json
+from detclipv2_jax.data.checks import unsafe_path
 from detclipv2_jax.data.leakage import held_out_photos
 
 KINDS = ("coco_json", "lvis", "grounding_json", "image_text")
@@ -62,6 +65,7 @@ def run(
     shard_size: int = 4096,
     num_workers: int = 1,
     max_bad_share: float = 0.01,
+    follow_links: bool = False,
     validation: tuple[str, ...] = (),
     drop_validation: bool = False,
     command: str = "",
@@ -80,6 +84,7 @@ def run(
       shard_size: examples a file; a tar is one shard.
       num_workers: processes.
       max_bad_share: an error above this share of unusable images, boxes or lines.
+      follow_links: photos may be links to files outside of `images`.
       validation: jsons of validation sets (COCO, LVIS), whose photos are reported if they are found.
       drop_validation: leave those photos out.
       command: as typed, for the report.
@@ -98,11 +103,11 @@ def run(
     from detclipv2_jax.prepare import coco_json, grounding_json, image_text, lvis, shards
     from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder
 
-    if os.path.isfile(source) and not source.endswith((".tar", ".tar.gz")):
+    if os.path.isfile(source) and not source.endswith(image_text.TAR_SUFFIXES):
         images = images or _find_images(kind, Path(source))
     reader: Reader
     builder: type[RecordBuilder]
-    limits = {"shard_size": shard_size, "max_bad_share": max_bad_share}
+    limits = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
     match kind:
         case "coco_json":
             reader = coco_json.open_reader(source, images, num_examples=num_examples, seed=seed, **limits)
@@ -113,12 +118,13 @@ def run(
         case "grounding_json":
             reader, builder = grounding_json.open_reader(source, images, **limits), grounding_json.GroundingJson
         case _:
-            options = {"pipeline": pipeline, "max_phrases": max_phrases}
+            options = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
             reader = image_text.open_reader(source, images, shard_size=shard_size, **options)
             builder = image_text.ImageText
     held_out = held_out_photos(validation)
     photos = hashlib.sha256("\n".join(sorted(held_out)).encode()).hexdigest() if held_out else ""
     plan = {"images": images, "shard_size": shard_size, "validation": photos, "drop_validation": drop_validation}
+    plan |= {"follow_links": True} if follow_links else {}
     plan |= {"num_examples": num_examples, "seed": seed} if num_examples else {}
     plan |= {"pipeline": pipeline, "max_phrases": max_phrases} if kind == "image_text" else {}
     return shards.build(
@@ -139,13 +145,16 @@ def _find_images(kind: str, path: Path) -> str:
     candidates = [path.parent, path.parent / "images", path.parent.parent]
     if kind == "image_text":
         with path.open("rb") as file:
-            names = [line.split(b"\t")[0].decode(errors="replace") for line, _ in zip(file, range(64), strict=False)]
+            lines = itertools.islice(files.byte_lines(file, where=path), 64)
+            names = [line.split(b"\t")[0].decode(errors="replace") for _, line in lines]
     else:
-        content = json.loads(path.read_bytes())
-        images = content.get("images", []) if isinstance(content, dict) else []
-        names = [str(image.get("file_name", "")) for image in images[:64]]
+        images = load_json(path)["images"]
+        names = (
+            [file_name(image) for image in images[:64] if isinstance(image, dict)] if isinstance(images, list) else []
+        )
+    names = [name for name in names if not unsafe_path(name)]
     for folder in candidates:
-        if any(name and (folder / name).is_file() for name in names):
+        if any((folder / name).is_file() for name in names):
             return str(folder)
     raise ValueError(
         f"--images: no image of {path} is in {', '.join(map(str, candidates))}; name the folder its file names are "
@@ -188,6 +197,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("shard_size", 4096, "examples a file; a .tar is one file")
     flags.DEFINE_integer("workers", os.cpu_count(), "processes")
     flags.DEFINE_float("max_bad_share", 0.01, "an error above this share of unusable images, boxes or lines")
+    flags.DEFINE_boolean("follow_links", False, "photos may be links to files outside of --images (DVC, git-annex)")
     flags.DEFINE_list("validation", [], "jsons of validation sets (COCO, LVIS): their photos are reported")
     flags.DEFINE_boolean("drop_validation", False, "leave the photos of --validation out")
     flags.DEFINE_list("data", [], "inspect: built folders")
@@ -248,6 +258,7 @@ def _main(argv: list[str]) -> None:
             shard_size=values.shard_size,
             num_workers=values.workers,
             max_bad_share=values.max_bad_share,
+            follow_links=values.follow_links,
             validation=tuple(values.validation),
             drop_validation=values.drop_validation,
             command=f"python -m detclipv2_jax.prepare {shlex.join(sys.argv[1:])}",

@@ -87,9 +87,12 @@ def balanced_subset(source: BoxSource, num_images: int, *, seed: int) -> np.ndar
 
 
 def open_reader(
-    annotations: str, images: str, *, shard_size: int, max_bad_share: float, num_examples: int = 0, seed: int = 0
+    annotations: str, images: str, *, shard_size: int, num_examples: int = 0, seed: int = 0, **limits: Any
 ) -> BoxReader:
-    """Returns the reader of a COCO json; with `num_examples` of a class-balanced part of it."""
-    source = read_detection(annotations, images, max_bad_share=max_bad_share)
+    """Returns the reader of a COCO json; with `num_examples` of a class-balanced part of it.
+
+    Limits are those of `read_detection`.
+    """
+    source = read_detection(annotations, images, **limits)
     indices = balanced_subset(source, num_examples, seed=seed) if num_examples else np.arange(len(source))
     return BoxReader(source, indices=indices, folder=images, shard_size=shard_size)

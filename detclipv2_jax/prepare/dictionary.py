@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import collections
 import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from detclipv2_jax import files
 from detclipv2_jax.data import concepts
 from detclipv2_jax.data.built import PHRASES, VOCABULARY
 
@@ -59,7 +59,7 @@ class WordNet:
         self._data = (self._path / "data.noun").read_bytes()
 
     def _rows(self, file: str) -> Iterator[list[str]]:
-        lines = (self._path / file).read_text(encoding="utf-8").splitlines()
+        lines = files.read_lines(self._path / file)
         return (line.split() for line in lines if line[:1].strip())  # the licence is indented
 
     def senses(self, name: str) -> list[Sense]:
@@ -85,17 +85,23 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _read_json(path: Path) -> Iterator[Entry]:
-    content: Any = json.loads(path.read_bytes())
+    content = files.read_json(path)
     if isinstance(content, dict) and "categories" not in content:
         content = [{"name": name, **facts} for name, facts in content.items() if isinstance(facts, dict)]
     categories = content["categories"] if isinstance(content, dict) else content
-    if not categories or not all(isinstance(category, dict) and category.get("name") for category in categories):
+    if not isinstance(categories, list) or not categories:
         raise ValueError(f"--input: {path} lists no categories with a name")
     for category in categories:
-        definition = next((category[key] for key in ("def", "definition", "meaning") if category.get(key)), "")
+        name = category.get("name") if isinstance(category, dict) else None
+        if not isinstance(name, str) or not concepts.display_name(name):
+            raise ValueError(
+                f"--input: {path} lists no categories with a name, a text that is more than spaces: {category}"
+            )
+        definition = next((str(category[key]) for key in ("def", "definition", "meaning") if category.get(key)), "")
         origin = f"{path.name} {category.get('synset', '')}".strip() if definition else ""
-        for name in dict.fromkeys((category["name"], *category.get("synonyms", ()))):
-            yield Entry(concepts.display_name(name), definition, origin)
+        synonyms = category.get("synonyms")
+        for word in dict.fromkeys((name, *map(str, synonyms if isinstance(synonyms, list) else ()))):
+            yield Entry(concepts.display_name(word), definition, origin)
 
 
 def read_names(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]:
@@ -103,16 +109,15 @@ def read_names(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]
     if path.is_dir():
         if not (path / VOCABULARY).is_file():
             raise ValueError(f"--input: the folder {path} is not built: it has no {VOCABULARY}")
-        known = json.loads((path / VOCABULARY).read_bytes())
+        known = files.read_json(path / VOCABULARY)
         if known["category_ids"]:  # else they are phrases of captions, each but a few times
             for name, definition in zip(known["names"], known["definitions"], strict=True):
                 yield Entry(name, definition, path.name if definition else "")
         if (path / PHRASES).is_file():
-            rows = (line.split("\t") for line in (path / PHRASES).read_text(encoding="utf-8").splitlines())
+            rows = (line.split("\t") for line in files.read_lines(path / PHRASES) if line)
             phrases.update({phrase: int(number) for phrase, number in rows})
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from (Entry(concepts.display_name(row[-1]), "", "") for row in csv.reader(file) if row)
+        yield from (Entry(concepts.display_name(row[-1]), "", "") for row in csv.reader(files.read_lines(path)) if row)
     elif path.suffix == ".json":
         yield from _read_json(path)
     else:

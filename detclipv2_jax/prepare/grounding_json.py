@@ -6,6 +6,8 @@ share their boxes. The format and what is checked are documented in `detclipv2_j
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from detclipv2_jax.data.box_json import read_grounding
@@ -19,7 +21,7 @@ class GroundingJson(RecordBuilder):
     name = "detclipv2_grounding_json"
 
 
-def open_reader(annotations: str, images: str, *, shard_size: int, max_bad_share: float) -> BoxReader:
-    """Returns the reader of a grounding json."""
-    source = read_grounding(annotations, images, max_bad_share=max_bad_share)
+def open_reader(annotations: str, images: str, *, shard_size: int, **limits: Any) -> BoxReader:
+    """Returns the reader of a grounding json; limits as for `read_grounding`."""
+    source = read_grounding(annotations, images, **limits)
     return BoxReader(source, indices=np.arange(len(source)), folder=images, shard_size=shard_size)

@@ -234,7 +234,8 @@ class TarReader(PairReader):
     def pairs(self, shard: int, tally: Tally) -> Iterator[Pair]:
         """Yields the pairs of one tar file, read as a stream."""
         path = self._paths[shard]
-        table = _read_parquet(path.with_suffix(".parquet"), tally)
+        stem = next(path.name.removesuffix(suffix) for suffix in TAR_SUFFIXES if path.name.endswith(suffix))
+        table = _read_parquet(path.with_name(f"{stem}.parquet"), tally)
         num_samples = 0
         with path.open("rb") as raw:
             hashing = _HashingFile(raw)

@@ -8,9 +8,10 @@ holds train2017/ and val2017/.
 from __future__ import annotations
 
 import collections
-import json
 from pathlib import Path
+from typing import Any
 
+from detclipv2_jax.data.box_json import load_json
 from detclipv2_jax.prepare.coco_json import BoxReader
 from detclipv2_jax.prepare.coco_json import open_reader as open_coco_reader
 from detclipv2_jax.prepare.record_builder import RecordBuilder
@@ -25,7 +26,7 @@ class Lvis(RecordBuilder):
     name = "detclipv2_lvis"
 
 
-def open_reader(annotations: str, images: str, *, shard_size: int, max_bad_share: float, **options: int) -> BoxReader:
+def open_reader(annotations: str, images: str, **options: Any) -> BoxReader:
     """Returns the reader of an LVIS json; options as for `coco_json.open_reader`.
 
     Its facts say how many categories are rare, common and frequent.
@@ -33,8 +34,8 @@ def open_reader(annotations: str, images: str, *, shard_size: int, max_bad_share
     Raises:
       ValueError: the fields that make a json LVIS are missing.
     """
-    reader = open_coco_reader(annotations, images, shard_size=shard_size, max_bad_share=max_bad_share, **options)
-    content = json.loads(Path(annotations).read_bytes())
+    reader = open_coco_reader(annotations, images, **options)
+    content = load_json(Path(annotations))
     missing = [field for field in _FIELDS if not any(field in image for image in content["images"])]
     if not all(category.get("frequency") in _FREQUENCIES for category in content["categories"]):
         missing.append("the frequency of every category (r, c or f)")

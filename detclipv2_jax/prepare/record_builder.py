@@ -21,12 +21,12 @@ import collections
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.leakage import photo_of
@@ -105,7 +105,7 @@ def checked(record: Record) -> Record:
       UnusableError: there is no image, it cannot be decoded, or its size is not the annotation's.
     """
     try:
-        data = record.image if isinstance(record.image, bytes) else Path(os.fspath(record.image)).read_bytes()
+        data = record.image if isinstance(record.image, bytes) else files.read_bytes(os.fspath(record.image))
     except FileNotFoundError:
         raise UnusableError("missing file") from None
     except OSError as error:
