@@ -1,9 +1,8 @@
-"""Every configuration key, its unit and its consequence; and the check of a whole configuration.
+"""Every configuration key, its unit and its consequence.
 
 `configs/*.py` start from `base()`, set values and return it. Sizes that follow from other values
 (batches per epoch, total steps, capacities) are derived in code after command-line overrides, so an
-override always reaches everything that depends on it. `validate` lists all problems at once and touches
-no device and no data.
+override always reaches everything that depends on it. `validation.validate` checks a whole configuration.
 """
 
 from __future__ import annotations
@@ -12,32 +11,24 @@ import functools
 import json
 import math
 import operator
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from detclipv2_jax.chips import CHIPS
+
 LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
 KINDS = ("detection", "grounding", "image_text")
-SELECTIONS = ("classification", "iou", "centerness", "text_sample", "text_batch", "text_batch_centerness")
-MATCHINGS = ("max_size", "one_to_one", "one_to_many")
-SIDES = ("text_to_image", "image_to_text", "bilateral")
-SCOPES = ("device", "global")
-REMATS = ("none", "blocks", "heads", "all")
-DTYPES = ("float32", "bfloat16")
-DEFORMS = ("auto", "gather", "banded")
-ATTENTIONS = ("auto", "xla", "pallas")
-IMPLS = ("xla", "pallas")
-SCHEDULES = ("cosine", "step", "plateau", "constant")
-ORDERS = ("shuffled", "cycle")
-NONFINITE = ("stop", "skip")
-MONITORS = tuple(f"{lead}AP{of}" for lead in ("", "fixed_") for of in ("", "50", "75", *"smlrcf"))
-OBJECTNESS = ("none", "classification", "iou")
-# accelerators by the beginning of their `device_kind`; the first fits
-CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100": "h100"}
+# keys that configurations of earlier versions hold, and the only value that is still computed
+RETIRED = {
+    "order": "shuffled",
+    "loss.alignment_weight": 1.0,
+    "loss.contrastive_impl": "xla",
+    "model.logit.learnable_scale": True,
+}
 
 
 def model(size: str) -> ConfigDict:
@@ -84,7 +75,6 @@ def model(size: str) -> ConfigDict:
     c.logit = ConfigDict()
     c.logit.normalize_regions = nano  # L2-normalise region embeddings too (concept embeddings always are)
     c.logit.scale = 10.0 if nano else 1.0  # initial value
-    c.logit.learnable_scale = True
     c.logit.bias = -math.log(99.0)  # initial value: probability 0.01, the focal loss's prior; learnable
     return c
 
@@ -104,6 +94,186 @@ def parameter_groups(*, text_factor: float) -> tuple[tuple[str, float, bool], ..
     )
 
 
+def init_from() -> ConfigDict:
+    """Returns the keys of `config.init_from`: what a run starts from, where its workdir has no checkpoint."""
+    c = ConfigDict()
+    # a workdir of ours: start from its parameters (the best ones if it keeps them), step and optimizer anew; or
+    # evaluate it. Words and canvases may be others, config.model may not
+    c.checkpoint = ""
+    # .safetensors files of the backbone and of the text tower, made by `python -m detclipv2_jax.convert`; "": random
+    # values. Fitted to model.swin.window_size and model.text.context_length. Not read where there is a checkpoint
+    c.swin = ""
+    c.text = ""
+    return c
+
+
+def data_section(kind: str) -> ConfigDict:
+    """Returns the keys of one kind of data. A kind without files is left out of the run."""
+    c = ConfigDict()
+    c.data = ()  # folders built by `python -m detclipv2_jax.prepare`
+    c.images = ""  # image folder for the raw files below
+    c.batch_size = 6144 if kind == "image_text" else 128  # images a step over all devices
+    c.canvases = ((320, 320),) if kind == "image_text" else (LANDSCAPE, PORTRAIT)  # (height, width) px
+    # the short side is drawn from this range (px), then the long side bounded; aspect ratio is kept
+    c.short_side = (320, 320) if kind == "image_text" else (480, 800)
+    c.long_side = 320 if kind == "image_text" else 1333
+    c.flip_prob = 0.5  # horizontal
+    c.max_examples = 0  # use the first n images of the source; 0: all
+    c.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
+    c.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
+    c.weight = 1.0  # multiplies the number of steps drawn from this kind; small sets: passes an epoch
+    # the first of the epochs (from 0) that draws from this kind. The paper's towers are pre-trained; random ones
+    # learn from pairs when boxes have told them what regions are
+    c.from_epoch = 0
+    # () mixes the sources of a kind by size; else a factor on `weight` for each, the raw files first, then `data`:
+    # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
+    c.source_weights = ()
+    c.max_bad_share = 0.01  # an error above this share of unusable images or boxes
+    # photos of `images` may be links to files elsewhere (DVC, git-annex, hub caches). False: only within the folder
+    c.follow_links = False
+    if kind == "image_text":
+        c.pairs = ""  # TSV `image <tab> caption [<tab> JSON list of noun phrases]`
+        c.max_phrases = 8  # noun phrases a caption, beside the caption itself
+    else:
+        c.annotations = ""  # COCO json (detection) or MDETR-style json with tokens_positive (grounding)
+        c.max_boxes = 300 if kind == "detection" else 100  # an image; more are counted and cut, smallest first
+        c.num_concepts = 150 if kind == "detection" else 100  # M: positives + sampled negatives an image
+    if kind == "detection":
+        c.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
+        c.few_shot_seed = 3  # GLIP's are 3, 30, 300
+    # rows of the concept table a host; 0: derived so that nothing can overflow. Fewer save memory where batches seldom
+    # fill the table; negatives without a row are counted in metrics
+    c.max_concepts = 0
+    return c
+
+
+def scenes() -> ConfigDict:
+    """Returns the keys of `config.scenes`: a generated world (data/scenes.py), for the demo, the claims and tests.
+
+    It is written once to <workdir>/data, then read like real data.
+    """
+    c = ConfigDict()
+    c.num_detection = 0  # images; all zero: no generated data
+    c.num_grounding = 0
+    c.num_image_text = 0
+    c.num_eval = 0
+    c.size_px = 128  # width and height of a scene
+    c.seed = 0
+    c.novel_captions = True  # captions name novel shapes, too; False: nothing does
+    c.folder = ""  # where they are written; "": <workdir>/data
+    return c
+
+
+def input_section() -> ConfigDict:
+    """Returns the keys of `config.input`: how the host reads, which changes no value."""
+    c = ConfigDict()
+    c.num_workers = 0  # processes a stream; 0: threads of the main process
+    c.num_threads = 2  # a stream, when num_workers is 0
+    c.prefetch_batches = 2  # a stream
+    c.timeout_s = 300  # s without a batch after which the run ends and says what it waited for
+    return c
+
+
+def loss() -> ConfigDict:
+    """Returns the keys of `config.loss` (paper section 3)."""
+    c = ConfigDict()
+    c.focal_alpha = 0.25
+    c.focal_gamma = 2.0
+    c.box_weight = 2.0  # GIoU; detection only
+    c.centerness_weight = 1.0  # detection only
+    c.objectness_weight = 1.0  # only with model.head.objectness
+    c.contrastive_weight = 0.1  # lambda (Table 2f)
+    c.temperature = 0.5  # tau (Table 2e)
+    c.label_smoothing = 0.1
+    c.num_proposals = 100  # k (Table 2d)
+    c.selection = "text_batch"  # Table 2a
+    c.selection_scope = "global"  # device: the paper's per-GPU batch; global: independent of the device count
+    c.selection_pre_nms = 1000  # anchors that enter the selection's NMS
+    c.selection_nms_iou = 0.6
+    c.matching = "one_to_one"  # Table 2b
+    c.matching_temperature = 0.1  # tau_t of one_to_many (Eq. 4); the paper gives no value
+    c.side = "text_to_image"  # Table 2c
+    c.chunk_bytes = 128 << 20  # a device: similarities held at once by the losses; smaller: less memory, slower
+    return c
+
+
+def optimizer() -> ConfigDict:
+    """Returns the keys of `config.optimizer` (Table 9)."""
+    c = ConfigDict()
+    c.learning_rate = 2.8e-4
+    # after the warmup: cosine | step (x decay_factor at each of decay_at) | plateau (x decay_factor when eval.monitor
+    # was not better for `patience` evaluations) | constant
+    c.schedule = "cosine"
+    c.warmup_steps = 1000  # linear from 0; evaluations before its end are not held against the run
+    c.min_learning_rate = 0.0  # where cosine ends, and the smallest of plateau
+    c.decay_at = (2 / 3, 11 / 12)  # shares of all epochs
+    c.decay_factor = 0.1
+    c.patience = 5
+    # evaluations without a better score (plateau: at min_learning_rate) after which the run ends; 0: it does not
+    c.stop_patience = 0
+    c.weight_decay = 0.05
+    c.b1 = 0.9
+    c.b2 = 0.999
+    c.clip_norm = 35.0  # global gradient norm (spec section 9, point 19); 0: no clipping
+    c.groups = parameter_groups(text_factor=0.1)
+    # regex over the whole name of parameters that stay as they are, without moments: r"text_encoder/.*"; "": none
+    c.frozen = ""
+    c.ema_decay = 0.0  # of an exponential moving average used for evaluation; 0: none
+    c.accumulate = ConfigDict()  # chunks a step whose gradients are summed exactly; saves memory
+    for kind in KINDS:
+        c.accumulate[kind] = 1
+    return c
+
+
+def eval_section() -> ConfigDict:
+    """Returns the keys of `config.eval`: evaluation and prediction (docs/decisions)."""
+    c = ConfigDict()
+    c.annotations = ""  # COCO json; "" trains without evaluation
+    c.images = ""
+    c.max_examples = 0
+    c.batch_size = 32  # images over all devices
+    c.canvases = (LANDSCAPE, PORTRAIT)
+    c.short_side = 800
+    c.long_side = 1333
+    c.definitions = True  # "name, definition" as in detection training
+    c.dictionary = ""
+    c.max_bad_share = 0.0
+    c.follow_links = False
+    c.every_steps = 0  # 0: only at the end
+    c.every_epochs = 0  # the same in passes over the data; 0: not
+    c.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by
+    c.score_threshold = 0.0
+    c.nms_iou = 0.6  # class-wise
+    c.pre_nms = 1000  # (anchor, word) pairs an image that enter NMS
+    c.max_detections = 300
+    c.num_pictures = 8  # images drawn into pictures/
+    return c
+
+
+def forgetting() -> ConfigDict:
+    """Returns the keys of `config.forgetting`: a second set, evaluated before the first step and after the last.
+
+    It shows what a fine-tune forgets; all that is not said here is as in `config.eval`.
+    """
+    c = ConfigDict()
+    c.annotations = ""  # COCO json; "": none
+    c.images = ""
+    c.max_examples = 0
+    c.definitions = True
+    c.dictionary = ""
+    return c
+
+
+def checkpoint() -> ConfigDict:
+    """Returns the keys of `config.checkpoint`."""
+    c = ConfigDict()
+    c.every_steps = 1000
+    c.keep = 3
+    # also save and keep the one with the best eval.monitor; then it is what the workdir predicts and is scored with
+    c.keep_best = False
+    return c
+
+
 def base() -> ConfigDict:
     """Returns the configuration with the paper's Swin-T values wherever the paper has one (Table 9)."""
     c = ConfigDict()
@@ -111,118 +281,14 @@ def base() -> ConfigDict:
     c.seed = 0  # parameters, order of steps, augmentation
     c.epochs = 12  # passes over every source
     c.num_steps = 0  # caps the run (steps); 0: all epochs
-    # of the steps of an epoch: shuffled | cycle (each stream's evenly spread, the same every epoch)
-    c.order = "shuffled"
     c.model = model("swin_t")
-    c.init_from = ConfigDict()
-    # a workdir of ours: start from its parameters (the best ones if it keeps them), step and optimizer anew; or
-    # evaluate it. Words and canvases may be others, config.model may not
-    c.init_from.checkpoint = ""
-    # .safetensors files of the backbone and of the text tower, made by `python -m detclipv2_jax.convert`; "": random
-    # values. Fitted to model.swin.window_size and model.text.context_length. Not read where there is a checkpoint
-    c.init_from.swin = ""
-    c.init_from.text = ""
-
-    # --- data. A kind without files is left out of the run.
+    c.init_from = init_from()
     for kind in KINDS:
-        d = c[kind] = ConfigDict()
-        d.data = ()  # folders built by `python -m detclipv2_jax.prepare`
-        d.images = ""  # image folder for the raw files below
-        d.batch_size = 6144 if kind == "image_text" else 128  # images a step over all devices
-        d.canvases = ((320, 320),) if kind == "image_text" else (LANDSCAPE, PORTRAIT)  # (height, width) px
-        # the short side is drawn from this range (px), then the long side bounded; aspect ratio is kept
-        d.short_side = (320, 320) if kind == "image_text" else (480, 800)
-        d.long_side = 320 if kind == "image_text" else 1333
-        d.flip_prob = 0.5  # horizontal
-        d.max_examples = 0  # use the first n images of the source; 0: all
-        d.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
-        d.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
-        d.weight = 1.0  # multiplies the number of steps drawn from this kind; small sets: passes an epoch
-        # the first of the epochs (from 0) that draws from this kind. The paper's towers are pre-trained; random ones
-        # learn from pairs when boxes have told them what regions are
-        d.from_epoch = 0
-        # () mixes the sources of a kind by size; else a factor on `weight` for each, the raw files first, then `data`:
-        # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
-        d.source_weights = ()
-        d.max_bad_share = 0.01  # an error above this share of unusable images or boxes
-        # photos of `images` may be links to files elsewhere (DVC, git-annex, hub caches). False: only within the folder
-        d.follow_links = False
-        if kind == "image_text":
-            d.pairs = ""  # TSV `image <tab> caption [<tab> JSON list of noun phrases]`
-            d.max_phrases = 8  # noun phrases a caption, beside the caption itself
-        else:
-            d.annotations = ""  # COCO json (detection) or MDETR-style json with tokens_positive (grounding)
-            d.max_boxes = 300 if kind == "detection" else 100  # an image; more are counted and cut, smallest first
-            d.num_concepts = 150 if kind == "detection" else 100  # M: positives + sampled negatives an image
-        if kind == "detection":
-            d.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
-            d.few_shot_seed = 3  # GLIP's are 3, 30, 300
-        d.max_concepts = 0  # rows of the concept table a host; 0: derived so that nothing can overflow
-
-    # a generated world instead of files (data/scenes.py): written once to <workdir>/data, then read like real data
-    c.scenes = ConfigDict()
-    c.scenes.num_detection = 0  # images; all zero: no generated data
-    c.scenes.num_grounding = 0
-    c.scenes.num_image_text = 0
-    c.scenes.num_eval = 0
-    c.scenes.size_px = 128  # width and height of a scene
-    c.scenes.seed = 0
-    c.scenes.novel_captions = True  # captions name novel shapes, too; False: nothing does
-    c.scenes.folder = ""  # where they are written; "": <workdir>/data
-
-    c.input = ConfigDict()  # how the host reads; changes no value
-    c.input.num_workers = 0  # processes a stream; 0: threads of the main process
-    c.input.num_threads = 2  # a stream, when num_workers is 0
-    c.input.prefetch_batches = 2  # a stream
-    c.input.timeout_s = 300  # s without a batch after which the run ends and says what it waited for
-
-    # --- losses (spec section 3)
-    c.loss = ConfigDict()
-    c.loss.focal_alpha = 0.25
-    c.loss.focal_gamma = 2.0
-    c.loss.alignment_weight = 1.0
-    c.loss.box_weight = 2.0  # GIoU; detection only
-    c.loss.centerness_weight = 1.0  # detection only
-    c.loss.objectness_weight = 1.0  # only with model.head.objectness
-    c.loss.contrastive_weight = 0.1  # lambda (Table 2f)
-    c.loss.temperature = 0.5  # tau (Table 2e)
-    c.loss.label_smoothing = 0.1
-    c.loss.num_proposals = 100  # k (Table 2d)
-    c.loss.selection = "text_batch"  # Table 2a
-    c.loss.selection_scope = "global"  # device: the paper's per-GPU batch; global: independent of the device count
-    c.loss.selection_pre_nms = 1000  # anchors that enter the selection's NMS
-    c.loss.selection_nms_iou = 0.6
-    c.loss.matching = "one_to_one"  # Table 2b
-    c.loss.matching_temperature = 0.1  # tau_t of one_to_many (Eq. 4); the paper gives no value
-    c.loss.side = "text_to_image"  # Table 2c
-    c.loss.chunk_bytes = 128 << 20  # a device: similarities held at once by the losses; smaller: less memory, slower
-    c.loss.contrastive_impl = "xla"  # xla | pallas (fused kernel for TPU)
-
-    # --- optimizer (Table 9)
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2.8e-4
-    # after the warmup: cosine | step (x decay_factor at each of decay_at) | plateau (x decay_factor when eval.monitor
-    # was not better for `patience` evaluations) | constant
-    c.optimizer.schedule = "cosine"
-    c.optimizer.warmup_steps = 1000  # linear from 0; evaluations before its end are not held against the run
-    c.optimizer.min_learning_rate = 0.0  # where cosine ends, and the smallest of plateau
-    c.optimizer.decay_at = (2 / 3, 11 / 12)  # shares of all epochs
-    c.optimizer.decay_factor = 0.1
-    c.optimizer.patience = 5
-    # evaluations without a better score (plateau: at min_learning_rate) after which the run ends; 0: it does not
-    c.optimizer.stop_patience = 0
-    c.optimizer.weight_decay = 0.05
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.999
-    c.optimizer.clip_norm = 35.0  # global gradient norm (spec section 9, point 19); 0: no clipping
-    c.optimizer.groups = parameter_groups(text_factor=0.1)
-    # regex over the whole name of parameters that stay as they are, without moments: r"text_encoder/.*"; "": none
-    c.optimizer.frozen = ""
-    c.optimizer.ema_decay = 0.0  # of an exponential moving average used for evaluation; 0: none
-    c.optimizer.accumulate = ConfigDict()  # chunks a step whose gradients are summed exactly; saves memory
-    for kind in KINDS:
-        c.optimizer.accumulate[kind] = 1
-
+        c[kind] = data_section(kind)
+    c.scenes = scenes()
+    c.input = input_section()
+    c.loss = loss()
+    c.optimizer = optimizer()
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
     # s that processes wait for one that is late, at the start, before a step, an evaluation or at the end; then the run
@@ -232,40 +298,11 @@ def base() -> ConfigDict:
     # values for accelerators with less memory than the others, which win there over all but those of the command line:
     # (key, value) pairs by chip (v4, v5e, v5p, v6e, h100); `python -m detclipv2_jax.preflight` finds them
     c.chips = ConfigDict()
-    for chip in CHIPS.values():
+    for chip in CHIPS:
         c.chips[chip] = ()
 
-    # --- evaluation and prediction (spec section 5 and section 9, points 21-22)
-    c.eval = ConfigDict()
-    c.eval.annotations = ""  # COCO json; "" trains without evaluation
-    c.eval.images = ""
-    c.eval.max_examples = 0
-    c.eval.batch_size = 32  # images over all devices
-    c.eval.canvases = (LANDSCAPE, PORTRAIT)
-    c.eval.short_side = 800
-    c.eval.long_side = 1333
-    c.eval.definitions = True  # "name, definition" as in detection training
-    c.eval.dictionary = ""
-    c.eval.max_bad_share = 0.0
-    c.eval.follow_links = False
-    c.eval.every_steps = 0  # 0: only at the end
-    c.eval.every_epochs = 0  # the same in passes over the data; 0: not
-    c.eval.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by
-    c.eval.score_threshold = 0.0
-    c.eval.nms_iou = 0.6  # class-wise
-    c.eval.pre_nms = 1000  # (anchor, word) pairs an image that enter NMS
-    c.eval.max_detections = 300
-    c.eval.num_pictures = 8  # images drawn into pictures/
-
-    # a second set, evaluated before the first step and after the last, to see what a fine-tune forgets; all that is not
-    # said here is as in config.eval
-    c.forgetting = ConfigDict()
-    c.forgetting.annotations = ""  # COCO json; "": none
-    c.forgetting.images = ""
-    c.forgetting.max_examples = 0
-    c.forgetting.definitions = True
-    c.forgetting.dictionary = ""
-
+    c.eval = eval_section()
+    c.forgetting = forgetting()
     c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
     c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
@@ -273,11 +310,7 @@ def base() -> ConfigDict:
     c.pictures_every_steps = 1000
     # steps traced by jax's profiler into profile/, from the tenth on; open with TensorBoard or xprof. 0: none
     c.profile_steps = 0
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every_steps = 1000
-    c.checkpoint.keep = 3
-    # also save and keep the one with the best eval.monitor; then it is what the workdir predicts and is scored with
-    c.checkpoint.keep_best = False
+    c.checkpoint = checkpoint()
     return c
 
 
@@ -311,14 +344,44 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the locked configuration that `to_json` wrote."""
+    """Returns the locked configuration that `to_json` wrote, in this version or an earlier one.
+
+    Raises:
+      ValueError: the text is none, or asks for what this version does not compute any more.
+    """
 
     def tuples(value):
         if isinstance(value, dict):
             return {key: tuples(entry) for key, entry in value.items()}
         return tuple(tuples(entry) for entry in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text))).lock()
+    content = tuples(json.loads(text))
+    if not isinstance(content, dict):
+        raise ValueError(f"a configuration is an object of sections and keys, not {str(content)[:80]}")
+    config = ConfigDict(content)
+    for key, value in RETIRED.items():
+        section, last = _place(config, key)
+        if section.get(last, value) != value:
+            raise ValueError(f"config.{key} is {section[last]!r}; this version computes {value!r} only")
+        if last in section:
+            del section[last]
+    for key, value in flat(base()).items():  # keys that are younger than the text have their defaults
+        section, last = _place(config, key)
+        if last not in section:
+            section[last] = value
+    return config.lock()
+
+
+def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """Returns the section that a dotted key is in, made if need be, and its name there."""
+    *path, last = key.split(".")
+    for part in path:
+        if part not in config:
+            config[part] = ConfigDict()
+        config = config[part]
+        if not isinstance(config, ConfigDict):
+            raise ValueError(f"config.{'.'.join(path)} is {config!r}, not a section of keys")
+    return config, last
 
 
 def for_chip(config: ConfigDict, chip: str | None) -> ConfigDict:
@@ -330,157 +393,17 @@ def for_chip(config: ConfigDict, chip: str | None) -> ConfigDict:
     return config
 
 
-def chip_of(device_kind: str) -> str | None:
-    """Returns the name of an accelerator in `config.chips`, None where it has none."""
-    return next((chip for kind, chip in CHIPS.items() if device_kind.startswith(kind)), None)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Returns the values of a configuration by dotted name."""
     if isinstance(value, ConfigDict):
-        return {name: leaf for key in value for name, leaf in _flat(value[key], f"{prefix}.{key}").items()}
+        return {name: leaf for key in value for name, leaf in flat(value[key], f"{prefix}.{key}").items()}
     return {prefix[1:]: value}
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns "key: old -> new" for every key in which two configurations differ."""
 
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
     ]
-
-
-def validate(config: ConfigDict, *, num_devices: int) -> None:
-    """Raises a ValueError that lists every problem of a configuration; looks at no file and no device."""
-    if missing := sorted(_flat(base()).keys() - _flat(config).keys()):
-        raise ValueError(
-            f"the configuration lacks {', '.join(f'config.{key}' for key in missing)}; set keys of a section one by "
-            "one: --config.detection={} leaves none of them"
-        )
-    problems: list[str] = []
-
-    def value_of(key: str) -> Any:
-        return functools.reduce(lambda value, part: value[part], key.split("."), config)
-
-    def check(ok: bool, key: str, allowed: str) -> None:
-        if not ok:
-            problems.append(f"config.{key} is {value_of(key)!r}; allowed: {allowed}")
-
-    def choice(key: str, allowed: tuple[str, ...]) -> None:
-        check(value_of(key) in allowed, key, " | ".join(allowed))
-
-    choice("model.dtype", DTYPES)
-    choice("model.remat", REMATS)
-    choice("model.swin.attention_impl", ATTENTIONS)
-    choice("model.head.deform_impl", DEFORMS)
-    choice("model.head.objectness", OBJECTNESS)
-    choice("loss.selection", SELECTIONS)
-    choice("loss.selection_scope", SCOPES)
-    choice("loss.matching", MATCHINGS)
-    choice("loss.side", SIDES)
-    choice("loss.contrastive_impl", IMPLS)
-    choice("optimizer.schedule", SCHEDULES)
-    choice("order", ORDERS)
-    choice("eval.monitor", MONITORS)
-    choice("nonfinite", NONFINITE)
-    for chip in config.chips:
-        try:
-            for_chip(config, chip)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problems.append(
-                f"config.chips.{chip} is {config.chips[chip]}; allowed: (key, value) pairs ({error.args[0]})"
-            )
-    for key in (
-        "epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp", "optimizer.patience",
-        "timeout_s", "input.timeout_s", "model.text.num_heads", "model.head.num_groups",
-    ):  # fmt: skip
-        check(value_of(key) >= 1, key, "1 or more")
-    for kind in KINDS:
-        last = config.epochs - 1
-        check(0 <= config[kind].from_epoch <= last, f"{kind}.from_epoch", f"0 to {last}, the last of config.epochs")
-    for key in ("detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"):
-        check(value_of(key) >= 0, key, "0 or more")
-    for key in ("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"):
-        check(value_of(key) > 0, key, "above 0")
-    shots = not config.detection.num_shots or config.detection.annotations or config.scenes.num_detection
-    check(bool(shots), "detection.num_shots", "0 without detection.annotations, whose images are chosen")
-    check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", "0 <= value < 1")
-    check(0 <= config.optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= value < 1")
-    _validate_schedule(config, check, problems)
-    for key in ("init_from.swin", "init_from.text"):
-        check(
-            not value_of(key) or value_of(key).endswith(".safetensors"), key,
-            "a .safetensors file that `python -m detclipv2_jax.convert` made, or nothing",
-        )  # fmt: skip
-    if config.loss.selection in OBJECTNESS[1:] and config.model.head.objectness != config.loss.selection:
-        problems.append(
-            f"config.loss.selection is {config.loss.selection!r} but config.model.head.objectness is "
-            f"{config.model.head.objectness!r}; that selection needs the head of the same name"
-        )
-    if config.model.text.width % max(config.model.text.num_heads, 1):
-        problems.append(
-            f"config.model.text.width {config.model.text.width} must be a multiple of num_heads "
-            f"{config.model.text.num_heads}"
-        )
-    if config.model.head.channels % max(config.model.head.num_groups, 1):
-        problems.append(
-            f"config.model.head.channels {config.model.head.channels} must be a multiple of num_groups "
-            f"{config.model.head.num_groups}"
-        )
-    if config.mesh.fsdp >= 1 and num_devices % config.mesh.fsdp:
-        problems.append(f"config.mesh.fsdp is {config.mesh.fsdp}; it must divide the number of devices, {num_devices}")
-    for kind in (*KINDS, "eval"):
-        section = config[kind]
-        chunks = 1 if kind == "eval" else config.optimizer.accumulate[kind]
-        if section.batch_size < 1 or chunks < 1 or section.batch_size % (num_devices * chunks):
-            name = "" if kind == "eval" else f" x config.optimizer.accumulate.{kind} {chunks}"
-            parts = num_devices * max(chunks, 1)
-            problems.append(
-                f"config.{kind}.batch_size is {section.batch_size}, which is not divisible by {num_devices} devices"
-                f"{name} = {parts}; the nearest that is: {max(1, round(section.batch_size / parts)) * parts}"
-            )
-        short = section.short_side if kind != "eval" else (section.short_side,) * 2
-        if not _numbers(short, 2) or not 0 < short[0] <= short[1]:
-            problems.append(f"config.{kind}.short_side is {short}; allowed: (smallest, largest) in px")
-        problems.extend(
-            f"config.{kind}.canvases has {canvas}; allowed: (height, width) in multiples of 32, "
-            "the stride of the backbone"
-            for canvas in section.canvases
-            if not _numbers(canvas, 2) or min(canvas) < 1 or any(side % 32 for side in canvas)
-        )
-    if problems:
-        raise ValueError(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))
-
-
-def _numbers(value: Any, length: int | None = None) -> bool:
-    """Returns whether a value holds numbers, `length` of them."""
-    numbers = isinstance(value, tuple | list) and all(isinstance(x, int | float) for x in value)
-    return numbers and length in (None, len(value))
-
-
-def _validate_schedule(config: ConfigDict, check: Callable[[bool, str, str], None], problems: list[str]) -> None:
-    """Adds what is wrong with the learning rate and with what goes by the scores of evaluations."""
-    optimizer = config.optimizer
-    check(0 < optimizer.decay_factor < 1, "optimizer.decay_factor", "0 < value < 1")
-    smallest_allowed = 0 <= optimizer.min_learning_rate < optimizer.learning_rate
-    check(smallest_allowed, "optimizer.min_learning_rate", "0 or more, below optimizer.learning_rate")
-    shares = _numbers(optimizer.decay_at) and all(0 < share < 1 for share in optimizer.decay_at)
-    check(shares, "optimizer.decay_at", "shares of the run, 0 < value < 1")
-    try:
-        re.compile(optimizer.frozen)
-    except re.error as error:
-        check(False, "optimizer.frozen", f"a regular expression ({error})")
-    if optimizer.schedule == "plateau":
-        smallest = optimizer.min_learning_rate > 0
-        check(smallest, "optimizer.min_learning_rate", "above 0 with optimizer.schedule plateau, e.g. 1e-8")
-    users = {
-        "optimizer.schedule plateau": optimizer.schedule == "plateau",
-        "optimizer.stop_patience": optimizer.stop_patience > 0,
-        "checkpoint.keep_best": config.checkpoint.keep_best,
-    }
-    wanting = " and ".join(name for name, used in users.items() if used)
-    if wanting and not (config.eval.every_steps or config.eval.every_epochs):
-        problems.append(f"{wanting} need scores along the way: set config.eval.every_epochs or config.eval.every_steps")
-    if wanting and not (config.eval.annotations or config.scenes.num_eval):
-        problems.append(f"{wanting} need config.eval.annotations and config.eval.images")

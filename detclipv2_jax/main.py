@@ -22,6 +22,8 @@ from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train as train_lib
+from detclipv2_jax import validation
+from detclipv2_jax.chips import chip_of
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
@@ -107,10 +109,11 @@ def prepare(
       ValueError: the configuration, the files it names or the workdir are wrong.
       MissingProcessError: another process did not get this far.
     """
-    chip = config_lib.chip_of(jax.devices()[0].device_kind)
+    known = chip_of(jax.devices()[0].device_kind)
+    chip = known.name if known else None
     if chip and config.chips[chip]:
         logging.info("values for %s: %s (config.chips.%s)", chip, dict(config.chips[chip]), chip)
-    config_lib.validate(config_lib.for_chip(config, chip), num_devices=jax.device_count())
+    validation.validate(config_lib.for_chip(config, chip), num_devices=jax.device_count())
     processes.check_same(config_lib.to_json(config), what="configuration", timeout_s=config.timeout_s)
     fresh_allowed = not replayed and (training or bool(config.init_from.checkpoint))
     check_workdir(workdir, config, fresh_allowed=fresh_allowed)

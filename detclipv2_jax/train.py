@@ -34,6 +34,7 @@ from detclipv2_jax.runs.replay import replay
 from detclipv2_jax.runs.state import TrainState
 from detclipv2_jax.visualize import alignment, charts, figures
 
+NONFINITE = ("stop", "skip")  # what a loss or gradient that is not finite does to the run
 PROFILE_AFTER_STEPS = 10  # by then the steps drawn most often are compiled
 
 
@@ -120,7 +121,6 @@ def make_order(config: ConfigDict, streams: list[streams_lib.Stream]) -> StepOrd
         seed=config.seed,
         weights=[stream.weight for stream in streams],
         num_steps=config.num_steps,
-        order=config.order,
         from_epochs=[config[stream.kind.value].from_epoch for stream in streams],
     )
 

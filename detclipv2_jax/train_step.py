@@ -209,7 +209,7 @@ def _box_gradients(params, shared, batch, key, *, kind, model, config, canvas, m
             )
             / normalizer
         }
-        loss = config.loss.alignment_weight * metrics["loss_alignment"]
+        loss = metrics["loss_alignment"]
         if kind is Kind.DETECTION:  # boxes of grounding data are too inaccurate (paper section 3.3)
             boxes, centerness = localization_losses(
                 regions.box_deltas,
@@ -323,7 +323,6 @@ def _pair_gradients(params, shared, batch, key, *, kind, model, config, canvas, 
             label_smoothing=settings.label_smoothing,
             matching_temperature=settings.matching_temperature,
             chunk_bytes=settings.chunk_bytes,
-            impl=settings.contrastive_impl,
         )
         return settings.contrastive_weight * loss, {"loss_contrastive": loss, **metrics}
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from deltas import encode_deltas
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -47,7 +48,7 @@ class Planted(nn.Module):
         def regions(image):
             boxes = jnp.stack([_bounding_box(image, color) for color in COLORS.values()])
             target = jax.vmap(lambda box: box_lib.centerness_target(grid, jnp.broadcast_to(box, grid.shape)))(boxes)
-            deltas = jax.vmap(lambda box: box_lib.encode_deltas(grid, jnp.broadcast_to(box, grid.shape)))(boxes)
+            deltas = jax.vmap(lambda box: encode_deltas(grid, jnp.broadcast_to(box, grid.shape)))(boxes)
             best = jnp.argmax(target, axis=0)
             return Regions(
                 (target > 0).astype(jnp.float32).T,

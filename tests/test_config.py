@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import validation
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
@@ -28,7 +29,7 @@ def load(name, variant=""):
 def test_every_config_is_valid_on_one_and_on_many_devices(name, variant):
     config = load(name, variant)
     for num_devices in (1, 8 if name in ("coco_json", "demo") else 32):
-        config_lib.validate(config, num_devices=num_devices)
+        validation.validate(config, num_devices=num_devices)
 
 
 def test_swin_t_has_the_values_of_table_9():
@@ -65,7 +66,7 @@ def test_what_goes_by_scores_needs_them(micro):
     micro.scenes.num_eval = 0
     micro.eval.monitor, micro.optimizer.decay_factor, micro.optimizer.frozen = "mAP", 1.0, "text_encoder/("
     with pytest.raises(ValueError, match="6 problem") as error:
-        config_lib.validate(micro, num_devices=8)
+        validation.validate(micro, num_devices=8)
     for part in (
         "optimizer.schedule plateau and checkpoint.keep_best need scores along the way: set config.eval.every_epochs",
         "need config.eval.annotations and config.eval.images",
@@ -91,7 +92,7 @@ def test_all_problems_are_listed_at_once(micro):
     micro.detection.batch_size = 10
     micro.eval.canvases = ((64, 100),)
     with pytest.raises(ValueError, match="5 problem") as error:
-        config_lib.validate(micro, num_devices=8)
+        validation.validate(micro, num_devices=8)
     for part in (
         "config.loss.side is 'both'; allowed: text_to_image | image_to_text | bilateral",
         "config.loss.temperature is 0.0; allowed: above 0",
@@ -140,4 +141,4 @@ def test_a_section_that_was_emptied_is_named():
     with pytest.raises(
         ValueError, match=r"lacks config.detection.annotations, config.detection.batch_size, .*one by one"
     ):
-        config_lib.validate(config, num_devices=1)
+        validation.validate(config, num_devices=1)

@@ -3,6 +3,7 @@
 import ast
 import collections
 import functools
+import json
 import pathlib
 import subprocess
 import sys
@@ -35,10 +36,11 @@ MAY_IMPORT = {
     "eval": {"data", "inference", "models", "runs", "visualize"},
     "train_step": {"data", "geometry", "losses", "models", "runs"},
     "train": {"data", "eval", "inference", "models", "runs", "train_step", "visualize"},
-    "main": {"data", "eval", "runs", "train"},
+    "validation": {"eval", "losses", "models", "runs", "train"},
+    "main": {"data", "eval", "runs", "train", "validation"},
     "predict": {"data", "eval", "inference", "visualize"},
     "preflight": {"data", "inference", "models", "runs", "train"},
-    "preflight.__main__": {"data", "models"},
+    "preflight.__main__": {"data", "models", "validation"},
     "prepare": {"data", "visualize"},
     "prepare.__main__": {"data"},
     "convert": {"data", "runs"},
@@ -117,7 +119,7 @@ def test_rooms_load_only_what_is_below(module, unwanted):
 
 @functools.cache
 def traced(model_json):
-    model = detclip.from_config(config_lib.from_json(model_json))
+    model = detclip.from_config(config_lib.ConfigDict(json.loads(model_json)))
     return model, train_state.param_shapes(model, context_length=16)
 
 
@@ -130,7 +132,7 @@ def traced(model_json):
 )
 def test_every_config_can_be_traced(name, kind):
     config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
-    model, shapes = traced(config_lib.to_json(config.model))
+    model, shapes = traced(json.dumps(config.model.to_dict()))
     tx = make_optimizer(config.optimizer, shapes, 1000)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     state = jax.eval_shape(lambda params: train_state.create(params, tx, ema=False), shapes)

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from detclipv2_jax import chips, main, train
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import main, train
 from detclipv2_jax.eval import loop, lvis
 from detclipv2_jax.models import flops
 from detclipv2_jax.prepare import __main__ as prepare
@@ -146,7 +146,7 @@ def test_a_step_is_read_when_the_next_one_is_sent_and_can_be_traced(finished, tm
 
     monkeypatch.setattr(train, "jitted_step", recorded_step)
     monkeypatch.setattr(train, "finish_step", recorded_finish)
-    monkeypatch.setattr(flops, "PEAKS", {"cpu": 1e12})
+    monkeypatch.setattr(flops, "chip_of", lambda kind: chips.CHIPS["h100"]._replace(peak=1e12))
     monkeypatch.setattr(train, "step_cost", lambda run, number: lambda num_concepts: 8e12)
     start(config, tmp_path / "run")
     assert events == ["sent", "sent", "read 1", "sent", "read 2", "sent", "read 3", "read 4"]

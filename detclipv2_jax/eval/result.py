@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 
 from detclipv2_jax.runs.workdir import write_text
 
+# scores that a run may go by
+MONITORS = tuple(f"{lead}AP{kind}" for lead in ("", "fixed_") for kind in ("", "50", "75", *"smlrcf"))
 PART_ROWS = 1 << 16
 PART_SECONDS = 60  # a killed evaluation loses at most about this much
 _PART = re.compile(r"(\d{6})-(\d{6})\.npz")

@@ -166,7 +166,7 @@ def _define_flags() -> None:
     flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
     flags.DEFINE_float("nms_iou", None, "IoU above which a better box removes another; default: the run's")
     flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")
-    flags.DEFINE_enum("dtype", "", ("", *config_lib.DTYPES), "compute type; default: the run's config.model.dtype")
+    flags.DEFINE_enum("dtype", "", ("", *detclip.DTYPES), "compute type; default: the run's config.model.dtype")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -56,25 +56,14 @@ def centers(boxes: Float[Array, "... 4"]) -> Float[Array, "... 2"]:
     return (boxes[..., :2] + boxes[..., 2:]) * 0.5
 
 
-def encode_deltas(anchors: Float[Array, "... 4"], boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
-    """Returns the regression targets (dx, dy, dw, dh) that turn anchors into boxes, divided by `DELTA_STD`.
-
-    dx = (x_box - x_anchor) / w_anchor, dw = log(w_box / w_anchor): Faster R-CNN's parametrisation, as
-    mmdetection's DeltaXYWHBBoxCoder. Sides shorter than `EPSILON` count as that.
-    """
-    anchor_size = anchors[..., 2:] - anchors[..., :2]
-    size = jnp.maximum(boxes[..., 2:] - boxes[..., :2], EPSILON)
-    shift = (centers(boxes) - centers(anchors)) / anchor_size
-    deltas = jnp.concatenate([shift, jnp.log(size / anchor_size)], axis=-1)
-    return deltas / _delta_std(deltas)
-
-
 def decode_deltas(
     anchors: Float[Array, "... 4"], deltas: Float[Array, "... 4"], *, wh_ratio_clip: float = WH_RATIO_CLIP
 ) -> Float[Array, "... 4"]:
-    """Returns the boxes that deltas make of anchors; the inverse of `encode_deltas`, not clipped to the image.
+    """Returns the boxes that deltas (dx, dy, dw, dh) make of anchors, not clipped to the image.
 
-    |dw| and |dh| are bounded by |log(wh_ratio_clip)|, so that a wild prediction stays finite.
+    dx = (x_box - x_anchor) / w_anchor, dw = log(w_box / w_anchor), each divided by `DELTA_STD`: Faster R-CNN's
+    parametrisation, as mmdetection's DeltaXYWHBBoxCoder. |dw| and |dh| are bounded by |log(wh_ratio_clip)|, so that a
+    wild prediction stays finite.
     """
     deltas = deltas * _delta_std(deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]

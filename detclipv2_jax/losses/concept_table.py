@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Int32, UInt32
 
 
 def canonical_rows(ids: UInt32[Array, "t 2"], mask: Bool[Array, " t"]) -> Int32[Array, " t"]:
@@ -42,19 +42,3 @@ def unique_rows(canonical: Int32[Array, " t"], mask: Bool[Array, " t"]) -> Uniqu
     order = jnp.argsort(~is_unique, stable=True).astype(jnp.int32)
     slot = jnp.cumsum(is_unique, dtype=jnp.int32) - 1
     return UniqueRows(order, jnp.maximum(slot, 0)[canonical], jnp.sum(is_unique, dtype=jnp.int32))
-
-
-def compact(
-    text: Float[Array, "t d"], mask: Bool[Array, " t"], canonical: Int32[Array, " t"], *, size: int
-) -> tuple[Float[Array, "s d"], Bool[Array, " s"], Int32[Array, " t"], Int32[Array, ""]]:
-    """Returns (text, mask, new row of each old row, number of dropped concepts) of a table of `size` canonical rows.
-
-    The order of first occurrence is kept. When more than `size` concepts are distinct, the last ones are dropped
-    and counted. A masked or dropped row points at `size`, one past the end, where `one_hot` gives zeros and a
-    scatter with `mode="drop"` writes nothing. Gradients flow to the canonical rows.
-    """
-    if not 0 < size <= text.shape[0]:
-        raise ValueError(f"size={size} must be between 1 and the table's {text.shape[0]} rows")
-    order, slot, count = unique_rows(canonical, mask)
-    new_row = jnp.where(mask & (slot < size), slot, size)
-    return text[order[:size]], jnp.arange(size) < count, new_row, jnp.maximum(count - size, 0)

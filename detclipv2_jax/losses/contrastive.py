@@ -17,7 +17,6 @@ from detclipv2_jax.losses.matching import LOW, Settings, caption_scores
 
 MATCHINGS = ("max_size", "one_to_one", "one_to_many")
 SIDES = ("text_to_image", "image_to_text", "bilateral")
-IMPLS = ("xla", "pallas")
 
 
 def word_region_loss(
@@ -38,7 +37,6 @@ def word_region_loss(
     label_smoothing: float,
     matching_temperature: float,
     chunk_bytes: int,
-    impl: str,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Returns (loss, metrics): InfoNCE between images and captions, the mean over the pairs of the global batch.
 
@@ -75,14 +73,13 @@ def word_region_loss(
       temperature, label_smoothing: of the InfoNCE.
       matching_temperature: tau_t of one_to_many.
       chunk_bytes: a device; bounds the similarities held at once.
-      impl: xla, or pallas for the fused TPU kernel (one_to_one and max_size; see `contrastive_pallas`).
 
     Metrics, all float32: accuracy (captions whose own image is the best; a tie is a miss), rank (mean place of the
     own image, from 1), similarity (mean s of pairs), chosen_by_own and chosen_by_others (share of an image's
     proposals that are the best of a concept of its own caption, of any other concept of the table), num_concepts
     (distinct ones in the table).
     """
-    for name, value, allowed in (("matching", matching, MATCHINGS), ("side", side, SIDES), ("impl", impl, IMPLS)):
+    for name, value, allowed in (("matching", matching, MATCHINGS), ("side", side, SIDES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}")
     if matching == "max_size" and region_areas is None:
@@ -94,7 +91,7 @@ def word_region_loss(
             raise ValueError(f"{name}={positive} must be positive")
 
     axes, per_device = on_each_device(regions.shape[0], text.shape[0])
-    settings = Settings(axes, matching, matching_temperature, chunk_bytes, impl)
+    settings = Settings(axes, matching, matching_temperature, chunk_bytes)
     local = functools.partial(
         _local_loss, settings, side=side, temperature=temperature, label_smoothing=label_smoothing
     )

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int16, Int32
 
-from detclipv2_jax.losses import contrastive_pallas
 from detclipv2_jax.losses.concept_table import UniqueRows
 from detclipv2_jax.losses.devices import gather, reduce_scatter, take, vary, zeros_after
 
@@ -35,7 +34,6 @@ class Settings:
     matching: str  # one_to_many, or else the best region counts (with max_size there is only one)
     temperature: float  # tau_t of one_to_many
     chunk_bytes: int
-    impl: str  # xla | pallas
 
 
 def chunk_size(num_rows: int, row_bytes: int, budget_bytes: int) -> int:
@@ -152,20 +150,12 @@ def _scaled(similarity, region_mask, temperature):
 
 def _best(settings, regions, region_mask, text):
     """Returns (value of each concept for each image, index of its most similar region), each [b, c]."""
-
-    def max_over_regions(regions, region_mask, text):
-        similarity = _similarity(regions, region_mask, text)
-        return jnp.max(similarity, axis=1), _first_max(similarity)
-
     if settings.matching == "one_to_many":
         similarity = _similarity(regions, region_mask, text)
         weight = jax.nn.softmax(_scaled(similarity, region_mask, settings.temperature), axis=1)
         return jnp.sum(weight * similarity, axis=1), _first_max(similarity)
-    if settings.impl == "pallas":
-        return jax.lax.platform_dependent(
-            regions, region_mask, text, tpu=contrastive_pallas.max_over_regions, default=max_over_regions
-        )
-    return max_over_regions(regions, region_mask, text)
+    similarity = _similarity(regions, region_mask, text)
+    return jnp.max(similarity, axis=1), _first_max(similarity)
 
 
 def _first_max(similarity):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from detclipv2_jax.models.deform_conv import deform_conv2d
 
+OBJECTNESS = ("none", "classification", "iou")  # an extra output
 TAPS = 9  # of a 3x3 kernel
 GROUP_NORM_EPSILON = 1e-5
 

@@ -20,6 +20,8 @@ from detclipv2_jax.models.text_encoder import TextEncoder
 
 IMAGE_MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # ImageNet, RGB, 0-255
 IMAGE_STD = np.array((58.395, 57.12, 57.375), np.float32)
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "blocks", "heads", "all")
 NORM_EPSILON = 1e-6  # shortest length that is still normalised to 1
 
 
@@ -44,7 +46,6 @@ class DetCLIP(nn.Module):
     normalize_regions: bool
     logit_scale: float  # initial values
     logit_bias: float
-    learnable_scale: bool
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -85,7 +86,7 @@ class DetCLIP(nn.Module):
 
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Returns (scale, bias) of the logits, stored as they are (not as a logarithm)."""
-        return (self.scale if self.learnable_scale else jax.lax.stop_gradient(self.scale)), self.bias
+        return self.scale, self.bias
 
 
 def from_config(config: ConfigDict) -> DetCLIP:
@@ -99,7 +100,6 @@ def from_config(config: ConfigDict) -> DetCLIP:
         normalize_regions=config.logit.normalize_regions,
         logit_scale=config.logit.scale,
         logit_bias=config.logit.bias,
-        learnable_scale=config.logit.learnable_scale,
         dtype=jnp.dtype(config.dtype),
     )
 

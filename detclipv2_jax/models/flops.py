@@ -15,28 +15,17 @@ from jax.extend import core
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from detclipv2_jax.chips import chip_of
 from detclipv2_jax.geometry.anchors import level_sizes
 from detclipv2_jax.models import detclip
 
-# dense bf16 FLOP/s of a device by the beginning of its `device_kind`, from the makers' data sheets; the first fits
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 TRAINING = 3.0  # a step per forward pass, which counts once more for the gradients to inputs and to weights each
 
 
 def peak_per_second(mesh: Mesh) -> float | None:
     """Returns the bf16 FLOP/s of all devices of a mesh at most; None where that is not known, e.g. of CPUs."""
-    kind = mesh.devices.flat[0].device_kind
-    return next((peak * mesh.size for name, peak in PEAKS.items() if kind.startswith(name)), None)
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    return chip.peak * mesh.size if chip else None
 
 
 def num_anchors(canvas: tuple[int, int]) -> int:

@@ -31,10 +31,12 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import validation
+from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
 from detclipv2_jax.preflight import data_plan
-from detclipv2_jax.preflight.compile_step import CHIPS, GIB, Sizes, Topology, step_names
+from detclipv2_jax.preflight.compile_step import Sizes, Topology, step_names
 
 GB = 1e9
 COLUMNS = (
@@ -142,7 +144,7 @@ def run(
     """
     parsed = [Topology.parse(name) for name in topologies]
     for topology in parsed:
-        config_lib.validate(config_lib.for_chip(config, topology.chip), num_devices=topology.num_devices)
+        validation.validate(config_lib.for_chip(config, topology.chip), num_devices=topology.num_devices)
     steps = [step for step in step_names(config) if not only or step.startswith(tuple(only))]
     if not steps:
         raise ValueError(f"--only={','.join(only)} names no step; there are {', '.join(step_names(config))}")

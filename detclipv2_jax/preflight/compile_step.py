@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import inference, train
+from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.preflight import hlo
@@ -36,30 +37,10 @@ from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import make_optimizer
 from detclipv2_jax.runs.order import StepOrder
 
-GIB = 1 << 30
 MAX_CHUNK_BYTES = 1 << 50  # no loss is cut into chunks
 
 
-class Chip(NamedTuple):
-    """An accelerator."""
-
-    platform: str
-    kind: str  # of `flops.PEAKS`
-    memory: float  # bytes that a program may use
-    per_host: int  # chips
-
-    @property
-    def peak(self) -> float:
-        return flops.PEAKS[self.kind]
-
-
-CHIPS = {
-    "v4": Chip("tpu", "TPU v4", 30.75 * GIB, 4),
-    "v5e": Chip("tpu", "TPU v5 lite", 15.75 * GIB, 4),
-    "v5p": Chip("tpu", "TPU v5", 95.74 * GIB, 4),
-    "v6e": Chip("tpu", "TPU v6 lite", 31.25 * GIB, 4),
-    "h100": Chip("cuda", "NVIDIA H100", 0.75 * 79.1 * GIB, 8),  # jax takes three quarters unless told otherwise
-}
+DESCRIBED = ("v4", "v5e", "v5p", "v6e", "h100")  # of `chips`, those that programs can be compiled for
 # what XLA asks a device for; the figures are those of nvidia-smi and of the CUDA programming guide for an H100 SXM
 H100 = """
 gpu_device_info {
@@ -90,9 +71,9 @@ class Topology:
     def parse(cls, name: str) -> Topology:
         """Returns the topology of a name; ValueError for another chip or form."""
         chip, _, shape = name.partition(":")
-        if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        if chip not in DESCRIBED or not re.fullmatch(r"\d+(x\d+)*", shape):
             raise ValueError(
-                f"--topology={name} is unknown; allowed are {', '.join(CHIPS)}, each with its shape: v5e:4x8, "
+                f"--topology={name} is unknown; allowed are {', '.join(DESCRIBED)}, each with its shape: v5e:4x8, "
                 "v5p:4x4x4, h100:8"
             )
         return cls(name, chip, math.prod(map(int, shape.split("x"))))

@@ -18,6 +18,7 @@ from clu import parameter_overview
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+SCHEDULES = ("cosine", "step", "plateau", "constant")  # of the learning rate, after the warmup
 Group = tuple[str, float, bool]  # regex over the path, factor on the learning rate, weight decay
 
 

@@ -32,7 +32,6 @@ class StepOrder:
       seed: of the order.
       weights: a factor a stream on the number of its steps; a stream's passes are `epochs * weight`.
       num_steps: caps the run; 0 does not.
-      order: shuffled | cycle; the latter spreads the steps of every stream evenly, without the seed.
       from_epochs: the first epoch (from 0) that draws from each stream; None: all do from the beginning.
 
     Raises:
@@ -47,7 +46,6 @@ class StepOrder:
         seed: int,
         weights: Sequence[float] | None = None,
         num_steps: int = 0,
-        order: str = "shuffled",
         from_epochs: Sequence[int] | None = None,
     ):
         weights = [1.0] * len(num_batches) if weights is None else list(weights)
@@ -66,7 +64,7 @@ class StepOrder:
         self.epoch_ends = np.cumsum(lengths)  # numbers of steps
         self.total_steps = int(self.epoch_ends[-1])  # the horizon of the learning rate, whatever caps the run
         self.num_steps = min(self.total_steps, num_steps) if num_steps else self.total_steps
-        self._seed, self._shuffled = seed, order == "shuffled"
+        self._seed = seed
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def _counts(self, epoch: int) -> list[int]:
@@ -82,11 +80,7 @@ class StepOrder:
         """Returns (stream, position) of every step of an epoch."""
         counts = self._counts(epoch)
         streams = np.repeat(np.arange(len(counts)), counts)
-        if self._shuffled:
-            streams = np.random.default_rng((self._seed, epoch)).permutation(streams)
-        else:  # the middles of equal parts of the epoch, as many as the stream has steps
-            times = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
-            streams = streams[np.argsort(times, kind="stable")]
+        streams = np.random.default_rng((self._seed, epoch)).permutation(streams)
         positions = np.empty_like(streams)
         for stream, count in enumerate(counts):
             positions[streams == stream] = (epoch - self._from[stream]) * count + np.arange(count)

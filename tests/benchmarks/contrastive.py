@@ -45,7 +45,7 @@ def plain(arrays: dict[str, jax.Array], *, temperature: float, label_smoothing: 
 
 
 def ours(
-    arrays: dict[str, jax.Array], *, temperature: float, label_smoothing: float, chunk_bytes: int, impl: str = "xla"
+    arrays: dict[str, jax.Array], *, temperature: float, label_smoothing: float, chunk_bytes: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (loss, metrics) of the same settings."""
     return contrastive.word_region_loss(
@@ -56,7 +56,6 @@ def ours(
         label_smoothing=label_smoothing,
         matching_temperature=0.1,
         chunk_bytes=chunk_bytes,
-        impl=impl,
     )
 
 

@@ -97,7 +97,6 @@ def main() -> None:
     parser.add_argument("--phrases", type=int, default=9, help="places for concepts a caption")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--chunk_mb", type=int, default=128)
-    parser.add_argument("--impl", default="xla")
     parser.add_argument("--platform", default="cpu", choices=["cpu", "tpu"])
     parser.add_argument("--no_plain", action="store_true")
     args = parser.parse_args()
@@ -119,7 +118,6 @@ def main() -> None:
             temperature=0.5,
             label_smoothing=0.1,
             chunk_bytes=args.chunk_mb << 20,
-            impl=args.impl,
         )
 
     results = []

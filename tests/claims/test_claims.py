@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import main
+from detclipv2_jax import main, validation
 from detclipv2_jax.claims import __main__ as claims
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.visualize import charts
@@ -42,7 +42,7 @@ def test_every_row_is_a_valid_run_of_its_own():
     recipes = set()
     for row, seed in rows:
         config = claims.configuration(RECIPE, row, seed)
-        config_lib.validate(config, num_devices=1)
+        validation.validate(config, num_devices=1)
         recipes.add(tuple(claims.recipe_of(RECIPE, row, seed)))
     assert len(recipes) == len(rows)
     seeds = [{seed for of, seed in rows if of == row} for row in ("pairs", "bilateral")]

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from configs import demo
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import validation
 from detclipv2_jax.data import box_json, sources, tokenizer
 from detclipv2_jax.data.concepts import read_dictionary
 from detclipv2_jax.data.schema import UnusableError
@@ -249,7 +250,7 @@ def test_config_overrides():
             config = parsed(overrides)
         except (AttributeError, KeyError, TypeError, flags.Error) as error:  # which `parse_flags` puts into one line
             raise ValueError(str(error)) from error
-        config_lib.validate(config, num_devices=8)
+        validation.validate(config, num_devices=8)
         assert config_lib.to_json(config_lib.from_json(config_lib.to_json(config))) == config_lib.to_json(config)
 
     assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 20

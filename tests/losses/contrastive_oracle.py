@@ -168,7 +168,6 @@ def run(arrays, *, num_devices=0, gather=True, **settings):
         "label_smoothing": 0.1,
         "matching_temperature": 0.1,
         "chunk_bytes": 16 * 5 * 8 * 7,  # 7 concepts without a mesh
-        "impl": "xla",
     } | settings
     learned = {name: jnp.asarray(arrays[name]) for name in ("regions", "text", "scale")}
     rest = {name: x for name, x in arrays.items() if name not in learned}

@@ -51,37 +51,3 @@ def test_unique_rows_number_the_canonical_rows_without_gaps():
     np.testing.assert_array_equal(unique.order[: len(expected)], expected)
     np.testing.assert_array_equal(np.sort(unique.order), np.arange(len(mask)))
     np.testing.assert_array_equal(unique.order[unique.slot[mask]], first[mask])
-
-
-@pytest.mark.parametrize("size", [5, 12, 64])
-def test_compact_keeps_canonical_rows_and_counts_the_others(size):
-    _, mask, first = table(5)
-    first = first.astype(np.int32)
-    expected = sorted(set(first[mask]))
-    text = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    run = jax.jit(concept_table.compact, static_argnames="size")
-    new_text, new_mask, new_row, num_dropped = run(text, mask, first, size=size)
-    kept = expected[:size]
-    assert num_dropped == len(expected) - len(kept)
-    np.testing.assert_array_equal(new_text[: len(kept)], text[kept])
-    np.testing.assert_array_equal(new_mask, np.arange(size) < len(kept))
-    np.testing.assert_array_equal(
-        new_row, [kept.index(f) if m and f in kept else size for f, m in zip(first, mask, strict=True)]
-    )
-
-
-def test_gradient_of_compact_reaches_canonical_rows_only():
-    _, mask, first = table(6)
-    expected = sorted(set(first[mask]))
-
-    def total(text):
-        new_text, new_mask, _, _ = concept_table.compact(text, mask, jnp.asarray(first, jnp.int32), size=20)
-        return jnp.sum(jnp.where(new_mask[:, None], new_text, 0.0))
-
-    gradient = jax.grad(total)(jnp.ones((64, 2)))
-    np.testing.assert_array_equal(gradient[:, 0], np.isin(np.arange(64), expected))
-
-
-def test_compact_rejects_impossible_sizes():
-    with pytest.raises(ValueError, match="size=65 must be between 1 and the table's 64 rows"):
-        concept_table.compact(jnp.ones((64, 2)), jnp.ones(64, bool), jnp.arange(64), size=65)

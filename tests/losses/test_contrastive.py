@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from detclipv2_jax import config
-from detclipv2_jax.losses import contrastive, matching, proposals
+from detclipv2_jax.losses import contrastive, matching
 from detclipv2_jax.losses.concept_table import unique_rows
 
 LEARNED = ("regions", "text", "scale")
@@ -30,7 +29,7 @@ SWITCHES = [
 
 def both(arrays, *, num_devices=0, **settings):
     """Returns (ours, brute force)."""
-    formula = {name: x for name, x in settings.items() if name not in ("chunk_bytes", "impl")}
+    formula = {name: x for name, x in settings.items() if name != "chunk_bytes"}
     return oracle.run(arrays, num_devices=num_devices, **settings), oracle.loss_and_gradients(**arrays, **formula)
 
 
@@ -201,7 +200,7 @@ def test_both_forms_of_the_backward_pass_agree():
     chosen = jnp.asarray(rng.integers(k, size=(t, b)), jnp.int16)
     best_bar = jnp.asarray(rng.normal(size=(t, b)), jnp.float32)
     unique = unique_rows(jnp.asarray(arrays["canonical"]), jnp.asarray(arrays["concept_mask"]))
-    settings = matching.Settings((), "one_to_one", 0.1, 4 * b * k * 5, "xla")
+    settings = matching.Settings((), "one_to_one", 0.1, 4 * b * k * 5)
     args = [jnp.asarray(arrays[name]) for name in ("regions", "region_mask", "text")]
     results = [
         jax.jit(lambda *x, pull=pull: pull(*x, settings=settings))(*args, unique, chosen, best_bar)
@@ -226,7 +225,7 @@ def test_gradient_accumulation_over_chunks_of_images_is_exact():
     }
     rest = {name: x for name, x in arrays.items() if name not in LEARNED}
     values = {"temperature": 0.5, "label_smoothing": 0.1, "matching_temperature": 0.1, "chunk_bytes": 1 << 20}
-    switches = {"matching": "one_to_one", "side": "text_to_image", "impl": "xla"}
+    switches = {"matching": "one_to_one", "side": "text_to_image"}
 
     def embed_images(params, pixels):
         return jnp.tanh(pixels @ params["image"])
@@ -300,7 +299,6 @@ def test_gradient_steps_find_the_planted_regions():
             label_smoothing=0.1,
             matching_temperature=0.1,
             chunk_bytes=1 << 24,
-            impl="xla",
         )
 
     optimizer = optax.adam(3e-2)
@@ -329,7 +327,6 @@ def test_gradient_steps_find_the_planted_regions():
     [
         ({"matching": "best"}, "matching='best' is unknown; allowed are max_size, one_to_one, one_to_many"),
         ({"side": "both"}, "side='both' is unknown; allowed are text_to_image, image_to_text, bilateral"),
-        ({"impl": "cuda"}, "impl='cuda' is unknown; allowed are xla, pallas"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"matching_temperature": -1.0}, "matching_temperature=-1.0 must be positive"),
@@ -346,10 +343,3 @@ def test_missing_areas_and_uneven_splits_are_named():
         oracle.run(arrays | {"region_areas": None}, matching="max_size")
     with pytest.raises(ValueError, match=r"arrays of \(12, 48\) rows cannot be split evenly over 8 devices"):
         oracle.run(arrays, num_devices=8)
-
-
-def test_switches_are_those_of_the_config():
-    assert contrastive.MATCHINGS == config.MATCHINGS
-    assert contrastive.SIDES == config.SIDES
-    assert proposals.SELECTIONS == config.SELECTIONS
-    assert proposals.SCOPES == config.SCOPES

@@ -58,7 +58,6 @@ def test_gradient_reaches_the_box_tower_through_the_deformable_layer_only():
             label_smoothing=0.1,
             matching_temperature=0.1,
             chunk_bytes=1 << 20,
-            impl="xla",
         )[0]
 
     gradient_of = jax.jit(jax.grad(loss))

@@ -51,7 +51,6 @@ def test_memory_of_forward_and_backward_pass(match):
             label_smoothing=0.1,
             matching_temperature=0.1,
             chunk_bytes=CHUNK_BYTES,
-            impl="xla",
         )
 
     program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(learned, rest).compile()

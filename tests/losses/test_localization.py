@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deltas import encode_deltas
 
-from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.losses.localization import localization_losses
 
 ANCHORS = jnp.asarray([[0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 8, 8]], jnp.float32)
@@ -24,7 +24,7 @@ def losses(deltas, centerness, positive, target_boxes, target_centerness):
 
 def test_perfect_boxes_cost_nothing_and_centerness_is_cross_entropy():
     targets = np.array([[1, 1, 9, 12], [18, 18, 33, 30], [0, 0, 1, 1]])
-    deltas = box_lib.encode_deltas(ANCHORS, jnp.asarray(targets, jnp.float32))
+    deltas = encode_deltas(ANCHORS, jnp.asarray(targets, jnp.float32))
     box, centerness = losses(deltas, [0.0, 2.0, 5.0], [True, True, False], targets, [0.8, 0.5, 0.0])
     assert float(box) == pytest.approx(0.0, abs=1e-5)
     p = 1 / (1 + np.exp(-2.0))

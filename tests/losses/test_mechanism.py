@@ -77,7 +77,7 @@ def pair_loss(params, features, concepts, mask):
         proposals.take(regions, chosen.indices), words, scale, region_mask=chosen.mask, region_areas=None,
         caption_concepts=concepts, caption_mask=mask, image_mask=jnp.ones(NUM_IMAGES, bool), matching="one_to_one",
         side="text_to_image", temperature=0.5, label_smoothing=0.1, matching_temperature=0.1, chunk_bytes=CHUNK_BYTES,
-        impl="xla", **table,
+        **table,
     )  # fmt: skip
     return 0.1 * loss
 

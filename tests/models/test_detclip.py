@@ -219,14 +219,6 @@ def test_both_forms_of_the_deformable_layer_agree_within_the_model(detector):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gather, banded)
 
 
-def test_scale_can_be_frozen():
-    for learnable in (True, False):
-        model = detclip.from_config(small(logit__learnable_scale=learnable))
-        variables = {"params": {"logit_scale": jnp.float32(3), "logit_bias": jnp.float32(-4)}}
-        gradient = jax.grad(lambda v, m=model: m.apply(v, method="logit_parameters")[0])(variables)["params"]
-        assert gradient == {"logit_scale": float(learnable), "logit_bias": 0.0}
-
-
 def parameter_shapes(name):
     """Returns the parameters' shapes of a named size."""
     model = detclip.from_config(model_config(name))

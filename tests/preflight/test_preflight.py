@@ -9,10 +9,11 @@ import pytest
 
 from configs import swin_t
 from detclipv2_jax import config as config_lib
+from detclipv2_jax.chips import GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.preflight import __main__ as preflight
 from detclipv2_jax.preflight import compile_step, data_plan
-from detclipv2_jax.preflight.compile_step import GIB, Topology
+from detclipv2_jax.preflight.compile_step import Topology
 from detclipv2_jax.runs import sharding
 
 V5E = Topology.parse("v5e:4x8")

@@ -26,8 +26,7 @@ def test_the_papers_run_has_159k_steps_in_the_papers_shares():
 )
 def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed, data):
     starts = [0, *(data.draw(st.integers(0, epochs)) for _ in num_batches[1:])]
-    order = ("shuffled", "cycle")[seed % 2]
-    schedule = StepOrder(num_batches, epochs=epochs, seed=seed, order=order, from_epochs=starts)
+    schedule = StepOrder(num_batches, epochs=epochs, seed=seed, from_epochs=starts)
     seen = [0] * len(num_batches)
     for step in range(schedule.num_steps):
         assert schedule.next_positions(step) == seen
@@ -43,20 +42,6 @@ def test_every_stream_is_read_in_order_without_gaps(num_batches, epochs, seed, d
 def test_order_depends_on_the_seed_only():
     order = [[StepOrder(PAPER, epochs=1, seed=seed).draw(step) for step in range(200)] for seed in (0, 0, 1)]
     assert order[0] == order[1] != order[2]
-
-
-def test_a_cycle_spreads_every_stream_evenly_and_repeats():
-    schedule = StepOrder(PAPER, epochs=2, seed=0, order="cycle")
-    size = int(schedule.epoch_ends[0])
-    other = StepOrder(PAPER, epochs=1, seed=1, order="cycle")
-    first, again, same = (
-        [x.draw(at + i).stream for i in range(size)] for x, at in ((schedule, 0), (schedule, size), (other, 0))
-    )
-    assert first == again == same
-    seen = np.cumsum(np.eye(3)[first], axis=0)
-    expected = np.outer(np.arange(1, size + 1), PAPER) / size
-    assert np.abs(seen - expected).max() < 2
-    assert tuple(seen[-1]) == PAPER
 
 
 def test_weights_multiply_the_steps_of_a_stream_and_zero_leaves_it_out():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import convert, main, train
+from detclipv2_jax import convert, main, train, validation
 from detclipv2_jax.convert import layouts
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, pretrained
@@ -121,7 +120,7 @@ def test_configs_say_which_files_are_missing_and_how_to_make_them(name, source, 
         known = pretrained.PUBLIC_FILES[pathlib.Path(file).name]
         assert known.name in module.__doc__ or name == "swin_l"
     config.init_from.swin = config.init_from.text = ""
-    config_lib.validate(config, num_devices=32)
+    validation.validate(config, num_devices=32)
     with pytest.raises(ValueError, match="prepare") as error:
         train.prepare_run(config, tmp_path / "run")
     assert "convert" not in str(error.value)
@@ -140,7 +139,7 @@ def test_a_checkpoint_needs_no_weights(micro, tmp_path):
 def test_only_converted_files_are_allowed(micro):
     micro.init_from.swin = "swin_tiny_patch4_window7_224.pth"
     with pytest.raises(ValueError, match=r"config.init_from.swin is .*allowed: a .safetensors file that `python -m"):
-        config_lib.validate(micro, num_devices=8)
+        validation.validate(micro, num_devices=8)
 
 
 @pytest.mark.slow
