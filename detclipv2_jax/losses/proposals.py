@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from detclipv2_jax.geometry.nms import nms
-from detclipv2_jax.losses import devices
+from detclipv2_jax.losses import devices, selection_pallas
 from detclipv2_jax.losses.concept_table import unique_rows
 from detclipv2_jax.losses.devices import gather, on_each_device
 from detclipv2_jax.losses.matching import LOW, chunk_size
@@ -58,8 +58,8 @@ def select_proposals(
     """Returns up to `num_proposals` anchors of each image: 1. scores, 2. top `pre_nms`, 3. class-agnostic NMS.
 
     Of equal scores the lower anchor index comes first. No gradient passes. Similarities of anchors and concepts are
-    computed in chunks and reduced at once. Arrays are global and split by rows over the mesh, as in
-    `contrastive.word_region_loss`.
+    reduced at once: in a kernel on NVIDIA GPUs, elsewhere in chunks. Arrays are global and split by rows over the mesh,
+    as in `contrastive.word_region_loss`.
 
     Args:
       embeddings, boxes, centerness: of all anchors; centerness as logits.
@@ -157,10 +157,18 @@ def max_over_concepts(
     *,
     chunk_bytes: int,
 ) -> Float32[Array, "b a"]:
-    """Returns for each anchor the largest similarity to `table[rows[:count]]`; LOW where count is 0.
+    """Returns for each anchor the largest similarity to `table[rows[:count]]`; LOW where count is 0."""
+    in_chunks = functools.partial(_max_in_chunks, chunk_bytes=chunk_bytes)
+    if embeddings.shape[2] % selection_pallas.DEPTH:
+        return in_chunks(embeddings, table, rows, count)
+    kernel = functools.partial(selection_pallas.max_over_concepts, low=LOW)
+    return jax.lax.platform_dependent(embeddings, table, rows, count, cuda=kernel, default=in_chunks)
 
-    One image and one chunk of concepts at a time. Rows past `count` repeat the first one, which changes no maximum
-    and is cheaper than a mask.
+
+def _max_in_chunks(embeddings, table, rows, count, *, chunk_bytes):
+    """One image and one chunk of concepts at a time.
+
+    Rows past `count` repeat the first one, which changes no maximum and is cheaper than a mask.
     """
     b, a, _ = embeddings.shape
     num_rows = rows.shape[0]
