@@ -10,11 +10,14 @@ import io
 import json
 import os
 import re
+import socket
 import stat
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from absl import logging
 
 _OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
@@ -127,16 +130,27 @@ def safe_name(name: object) -> str:
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of a file, which is made if need be; the system forgets the lock of a killed process.
 
-    It is a POSIX lock: child processes do not inherit it, and NFS has it between hosts.
+    It is a POSIX lock: child processes do not inherit it, and NFS has it between hosts. Where the file system has no
+    locks, the log says that nobody is kept out.
 
     Raises:
       LockedError: another process holds it.
-      OSError: the file cannot be written; or ENOLCK and the like where the file system has no locks.
+      OSError: the file cannot be made.
     """
     with path.open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise LockedError(file.read().strip() or "it does not say which") from None
+            raise LockedError(file.read().strip() or "it does not say which process it is") from None
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): another process there would not be noticed", path, error)
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise LockedError("it has just ended")  # and removed the file
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:  # the lock holds without it
+            logging.warning("%s: %s", path, error)
         yield

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from detclipv2_jax.data import workers
 from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
@@ -104,7 +105,7 @@ class Stream:
             options = grain.multiprocessing.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=max(ahead // num_workers, 1)
             )
-            dataset = dataset.mp_prefetch(options)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=workers.start)
         iterator, n = iter(dataset), start
         try:
             while (item := self._next(iterator, n)) is not None:

@@ -27,7 +27,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +38,8 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
+from detclipv2_jax import files
+from detclipv2_jax.data import workers
 from detclipv2_jax.data.built import INDEX, PHRASES, REPORT, VOCABULARY
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.prepare.record_builder import (
@@ -99,13 +100,7 @@ _job: Job  # of a worker process
 def _start_worker(job: Job) -> None:
     global _job
     _job = job
-
-    def end_with_parent() -> None:  # killed without a word, it leaves workers waiting for ever
-        if parent := multiprocessing.parent_process():
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    workers.start()
 
 
 def _work(shard: int) -> int:
@@ -166,15 +161,68 @@ def build(
     """
     output, begin = Path(output), time.monotonic()
     plan = json.loads(json.dumps({"builder": builder_class.name, "inputs": reader.inputs, **options}))
-    if (output / REPORT).is_file():
-        report = json.loads((output / REPORT).read_bytes())
-        _check_plan(plan, report["plan"], output)
-        shutil.rmtree(output / _BUILDING, ignore_errors=True)
+    if (report := _finished(plan, output)) is not None:
         return report
     job = Job(reader, output / _BUILDING, held_out, drop_held_out)
-    _start(job, plan, output)
+    with _only_build(job, plan, output):
+        if (report := _finished(plan, output)) is not None:  # by another process
+            shutil.rmtree(output / _BUILDING, ignore_errors=True)
+            return report
+        tallies = _write_shards(job, output, max_bad_share=max_bad_share, num_workers=num_workers)
+        total = Tally()
+        for tally in tallies:  # in order, so that a report does not depend on which process was faster
+            total.add(tally)
+        _write_metadata(builder_class, job, output, tallies)
+        if total.phrases:
+            most_frequent = sorted(total.phrases.items(), key=lambda item: (-item[1], item[0]))[:MAX_PHRASES]
+            lines = (f"{' '.join(phrase.split())}\t{number}\n" for phrase, number in most_frequent)
+            (output / PHRASES).write_text("".join(lines), encoding="utf-8")
+        report = _report(job, total) | {
+            "bytes": sum(path.stat().st_size for path in output.glob("*.array_record-*")),
+            "seconds of the last run": round(time.monotonic() - begin, 1),
+            "command": command,
+            "plan": plan,
+        }
+        write_atomically(output / REPORT, report)
+        shutil.rmtree(output / _BUILDING, ignore_errors=True)
+    return report
 
-    shards = range(reader.num_shards)
+
+def _finished(plan: dict[str, Any], output: Path) -> dict[str, Any] | None:
+    """Returns the report of a build of this plan that is done, None where it is not."""
+    if not (output / REPORT).is_file():
+        return None
+    report = files.read_json(output / REPORT)
+    if not isinstance(report, dict) or not isinstance(report.get("plan"), dict):
+        raise ValueError(f"{output / REPORT} is damaged; remove the folder, or choose another")
+    _check_plan(plan, report["plan"], output)
+    return report
+
+
+@contextlib.contextmanager
+def _only_build(job: Job, plan: dict[str, Any], output: Path) -> Iterator[None]:
+    """Keeps other processes out of the folder of a build, which is made if need be."""
+    if (
+        not (job.folder / "plan.json").is_file()
+        and output.is_dir()
+        and any(path.name != _BUILDING for path in output.iterdir())
+    ):
+        raise ValueError(f"--output={output} is not empty and no build; choose another folder")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(job.folder / "lock"))
+        except files.LockedError as error:
+            raise ValueError(
+                f"another process builds in {output} ({error}); wait for it, or choose another folder"
+            ) from None
+        _start(job, plan, output)
+        yield
+
+
+def _write_shards(job: Job, output: Path, *, max_bad_share: float, num_workers: int) -> list[Tally]:
+    """Returns what happened in each shard, after writing those that are missing."""
+    reader, shards = job.reader, range(job.reader.num_shards)
     missing = [shard for shard in shards if not job.file(shard, "json").is_file()]
     total = Tally()
     for shard in set(shards) - set(missing):
@@ -192,17 +240,13 @@ def build(
     refuse_above_share(total.dropped, total.seen, max_bad_share, what="items", where=output)
     if not total.examples:
         raise ValueError(f"{output}: the input has no usable example; {_by_reason(total.dropped) or 'it is empty'}")
+    return [_tally(job, shard) for shard in shards]
 
-    tallies = [_tally(job, shard) for shard in shards]
-    total = Tally()
-    for tally in tallies:  # in order, so that a report does not depend on which process was faster
-        total.add(tally)
-    _write_metadata(builder_class, job, output, tallies)
-    if total.phrases:
-        most_frequent = sorted(total.phrases.items(), key=lambda item: (-item[1], item[0]))[:MAX_PHRASES]
-        lines = (f"{' '.join(phrase.split())}\t{number}\n" for phrase, number in most_frequent)
-        (output / PHRASES).write_text("".join(lines), encoding="utf-8")
-    report = {
+
+def _report(job: Job, total: Tally) -> dict[str, Any]:
+    """Returns what a report says of the examples and what became of the others."""
+    reader = job.reader
+    return {
         "kind": reader.kind.value,
         "examples": total.examples,
         "boxes": total.boxes,
@@ -214,35 +258,25 @@ def build(
         "left out or repaired": dict((total.noted + type(total.noted)(reader.counters)).most_common()),
         "longest": dict(total.longest),
         "validation photos": {
-            "compared with": len(held_out),
+            "compared with": len(job.held_out),
             "found": len(total.leaked),
-            "left out": drop_held_out,
+            "left out": job.drop_held_out,
             "names": sorted(total.leaked)[:100],
         },
         **reader.facts,
         "inputs": {name: reader.inputs.get(name, {}) | facts for name, facts in (reader.inputs | total.inputs).items()},
-        "bytes": sum(path.stat().st_size for path in output.glob("*.array_record-*")),
-        "seconds of the last run": round(time.monotonic() - begin, 1),
-        "command": command,
-        "plan": plan,
     }
-    write_atomically(output / REPORT, report)
-    shutil.rmtree(output / _BUILDING)
-    return report
 
 
 def _start(job: Job, plan: dict[str, Any], output: Path) -> None:
-    """Makes the folder of an unfinished build, or checks that what is there is one of the same plan."""
+    """Writes the plan of a build, or checks that the unfinished one is of the same plan."""
     plan_file = job.folder / "plan.json"
-    if plan_file.is_file():
-        _check_plan(plan, json.loads(plan_file.read_bytes()), output)
-        for part in job.folder.glob("*.part*"):  # of processes that were killed
-            part.unlink()
+    if not plan_file.is_file():
+        write_atomically(plan_file, plan)
         return
-    if output.is_dir() and any(path.name != _BUILDING for path in output.iterdir()):
-        raise ValueError(f"--output={output} is not empty and no build; choose another folder")
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan_file, plan)
+    _check_plan(plan, files.read_json(plan_file), output)
+    for part in job.folder.glob("*.part*"):  # of processes that were killed
+        part.unlink()
 
 
 def _check_plan(plan: dict[str, Any], old: dict[str, Any], output: Path) -> None:

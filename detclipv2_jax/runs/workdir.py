@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import shutil
-import socket
 from collections.abc import Iterable, Iterator
 
-from absl import logging
+from detclipv2_jax import files
 
 # of an OSError that says that the disk takes no more; EFBIG: a limit on the size of files
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -25,36 +23,22 @@ class WorkdirError(RuntimeError):
 def only_run(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other runs out of a workdir, which is made if need be; the system forgets the lock of a killed process.
 
-    It is a POSIX lock on <workdir>/lock: data workers do not inherit it, and NFS has it between hosts. Where the file
-    system has no locks, the log says that nobody is kept out.
+    The lock is <workdir>/lock; see `files.locked`.
 
     Raises:
       WorkdirError: another process trains there, or nothing can be written there.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("a+")
+        stack = contextlib.ExitStack()
+        stack.enter_context(files.locked(workdir / "lock"))
+    except files.LockedError as error:
+        raise WorkdirError(f"another run trains in {workdir} ({error}); stop it, or give another --workdir") from None
     except OSError as error:
         raise WorkdirError(
             f"nothing can be written to the workdir {workdir}: {error}; give another --workdir"
         ) from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise WorkdirError(
-                f"another run trains in {workdir} ({file.read().strip() or 'it does not say which'}); stop it, or "
-                "give another --workdir"
-            ) from None
-        except OSError as error:
-            logging.warning("%s cannot be locked (%s): a second run there would not be noticed", workdir, error)
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:  # the lock holds without it
-            logging.warning("%s: %s", file.name, error)
+    with stack:
         yield
 
 
