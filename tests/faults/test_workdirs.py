@@ -195,7 +195,7 @@ def test_text_files_are_there_whole_or_as_they_were(tmp_path):
 
 def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone(tmp_path):
     code = (
-        "import pathlib, sys, time\nfrom detclipv2_jax import workdir\n"
+        "import pathlib, sys, time\nfrom detclipv2_jax.runs import workdir\n"
         f"with workdir.only_run(pathlib.Path({str(tmp_path)!r})): print('in', flush=True), time.sleep(60)"
     )
 
