@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from micro import micro_config
-from oracle.towers import StandIn, assert_same_gradients, expected_step, make_batch, recorder
+from oracle.towers import StandIn, assert_same_gradients, expected_step, jit_towers, make_batch, recorder
 
 from detclipv2_jax import train_step
 from detclipv2_jax.data.schema import Kind
@@ -50,19 +50,19 @@ def configuration(kind, num_chunks, head="none", frozen="", **switches):
 
 @functools.cache
 def compiled(case):
-    """Returns (configuration, model, mesh, optimizer, jitted step) of a case."""
+    """Returns (configuration, model, its towers, mesh, optimizer, jitted step) of a case."""
     kind, num_chunks, switches = CASES[case]
     config = configuration(kind, num_chunks, **switches)
     model = StandIn(objectness=config.model.head.objectness != "none")
     mesh = sharding.make_mesh()
     tx = optax.chain(recorder(), optax.scale(-RATE))
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=CANVAS, mesh=mesh)
-    return config, model, mesh, tx, jax.jit(step)
+    return config, model, jit_towers(model), mesh, tx, jax.jit(step)
 
 
 def run(case, batch, *, step=3, change=None):
     """Returns (state before, state after, metrics, gradient) of one step on eight devices."""
-    _, model, mesh, tx, function = compiled(case)
+    _, model, _, mesh, tx, function = compiled(case)
     params = model.init(jax.random.key(1))["params"]
     state = train_state.create(params, tx, ema=True)
     state = state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda x: x + 0.5, params))
@@ -76,14 +76,14 @@ def run(case, batch, *, step=3, change=None):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_the_oracle(case):
     kind, num_chunks, _ = CASES[case]
-    config, model, *_ = compiled(case)
+    config, _, towers, *_ = compiled(case)
     # names that repeat over devices; all different, so that the last chunk of concepts overlaps the one before; few
     # names; almost nothing to learn from
     for seed, options in enumerate(({"distinct": 20}, {"distinct": 32}, {"distinct": 3}, {"share": 0.0})):
         batch = make_batch(kind, seed=seed, **options)
         before, _, metrics, grads = run(case, batch, step=seed)
         loss, expected, wanted = expected_step(
-            model, before.params, batch, kind=kind, config=config, canvas=CANVAS, step=seed, num_devices=8,
+            towers, before.params, batch, kind=kind, config=config, canvas=CANVAS, step=seed, num_devices=8,
             num_chunks=num_chunks,
         )  # fmt: skip
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6), options

@@ -39,6 +39,30 @@ def test_levels_with_fewer_anchors_than_candidates(seed):
     assert check((128, 96), random_boxes(rng, 20, (128, 96), 120)) > 20
 
 
+def positives(sides, *, box=(0, 0, 100, 100)):
+    """Returns which square anchors of these sides in the middle of a box of 100 px are positive; all on one level."""
+    half = np.float32(sides)[:, None] / 2
+    grid = np.float32(50) + np.concatenate([-half, -half, half, half], axis=1)
+    result = atss.assign(grid, (len(grid),), np.float32([box]), np.ones(1, bool))
+    return result.positive.tolist()
+
+
+def test_the_threshold_by_hand_where_it_binds():
+    # IoUs 0.01 three times, 0.9 and 1: mean 0.386; standard deviation 0.515 unbiased, 0.461 otherwise
+    assert positives([10, 10, 10, 10 * np.sqrt(90), 100]) == [False] * 4 + [True]
+    # IoU 0.88: mean + deviation is 0.893 unbiased, and would be 0.838
+    assert positives([10, 10, 10, 10 * np.sqrt(88), 100]) == [False] * 4 + [True]
+    # equal IoUs deviate by nothing: all reach their mean exactly
+    assert positives([50] * 4) == [True] * 4
+    assert positives([50]) == [True]
+
+
+def test_a_centre_on_the_border_of_a_box_is_not_inside():
+    # the box ends 0.005 and 0.02 px beyond the centres of its anchors
+    assert positives([50] * 4, box=(0, 0, 50.005, 100)) == [False] * 4
+    assert positives([50] * 4, box=(0, 0, 50.02, 100)) == [True] * 4
+
+
 def test_tiny_full_image_and_equal_boxes():
     boxes = np.float32([[0, 0, 96, 128], [40, 40, 42, 42], [40.5, 41, 47, 49], [0, 0, 96, 128], [90, 120, 96, 128]])
     check((128, 96), boxes)

@@ -45,6 +45,17 @@ def test_equal_to_the_greedy_oracle(kind, max_outputs):
     assert kept(result) == geometry.nms(case.boxes, case.scores, 0.5, max_outputs, mask, case.classes)
 
 
+@pytest.mark.parametrize("between", [0, 200])
+def test_a_box_at_exactly_the_threshold_stays(between):
+    """Half of the first box: IoU 1/2. With others between the two, they are decided in different chunks."""
+    far = 10 * np.arange(1, between + 1, dtype=np.float32)[:, None] + np.float32([[0, 0, 1, 1]])
+    boxes = np.concatenate([np.float32([[0, 0, 2, 1]]), far, np.float32([[0, 0, 1, 1]])])
+    scores = np.linspace(1, 0, len(boxes), dtype=np.float32)
+    for threshold, stays in ((0.5, True), (np.nextafter(np.float32(0.5), np.float32(0)), False)):
+        result = kept(nms(boxes, scores, iou_threshold=float(threshold), max_outputs=len(boxes)))
+        assert result == list(range(len(boxes) if stays else len(boxes) - 1))
+
+
 def test_nothing_to_keep():
     case = cases.nms_case("random")
     nothing = np.zeros(len(case.scores), bool)

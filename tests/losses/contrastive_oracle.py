@@ -16,16 +16,17 @@ from jax.sharding import AxisType
 from detclipv2_jax.losses import contrastive
 
 
-def example(seed=0, *, b=16, k=5, d=8, m=4, t=48, dtype=np.float32, distinct=20):
+def example(seed=0, *, b=16, k=5, d=8, m=4, t=48, dtype=np.float32, distinct=20, used=0.8):
     """Returns (arrays, ids): ragged captions, repeated phrases, missing proposals, padding.
 
-    The arrays are the positional and keyword array arguments of `word_region_loss`; ids are those of the table.
+    A share `used` of the table's rows is in use; names are drawn from `distinct` ones. The arrays are the positional
+    and keyword array arguments of `word_region_loss`; ids are those of the table.
     """
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(distinct, d))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     names = rng.integers(distinct, size=t)
-    concept_mask = rng.random(t) < 0.8
+    concept_mask = rng.random(t) < used
     ids = np.stack([names // 3, names % 3], axis=1).astype(np.uint32)
     canonical = np.arange(t, dtype=np.int32)
     for row in range(t):

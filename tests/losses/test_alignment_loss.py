@@ -48,13 +48,17 @@ def test_focal_loss_has_finite_gradients_everywhere(logit, target):
 
 def inputs(seed=0, b=2, a=7, t=11, d=5):
     rng = np.random.default_rng(seed)
+    concept_mask = rng.uniform(size=t) < 0.7
     arrays = {
-        "concept_mask": rng.uniform(size=t) < 0.8,
-        "anchor_mask": rng.uniform(size=(b, a)) < 0.9,
-        "labels": rng.integers(0, t, (b, a)).astype(np.int32),
+        "concept_mask": concept_mask,
+        "anchor_mask": rng.uniform(size=(b, a)) < 0.6,
+        "labels": rng.choice(np.flatnonzero(concept_mask), (b, a)).astype(np.int32),
         "positive": rng.uniform(size=(b, a)) < 0.4,
     }
-    arrays["concept_mask"][arrays["labels"]] = True
+    # every mask masks something, and an anchor's own mask is not its label's
+    assert not concept_mask.all()
+    assert (arrays["positive"] & ~arrays["anchor_mask"]).any()
+    assert (~arrays["positive"] & ~arrays["anchor_mask"]).any()
     return rng.normal(size=(b, a, d)).astype(np.float32), rng.normal(size=(t, d)).astype(np.float32), arrays
 
 

@@ -57,6 +57,15 @@ def test_equals_brute_force(match, side, settings):
     oracle.assert_close(*both(arrays, matching=match, side=side, **settings))
 
 
+@pytest.mark.parametrize("match", ["one_to_one", "one_to_many"])
+def test_concepts_of_two_chunks_count_once(match):
+    """48 different concepts in chunks of 7: the last chunk begins with concepts of the one before."""
+    arrays, _ = oracle.example(distinct=1 << 14, used=1.0)
+    result, expected = both(arrays, matching=match)
+    assert expected[2]["num_concepts"] == 48
+    oracle.assert_close(result, expected)
+
+
 @pytest.mark.parametrize("seed", range(2, 5))
 def test_equals_brute_force_on_other_examples(seed):
     oracle.assert_close(*both(oracle.example(seed)[0]))

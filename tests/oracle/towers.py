@@ -3,8 +3,6 @@
 Also batches that hold what is easy to get wrong, and a stand-in for the model that compiles in no time.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -116,30 +114,35 @@ def recorder():
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _towers(model, params, image, extent, tokens, key, bars):
-    """Returns the outputs of both towers and the gradient to the parameters that the outputs' gradients `bars` give."""
+def jit_towers(model):
+    """Returns a function of (parameters, image, extent, tokens, key, bars or None).
 
-    def forward(params):
-        arguments = {"train": True, "rngs": {"dropout": key}}
-        regions = model.apply({"params": params}, image, extent, **arguments, method="encode_image")
-        text = model.apply({"params": params}, tokens, method="encode_text")
-        scale, bias = model.apply({"params": params}, method="logit_parameters")
-        return [regions.embeddings, regions.box_deltas, regions.centerness, regions.objectness, text, scale, bias]
+    It returns the outputs of both towers, and the gradient to the parameters that the outputs' gradients `bars` give.
+    """
 
-    outputs, pull = jax.vjp(forward, params)
-    return outputs, None if bars is None else pull(bars)[0]
+    def towers(params, image, extent, tokens, key, bars):
+        def forward(params):
+            arguments = {"train": True, "rngs": {"dropout": key}}
+            regions = model.apply({"params": params}, image, extent, **arguments, method="encode_image")
+            text = model.apply({"params": params}, tokens, method="encode_text")
+            scale, bias = model.apply({"params": params}, method="logit_parameters")
+            return [regions.embeddings, regions.box_deltas, regions.centerness, regions.objectness, text, scale, bias]
+
+        outputs, pull = jax.vjp(forward, params)
+        return outputs, None if bars is None else pull(bars)[0]
+
+    return jax.jit(towers)
 
 
-def expected_step(model, params, batch, *, kind, config, canvas, step, num_devices, num_chunks):
-    """Returns (loss, metrics, gradient to the parameters) of a step that has done `step` steps before."""
+def expected_step(towers, params, batch, *, kind, config, canvas, step, num_devices, num_chunks):
+    """Returns (loss, metrics, gradient to the parameters) of step number `step`; `towers` are those of `jit_towers`."""
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     keys = [jax.random.fold_in(key, i) for i in range(num_chunks)]
     rows = np.arange(len(batch.image)).reshape(num_devices, num_chunks, -1).swapaxes(0, 1).reshape(num_chunks, -1)
     calls = [
         (batch.image[part], batch.extent[part], batch.concept_tokens, key) for part, key in zip(rows, keys, strict=True)
     ]
-    parts = [jax.device_get(_towers(model, params, *call, None)[0]) for call in calls]
+    parts = [jax.device_get(towers(params, *call, None)[0]) for call in calls]
     order = np.argsort(rows.reshape(-1))
     images = [
         None if x[0] is None else np.concatenate(x)[order] for x in zip(*(part[:4] for part in parts), strict=True)
@@ -155,7 +158,7 @@ def expected_step(model, params, batch, *, kind, config, canvas, step, num_devic
     total = None
     for i, (part, call) in enumerate(zip(rows, calls, strict=True)):
         share = [None if x is None else x[part] for x in bars[:4]] + [x * (i == 0) for x in bars[4:]]
-        _, grads = _towers(model, params, *call, jax.tree.map(np.float32, share))
+        _, grads = towers(params, *call, jax.tree.map(np.float32, share))
         total = grads if total is None else jax.tree.map(np.add, total, grads)
     return loss, metrics, jax.device_get(total)
 

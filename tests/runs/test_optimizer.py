@@ -139,37 +139,41 @@ def test_what_is_frozen_has_no_moments_and_no_update(micro):
             make_optimizer(config, params, 100)
 
 
-def test_update_is_adamw_with_factors_and_masked_decay(micro):
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_update_is_adamw_with_factors_masked_decay_schedule_and_clipping(micro, clip_norm):
     config = micro.optimizer
-    config.clip_norm, config.warmup_steps, config.schedule = 0.0, 0, "constant"
+    config.clip_norm, config.warmup_steps, config.min_learning_rate = clip_norm, 2, 1e-4
     config.groups = ((r"slow/.*", 0.1, True), (r".*bias", 1.0, False), (r".*", 1.0, True))
+    num_steps = 6
     rng = np.random.default_rng(0)
-    params = {
-        "slow": {"kernel": rng.normal(size=3)},
-        "fast": {"kernel": rng.normal(size=3), "bias": rng.normal(size=3)},
-    }
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    tx = make_optimizer(config, params, 100)
+    # (factor on the learning rate, decay) of each parameter
+    kinds = {"slow": {"kernel": (0.1, 1)}, "fast": {"kernel": (1, 1), "bias": (1, 0)}}
+    draw = lambda scale: {x: {y: scale * rng.normal(size=3) for y in kinds[x]} for x in kinds}  # noqa: E731
+    expected = draw(1.0)
+    params = jax.tree.map(jnp.float32, expected)
+    tx = make_optimizer(config, params, num_steps)
     state = tx.init(params)
-    expected = jax.tree.map(np.asarray, params)
-    moments = jax.tree.map(lambda x: (np.zeros(3), np.zeros(3)), params)
-    for step in range(1, 4):
-        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=3), jnp.float32), params)
-        updates, state = tx.update(grads, state, params)
+    m, v = (jax.tree.map(np.zeros_like, expected) for _ in range(2))
+    # gradients that are clipped, and one that is not: Adam would hide a factor that never changes
+    for step, scale in enumerate((1.0, 0.01, 30.0, 1.0, 0.01, 3.0)):
+        grads = draw(scale)
+        updates, state = tx.update(jax.tree.map(jnp.float32, grads), state, params)
         params = optax.apply_updates(params, updates)
-        for outer, inner, factor, decay in (
-            ("slow", "kernel", 0.1, 1),
-            ("fast", "kernel", 1, 1),
-            ("fast", "bias", 1, 0),
-        ):
-            gradient = np.asarray(grads[outer][inner])
-            m, v = moments[outer][inner]
-            m = config.b1 * m + (1 - config.b1) * gradient
-            v = config.b2 * v + (1 - config.b2) * gradient**2
-            moments[outer][inner] = (m, v)
-            adam = m / (1 - config.b1**step) / (np.sqrt(v / (1 - config.b2**step)) + 1e-8)
+        norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(grads)))
+        assert (norm > 0.5) == (scale > 0.1)
+        cut = min(1.0, clip_norm / norm) if clip_norm else 1.0
+        rate = config.learning_rate * step / 2
+        if step >= 2:
+            share = 0.5 * (1 + np.cos(np.pi * (step - 2) / (num_steps - 2)))
+            rate = 1e-4 + (config.learning_rate - 1e-4) * share
+        for outer, inner in (("slow", "kernel"), ("fast", "kernel"), ("fast", "bias")):
+            gradient, (factor, decay) = cut * grads[outer][inner], kinds[outer][inner]
+            m[outer][inner] = config.b1 * m[outer][inner] + (1 - config.b1) * gradient
+            v[outer][inner] = config.b2 * v[outer][inner] + (1 - config.b2) * gradient**2
+            adam = m[outer][inner] / (1 - config.b1 ** (step + 1))
+            adam = adam / (np.sqrt(v[outer][inner] / (1 - config.b2 ** (step + 1))) + 1e-8)
             old = expected[outer][inner]
-            expected[outer][inner] = old - config.learning_rate * factor * (adam + decay * config.weight_decay * old)
+            expected[outer][inner] = old - rate * factor * (adam + decay * config.weight_decay * old)
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         wanted = expected[path[0].key][path[1].key]
         np.testing.assert_allclose(value, wanted, rtol=1e-5, err_msg=param_name(path))

@@ -44,6 +44,23 @@ def test_order_depends_on_the_seed_only():
     assert order[0] == order[1] != order[2]
 
 
+def test_every_epoch_has_another_order_and_any_step_can_be_asked_first():
+    def epochs(seed, *, backwards=False):
+        order = StepOrder((20, 30, 10), epochs=4, seed=seed)
+        steps = range(order.num_steps)[:: -1 if backwards else 1]
+        drawn = {step: order.draw(step) for step in steps}
+        return [tuple(drawn[60 * epoch + i].stream for i in range(60)) for epoch in range(4)], drawn
+
+    orders, drawn = epochs(5)
+    assert len(set(orders)) == 4
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert epochs(5, backwards=True) == (orders, drawn)
+    assert not set(epochs(6)[0]) & set(orders)
+    for stream, count in enumerate((20, 30, 10)):  # over all epochs: 0, 1, 2, …
+        positions = [drawn[step].position for step in range(240) if drawn[step].stream == stream]
+        assert positions == list(range(4 * count))
+
+
 def test_weights_multiply_the_steps_of_a_stream_and_zero_leaves_it_out():
     schedule = StepOrder((10, 10, 10), epochs=1, seed=0, weights=(0.5, 0.0, 2.0))
     drawn = np.bincount([schedule.draw(step).stream for step in range(schedule.num_steps)], minlength=3)
