@@ -1,4 +1,4 @@
-"""Files: text as people write it, file names from data, what is a file at all, and locks."""
+"""Files: written whole or not at all, text as people write it, file names from data, what is a file at all, locks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import re
 import socket
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -154,3 +154,31 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:  # the lock holds without it
             logging.warning("%s: %s", path, error)
         yield
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields where to write a file, which replaces `path` when all went well; it stays as it was after anything else.
+
+    The folder is made if need be. The place is beside `path`, so that the last step is one of the file system, and
+    keeps the suffix, which some writers go by.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], pieces: Iterable[str]) -> None:
+    """Writes a text file from its pieces, see `whole`."""
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = None) -> None:
+    """Writes a JSON file, see `whole`."""
+    write_text(path, [json.dumps(content, indent=indent, ensure_ascii=False), "\n"])

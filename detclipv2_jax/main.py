@@ -27,8 +27,9 @@ from detclipv2_jax.chips import chip_of
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
+from detclipv2_jax.files import write_text
 from detclipv2_jax.runs import processes
-from detclipv2_jax.runs.workdir import WorkdirError, only_run, room, write_text
+from detclipv2_jax.runs.workdir import WorkdirError, only_run, room
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration, e.g. configs/demo.py or configs/swin_t.py:full"

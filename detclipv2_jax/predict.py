@@ -22,7 +22,8 @@ import tqdm
 from absl import app, flags, logging
 
 from detclipv2_jax.data import transforms
-from detclipv2_jax.eval.result import Rows, write_json
+from detclipv2_jax.eval.result import Rows
+from detclipv2_jax.files import write_json
 from detclipv2_jax.inference import Found, Predictor, vocabulary
 from detclipv2_jax.visualize import figures
 

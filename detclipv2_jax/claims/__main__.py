@@ -37,7 +37,7 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import coco, lvis
-from detclipv2_jax.eval.result import write_json, write_text
+from detclipv2_jax.files import write_json, write_text
 from detclipv2_jax.visualize import charts
 
 # glibc: memory of a step is not given back after it; page faults are a quarter of the time of such small steps

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import os
 import re
 from pathlib import Path
 
 from safetensors.numpy import save_file
 
+from detclipv2_jax import files
 from detclipv2_jax.convert import layouts
 from detclipv2_jax.convert.reading import read
 from detclipv2_jax.runs.pretrained import FRESH, KEYS, ROOTS
@@ -53,10 +53,8 @@ def run(part: str, *, source: str | Path, output: str | Path, layout: str = "") 
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {"layout": found.layout, "source": source.name, "source_sha256": digest}
     metadata |= {"source_bytes": str(source.stat().st_size), "format": "pt" if ours else "detclipv2_jax"}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".unfinished")
-    save_file(found.params, unfinished, metadata=metadata)
-    os.replace(unfinished, output)
+    with files.whole(output) as partial:
+        save_file(found.params, partial, metadata=metadata)
     return _report(part, found, output, back=ours)
 
 

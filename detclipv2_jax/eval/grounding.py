@@ -34,7 +34,8 @@ from pycocotools import mask as boxes_lib
 from detclipv2_jax.data import box_json
 from detclipv2_jax.data.checks import missing_paths, resolve
 from detclipv2_jax.eval import coco
-from detclipv2_jax.eval.result import Parts, Rows, write_json
+from detclipv2_jax.eval.result import Parts, Rows
+from detclipv2_jax.files import write_json
 from detclipv2_jax.inference import Predictor, vocabulary
 
 TASKS = ("phrases", "referring")

@@ -26,7 +26,7 @@ import numpy as np
 
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.eval import loop
-from detclipv2_jax.eval.result import write_json
+from detclipv2_jax.files import write_json
 
 FILES = (
     "annotations_without_background.json",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax.runs.workdir import write_text
+from detclipv2_jax import files
 
 # scores that a run may go by
 MONITORS = tuple(f"{lead}AP{kind}" for lead in ("", "fixed_") for kind in ("", "50", "75", *"smlrcf"))
@@ -98,10 +97,8 @@ class Parts:
     def write(self) -> None:
         """Puts the rows taken since the last call, at least one batch's, on disk."""
         rows = Rows.concatenate(self._pending)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f"{os.getpid()}.tmp.npz"
-        np.savez(partial, **dataclasses.asdict(rows))
-        os.replace(partial, self._folder / f"{self._written:06d}-{self.done:06d}.npz")
+        with files.whole(self._folder / f"{self._written:06d}-{self.done:06d}.npz") as partial:
+            np.savez(partial, **dataclasses.asdict(rows))
         self._parts.append(rows)
         self._pending, self._written, self._written_at = [], self.done, time.monotonic()
 
@@ -124,14 +121,9 @@ def write(
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes `<name>_detections.json` and `<name>_scores.json` (scores and "protocol"); returns their paths."""
     paths = folder / f"{name}_detections.json", folder / f"{name}_scores.json"
-    write_text(paths[0], _json_list(detections.parts()))
-    write_json(paths[1], {**scores, "protocol": {**protocol, "detections": paths[0].name}}, indent=2)
+    files.write_text(paths[0], _json_list(detections.parts()))
+    files.write_json(paths[1], {**scores, "protocol": {**protocol, "detections": paths[0].name}}, indent=2)
     return paths
-
-
-def write_json(path: pathlib.Path, content: Any, *, indent: int | None) -> None:
-    """Writes a JSON file, at once or not at all."""
-    write_text(path, [json.dumps(content, indent=indent, ensure_ascii=False), "\n"])
 
 
 def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:

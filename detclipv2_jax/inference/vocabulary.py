@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.resources
 import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -107,11 +106,8 @@ def weights_key(params: Any) -> str:
 
 def save(path: str | pathlib.Path, embeddings: Embeddings, *, key: str) -> None:
     """Writes embeddings with the key of what they were made of, at once or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, embeddings=embeddings, key=np.array(key))
-    os.replace(partial, path)
+    with files.whole(path) as partial:
+        np.savez(partial, embeddings=embeddings, key=np.array(key))
 
 
 def load(path: str | pathlib.Path, *, key: str) -> Embeddings:

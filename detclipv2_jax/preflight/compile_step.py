@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import resource
@@ -27,7 +26,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import inference, train
+from detclipv2_jax import files, inference, train
 from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.models import detclip, flops
@@ -296,10 +295,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "compiler_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": versions,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(result))
-    partial.rename(path)
+    files.write_json(path, result)
     return result
 
 

@@ -82,16 +82,9 @@ class Job:
         finally:
             writer.close()
         part.rename(self.file(shard, "array_record"))
-        write_atomically(self.file(shard, "index.json"), rows)
-        write_atomically(self.file(shard, "json"), vars(tally))
+        files.write_json(self.file(shard, "index.json"), rows)
+        files.write_json(self.file(shard, "json"), vars(tally), indent=1)
         return shard
-
-
-def write_atomically(path: Path, content: Any) -> None:
-    """Writes json that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    part.write_text(json.dumps(content, indent=None if isinstance(content, list) else 1) + "\n", encoding="utf-8")
-    part.rename(path)
 
 
 _job: Job  # of a worker process
@@ -183,7 +176,7 @@ def build(
             "command": command,
             "plan": plan,
         }
-        write_atomically(output / REPORT, report)
+        files.write_json(output / REPORT, report, indent=1)
         shutil.rmtree(output / _BUILDING, ignore_errors=True)
     return report
 
@@ -272,7 +265,7 @@ def _start(job: Job, plan: dict[str, Any], output: Path) -> None:
     """Writes the plan of a build, or checks that the unfinished one is of the same plan."""
     plan_file = job.folder / "plan.json"
     if not plan_file.is_file():
-        write_atomically(plan_file, plan)
+        files.write_json(plan_file, plan, indent=1)
         return
     _check_plan(plan, files.read_json(plan_file), output)
     for part in job.folder.glob("*.part*"):  # of processes that were killed
@@ -328,7 +321,7 @@ def _write_metadata(builder_class: type[RecordBuilder], job: Job, output: Path, 
     table = np.array(rows, np.int32)
     with (output / INDEX).open("wb") as file:
         np.savez(file, sizes=table[:, :2], num_boxes=table[:, 2], num_concepts=table[:, 3])
-    write_atomically(output / VOCABULARY, dataclasses.asdict(job.reader.vocabulary))
+    files.write_json(output / VOCABULARY, dataclasses.asdict(job.reader.vocabulary), indent=1)
     builder = builder_class.of(job.reader, data_dir=output)
     lengths = [tallies[shard].examples for shard in filled]
     num_bytes = sum(os.path.getsize(path) for path in paths)

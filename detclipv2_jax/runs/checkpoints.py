@@ -26,10 +26,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax.files import write_text
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import named_shapes
 from detclipv2_jax.runs.state import TrainState
-from detclipv2_jax.runs.workdir import room, write_text
+from detclipv2_jax.runs.workdir import room
 
 _DIGESTS = "sha256.json"
 

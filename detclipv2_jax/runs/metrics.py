@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
-from detclipv2_jax.runs.workdir import write_text
+from detclipv2_jax.files import write_text
 
 if TYPE_CHECKING:
     from clu import metric_writers

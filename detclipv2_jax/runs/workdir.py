@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time in it, files that are there whole or not at all, and room for them."""
+"""The folder of a run: one run at a time in it, and room for its files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from detclipv2_jax import files
 
@@ -67,15 +67,3 @@ def room(folder: pathlib.Path, needed: int = 0, *, what: str = "this run") -> It
         if reason is None or isinstance(error, WorkdirError):
             raise
         raise full(f" ({reason})") from error
-
-
-def write_text(path: pathlib.Path, pieces: Iterable[str]) -> None:
-    """Writes a text file that is there whole or as it was before, also after a kill or on a full disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

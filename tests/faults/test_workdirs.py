@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from detclipv2_jax import files
 from detclipv2_jax.runs import checkpoints, workdir
 from detclipv2_jax.runs.state import TrainState
 
@@ -181,14 +182,14 @@ def test_a_read_only_workdir_is_refused_before_anything_is_done(small_disk):
 
 def test_text_files_are_there_whole_or_as_they_were(tmp_path):
     path = tmp_path / "config.json"
-    workdir.write_text(path, ["old"])
+    files.write_text(path, ["old"])
 
     def pieces():
         yield "new"
         raise OSError("no more")
 
     with pytest.raises(OSError, match="no more"):
-        workdir.write_text(path, pieces())
+        files.write_text(path, pieces())
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
