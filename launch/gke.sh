@@ -22,17 +22,28 @@ again=75 # exit status of a run that was preempted and has saved: not 0, or its 
 
 apply() { if [[ -n "$DRY_RUN" ]]; then cat; else kubectl apply -f -; fi; }
 
+# a text of YAML, which is one of JSON
+text() {
+  local text="${1//\\/\\\\}"
+  text="${text//\"/\\\"}"
+  text="${text//$'\n'/\\n}"
+  printf '"%s"' "${text//$'\t'/\\t}"
+}
+argument() { text "${1//\$/\$\$}"; } # of a container, where $(NAME) would be a variable
+for name in NUM_HOSTS CHIPS_PER_HOST MAX_RESTARTS; do
+  [[ "${!name}" =~ ^[0-9]+$ ]] || { echo "error: $name is '${!name}'; it takes a number" >&2 && exit 2; }
+done
 flags=""
 for flag in "$@"; do
   flags+="
-                    - $(printf '%s' "$flag" | sed "s/'/''/g; s/.*/'&'/")"
+                    - $(argument "$flag")"
 done
 
 apply <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $NAME
+  name: $(text "$NAME")
 spec:
   failurePolicy:
     maxRestarts: $MAX_RESTARTS # all pods start again when one ends with an error
@@ -49,19 +60,19 @@ spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 300 # SIGTERM, a checkpoint, the end
               nodeSelector:
-                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
-                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+                cloud.google.com/gke-tpu-accelerator: $(text "$ACCELERATOR")
+                cloud.google.com/gke-tpu-topology: $(text "$TOPOLOGY")
               containers:
                 - name: run
-                  image: $IMAGE
+                  image: $(text "$IMAGE")
                   workingDir: /detclipv2_jax
                   # no shell: the signal must reach Python
                   command: [python, -m, detclipv2_jax.main]
                   args:
                     - --distributed=on
                     - --preempted_status=$again
-                    - --config=$CONFIG
-                    - --workdir=$WORKDIR$flags
+                    - $(argument "--config=$CONFIG")
+                    - $(argument "--workdir=$WORKDIR")$flags
                   resources:
                     requests: {google.com/tpu: $CHIPS_PER_HOST}
                     limits: {google.com/tpu: $CHIPS_PER_HOST}
@@ -71,5 +82,5 @@ spec:
                     - {name: share, mountPath: /detclipv2_jax/weights, subPath: weights}
               volumes:
                 - name: share
-                  persistentVolumeClaim: {claimName: $CLAIM}
+                  persistentVolumeClaim: {claimName: $(text "$CLAIM")}
 YAML

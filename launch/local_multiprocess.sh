@@ -11,7 +11,7 @@ PYTHON="${PYTHON:-python}"
 PROGRAM="${PROGRAM:-detclipv2_jax.main}" # module that runs
 DRY_RUN="${DRY_RUN:-}"                   # not empty: only print what would run
 
-run() { if [[ -n "$DRY_RUN" ]]; then echo "$*"; else exec "$@"; fi; }
+run() { if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "$(printf '%q ' "$@")"; else exec "$@"; fi; }
 
 processes=()
 for ((i = 0; i < NUM_PROCESSES; i++)); do

@@ -28,7 +28,7 @@ again=75 # exit status of a run that was preempted and has saved
 
 run() { if [[ -n "$DRY_RUN" ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 
-cd "$CODE"
+cd -- "$CODE"
 status=0
 # one process that fails takes the others along; each line of the log says whose it is
 run srun --kill-on-bad-exit=1 --label "$PYTHON" -m detclipv2_jax.main --distributed=on --preempted_status=$again \

@@ -27,6 +27,7 @@ again=75 # exit status of a run that was preempted and has saved
 
 run() { if [[ -n "$DRY_RUN" ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 tpu() { run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"; }
+quoted() { printf '%q' "$1"; } # for the shell of a host
 on_all_hosts() { tpu tpu-vm ssh "$NAME" --worker=all --command="set -euo pipefail; $1"; }
 state() { if [[ -n "$DRY_RUN" ]]; then echo ACTIVE; else tpu queued-resources describe "$NAME" --format='value(state.state)'; fi; }
 
@@ -41,19 +42,21 @@ create() {
 
 install() {
   on_all_hosts "sudo apt-get install -y -q nfs-common python3-venv git
-    sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs $SHARE /mnt/share)
-    rm -rf detclipv2_jax && git clone -q $REPOSITORY detclipv2_jax && cd detclipv2_jax && git checkout -q $REVISION
+    sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs $(quoted "$SHARE") /mnt/share)
+    rm -rf detclipv2_jax && git clone -q -- $(quoted "$REPOSITORY") detclipv2_jax
+    cd detclipv2_jax && git checkout -q $(quoted "$REVISION")
     ln -s /mnt/share/data /mnt/share/weights /mnt/share/runs .
     python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 }
 
 start() {
-  local flags=""
+  local flags="" workdir
+  workdir="$(quoted "$WORKDIR")"
   (($# == 0)) || flags="$(printf ' %q' "$@")"
   # a process that is left over from before holds the chips; the brackets keep pkill from finding itself
-  on_all_hosts "cd detclipv2_jax && mkdir -p $WORKDIR/logs && (pkill -f '[d]etclipv2_jax.main' && sleep 10 || true)
-    .venv/bin/python -m detclipv2_jax.main --distributed=on --preempted_status=$again --config=$CONFIG \
-      --workdir=$WORKDIR$flags 2>&1 | tee -a $WORKDIR/logs/\$(hostname).log"
+  on_all_hosts "cd detclipv2_jax && mkdir -p -- $workdir/logs && (pkill -f '[d]etclipv2_jax.main' && sleep 10 || true)
+    .venv/bin/python -m detclipv2_jax.main --distributed=on --preempted_status=$again --config=$(quoted "$CONFIG") \
+      --workdir=$workdir$flags 2>&1 | tee -a -- $workdir/logs/\$(hostname).log"
 }
 
 delete() { tpu queued-resources delete "$NAME" --force --quiet; }
