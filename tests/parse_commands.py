@@ -1,0 +1,76 @@
+"""Parses commands as their programs would, without running them: a JSON list of argument lists in, of results out.
+
+Each command has a process of its own, forked when the large libraries are imported, since flags are global.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+from typing import Any
+
+from absl import app, flags
+
+import detclipv2_jax.eval.loop  # most of what the programs import  # noqa: F401
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import train  # noqa: F401
+
+
+class Parsed(BaseException):
+    """The command is parsed; the program must not go on."""
+
+
+def parse(module: str, arguments: list[str]) -> dict[str, Any]:
+    """Returns {"error"}, {} where the program parses by itself, or what absl's flags say of a command."""
+    found: dict[str, Any] = {}
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *given, **options):
+        parse_args(parser, *given, **options)
+        raise Parsed
+
+    def run(main, argv=None, flags_parser=app.parse_flags_with_usage):
+        rest = flags_parser(argv or sys.argv)
+        values = flags.FLAGS.flag_values_dict()
+        found["positional"] = rest[1:]
+        if values.get("config") is not None:
+            config = values["config"]
+            config_lib.validate(config, num_devices=1)
+            workdir = values.get("workdir") or f"runs/{config.name}"
+            found.update(config=config_lib.to_json(config), workdir=workdir, mode=values.get("mode"))
+        raise Parsed
+
+    argparse.ArgumentParser.parse_args, app.run = parse_and_stop, run  # type: ignore[method-assign]
+    sys.argv = [module, *arguments]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_module(module, run_name="__main__", alter_sys=False)
+    except Parsed:
+        return found
+    except SystemExit as stop:
+        return {"error": f"{stop.code}\n{said.getvalue()}"}
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": "it parses no flags"}
+
+
+def in_own_process(module: str, arguments: list[str]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        with os.fdopen(writing, "w") as file:
+            json.dump(parse(module, arguments), file)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+if __name__ == "__main__":
+    results = [in_own_process(module, arguments) for module, *arguments in json.load(sys.stdin)]
+    print(json.dumps(results))
