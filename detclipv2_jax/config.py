@@ -49,29 +49,29 @@ def model(size: str) -> ConfigDict:
     c.dtype = "float32" if nano else "bfloat16"  # compute type; parameters and losses are float32
     c.remat = "none" if nano else "blocks"  # what is recomputed in the backward pass: none | blocks | heads | all
     c.embed_dim = 64 if nano else 512  # D: size of region and concept embeddings
-    # Swin Transformer; stages 2-4 feed the pyramid
+    # Swin Transformer; its stages 2-4 feed the pyramid
     c.swin = ConfigDict()
-    c.swin.embed_dim = embed_dim
-    c.swin.depths = depths
-    c.swin.num_heads = num_heads
-    c.swin.window_size = window
+    c.swin.embed_dim = embed_dim  # channels of the first stage; each later one has twice as many
+    c.swin.depths = depths  # blocks of each stage
+    c.swin.num_heads = num_heads  # attention heads of each stage
+    c.swin.window_size = window  # side of an attention window in tokens
     c.swin.drop_path_rate = 0.0 if nano else 0.2  # stochastic depth of the last block, linear from 0 (Table 9)
     c.swin.attention_impl = "auto"  # auto | xla | pallas: how windows are computed; auto: one kernel on NVIDIA GPUs
     # FPN (P3-P7) and the ATSS head shared over its levels
     c.head = ConfigDict()
     c.head.channels = 64 if nano else 256  # of the pyramid and of both towers
     c.head.num_convs = 2 if nano else 4  # 3x3 convolutions in each tower
-    c.head.num_groups = 8 if nano else 32  # of group norm
+    c.head.num_groups = 8 if nano else 32  # groups of group norm
     c.head.deformable = True  # modulated deformable layer before the classification tower (Table 3)
     c.head.deform_impl = "auto"  # auto | gather | banded: how the sampling is computed; auto: banded on TPUs
     c.head.objectness = "none"  # none | classification | iou: extra head, needed by loss.selection of that name
     # text tower: CLIP's transformer
     c.text = ConfigDict()
-    c.text.width = 64 if nano else 512
-    c.text.num_layers = 2 if nano else 12
-    c.text.num_heads = 2 if nano else 8
+    c.text.width = 64 if nano else 512  # channels
+    c.text.num_layers = 2 if nano else 12  # transformer blocks
+    c.text.num_heads = 2 if nano else 8  # attention heads
     c.text.context_length = 16  # tokens a concept, [SOS] and [EOS] included (Table 9)
-    # logit = scale * f_region . f_text + bias (spec section 9, point 1)
+    # logit = scale * f_region . f_text + bias (docs/decisions.md: logits)
     c.logit = ConfigDict()
     c.logit.normalize_regions = nano  # L2-normalise region embeddings too (concept embeddings always are)
     c.logit.scale = 10.0 if nano else 1.0  # initial value
@@ -100,10 +100,10 @@ def init_from() -> ConfigDict:
     # a workdir of ours: start from its parameters (the best ones if it keeps them), step and optimizer anew; or
     # evaluate it. Words and canvases may be others, config.model may not
     c.checkpoint = ""
-    # .safetensors files of the backbone and of the text tower, made by `python -m detclipv2_jax.convert`; "": random
-    # values. Fitted to model.swin.window_size and model.text.context_length. Not read where there is a checkpoint
+    # .safetensors file of the backbone, made by `python -m detclipv2_jax.convert`; "": random values. Fitted to
+    # model.swin.window_size (the text tower: to model.text.context_length). Not read where there is a checkpoint
     c.swin = ""
-    c.text = ""
+    c.text = ""  # the same for the text tower
     return c
 
 
@@ -114,12 +114,12 @@ def data_section(kind: str) -> ConfigDict:
     c.images = ""  # image folder for the raw files below
     c.batch_size = 6144 if kind == "image_text" else 128  # images a step over all devices
     c.canvases = ((320, 320),) if kind == "image_text" else (LANDSCAPE, PORTRAIT)  # (height, width) px
-    # the short side is drawn from this range (px), then the long side bounded; aspect ratio is kept
+    # (smallest, largest) px: the short side is drawn from this range, then the long side bounded; aspect ratio is kept
     c.short_side = (320, 320) if kind == "image_text" else (480, 800)
-    c.long_side = 320 if kind == "image_text" else 1333
-    c.flip_prob = 0.5  # horizontal
+    c.long_side = 320 if kind == "image_text" else 1333  # px at most
+    c.flip_prob = 0.5  # share of images that are mirrored left to right
     c.max_examples = 0  # use the first n images of the source; 0: all
-    c.definitions = kind == "detection"  # "name, definition" instead of the name (spec section 9, point 11)
+    c.definitions = kind == "detection"  # "name, definition" instead of the name (docs/decisions.md)
     c.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
     c.weight = 1.0  # multiplies the number of steps drawn from this kind; small sets: passes an epoch
     # the first of the epochs (from 0) that draws from this kind. The paper's towers are pre-trained; random ones
@@ -153,12 +153,12 @@ def scenes() -> ConfigDict:
     It is written once to <workdir>/data, then read like real data.
     """
     c = ConfigDict()
-    c.num_detection = 0  # images; all zero: no generated data
-    c.num_grounding = 0
-    c.num_image_text = 0
-    c.num_eval = 0
+    c.num_detection = 0  # images with boxes and names; all four numbers zero: no generated data
+    c.num_grounding = 0  # images with phrases and boxes
+    c.num_image_text = 0  # images with captions
+    c.num_eval = 0  # images to evaluate on
     c.size_px = 128  # width and height of a scene
-    c.seed = 0
+    c.seed = 0  # of the world
     c.novel_captions = True  # captions name novel shapes, too; False: nothing does
     c.folder = ""  # where they are written; "": <workdir>/data
     return c
@@ -168,8 +168,8 @@ def input_section() -> ConfigDict:
     """Returns the keys of `config.input`: how the host reads, which changes no value."""
     c = ConfigDict()
     c.num_workers = 0  # processes a stream; 0: threads of the main process
-    c.num_threads = 2  # a stream, when num_workers is 0
-    c.prefetch_batches = 2  # a stream
+    c.num_threads = 2  # threads a stream, when num_workers is 0
+    c.prefetch_batches = 2  # finished batches a stream that wait for their step
     c.timeout_s = 300  # s without a batch after which the run ends and says what it waited for
     return c
 
@@ -177,22 +177,24 @@ def input_section() -> ConfigDict:
 def loss() -> ConfigDict:
     """Returns the keys of `config.loss` (paper section 3)."""
     c = ConfigDict()
-    c.focal_alpha = 0.25
-    c.focal_gamma = 2.0
-    c.box_weight = 2.0  # GIoU; detection only
-    c.centerness_weight = 1.0  # detection only
-    c.objectness_weight = 1.0  # only with model.head.objectness
-    c.contrastive_weight = 0.1  # lambda (Table 2f)
-    c.temperature = 0.5  # tau (Table 2e)
-    c.label_smoothing = 0.1
-    c.num_proposals = 100  # k (Table 2d)
-    c.selection = "text_batch"  # Table 2a
+    c.focal_alpha = 0.25  # weight of positives in the focal loss; negatives have 1 - alpha
+    c.focal_gamma = 2.0  # how much the focal loss leaves out what is easy
+    c.box_weight = 2.0  # of the GIoU loss; detection only
+    c.centerness_weight = 1.0  # of the centerness loss; detection only
+    c.objectness_weight = 1.0  # of the extra head's loss; only with model.head.objectness
+    c.contrastive_weight = 0.1  # lambda: of the contrastive loss (Table 2f)
+    c.temperature = 0.5  # tau of the contrastive loss (Table 2e)
+    c.label_smoothing = 0.1  # of the contrastive loss
+    c.num_proposals = 100  # k: regions an image in the contrastive loss (Table 2d)
+    # what chooses these regions (Table 2a): classification | iou | centerness | text_sample | text_batch |
+    # text_batch_centerness
+    c.selection = "text_batch"
     c.selection_scope = "global"  # device: the paper's per-GPU batch; global: independent of the device count
     c.selection_pre_nms = 1000  # anchors that enter the selection's NMS
-    c.selection_nms_iou = 0.6
-    c.matching = "one_to_one"  # Table 2b
+    c.selection_nms_iou = 0.6  # of that NMS: a region that overlaps a better one by more is left out
+    c.matching = "one_to_one"  # of a phrase with regions: max_size | one_to_one | one_to_many (Table 2b)
     c.matching_temperature = 0.1  # tau_t of one_to_many (Eq. 4); the paper gives no value
-    c.side = "text_to_image"  # Table 2c
+    c.side = "text_to_image"  # of the contrast: text_to_image | image_to_text | bilateral (Table 2c)
     c.chunk_bytes = 128 << 20  # a device: similarities held at once by the losses; smaller: less memory, slower
     return c
 
@@ -200,28 +202,29 @@ def loss() -> ConfigDict:
 def optimizer() -> ConfigDict:
     """Returns the keys of `config.optimizer` (Table 9)."""
     c = ConfigDict()
-    c.learning_rate = 2.8e-4
-    # after the warmup: cosine | step (x decay_factor at each of decay_at) | plateau (x decay_factor when eval.monitor
-    # was not better for `patience` evaluations) | constant
+    c.learning_rate = 2.8e-4  # after the warmup
+    # what follows the warmup: cosine | step (x decay_factor at each of decay_at) | plateau (x decay_factor when
+    # eval.monitor was not better for `patience` evaluations) | constant
     c.schedule = "cosine"
     c.warmup_steps = 1000  # linear from 0; evaluations before its end are not held against the run
     c.min_learning_rate = 0.0  # where cosine ends, and the smallest of plateau
     c.decay_at = (2 / 3, 11 / 12)  # shares of all epochs
-    c.decay_factor = 0.1
-    c.patience = 5
+    c.decay_factor = 0.1  # of step and plateau
+    c.patience = 5  # evaluations that plateau waits for a better score
     # evaluations without a better score (plateau: at min_learning_rate) after which the run ends; 0: it does not
     c.stop_patience = 0
-    c.weight_decay = 0.05
-    c.b1 = 0.9
-    c.b2 = 0.999
-    c.clip_norm = 35.0  # global gradient norm (spec section 9, point 19); 0: no clipping
+    c.weight_decay = 0.05  # AdamW's, times the learning rate
+    c.b1 = 0.9  # AdamW's decay of the mean of gradients
+    c.b2 = 0.999  # AdamW's decay of the mean of their squares
+    c.clip_norm = 35.0  # global gradient norm (docs/decisions.md); 0: no clipping
+    # (regex over the parameter's name, factor on the learning rate, weight decay?); the first match holds
     c.groups = parameter_groups(text_factor=0.1)
     # regex over the whole name of parameters that stay as they are, without moments: r"text_encoder/.*"; "": none
     c.frozen = ""
-    c.ema_decay = 0.0  # of an exponential moving average used for evaluation; 0: none
-    c.accumulate = ConfigDict()  # chunks a step whose gradients are summed exactly; saves memory
+    c.ema_decay = 0.0  # of a moving average of the parameters, used for evaluation; 0: none
+    c.accumulate = ConfigDict()
     for kind in KINDS:
-        c.accumulate[kind] = 1
+        c.accumulate[kind] = 1  # chunks a step whose gradients are summed exactly; more save memory
     return c
 
 
@@ -229,23 +232,23 @@ def eval_section() -> ConfigDict:
     """Returns the keys of `config.eval`: evaluation and prediction (docs/decisions)."""
     c = ConfigDict()
     c.annotations = ""  # COCO json; "" trains without evaluation
-    c.images = ""
-    c.max_examples = 0
+    c.images = ""  # image folder of the json
+    c.max_examples = 0  # use the first n images; 0: all
     c.batch_size = 32  # images over all devices
-    c.canvases = (LANDSCAPE, PORTRAIT)
-    c.short_side = 800
-    c.long_side = 1333
+    c.canvases = (LANDSCAPE, PORTRAIT)  # (height, width) px
+    c.short_side = 800  # px
+    c.long_side = 1333  # px at most
     c.definitions = True  # "name, definition" as in detection training
-    c.dictionary = ""
-    c.max_bad_share = 0.0
-    c.follow_links = False
-    c.every_steps = 0  # 0: only at the end
+    c.dictionary = ""  # TSV `name <tab> definition`
+    c.max_bad_share = 0.0  # an error above this share of unusable images or boxes
+    c.follow_links = False  # as for training data
+    c.every_steps = 0  # steps between evaluations; 0: only at the end
     c.every_epochs = 0  # the same in passes over the data; 0: not
     c.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by
-    c.score_threshold = 0.0
-    c.nms_iou = 0.6  # class-wise
+    c.score_threshold = 0.0  # boxes at or below are left out
+    c.nms_iou = 0.6  # a box that overlaps a better one of its word by more is left out
     c.pre_nms = 1000  # (anchor, word) pairs an image that enter NMS
-    c.max_detections = 300
+    c.max_detections = 300  # boxes an image
     c.num_pictures = 8  # images drawn into pictures/
     return c
 
@@ -257,18 +260,18 @@ def forgetting() -> ConfigDict:
     """
     c = ConfigDict()
     c.annotations = ""  # COCO json; "": none
-    c.images = ""
-    c.max_examples = 0
-    c.definitions = True
-    c.dictionary = ""
+    c.images = ""  # image folder of the json
+    c.max_examples = 0  # use the first n images; 0: all
+    c.definitions = True  # "name, definition" instead of the name
+    c.dictionary = ""  # TSV `name <tab> definition`
     return c
 
 
 def checkpoint() -> ConfigDict:
     """Returns the keys of `config.checkpoint`."""
     c = ConfigDict()
-    c.every_steps = 1000
-    c.keep = 3
+    c.every_steps = 1000  # steps between checkpoints
+    c.keep = 3  # newest ones that stay
     # also save and keep the one with the best eval.monitor; then it is what the workdir predicts and is scored with
     c.keep_best = False
     return c
@@ -291,22 +294,23 @@ def base() -> ConfigDict:
     c.optimizer = optimizer()
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
-    # s that processes wait for one that is late, at the start, before a step, an evaluation or at the end; then the run
-    # ends with its name. Longer than compiling takes on one host more than on another
+    # s that all processes wait for one that is late, then the run ends and names it. It must be longer than the time by
+    # which compiling takes longer on one host than on another
     c.timeout_s = 600
 
-    # values for accelerators with less memory than the others, which win there over all but those of the command line:
-    # (key, value) pairs by chip (v4, v5e, v5p, v6e, h100); `python -m detclipv2_jax.preflight` finds them
     c.chips = ConfigDict()
     for chip in CHIPS:
+        # (key, value) pairs for this chip, e.g. one with less memory; they win there over all values but those of the
+        # command line. `python -m detclipv2_jax.preflight` finds them
         c.chips[chip] = ()
 
     c.eval = eval_section()
     c.forgetting = forgetting()
     c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
-    c.log_every_steps = 50  # of a kind: every n-th detection step, every n-th image-text step …
-    # first batches, and every n-th batch of a stream, those of pairs with the best region of each phrase; 0: only first
+    c.log_every_steps = 50  # every n-th step of a kind is logged: detection, grounding, image-text
+    # the first batch of a stream is drawn and every n-th after it; pairs with the best region of each phrase. 0: only
+    # the first
     c.pictures_every_steps = 1000
     # steps traced by jax's profiler into profile/, from the tenth on; open with TensorBoard or xprof. 0: none
     c.profile_steps = 0

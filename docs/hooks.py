@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import pathlib
 import re
@@ -54,8 +55,13 @@ def configuration() -> str:
             section = own
             parts.append(f"\n## {section or 'The run'}\n\n| key | default | |\n|---|---|---|\n")
         cells = (f"`{key}`", f"`{shown(value)}`", comment)
-        parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
+        parts.append(f"| {' | '.join(map(as_html, cells))} |\n")
     return "".join(parts)
+
+
+def as_html(text: str) -> str:
+    """Returns text with `code` as a cell of a table: Markdown knows no bar in one."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text, quote=False)).replace("|", "&#124;")
 
 
 def shown(value: object) -> str:
@@ -64,7 +70,7 @@ def shown(value: object) -> str:
 
 def keys() -> list[tuple[str, object, str]]:
     """Returns (dotted key, default, comment) of every key in the order of config.py, those of no section first."""
-    lines: dict[tuple[int, str], str] = {}
+    lines: dict[tuple[int, str], int] = {}
     stored = ConfigDict.__setitem__
 
     def record(section: ConfigDict, key: str, value: object) -> None:
@@ -72,20 +78,20 @@ def keys() -> list[tuple[str, object, str]]:
         while frame and pathlib.Path(frame.f_code.co_filename).name != "config.py":
             frame = frame.f_back
         if frame:
-            lines[id(section), key] = comment_at(frame.f_lineno)
+            lines[id(section), key] = frame.f_lineno
         stored(section, key, value)
 
     with mock.patch.object(ConfigDict, "__setitem__", record):
         made = config_lib.base()
 
     def walk(section: ConfigDict, prefix: str) -> Iterator[tuple[str, object, str]]:
-        entries = [(key, section[key]) for key in section]
-        for key, value in entries:
-            if not isinstance(value, ConfigDict):
-                yield prefix + key, value, lines.get((id(section), key), "")
-        for key, value in entries:
-            if isinstance(value, ConfigDict):
-                yield from walk(value, f"{prefix}{key}.")
+        ordered = sorted(section, key=lambda key: lines[id(section), key])
+        for key in ordered:
+            if not isinstance(section[key], ConfigDict):
+                yield prefix + key, section[key], comment_at(lines[id(section), key])
+        for key in ordered:
+            if isinstance(section[key], ConfigDict):
+                yield from walk(section[key], f"{prefix}{key}.")
 
     return list(walk(made, ""))
 

@@ -16,7 +16,7 @@ from absl import app, flags
 
 import detclipv2_jax.eval.loop  # most of what the programs import  # noqa: F401
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import train  # noqa: F401
+from detclipv2_jax import train, validation  # noqa: F401
 
 
 class Parsed(BaseException):
@@ -38,7 +38,7 @@ def parse(module: str, arguments: list[str]) -> dict[str, Any]:
         found["positional"] = rest[1:]
         if values.get("config") is not None:
             config = values["config"]
-            config_lib.validate(config, num_devices=1)
+            validation.validate(config, num_devices=1)
             workdir = values.get("workdir") or f"runs/{config.name}"
             found.update(config=config_lib.to_json(config), workdir=workdir, mode=values.get("mode"))
         raise Parsed
