@@ -39,7 +39,7 @@ def configuration(kind, num_chunks, head="none", frozen="", **switches):
     config.optimizer.accumulate[kind.value] = num_chunks
     config.optimizer.ema_decay, config.optimizer.frozen = DECAY, frozen
     values = {
-        "alignment_weight": 1.3, "box_weight": 1.7, "centerness_weight": 0.6, "contrastive_weight": 0.3,
+        "box_weight": 1.7, "centerness_weight": 0.6, "contrastive_weight": 0.3,
         "temperature": 0.7, "label_smoothing": 0.15, "matching_temperature": 0.4, "num_proposals": 6,
         "selection_pre_nms": 40, "selection_nms_iou": 0.5, "chunk_bytes": 8 * 2 * 6 * 7,
     }  # fmt: skip

@@ -91,8 +91,8 @@ def box_step(outputs, batch, *, kind, canvas, settings, objectness="none"):
     targets = positive[..., None] & (first[concept][..., None] == columns)
     loss, bar = focal(outputs.scale * similarity + outputs.bias, targets, settings.focal_alpha, settings.focal_gamma)
     metrics = {"loss_alignment": loss[counts].sum() / num_positive}
-    total = settings.alignment_weight * metrics["loss_alignment"]
-    bar = np.where(counts[..., None], bar, 0.0) * settings.alignment_weight / num_positive
+    total = metrics["loss_alignment"]
+    bar = np.where(counts[..., None], bar, 0.0) / num_positive
     grads.embeddings = outputs.scale * bar @ text
     grads.text[columns] = outputs.scale * np.einsum("bac,bad->cd", bar, outputs.embeddings)
     grads.scale, grads.bias = (bar * similarity).sum(), bar.sum()
