@@ -63,7 +63,7 @@ def model(size: str) -> ConfigDict:
     c.head.num_convs = 2 if nano else 4  # 3x3 convolutions in each tower
     c.head.num_groups = 8 if nano else 32  # groups of group norm
     c.head.deformable = True  # modulated deformable layer before the classification tower (Table 3)
-    c.head.deform_impl = "auto"  # auto | gather | banded: how the sampling is computed; auto: banded on TPUs
+    c.head.deform_impl = "auto"  # auto | xla | gather | banded | pallas: how samples are taken; see deform_conv2d
     c.head.objectness = "none"  # none | classification | iou: extra head, needed by loss.selection of that name
     # text tower: CLIP's transformer
     c.text = ConfigDict()

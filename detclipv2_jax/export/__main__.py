@@ -75,7 +75,10 @@ def run(
     predictor = Predictor.from_checkpoint(checkpoint)
     config = predictor.config.copy_and_resolve_references()
     with config.unlocked():  # configurations of old runs have no such key
-        config.model.swin.attention_impl = "xla"  # a kernel would tie the program to this version of jaxlib
+        # kernels would tie the program to this version of jaxlib
+        config.model.swin.attention_impl = "xla"
+        if config.model.head.deform_impl in ("auto", "pallas"):
+            config.model.head.deform_impl = "xla"
     config.model.dtype = dtype or config.model.dtype
     predictor = Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
     limits = Limits.from_config(

@@ -1,11 +1,12 @@
-"""Modulated deformable 3x3 convolution (DCNv2, Zhu et al. 2019), stride 1, zero padding 1, in two exact forms.
+"""Modulated deformable 3x3 convolution (DCNv2, Zhu et al. 2019), stride 1, zero padding 1, in three exact forms.
 
 gather: for each of the nine taps one gather brings the four corners of every sample, packed side by side in one row.
 banded: no gathers, for TPUs, where they are slow. The map is cut into tiles; a sample is a product of two tents
   (bilinear weights) with the tile's neighbourhood, so that all samples of a tile are one matrix product. It holds
   every offset below `BAND_RADIUS`; a level with a larger one is computed by the gather form instead (`lax.cond`).
+pallas: kernels for NVIDIA GPUs, see `deform_pallas`; no sample and no update of a gradient passes through memory.
 
-Both recompute the samples in the backward pass instead of keeping them (9 x the feature map).
+All recompute the samples in the backward pass instead of keeping them (9 x the feature map).
 
 P3 of an 800 x 1344 image (100 x 168, 256 -> 256 channels, bfloat16; the five levels together are 4/3 of it), from
 programs compiled for one TPU v5e by tests/benchmarks/deform_conv_cost.py; not run on one:
@@ -16,12 +17,15 @@ programs compiled for one TPU v5e by tests/benchmarks/deform_conv_cost.py; not r
 | gather | backward |  42.6 |     19.6 |
 | banded | forward  |  47.8 |      5.1 |
 | banded | backward | 125.8 |      9.7 |
+
+P3 of 384 images of 320 x 320 (40 x 40), forward and backward, from programs compiled for one H100: gather 167 GB,
+pallas 6 GB and what the cache does not hold of the samples' corners.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +33,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from detclipv2_jax.models import deform_pallas, split
+
 TAPS = np.stack(np.meshgrid((-1, 0, 1), (-1, 0, 1), indexing="ij"), axis=-1).reshape(9, 2)  # (dy, dx), row-major
 BAND_RADIUS = 4  # cells; the cost of the banded form grows with (TILE + 2 * BAND_RADIUS + 2)^2
 TILE = 8  # cells
-IMPLS = ("auto", "gather", "banded")
+IMPLS = ("auto", "xla", "gather", "banded", "pallas")
 
 
 def deform_conv2d(
@@ -50,16 +56,20 @@ def deform_conv2d(
     interpolation has a kink, the gradient to the offset is the one towards larger positions. `features` and
     `kernel` may be bfloat16; sums are float32.
 
-    impl: "gather", "banded", or "auto": banded where the program is compiled for TPU, else gather.
+    impl: "gather", "banded", "pallas"; "xla": banded where the program is compiled for TPU, else gather; "auto": pallas
+      where it is compiled for NVIDIA GPUs, else xla. What the kernels cannot hold (see `deform_pallas.fits`), and a
+      batch that is not split evenly over the mesh, xla computes.
     """
     if impl not in IMPLS:
         raise ValueError(f"deform_conv2d has no form {impl!r}; allowed are {', '.join(IMPLS)}")
+    if not deform_pallas.fits(kernel) or features.shape[0] % split.num_parts():
+        impl = {"auto": "xla", "pallas": "xla"}.get(impl, impl)
     return _deform_conv2d(impl, features, offsets, mask, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _deform_conv2d(impl, features, offsets, mask, kernel):
-    return _dispatch(impl, _gather_forward, _banded_forward, features, offsets, mask, kernel)
+    return _dispatch(impl, 0, features, offsets, mask, kernel)
 
 
 def _forward(impl, *arguments):
@@ -67,23 +77,25 @@ def _forward(impl, *arguments):
 
 
 def _backward(impl, arguments, gradient):
-    return _dispatch(impl, _gather_backward, _banded_backward, *arguments, gradient)
+    return _dispatch(impl, 1, *arguments, gradient)
 
 
 _deform_conv2d.defvjp(_forward, _backward)
 
 
-def _dispatch(impl: str, gather: Callable, banded: Callable, features, offsets, *rest):
-    """Returns what the chosen form computes from the arguments."""
+def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
+    """Returns what the chosen form computes from the arguments, forward (0) or backward (1)."""
+    gather, banded, kernels = (FORMS[name][direction] for name in ("gather", "banded", "pallas"))
 
     def within_band(*arguments):
         return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, banded, gather, *arguments)
 
-    if impl == "gather":
-        return gather(features, offsets, *rest)
+    if impl in ("gather", "pallas"):
+        return FORMS[impl][direction](*arguments)
     if impl == "banded":
-        return within_band(features, offsets, *rest)
-    return jax.lax.platform_dependent(features, offsets, *rest, tpu=within_band, default=gather)
+        return within_band(*arguments)
+    others = {"cuda": kernels} if impl == "auto" else {}
+    return jax.lax.platform_dependent(*arguments, tpu=within_band, default=gather, **others)
 
 
 # --- gather form
@@ -234,4 +246,30 @@ def _tent(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where((distance >= -1.0) & (distance < 1.0), weight, 0.0)
 
 
-FORMS = {"gather": (_gather_forward, _gather_backward), "banded": (_banded_forward, _banded_backward)}
+# --- kernels
+
+
+def _kernels_forward(features, offsets, mask, kernel):
+    weights, index = _corners(offsets, mask)
+    return deform_pallas.forward(features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel)
+
+
+def _kernels_backward(features, offsets, mask, kernel, gradient):
+    weights, weights_vjp, index = jax.vjp(_corners, offsets, mask, has_aux=True)
+    feature_gradient, weight_gradient, kernel_gradient = deform_pallas.backward(
+        features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel, gradient
+    )
+    offset_gradient, mask_gradient = weights_vjp(weight_gradient.swapaxes(0, 1))
+    return (
+        feature_gradient.astype(features.dtype),
+        offset_gradient,
+        mask_gradient,
+        kernel_gradient.astype(kernel.dtype),
+    )
+
+
+FORMS = {
+    "gather": (_gather_forward, _gather_backward),
+    "banded": (_banded_forward, _banded_backward),
+    "pallas": (_kernels_forward, _kernels_backward),
+}

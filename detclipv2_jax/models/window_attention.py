@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Bool, Float, Float32, Int32
+
+from detclipv2_jax.models import split
 
 IMPLS = ("auto", "xla", "pallas")
 MASKED = -100.0  # added to the logits of pairs that the cyclic shift brought together, as in the reference
@@ -52,7 +53,7 @@ def window_attention(
         raise ValueError(f"window_attention has no form {impl!r}; allowed are {', '.join(IMPLS)}")
     head_size = qkv.shape[3] // 3 // bias.shape[0]
     fits = qkv.shape[2] <= TILE and head_size >= 16 and head_size & (head_size - 1) == 0
-    if not fits or qkv.shape[0] % _num_parts():
+    if not fits or qkv.shape[0] % split.num_parts():
         impl = "xla"
     return _attention(impl, qkv, bias, region)
 
@@ -117,33 +118,19 @@ def _weights(query, key, bias, *, region) -> Float[Array, "b n h q k"]:
 
 def _kernel_forward(qkv, bias, region, *, interpret=False):
     call = functools.partial(_call, _forward_kernel, backward=False, interpret=interpret)
-    return _on_each_device(call, qkv, bias=bias, region=region)
+    return split.by_rows(call, (qkv,), (bias, region))
 
 
 def _kernel_backward(qkv, bias, region, gradient, *, interpret=False):
     call = functools.partial(_call, _backward_kernel, backward=True, interpret=interpret)
-    qkv_gradient, bias_gradient = _on_each_device(call, qkv, gradient, bias=bias, region=region)
+    qkv_gradient, bias_gradient = split.by_rows(call, (qkv, gradient), (bias, region))
     length = bias.shape[1]
     return qkv_gradient, jnp.sum(bias_gradient, axis=0)[:, :length, :length]
 
 
-def _num_parts() -> int:
-    """Returns over how many devices the rows of an array are split here; inside `shard_map` they already are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
-
-
-def _on_each_device(call: Any, *arrays: Array, bias: Array, region: Array | None) -> Any:
-    """Returns what a kernel computes from arrays split by rows; the compiler cannot split a kernel itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if _num_parts() == 1:
-        return call(arrays, bias, region)
-    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    return jax.shard_map(call, in_specs=(rows, whole, whole), out_specs=rows, check_vma=False)(arrays, bias, region)
-
-
-def _call(kernel, arrays, bias, region, *, backward, interpret):
+def _call(kernel, arrays, tables, *, backward, interpret):
     """Returns the kernel's results: each of its programs works on one head of a run of windows."""
+    bias, region = tables
     b, n, length, channels = arrays[0].shape
     heads = bias.shape[0]
     groups = min(b * n, pl.cdiv(PROGRAMS, heads))

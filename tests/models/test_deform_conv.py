@@ -1,5 +1,7 @@
-"""Both forms of the deformable convolution against torchvision: values and all gradients."""
+"""The forms of the deformable convolution against torchvision: values and all gradients."""
 
+import functools
+import importlib.util
 import pathlib
 import sys
 
@@ -7,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, SingleDeviceSharding
 
-from detclipv2_jax.models import deform_conv
+from detclipv2_jax.models import deform_conv, deform_pallas
+from detclipv2_jax.preflight import compile_step
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -63,6 +68,69 @@ def test_zero_offsets_and_full_masks_are_a_convolution():
     np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
+KERNEL_CHANNELS = {"channels": 64, "outputs": 16}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Makes the kernels run on this machine."""
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(deform_pallas, name, functools.partial(getattr(deform_pallas, name), interpret=True))
+
+
+@pytest.mark.parametrize("size", [(13, 18), (3, 2)], ids=str)
+def test_kernels_equal_the_gather_form(interpreted, size):
+    pallas, gather = evaluate("pallas"), evaluate("gather")
+    for kind in cases.DEFORM_OFFSETS:
+        case = cases.deform_case(size, kind, **KERNEL_CHANNELS)
+        results = zip(NAMES, *(run(case[:4], case.gradient) for run in (pallas, gather)), strict=True)
+        for name, value, expected in results:
+            atol = 1e-5 * max(np.abs(expected).max(), 1)
+            np.testing.assert_allclose(value, expected, atol=atol, err_msg=f"{kind} {name}")
+
+
+def test_kernels_are_split_over_a_mesh(interpreted):
+    case = cases.deform_case((8, 9), "large", batch=8, **KERNEL_CHANNELS)
+    expected = evaluate("gather")(case[:4], case.gradient)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto,) * 2)):
+        found = evaluate("pallas")(case[:4], case.gradient)
+    for name, value, exact in zip(NAMES, found, expected, strict=True):
+        np.testing.assert_allclose(value, exact, atol=1e-5 * max(np.abs(exact).max(), 1), err_msg=name)
+
+
+@pytest.mark.parametrize("batch", [2, 3])  # 5 channels, or a batch that 2 devices cannot share
+def test_what_the_kernels_cannot_hold_is_left_to_xla(monkeypatch, batch):
+    monkeypatch.setattr(deform_pallas, "forward", None)
+    case = cases.deform_case((3, 2), "small", batch=batch, **(KERNEL_CHANNELS if batch == 3 else {}))
+    expected = deform_conv.deform_conv2d(*case[:4], impl="gather")
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), (AxisType.Auto,))):
+        found = deform_conv.deform_conv2d(*case[:4], impl="pallas")
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install 'jax[cuda13]' (no GPU)")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_gpu_compiler_accepts_the_kernels(dtype):
+    """For a described H100, P3 of the paper's runs; neither samples nor updates of a gradient in memory."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=compile_step.H100, topology="1x1x1"
+    )
+    place = SingleDeviceSharding(topology.devices[0])
+    shapes = (
+        ((32, 40, 40, 256), dtype),
+        ((32, 40, 40, 9, 2), jnp.float32),
+        ((32, 40, 40, 9), jnp.float32),
+        ((3, 3, 256, 256), dtype),
+        ((32, 40, 40, 256), dtype),
+    )
+    *arguments, gradient = (jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes)
+    program = evaluate("auto").trace(tuple(arguments), gradient).lower(lowering_platforms=("cuda",)).compile()
+    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    # the gradient of the features in float32, that of the kernel in parts, weights and their gradient
+    assert program.memory_analysis().temp_size_in_bytes < 32 * 40 * 40 * (256 + 2 * 36 + 9) * 4 + 12 * 9 * 256**2 * 4
+
+
 @pytest.mark.parametrize("impl", ["gather", "banded"])
 def test_bfloat16_is_near_float32(impl):
     case = cases.deform_case((8, 9), "small")
@@ -85,5 +153,5 @@ def test_memory_does_not_hold_all_samples():
 
 def test_unknown_form():
     case = cases.deform_case((1, 1), "zero")
-    with pytest.raises(ValueError, match="auto, gather, banded"):
+    with pytest.raises(ValueError, match="auto, xla, gather, banded, pallas"):
         deform_conv.deform_conv2d(*case[:4], impl="scatter")

@@ -1,0 +1,24 @@
+"""Kernels work on one device's rows: XLA splits programs over the mesh, but not what happens within a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+
+
+def num_parts() -> int:
+    """Returns over how many devices the rows of an array are split here; inside `shard_map` they already are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
+
+
+def by_rows(function: Callable[..., Any], rows: tuple[Array, ...], whole: tuple[Array | None, ...]) -> Any:
+    """Returns function(rows, whole) with the rows of this device; its results are joined by rows, too."""
+    if num_parts() == 1:
+        return function(rows, whole)
+    split = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
+    return jax.shard_map(function, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)(rows, whole)
