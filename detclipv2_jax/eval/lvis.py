@@ -25,7 +25,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
 
+from detclipv2_jax.data import truth as truth_lib
+from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import coco
+from detclipv2_jax.eval import detections as detections_lib
+from detclipv2_jax.eval.detections import Found
 
 MAX_AN_IMAGE = 300  # standard
 MAX_A_CATEGORY = 10_000  # fixed
@@ -36,7 +40,6 @@ AP_KIND = (
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = {"": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}  # px², ends included
-FREQUENCIES = coco.FREQUENCIES
 PAIRS_AT_ONCE = 1 << 21  # (detection, box) pairs whose IoU is computed at once: about 200 MB
 UNMATCHED, MATCHED, MATCHED_IGNORED = 0, 1, 2
 _AREA_OF = np.repeat(np.arange(len(AREAS)), len(IOUS))  # a column is an area and an IoU threshold
@@ -44,25 +47,29 @@ _LOWEST, _HIGHEST = np.array(list(AREAS.values())).T
 
 
 def evaluate(
-    annotations: str | pathlib.Path | dict[str, Any],
+    annotations: str | pathlib.Path | dict[str, Any] | Truth,
     detections: Any,
     *,
-    image_ids: Collection[int] | None = None,
+    image_ids: Collection[Any] | None = None,
     share: coco.Share = coco.WHOLE,
 ) -> dict[str, float]:
     """Returns the 13 standard scores and, led by "fixed_", the 13 of fixed AP, as fractions; see the module.
 
     Args:
-      annotations: LVIS json (path or content).
-      detections: COCO results (see `coco.read_detections`); what is held of a row are 64 bytes or so.
+      annotations: LVIS json (path or content) or what `truth.read` made of it. One without LVIS's lists counts as
+        annotated exhaustively.
+      detections: COCO results, see `detections.read` and `detections.Found`; of a row 48 bytes or so are held.
       image_ids: images that were evaluated; all listed ones by default. The boxes of others do not count as missed.
       share: the categories of this process.
 
     Raises:
       ValueError: a file is not what it should be, or detections name unknown images or categories.
     """
-    truth = _Truth.read(coco.load_annotations(annotations), image_ids)
-    found = _read_detections(detections, truth)
+    whole = truth_lib.read(annotations)
+    evaluated = whole.places(None if image_ids is None else list(image_ids))
+    found = detections_lib.find(detections, whole, evaluated)
+    truth = _Keyed.of(whole, evaluated)
+    found = dataclasses.replace(found, images=np.searchsorted(evaluated, found.images).astype(np.int32))
     chosen = _best(found.images, found.scores, MAX_AN_IMAGE), _best(found.categories, found.scores, MAX_A_CATEGORY)
     measured = np.stack([_measure(truth, found, rows, share=share) for rows in chosen])
     standard, fixed = (_summary(truth, *both) for both in share.join(measured))
@@ -71,75 +78,41 @@ def evaluate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Truth:
-    """Annotated boxes and what is known of images and categories; a key is category * number of images + image."""
+class _Keyed:
+    """Annotated boxes by key, which is category * number of images + image."""
 
-    image_ids: list[Any]  # in order, as are the categories
-    category_ids: list[Any]
+    num_images: int
     frequencies: list[str | None]
     keys: Int[np.ndarray, " g"]  # of the boxes, ascending; within a key in the order of the file
     boxes: Float[np.ndarray, "g 4"]  # xywh
+    crowd: Bool[np.ndarray, " g"]
     ignored: Bool[np.ndarray, "g 4"]  # for each area
-    known: Int[np.ndarray, " k"]  # keys of which it is known whether the category is on the image
+    known: Int[np.ndarray, " k"] | None  # keys of which it is known whether the category is on the image; None: all
     incomplete: Int[np.ndarray, " i"]  # keys with more objects than annotated boxes
 
     @classmethod
-    def read(cls, content: dict[str, Any], image_ids: Collection[int] | None) -> _Truth:
-        listed = {image["id"]: image for image in content["images"]}
-        evaluated = sorted(listed if image_ids is None else set(image_ids))
-        coco.refuse_unknown("evaluated images", set(evaluated), set(listed))
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        image_of = {image_id: i for i, image_id in enumerate(evaluated)}
-        category_of = {category["id"]: i for i, category in enumerate(categories)}
-        rows = [row for row in content["annotations"] if row["image_id"] in image_of]
-        coco.refuse_unknown("categories of the boxes", {row["category_id"] for row in rows}, set(category_of))
+    def of(cls, truth: Truth, evaluated: Int[np.ndarray, " e"]) -> _Keyed:
+        place = np.full(len(truth.images), -1)
+        place[evaluated] = np.arange(len(evaluated))
 
-        def key(image_id: Any, category_id: Any) -> int:
-            return category_of[category_id] * len(evaluated) + image_of[image_id]
+        def key(images: np.ndarray, categories: np.ndarray) -> np.ndarray:
+            return (categories * len(evaluated) + place[images])[place[images] >= 0]
 
-        def listed_keys(name: str) -> np.ndarray:
-            pairs = ((i, c) for i in evaluated for c in listed[i].get(name) or () if c in category_of)
-            return np.array([key(*pair) for pair in pairs], np.int64)
-
-        keys = np.array([key(row["image_id"], row["category_id"]) for row in rows], np.int64)
+        kept = place[truth.image] >= 0
+        keys = key(truth.image, truth.category)
         order = np.argsort(keys, kind="stable")
-        area = np.array([row["area"] for row in rows], np.float64)[order, None]
-        ignore = np.array([bool(row.get("ignore", 0)) for row in rows], bool)[order, None]
+        area, ignored = truth.areas[kept][order, None], (truth.crowd | truth.ignored)[kept][order, None]
+        absent, incomplete = (key(pairs[:, 0], pairs[:, 1]) for pairs in (truth.absent, truth.incomplete))
         return cls(
-            image_ids=evaluated,
-            category_ids=list(category_of),
-            frequencies=[category.get("frequency") for category in categories],
+            num_images=len(evaluated),
+            frequencies=truth.frequencies,
             keys=keys[order],
-            boxes=np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)[order],
-            ignored=ignore | (area < _LOWEST) | (area > _HIGHEST),
-            known=np.unique(np.concatenate([keys, listed_keys("neg_category_ids")])),
-            incomplete=np.unique(listed_keys("not_exhaustive_category_ids")),
+            boxes=truth.boxes[kept][order],
+            crowd=truth.crowd[kept][order],
+            ignored=ignored | (area < _LOWEST) | (area > _HIGHEST),
+            known=np.unique(np.concatenate([keys, absent])) if truth.federated else None,
+            incomplete=np.unique(incomplete),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """Detections, one a row."""
-
-    images: Int[np.ndarray, " d"]
-    categories: Int[np.ndarray, " d"]
-    boxes: Float[np.ndarray, "d 4"]  # xywh
-    scores: Float[np.ndarray, " d"]
-
-    def take(self, rows: np.ndarray) -> _Found:
-        return _Found(self.images[rows], self.categories[rows], self.boxes[rows], self.scores[rows])
-
-
-def _read_detections(detections: Any, truth: _Truth) -> _Found:
-    image_of = {image_id: i for i, image_id in enumerate(truth.image_ids)}
-    category_of = {category_id: i for i, category_id in enumerate(truth.category_ids)}
-    parts = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0))]
-    for chunk in coco.read_detections(detections):
-        coco.refuse_unknown("images of the detections", set(chunk.image_ids), image_of.keys())
-        coco.refuse_unknown("categories of the detections", set(chunk.category_ids), category_of.keys())
-        images = np.array([image_of[i] for i in chunk.image_ids], np.int32)
-        parts.append((images, np.array([category_of[c] for c in chunk.category_ids], np.int32), *chunk[2:]))
-    return _Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _best(groups: Int[np.ndarray, " d"], scores: Float[np.ndarray, " d"], limit: int) -> Bool[np.ndarray, " d"]:
@@ -154,7 +127,7 @@ def _best(groups: Int[np.ndarray, " d"], scores: Float[np.ndarray, " d"], limit:
 
 
 def _measure(
-    truth: _Truth, found: _Found, chosen: Bool[np.ndarray, " d"], *, share: coco.Share
+    truth: _Keyed, found: Found, chosen: Bool[np.ndarray, " d"], *, share: coco.Share
 ) -> Float[np.ndarray, "2 c x"]:
     """Returns average precision and recall of every category and column; -1 without boxes and of others' categories.
 
@@ -163,8 +136,9 @@ def _measure(
     3. A category at a time, order them by score and count.
     """
     # 1
-    keys = found.categories * np.int64(len(truth.image_ids)) + found.images
-    rows = np.flatnonzero(chosen & share.owns(found.categories) & _member(keys, truth.known))
+    keys = found.categories * np.int64(truth.num_images) + found.images
+    counted = chosen & share.owns(found.categories)
+    rows = np.flatnonzero(counted if truth.known is None else counted & _member(keys, truth.known))
     rows = rows[np.lexsort((-found.scores[rows], keys[rows]))]
     found, keys = found.take(rows), keys[rows]
     # 2
@@ -172,11 +146,11 @@ def _measure(
     area = (found.boxes[:, 2] * found.boxes[:, 3])[:, None]
     ignored = (area < _LOWEST) | (area > _HIGHEST) | _member(keys, truth.incomplete)[:, None]  # where unmatched
     # 3
-    num_columns, num_categories = len(_AREA_OF), len(truth.category_ids)
+    num_columns, num_categories = len(_AREA_OF), len(truth.frequencies)
     both = np.full((2, num_categories, num_columns), -1.0)
     precision, recall = both
     starts = np.searchsorted(found.categories, np.arange(num_categories + 1))
-    category_of_box = truth.keys // len(truth.image_ids)
+    category_of_box = truth.keys // truth.num_images
     num_boxes = np.stack([np.bincount(category_of_box[~x], minlength=num_categories) for x in truth.ignored.T], axis=1)
     for category in np.flatnonzero((num_boxes[:, 0] > 0) & share.owns(np.arange(num_categories))):
         own = slice(starts[category], starts[category + 1])
@@ -204,12 +178,12 @@ def _member(keys: Int[np.ndarray, " d"], known: Int[np.ndarray, " k"]) -> Bool[n
     return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
 
 
-def _match(truth: _Truth, found: _Found, keys: Int[np.ndarray, " d"]) -> Int8[np.ndarray, "d x"]:
+def _match(truth: _Keyed, found: Found, keys: Int[np.ndarray, " d"]) -> Int8[np.ndarray, "d x"]:
     """Returns UNMATCHED, MATCHED or MATCHED_IGNORED for every detection and column.
 
     Within an image and category, better detections choose first: among the free boxes that overlap enough the one with
-    the largest IoU (of equals the last), ignored boxes only where there is no other. The n-th detections of all images
-    and categories choose at once.
+    the largest IoU (of equals the last), ignored boxes only where there is no other. Those of crowds stay free. The
+    n-th detections of all images and categories choose at once.
     """
     state = np.zeros((len(keys), len(_AREA_OF)), np.int8)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)), *_overlapping_pairs(truth, found, keys)]
@@ -222,7 +196,7 @@ def _match(truth: _Truth, found: _Found, keys: Int[np.ndarray, " d"]) -> Int8[np
     steps = np.flatnonzero(np.diff(place, prepend=-1, append=-1))
     for start, end in itertools.pairwise(steps):
         boxes, num = box[start:end], end - start
-        free = (iou[start:end, None] >= thresholds) & ~taken[boxes]
+        free = (iou[start:end, None] >= thresholds) & ~(taken[boxes] & ~truth.crowd[boxes, None])
         regular = ~truth.ignored[boxes][:, _AREA_OF]
         preference = np.where(free, np.arange(num, dtype=np.int32)[:, None] + np.int32(num) * regular, -1)
         firsts = np.flatnonzero(np.diff(detection[start:end], prepend=-1))
@@ -236,7 +210,7 @@ def _match(truth: _Truth, found: _Found, keys: Int[np.ndarray, " d"]) -> Int8[np
 
 
 def _overlapping_pairs(
-    truth: _Truth, found: _Found, keys: Int[np.ndarray, " d"]
+    truth: _Keyed, found: Found, keys: Int[np.ndarray, " d"]
 ) -> Iterator[tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Float[np.ndarray, " p"]]]:
     """Yields (detection, box, IoU) of all pairs of one image and category with an IoU that may match."""
     first = np.searchsorted(truth.keys, keys)
@@ -254,13 +228,14 @@ def _overlapping_pairs(
         sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
         near = np.flatnonzero((sides > 0).all(axis=1))
         common = sides[near, 0] * sides[near, 1]
-        iou = common / (a[near, 2] * a[near, 3] + b[near, 2] * b[near, 3] - common)
+        own = a[near, 2] * a[near, 3]  # of a crowd's box the part outside of the detection does not count
+        iou = common / np.where(truth.crowd[box[near]], own, own + b[near, 2] * b[near, 3] - common)
         enough = iou >= IOUS[0]
         yield detection[near[enough]], box[near[enough]], iou[enough]
         start = end
 
 
-def _summary(truth: _Truth, precision: Float[np.ndarray, "c x"], recall: Float[np.ndarray, "c x"]) -> dict[str, float]:
+def _summary(truth: _Keyed, precision: Float[np.ndarray, "c x"], recall: Float[np.ndarray, "c x"]) -> dict[str, float]:
     def mean(values: np.ndarray) -> float:
         measured = values[values > -1]
         return float(measured.mean()) if measured.size else -1.0

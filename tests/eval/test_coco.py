@@ -151,7 +151,7 @@ def test_nothing_small_is_minus_one():
     ("change", "message"),
     [
         ({"image_id": 99}, "1 of 3 images of the detections are unknown: 99; they belong to another annotation file"),
-        ({"category_id": "cat"}, "1 of 3 categories of the detections are unknown: cat"),
+        ({"category_id": "cat"}, 'row 3: 1 of 3 categories of the detections are unknown: "cat"'),
         ({"bbox": [1, 2, 3]}, r"row 3 is .*\[1, 2, 3\].*all must be finite numbers"),
         ({"bbox": [1, 2, 3, [4]]}, "row 3 is .*, not an object with image_id"),
         ({"score": math.nan}, "row 3 is .*nan.*, not an object with image_id"),
@@ -182,9 +182,13 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
         (truth, truth, "found.json is no COCO results file: it holds a JSON object, not a list of objects"),
         ({"images": []}, rows, "it holds an object of images, not the lists"),
         (truth | {"annotations": []}, rows, "truth.json has no annotations: there is nothing to score against"),
-        ("{", rows, "truth.json is not JSON"),
+        ("{", rows, "truth.json is no valid json"),
         (truth, [], "found.json is an empty list: no detections, nothing to score"),
-        (truth | {"annotations": [{"id": 4}]}, rows, "annotation 4 has no bbox"),
+        (
+            truth | {"annotations": [{"id": 4}]},
+            rows,
+            '1 of 1 annotations cannot be used (annotations[0] image_id is not listed: {"id": 4})',
+        ),
     ]
     for annotations, detections, message in cases:
         assert _command(tmp_path, annotations, detections) == 1

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from detclipv2_jax.eval import coco, lvis
+from detclipv2_jax.eval import coco, detections, lvis
 
 FIXTURES = ("lvis_v05_val_100.json", "lvis_dt_generated.json")
 ALL = (*(f"AP{x}" for x in ("", "50", "75", "s", "m", "l", "r", "c", "f")), *(f"AR{x}" for x in ("", "s", "m", "l")))
@@ -242,9 +242,9 @@ def test_files_are_read_in_parts(indent, tmp_path, monkeypatch):
     path.write_text(json.dumps(rows, indent=indent))
     expected = lvis.evaluate(truth, rows)
     for size in (64, 100, 1000):
-        monkeypatch.setattr(coco, "PART_CHARS", size)
+        monkeypatch.setattr(detections, "PART_CHARS", size)
         assert lvis.evaluate(truth, path) == expected
-        parts = list(coco.read_detections(path))
+        parts = list(detections.read(path))
         assert len(parts) > 1
         assert sum(len(part.scores) for part in parts) == len(rows)
     rows[-1]["score"] = "high"

@@ -1,0 +1,265 @@
+"""Annotation jsons as they come: ids, boxes, outlines, flags and areas of their entries, with what is odd in them.
+
+Files of the field's tools number annotations from 0, twice or not at all, write "2" where 2 is meant, null where
+nothing is known, corners where sizes belong. What has one meaning is repaired and counted; what has none is left to
+the caller, who counts or refuses it.
+"""
+
+from __future__ import annotations
+
+import collections
+import gc
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+MAX_SIDE = 65_535  # px; of a JPEG
+MAX_NUMBER = 1e9  # px
+_NUMBERS = {int, float}
+_FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+
+
+def load_json(path: str | Path) -> Any:
+    """Returns the content of a json, without the outlines of boxes, which are most of it; ValueError if it is none."""
+    collects = gc.isenabled()
+    gc.disable()  # millions of new objects, none of them garbage: looking through them takes a third of the time
+    try:
+        return json.loads(Path(path).read_bytes(), object_hook=_without_outline)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid json: {error}") from None
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    if "segmentation" in entry and _four_numbers(entry.get("bbox")):
+        del entry["segmentation"]
+    return entry
+
+
+def _four_numbers(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and _NUMBERS.issuperset(map(type, box))
+
+
+def shown(value: Any) -> str:
+    """Returns the beginning of a value as json writes it, for a message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def usable_id(value: Any) -> int | str | None:
+    """Returns an id: a whole number (2.0 is 2) or a text; None if it is neither."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+class Ids:
+    """Positions of the entries of a list by their ids; "2" and 2.0 find the entry 2, and 2 finds "2"."""
+
+    def __init__(self, ids: Sequence[int | str]):
+        self.ids = list(ids)
+        self._positions = {key: i for i, key in reversed(list(enumerate(self.ids)))}
+        self._by_text = {str(key): i for key, i in self._positions.items()}
+        self._type = type(self.ids[0]) if len({*map(type, self.ids)}) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def find(self, ids: Sequence[Any]) -> tuple[Int[np.ndarray, " n"], int]:
+        """Returns the position of each id, -1 where it is not listed, and how many are of another type."""
+        if {*map(type, ids)} <= {self._type}:
+            found = np.fromiter(map(self._positions.get, ids, itertools.repeat(-1)), np.int64, len(ids))
+            return found, 0
+        found, num_others = np.full(len(ids), -1), 0
+        for i, value in enumerate(ids):
+            key = usable_id(value)
+            if key is not None:
+                found[i] = self._positions.get(key, self._by_text.get(str(key).strip(), -1))
+                num_others += found[i] >= 0 and type(self.ids[found[i]]) is not type(value)
+        return found, int(num_others)
+
+
+def listed_ids(entries: Sequence[Any], *, where: str) -> tuple[list[int | str], int]:
+    """Returns the id of every entry of a list, and how many had to be rounded.
+
+    Raises:
+      ValueError: an entry is no object or has no id that is a whole number or a text; `where` names the list.
+    """
+    ids = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}[{i}] is {shown(entry)}, not an object")
+        key = usable_id(entry.get("id"))
+        if key is None:
+            what = f"the id {shown(entry['id'])}, neither a whole number nor a text" if "id" in entry else "no id"
+            raise ValueError(f"{where}[{i}] ({shown(entry)}) has {what}")
+        ids.append(key)
+    return ids, sum(isinstance(entry["id"], float) for entry in entries)
+
+
+def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], int]:
+    """Returns each annotation's bbox (xywh, as it stands there), and how many are those of an outline for want of one.
+
+    A row without four numbers and without an outline has NaN.
+    """
+    try:
+        boxes = np.array([row["bbox"] for row in rows])
+        if boxes.shape == (len(rows), 4) and boxes.dtype.kind in "if":
+            return _bounded(boxes.astype(np.float64, copy=False)), 0
+    except (KeyError, TypeError, ValueError):
+        pass
+    boxes, num_outlined = np.full((len(rows), 4), np.nan), 0
+    for i, row in enumerate(rows):
+        if _four_numbers(box := row.get("bbox")):
+            boxes[i] = [_number(value) for value in box]
+        elif (box := box_of_outline(row.get("segmentation"))) is not None:
+            boxes[i] = box
+            num_outlined += 1
+    return _bounded(boxes), num_outlined
+
+
+def _bounded(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
+    """Returns boxes with infinity for numbers whose products would overflow."""
+    return np.where(np.abs(boxes) > MAX_NUMBER, np.inf, boxes)
+
+
+def _number(value: Any) -> float:
+    """Returns a number, also one given as a text; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
+
+
+def box_of_outline(outline: Any) -> list[float] | None:
+    """Returns the box (xywh) around polygons or the runs of a mask (COCO's `segmentation`); None if it is neither."""
+    if isinstance(outline, dict):
+        return _box_of_runs(outline.get("size"), outline.get("counts"))
+    if not isinstance(outline, list) or not outline:
+        return None
+    polygons = outline if isinstance(outline[0], list) else [outline]
+    if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
+        return None
+    points = np.array([_number(value) for polygon in polygons for value in polygon]).reshape(-1, 2)
+    (x, y), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    return [x, y, right - x, bottom - y] if np.isfinite(points).all() else None
+
+
+def _box_of_runs(size: Any, counts: Any) -> list[float] | None:
+    """Returns the box of a run-length mask; its runs, a list or COCO's text, go down the columns, first those of 0."""
+    if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and 0 < s <= MAX_SIDE for s in size)):
+        return None
+    height, width = size
+    runs = _runs_of_text(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and 0 <= run <= height * width for run in runs):
+        return None
+    ends = list(itertools.accumulate(runs))
+    inside = [(end - run, end - 1) for run, end in zip(runs[1::2], ends[1::2], strict=True) if run]
+    if not inside or ends[-1] > height * width:
+        return None
+    first, last = np.array(inside).T
+    whole_columns = first // height != last // height  # a run that goes on in the next column
+    x, right = first[0] // height, last[-1] // height
+    y = np.where(whole_columns, 0, first % height).min()
+    bottom = np.where(whole_columns, height - 1, last % height).max()
+    return [float(value) for value in (x, y, right - x + 1, bottom - y + 1)]
+
+
+def _runs_of_text(text: str) -> list[int] | None:
+    """Returns the runs of COCO's compressed form: six bits a character, from the third on differences; None if not."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 40:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # negative numbers: the bits above are ones
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if not shift else None
+
+
+def flags_of(rows: Sequence[dict[str, Any]], key: str, odd: collections.Counter[str]) -> Bool[np.ndarray, " n"]:
+    """Returns whether a flag is set in each annotation; null and texts like "0" are counted in `odd`.
+
+    Raises:
+      ValueError: a flag has no meaning; the message names the entry.
+    """
+    values = [row.get(key, 0) for row in rows]
+    if {*map(type, values)} <= {int, bool}:
+        return np.array(values, bool)
+    for i, value in enumerate(values):
+        if value is None or isinstance(value, str | float):
+            odd[f"{key} that is no whole number"] += 1
+            number = _FLAGS.get(str(value).strip().lower()) if isinstance(value, str) else value or 0
+            values[i] = number in (1, True) if number in (0, 1) else None
+        if values[i] is None or not isinstance(values[i], int):
+            raise ValueError(f"annotations[{i}] has {key} {shown(value)}; 0 and 1 have a meaning")
+    return np.array(values, bool)
+
+
+def areas_of(
+    rows: Sequence[dict[str, Any]], boxes: Float[np.ndarray, "n 4"], odd: collections.Counter[str]
+) -> Float[np.ndarray, " n"]:
+    """Returns the area of each annotation, that of its box where none is given; what else is repaired is in `odd`."""
+    whole = boxes[:, 2] * boxes[:, 3]
+    values = [row.get("area", "") for row in rows]
+    if {*map(type, values)} <= _NUMBERS:
+        areas = np.array(values, np.float64)
+    else:
+        areas = np.array([_number(value) for value in values])
+        odd["area that is no number"] += sum(value is None or type(value) not in _NUMBERS for value in values) - sum(
+            "area" not in row for row in rows
+        )
+    given = np.isfinite(areas)
+    odd["area of 0 or less of a box that has one"] += int((given & (areas <= 0) & (whole > 0)).sum())
+    return np.where(given & ((areas > 0) | ~(whole > 0)), areas, whole)
+
+
+def suspicious(
+    boxes: Float[np.ndarray, "n 4"], sizes: Float[np.ndarray, "n 2"]
+) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"], str]:
+    """Returns which boxes (xywh, with an area) are cut at the border, which are below a pixel, and what all look like.
+
+    The last is "" where they look like x, y, width, height. Of a box that is cut, more than 2 px and a tenth of the
+    area lie outside. `sizes` are the (height, width) of each box's image, 0 where unknown.
+    """
+    known = (sizes > 0).all(axis=1)
+    low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
+    limit = np.where(sizes > 0, sizes, np.inf)[:, ::-1]
+    inside = (np.minimum(end, limit) - np.maximum(low, 0)).clip(min=0)
+    beyond = (np.maximum(-low, end - limit) > 2).any(axis=1)
+    cut = known & beyond & (inside.prod(axis=1) < 0.9 * size.prod(axis=1))
+    below = (size < 1).any(axis=1)
+    if not len(boxes):
+        return cut, below, ""
+    if np.mean((np.abs(boxes) <= 1).all(axis=1)) > 0.5:
+        return cut, below, "look relative to the image's size (0 to 1); they must be in pixels"
+    # corners: all are boxes of the photo, and as sizes many of them would leave it, or all reach its border
+    told = known & (low > 0).all(axis=1)
+    corners = ((size > low) & (size <= limit)).all(axis=1)[told]
+    reach, leave = ((end >= limit + margin).any(axis=1)[told] for margin in (0, 1))
+    if len(corners) and corners.mean() >= 0.99 and (leave.mean() > 0.3 or (reach.all() and len(reach) > 1)):
+        return cut, below, "look like x1, y1, x2, y2; they must be x, y, width, height"
+    return cut, below, ""
+
+
+def size_of(image: dict[str, Any]) -> tuple[int, int]:
+    """Returns the annotated (height, width) of an image, (0, 0) where there is none."""
+    sides = image.get("height"), image.get("width")
+    if all(type(side) in _NUMBERS and 1 <= side <= MAX_SIDE for side in sides):
+        return int(sides[0]), int(sides[1])
+    return 0, 0

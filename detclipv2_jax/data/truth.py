@@ -1,0 +1,250 @@
+"""The truth that detections are scored against: a COCO, LVIS or Objects365 json, read and checked once, in arrays.
+
+All that evaluates reads it here, before anything is compiled or predicted. What is repaired or left out is counted in
+`odd`; what cannot be used is an error that names file, entry and field, or counted where `max_bad_share` allows it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, Float, Int
+
+from detclipv2_jax.data import annotations as annotations_lib
+from detclipv2_jax.data.annotations import Ids, shown
+from detclipv2_jax.data.checks import documented
+from detclipv2_jax.data.schema import DataError
+
+LISTS = ("images", "annotations", "categories")
+FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
+FREQUENCIES = ("r", "c", "f")  # rare, common, frequent
+_NUM_NAMED = 3  # entries in a message
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Truth:
+    """Boxes and what is known of images and categories, which stand in the order of their ids."""
+
+    name: str  # of the file
+    images: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+    image_ids: Ids
+    category_ids: Ids
+    image: Int[np.ndarray, " n"]  # position of each box's image
+    category: Int[np.ndarray, " n"]
+    boxes: Float[np.ndarray, "n 4"]  # xywh
+    areas: Float[np.ndarray, " n"]
+    crowd: Bool[np.ndarray, " n"]
+    ignored: Bool[np.ndarray, " n"]  # need not be found, and are not wrong to find
+    absent: Int[np.ndarray, "k 2"]  # (image, category) known not to be there (LVIS)
+    incomplete: Int[np.ndarray, "k 2"]  # (image, category) with more objects than boxes (LVIS)
+    odd: dict[str, int]  # what was repaired or left out, by kind
+
+    @property
+    def federated(self) -> bool:
+        """Whether only some categories were looked for on an image."""
+        return any(FEDERATED[0] in image for image in self.images)
+
+    @property
+    def frequencies(self) -> list[str | None]:
+        """r, c or f of every category, None where the file does not say."""
+        given = (category.get("frequency") for category in self.categories)
+        return [frequency if frequency in FREQUENCIES else None for frequency in given]
+
+    def places(self, image_ids: Sequence[Any] | None) -> Int[np.ndarray, " e"]:
+        """Returns the positions of images, ascending, all by default; ValueError for ids that are not listed."""
+        if image_ids is None:
+            return np.arange(len(self.images))
+        found, _ = self.image_ids.find(image_ids)
+        if unknown := [shown(image_id) for image_id, i in zip(image_ids, found, strict=True) if i < 0]:
+            what = f"{len(unknown)} of {len(found)} evaluated images are unknown: {', '.join(unknown[:5])}"
+            raise DataError(f"{self.name}: {what}; they belong to another annotation file")
+        return np.unique(found)
+
+
+def read(source: str | Path | dict[str, Any] | Truth, *, max_bad_share: float = 0.0) -> Truth:
+    """Returns the truth of a json, given as its path or content; what is odd in it is said in the log.
+
+    Raises:
+      ValueError: it is no annotation json, lists no images, categories or boxes, lists an id twice, or more than a
+        share of its annotations cannot be used.
+    """
+    if isinstance(source, Truth):
+        return source
+    if isinstance(source, dict):
+        return from_content("the given object", source, max_bad_share=max_bad_share)
+    truth = from_content(str(source), annotations_lib.load_json(source), max_bad_share=max_bad_share)
+    for what, num in truth.odd.items():
+        logging.warning("%s: %d × %s", source, num, what)
+    return truth
+
+
+@documented
+def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Truth:
+    """Returns the truth of the content of the json `name`; errors as `read`."""
+    _check_lists(content, name)
+    odd: collections.Counter[str] = collections.Counter()
+    images, image_ids = _ordered(content["images"], f"{name}: images", odd)
+    categories, category_ids = _ordered(content["categories"], f"{name}: categories", odd)
+    names = [str(category["name"]).lower() for category in categories if "name" in category]
+    odd["category called like another"] = len(names) - len(set(names))
+    if any("frequency" in category for category in categories):
+        odd["category without a frequency"] = sum(c.get("frequency") not in FREQUENCIES for c in categories)
+
+    entries = content["annotations"]
+    rows = [entry if isinstance(entry, dict) else {} for entry in entries]
+    odd["annotation id missing, 0, repeated or no number, which changes nothing"] = _odd_ids(rows)
+    image, odd["image_id of another type than the image's"] = image_ids.find([row.get("image_id") for row in rows])
+    category, odd["category_id of another type than the category's"] = category_ids.find(
+        [row.get("category_id") for row in rows]
+    )
+    boxes, odd["box taken from the outline for want of a bbox"] = annotations_lib.boxes_of(rows)
+    finite = np.isfinite(boxes).all(axis=1)
+    unusable = {
+        "is no object": np.array([entry is not row for entry, row in zip(entries, rows, strict=True)]),
+        "image_id is not listed": image < 0,
+        "category_id is not listed": category < 0,
+        "bbox is not four numbers in px": ~finite,
+        "bbox has a negative size": finite & (boxes[:, 2:] < 0).any(axis=1),
+    }
+    bad = _refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
+    flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)
+    odd["box without width or height, which is left out"] = int(flat.sum())
+    kept = np.flatnonzero(~bad & ~flat)
+    if not len(kept):
+        raise DataError(f"{name} has no usable box: there is nothing to score against")
+    chosen = [rows[i] for i in kept] if len(kept) < len(rows) else rows
+    image, category, boxes = image[kept], category[kept], boxes[kept]
+    try:
+        crowd, ignored = (annotations_lib.flags_of(chosen, key, odd) for key in ("iscrowd", "ignore"))
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from None
+    areas = annotations_lib.areas_of(chosen, boxes, odd)
+    _check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
+    absent, incomplete = (_pairs(images, key, category_ids, odd, name=name) for key in FEDERATED)
+    return Truth(
+        name=name,
+        images=images,
+        categories=categories,
+        image_ids=image_ids,
+        category_ids=category_ids,
+        image=image,
+        category=category,
+        boxes=boxes,
+        areas=areas,
+        crowd=crowd,
+        ignored=ignored,
+        absent=absent,
+        incomplete=incomplete,
+        odd={what: int(num) for what, num in odd.items() if num},
+    )
+
+
+def _check_lists(content: Any, name: str) -> None:
+    """Raises if content is no COCO json with images, annotations and categories."""
+    if not isinstance(content, dict) or any(not isinstance(content.get(key), list) for key in LISTS):
+        what = f"an object of {', '.join(sorted(content))}" if isinstance(content, dict) else f"a {json_kind(content)}"
+        raise DataError(
+            f"{name} is no COCO annotation file: it holds {what}, not the lists {', '.join(LISTS)}"
+            + ("; are annotations and detections exchanged?" if isinstance(content, list) else "")
+        )
+    for key in LISTS:
+        if not content[key]:
+            raise DataError(f"{name} has no {key}: there is nothing to score against")
+
+
+def json_kind(content: Any) -> str:
+    """Returns what json calls a value, for a message."""
+    return "JSON object" if isinstance(content, dict) else "JSON list" if isinstance(content, list) else "JSON value"
+
+
+def _ordered(entries: list[Any], where: str, odd: collections.Counter[str]) -> tuple[list[dict[str, Any]], Ids]:
+    """Returns the entries of a list in the order of their ids (numbers first), each once, and their ids.
+
+    Raises:
+      ValueError: an entry has no id, or the id of one that is not its copy ("2" and 2 are one id).
+    """
+    ids, num_rounded = annotations_lib.listed_ids(entries, where=where)
+    odd["id with a decimal point"] += num_rounded
+    first: dict[str, int] = {}
+    for i, key in enumerate(ids):
+        j = first.setdefault(str(key), i)
+        if i != j and entries[i] != entries[j]:
+            raise DataError(f"{where}[{i}] has the id {shown(key)} of [{j}], which is another one: {shown(entries[i])}")
+    odd["entry listed twice"] += len(ids) - len(first)
+    order = sorted(first.values(), key=lambda i: (isinstance(ids[i], str), ids[i]))
+    return [entries[i] for i in order], Ids([ids[i] for i in order])
+
+
+def _odd_ids(rows: list[dict[str, Any]]) -> int:
+    """Returns how many annotations have no id of their own; scoring gives all of them new ones."""
+    ids = [row.get("id") for row in rows]
+    if {*map(type, ids)} != {int}:
+        ids = [key if type(key) in (int, str) else None for key in ids]
+    return len(rows) - len({*ids} - {0, None})
+
+
+def _refuse(
+    unusable: dict[str, np.ndarray],
+    entries: list[Any],
+    name: str,
+    *,
+    max_bad_share: float,
+    odd: collections.Counter[str],
+) -> Bool[np.ndarray, " n"]:
+    """Returns which annotations cannot be used, by reason counted in `odd`; DataError above a share, naming some."""
+    bad, named = np.zeros(len(entries), bool), []
+    for reason, rows in unusable.items():
+        new = np.flatnonzero(rows & ~bad)
+        bad[new] = True
+        if len(new):
+            odd[f"annotation left out: {reason}"] = len(new)
+            named += [f"annotations[{i}] {reason}: {shown(entries[i])}" for i in new[:_NUM_NAMED]]
+    if bad.sum() > max_bad_share * len(entries):
+        raise DataError(
+            f"{name}: {bad.sum()} of {len(entries)} annotations cannot be used ({'; '.join(named[:_NUM_NAMED])}); "
+            f"max_bad_share allows {max_bad_share:.2%}: repair the file or raise it"
+        )
+    return bad
+
+
+def _check_form(
+    boxes: np.ndarray,
+    images: list[dict[str, Any]],
+    image: np.ndarray,
+    name: str,
+    *,
+    max_bad_share: float,
+    odd: collections.Counter[str],
+) -> None:
+    """Counts boxes that are cut or tiny; DataError where all look like another form of boxes, unless all may be bad."""
+    sizes = np.array([annotations_lib.size_of(entry) for entry in images], np.float64).reshape(-1, 2)[image]
+    cut, below, look = annotations_lib.suspicious(boxes, sizes)
+    odd["box cut at the border"], odd["box below a pixel"] = cut.sum(), below.sum()
+    if look and max_bad_share < 1:
+        raise DataError(
+            f"{name}: its {len(boxes)} boxes {look} ({cut.sum()} are cut at the border, {below.sum()} below a pixel). "
+            "Convert them, or raise max_bad_share to 1 if they are right"
+        )
+    odd[f"box of a file whose boxes {look}"] = len(boxes) if look else 0
+
+
+def _pairs(
+    images: list[dict[str, Any]], key: str, category_ids: Ids, odd: collections.Counter[str], *, name: str
+) -> Int[np.ndarray, "k 2"]:
+    """Returns the (image, category) pairs of LVIS's list `key` of every image."""
+    lists = [image.get(key) or () for image in images]
+    for image, listed in zip(images, lists, strict=True):
+        if not isinstance(listed, list | tuple):
+            raise DataError(f"{name}: image {shown(image['id'])} has {key} {shown(listed)}, not a list of ids")
+    categories, num_others = category_ids.find([category for listed in lists for category in listed])
+    odd[f"{key} of another type than the category's id"] = num_others
+    odd[f"{key} that are not listed"] = int((categories < 0).sum())
+    pairs = np.stack([np.repeat(np.arange(len(images)), [*map(len, lists)]), categories], axis=1).astype(np.int64)
+    return pairs[categories >= 0]
