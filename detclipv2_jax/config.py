@@ -118,6 +118,9 @@ def data_section(kind: str) -> ConfigDict:
     c.short_side = (320, 320) if kind == "image_text" else (480, 800)
     c.long_side = 320 if kind == "image_text" else 1333  # px at most
     c.flip_prob = 0.5  # share of images that are mirrored left to right
+    # words of other languages that mirroring makes wrong, e.g. ("links", "rechts"): photos with a category, phrase or
+    # caption that has one stay as they are, as those with left, right or clockwise do in detection and grounding
+    c.unflippable_words = ()
     c.max_examples = 0  # use the first n images of the source; 0: all
     c.definitions = kind == "detection"  # "name, definition" instead of the name (docs/decisions.md)
     c.dictionary = ""  # TSV `name <tab> definition`: definitions, and negatives for grounding
@@ -141,6 +144,9 @@ def data_section(kind: str) -> ConfigDict:
     if kind == "detection":
         c.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
         c.few_shot_seed = 3  # GLIP's are 3, 30, 300
+        # names of categories of the raw json that are left out with their boxes, such as the parent category of
+        # Roboflow's exports; the log says which have no box anywhere
+        c.drop_categories = ()
     # rows of the concept table a host; 0: derived so that nothing can overflow. Fewer save memory where batches seldom
     # fill the table; negatives without a row are counted in metrics
     c.max_concepts = 0
@@ -241,6 +247,7 @@ def eval_section() -> ConfigDict:
     c.definitions = True  # "name, definition" as in detection training
     c.dictionary = ""  # TSV `name <tab> definition`
     c.max_bad_share = 0.0  # an error above this share of unusable images or boxes
+    c.drop_categories = ()  # names of categories that are neither asked for nor scored
     c.follow_links = False  # as for training data
     c.every_steps = 0  # steps between evaluations; 0: only at the end
     c.every_epochs = 0  # the same in passes over the data; 0: not

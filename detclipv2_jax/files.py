@@ -13,7 +13,7 @@ import re
 import socket
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,11 +80,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return io.StringIO(decode(read_bytes(path), where=path), newline=None).read().split("\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Returns the content of a json file; ValueError, which names the file, where it is none."""
     text = decode(read_bytes(path), where=path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
     except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise ValueError(f"{os.fspath(path)} is no valid json: {error}") from None
 

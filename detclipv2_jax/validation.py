@@ -53,6 +53,13 @@ def _numbers(value: Any, length: int | None = None) -> bool:
     return numbers and length in (None, len(value))
 
 
+def _texts(key: str) -> Rule:
+    def holds(value: Any) -> bool:
+        return isinstance(value, tuple | list) and all(isinstance(text, str) and text.strip() for text in value)
+
+    return Rule(key, holds, 'texts, e.g. ("a", "b")')
+
+
 def _is_regex(value: str) -> bool:
     try:
         re.compile(value)
@@ -87,6 +94,9 @@ RULES = (
         "optimizer.decay_at",
         lambda value: _numbers(value) and all(0 < share < 1 for share in value),
         "shares of the run, 0 < value < 1",
+    ),
+    *map(
+        _texts, (*(f"{kind}.unflippable_words" for kind in KINDS), "detection.drop_categories", "eval.drop_categories")
     ),
     Rule("optimizer.frozen", _is_regex, "a regular expression"),
     *(

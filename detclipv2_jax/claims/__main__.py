@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
-from detclipv2_jax.eval import coco, lvis
+from detclipv2_jax.eval import detections, lvis
 from detclipv2_jax.files import write_json, write_text
 from detclipv2_jax.visualize import charts
 
@@ -113,7 +113,7 @@ def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
         for name, key in (("base_AP", "eval/APf"), ("novel_AP", "eval/APr"))
     }
     return {
-        "scores": score(truth, coco.load_detections(last)),
+        "scores": score(truth, detections.load(last)),
         **along,
         "steps": int(last.name.split("_")[1]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}

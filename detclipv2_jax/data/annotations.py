@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from detclipv2_jax import files
+
 MAX_SIDE = 65_535  # px; of a JPEG
 MAX_NUMBER = 1e9  # px
 _NUMBERS = {int, float}
@@ -30,11 +32,9 @@ def load_json(path: str | Path) -> Any:
     collects = gc.isenabled()
     gc.disable()  # millions of new objects, none of them garbage: looking through them takes a third of the time
     try:
-        return json.loads(Path(path).read_bytes(), object_hook=_without_outline)
+        return files.read_json(path, object_hook=_without_outline)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid json: {error}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     finally:
         if collects:
             gc.enable()
@@ -120,10 +120,10 @@ def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], 
         pass
     boxes, num_outlined = np.full((len(rows), 4), np.nan), 0
     for i, row in enumerate(rows):
-        if _four_numbers(box := row.get("bbox")):
-            boxes[i] = [_number(value) for value in box]
-        elif (box := box_of_outline(row.get("segmentation"))) is not None:
-            boxes[i] = box
+        if _four_numbers(row.get("bbox")):
+            boxes[i] = [_number(value) for value in row["bbox"]]
+        elif outline := box_of_outline(row.get("segmentation")):
+            boxes[i] = outline
             num_outlined += 1
     return _bounded(boxes), num_outlined
 
@@ -237,21 +237,21 @@ def suspicious(
     The last is "" where they look like x, y, width, height. Of a box that is cut, more than 2 px and a tenth of the
     area lie outside. `sizes` are the (height, width) of each box's image, 0 where unknown.
     """
-    known = (sizes > 0).all(axis=1)
+    known = np.all(sizes > 0, axis=1)
     low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
     limit = np.where(sizes > 0, sizes, np.inf)[:, ::-1]
     inside = (np.minimum(end, limit) - np.maximum(low, 0)).clip(min=0)
-    beyond = (np.maximum(-low, end - limit) > 2).any(axis=1)
-    cut = known & beyond & (inside.prod(axis=1) < 0.9 * size.prod(axis=1))
-    below = (size < 1).any(axis=1)
+    beyond = np.any(np.maximum(-low, end - limit) > 2, axis=1)
+    cut: np.ndarray = known & beyond & (inside.prod(axis=1) < 0.9 * size.prod(axis=1))
+    below: np.ndarray = np.any(size < 1, axis=1)
     if not len(boxes):
         return cut, below, ""
     if np.mean((np.abs(boxes) <= 1).all(axis=1)) > 0.5:
         return cut, below, "look relative to the image's size (0 to 1); they must be in pixels"
     # corners: all are boxes of the photo, and as sizes many of them would leave it, or all reach its border
-    told = known & (low > 0).all(axis=1)
-    corners = ((size > low) & (size <= limit)).all(axis=1)[told]
-    reach, leave = ((end >= limit + margin).any(axis=1)[told] for margin in (0, 1))
+    told: np.ndarray = known & np.all(low > 0, axis=1)
+    corners = np.all((size > low) & (size <= limit), axis=1)[told]
+    reach, leave = (np.any(end >= limit + margin, axis=1)[told] for margin in (0, 1))
     if len(corners) and corners.mean() >= 0.99 and (leave.mean() > 0.3 or (reach.all() and len(reach) > 1)):
         return cut, below, "look like x1, y1, x2, y2; they must be x, y, width, height"
     return cut, below, ""
@@ -259,7 +259,7 @@ def suspicious(
 
 def size_of(image: dict[str, Any]) -> tuple[int, int]:
     """Returns the annotated (height, width) of an image, (0, 0) where there is none."""
-    sides = image.get("height"), image.get("width")
-    if all(type(side) in _NUMBERS and 1 <= side <= MAX_SIDE for side in sides):
-        return int(sides[0]), int(sides[1])
-    return 0, 0
+    height, width = image.get("height"), image.get("width")
+    if not (isinstance(height, int | float) and isinstance(width, int | float)):
+        return 0, 0
+    return (int(height), int(width)) if min(height, width) >= 1 and max(height, width) <= MAX_SIDE else (0, 0)

@@ -23,6 +23,7 @@ import numpy as np
 from detclipv2_jax import files
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text, num_draws
+from detclipv2_jax.data.mirroring import speaks_of_sides
 from detclipv2_jax.data.schema import Batch, DataError, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
@@ -34,7 +35,6 @@ OVERFLOWS = (NEGATIVES_CUT, TEXTS_TRUNCATED, PHRASES_CUT, BOXES_CUT) = (
     "phrases cut: more than max_phrases",
     "boxes cut: more than max_boxes",
 )
-_SIDE_WORDS = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand)?\b", re.IGNORECASE)
 
 
 class Skipped(NamedTuple):
@@ -82,6 +82,7 @@ class BatchMaker:
     encoder: Encoder
     endless: bool = True  # False: every member once, in order, without concepts and boxes
     flip_prob: float = 0.0
+    unflippable: re.Pattern[str] | None = None  # finds what a mirrored photo would make wrong
     max_boxes: int = 0
     num_captions: int = 0  # m: concepts of a caption, itself included
     num_concepts: int = 0  # M: positives and sampled negatives of an image
@@ -177,7 +178,8 @@ class BatchMaker:
             member, source, index = self.place(position, ahead=i)
             try:
                 record = self.sources[source][index]
-                flipped = flip and not (self.kind is Kind.GROUNDING and _SIDE_WORDS.search(record.caption))
+                texts = record.concepts if self.kind is Kind.DETECTION else (record.caption,)
+                flipped = flip and not speaks_of_sides(texts, self.unflippable)
                 extent, size = transforms.place(
                     pixels_of(record),
                     out,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import os
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,24 @@ import numpy as np
 from absl import logging
 
 from detclipv2_jax import files
+from detclipv2_jax.data import annotations as annotations_lib
 from detclipv2_jax.data import transforms
-from detclipv2_jax.data.checks import documented, probe_images, refuse_above_share, resolve, unsafe_path
+from detclipv2_jax.data.annotations import shown, size_of, usable_id
+from detclipv2_jax.data.checks import documented, refuse_above_share, resolve
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
+from detclipv2_jax.data.selection import (
+    drop_categories,
+    few_shot,
+    file_name,
+    say_unused,
+    select_images,
+    with_fitting_ids,
+)
+from detclipv2_jax.data.spans import oddities_of, phrase_of, problem_of
+
+_NUM_PROBED_SIZES = 64
+_FEW = 0.01
 
 
 class BoxSource:
@@ -48,9 +61,9 @@ class BoxSource:
         self.name, self.path, self.kind = path.stem, path, kind
         self.vocabulary = vocabulary
         self.counters = counters
-        self.image_ids = [image["id"] for image in images]
+        self.image_ids = [usable_id(image["id"]) for image in images]
         self.federated = any("neg_category_ids" in image for image in images)  # not every box is annotated (LVIS)
-        self.sizes = np.array([_size(image) for image in images], np.int32).reshape(-1, 2)
+        self.sizes = np.array([size_of(image) for image in images], np.int32).reshape(-1, 2)
         self._folder, self._follow_links = folder, follow_links
         self._files = [file_name(image) for image in images]
         self._captions = [image.get("caption", "") for image in images] if kind is Kind.GROUNDING else None
@@ -101,18 +114,6 @@ class BoxSource:
                 continue  # it is reported when it is read
 
 
-def _size(image: dict[str, Any]) -> tuple[int, int]:
-    sides = image.get("height"), image.get("width")
-    if all(isinstance(side, int | float) and 1 <= side <= transforms.MAX_SIDE for side in sides):
-        return int(sides[0]), int(sides[1])
-    return 0, 0
-
-
-def file_name(image: dict[str, Any]) -> str:
-    # LVIS gives no file name but an address that ends with split/file
-    return str(image.get("file_name") or "/".join(str(image.get("coco_url", "")).split("/")[-2:]))
-
-
 def _federated(image: dict[str, Any], index_of: dict[Any, int]) -> tuple[list[int], list[int]]:
     """Returns the vocabulary indices verified to be absent and those not annotated exhaustively (LVIS)."""
     keys = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -122,7 +123,8 @@ def _federated(image: dict[str, Any], index_of: dict[Any, int]) -> tuple[list[in
 
 @documented
 def load_json(path: Path) -> dict[str, Any]:
-    content = files.read_json(path)
+    """Returns the content of an annotation json without outlines; its entries are not looked at."""
+    content = annotations_lib.load_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         found = f"the keys {sorted(content)[:8]}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{path} has {found}; an annotation json has `images` and `annotations`")
@@ -131,103 +133,113 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _select_images(
-    content: dict[str, Any], folder: str, path: Path, *, max_examples: int, max_bad_share: float
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Returns the usable images, in order, each id once, and the counts of what was repaired."""
-    images = content["images"][:max_examples] if max_examples else content["images"]
-    bad: collections.Counter[str] = collections.Counter()
-    repaired: collections.Counter[str] = collections.Counter()
-    files = collections.defaultdict(set)
-    for image in images:
-        files[image.get("id")].add(file_name(image))
-    seen, kept = set(), []
-    for image in images:
-        if "id" not in image or unsafe_path(file_name(image)):
-            bad["without id" if "id" not in image else "with a file name outside the folder"] += 1
-        elif len(files[image["id"]]) > 1:
-            bad["sharing their id with another image"] += 1
-        elif image["id"] in seen:
-            repaired["image listed twice"] += 1
-        else:
-            seen.add(image["id"])
-            kept.append(image)
-    refuse_above_share(bad, len(images), max_bad_share, what="images", where=path)
-    probe_images(folder, map(file_name, kept), path)
-    return kept, dict(bad + repaired)
-
-
 def _collect_boxes(
     content: dict[str, Any],
     images: Sequence[dict[str, Any]],
     path: Path,
     *,
+    folder: str,
+    follow_links: bool,
     label: Callable[[dict[str, Any], dict[str, Any]], int | str],
     max_bad_share: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, collections.Counter[str]]:
     """Returns boxes [n,4] xyxy, labels [n], image of each box [n] and the counts of what is bad.
 
     `label(annotation, image)` gives an index into the vocabulary, or the reason why there is none.
     """
-    index = {image["id"]: i for i, image in enumerate(images)}
-    listed = {image.get("id") for image in content["images"]}
+    index = {usable_id(image["id"]): i for i, image in enumerate(images)}
+    listed = {usable_id(image.get("id")) for image in content["images"]}
     bad: collections.Counter[str] = collections.Counter()
     repaired: collections.Counter[str] = collections.Counter()
-    rows, total = [], 0
-    for annotation in content["annotations"]:
+    entries = content["annotations"]
+    xywh, repaired["box taken from the outline for want of a bbox"] = annotations_lib.boxes_of(entries)
+    crowd = annotations_lib.flags_of(entries, "iscrowd", repaired)
+    no_numbers = np.isnan(xywh).all(axis=1)
+    kept, image_of_box, labels, total = [], [], [], 0
+    for row, annotation in enumerate(entries):
         i = index.get(annotation.get("image_id"))
         if i is None:
             if annotation.get("image_id") not in listed:
                 total += 1
                 bad["box of an image that is not listed"] += 1
             continue
-        if annotation.get("iscrowd"):
+        if crowd[row]:
             repaired["crowd box left out"] += 1
             continue
         total += 1
-        box = annotation.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)):
-            bad["box without four numbers"] += 1
-            continue
-        value = label(annotation, images[i])
+        value = "box without four numbers" if no_numbers[row] else label(annotation, images[i])
         if isinstance(value, str):
             bad[value] += 1
             continue
-        rows.append((i, value, *box))
-    table = np.array(rows, np.float64).reshape(-1, 6)
-    image_of_box, labels = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
-    xyxy = np.concatenate([table[:, 2:4], table[:, 2:4] + table[:, 4:6]], axis=1)
-    sizes = np.array([_size(image) for image in images], np.float64).reshape(-1, 2)[image_of_box]
-    boxes, usable, reasons = transforms.check_boxes(xyxy, sizes)
+        kept.append(row)
+        image_of_box.append(i)
+        labels.append(value)
+    xywh, places = xywh[kept].reshape(-1, 4), np.array(image_of_box, np.int32)
+    sizes = np.array([size_of(image) for image in images], np.float64).reshape(-1, 2)[places]
+    boxes, usable, reasons = transforms.check_boxes(
+        np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), sizes
+    )
     bad.update(reasons)
+    _probe_sizes(sizes, places, images, folder, follow_links=follow_links)
     refuse_above_share(bad, total, max_bad_share, what="boxes", where=path)
+    doubtful = _doubtful(xywh[usable], sizes[usable], total, path, max_bad_share=max_bad_share)
     if not usable.any():
         raise ValueError(f"{path} has no usable box for its {len(images)} images")
-    return boxes[usable], labels[usable], image_of_box[usable], dict(bad + repaired)
+    repaired.update(doubtful)
+    return boxes[usable], np.array(labels, np.int32)[usable], places[usable], bad + repaired
+
+
+def _doubtful(xywh: np.ndarray, sizes: np.ndarray, total: int, path: Path, *, max_bad_share: float) -> dict[str, int]:
+    """Returns how many usable boxes are cut at the border or below a pixel; DataError if too many are, or all look so.
+
+    A few of them are in every set: COCO has one in a thousand.
+    """
+    cut, below, look = annotations_lib.suspicious(xywh, sizes)
+    counts = {"box cut at the border": int(cut.sum()), "box below a pixel": int((below & ~cut).sum())}
+    if look:
+        counts = {f"boxes that {look}": len(xywh)}
+    refuse_above_share(counts, total, max(max_bad_share, _FEW), what="boxes", where=path)
+    return {reason: num for reason, num in counts.items() if num}
+
+
+def _probe_sizes(
+    sizes: np.ndarray, places: np.ndarray, images: Sequence[dict[str, Any]], folder: str, *, follow_links: bool
+) -> None:
+    """Fills the sizes [n, 2] of boxes on some of the images whose size the json does not give."""
+    wanting = np.unique(places[(sizes == 0).any(axis=1)])[:_NUM_PROBED_SIZES]
+    for i in wanting.tolist():
+        try:
+            data = files.read_bytes(resolve(folder, file_name(images[i]), follow_links=follow_links))
+            sizes[places == i] = transforms.read_header(data).displayed_size
+        except (UnusableError, OSError):
+            continue
 
 
 @documented
 def read_vocabulary(path: str | Path, *, dictionary: str = "") -> Vocabulary:
     """Returns the categories of a COCO json in their order; definitions from the json, else from the dictionary."""
-    return _vocabulary(load_json(Path(path)), Path(path), read_dictionary(dictionary) if dictionary else None)
+    return vocabulary_of(load_json(Path(path)), Path(path), read_dictionary(dictionary) if dictionary else None)
 
 
-def _vocabulary(content: dict[str, Any], path: Path, dictionary: Vocabulary | None) -> Vocabulary:
+def vocabulary_of(content: dict[str, Any], path: Path, dictionary: Vocabulary | None) -> Vocabulary:
+    """Returns the categories of the content of a COCO json in their order; ValueError for one without id or name."""
     categories = content.get("categories")
     if not categories:
         raise ValueError(f"{path} lists no categories")
+    ids, _ = annotations_lib.listed_ids(categories, where=f"{path}: categories")
     names, definitions = [], []
-    for category in categories:
-        name = display_name(category["name"]) if isinstance(category.get("name"), str) else ""
-        if not name or "id" not in category:
-            raise ValueError(f"{path}: the category {category} needs an id and a name, a text that is more than spaces")
+    for i, category in enumerate(categories):
+        given = category.get("name")
+        name = display_name(str(given)) if isinstance(given, str | int) and not isinstance(given, bool) else ""
+        if not name:
+            raise ValueError(f"{path}: categories[{i}] ({shown(category)}) needs an id and a name")
         names.append(name)
         own = category.get("def") or category.get("definition") or ""
         definitions.append(own or (dictionary.definition(name) if dictionary else ""))
-    ids = tuple(category["id"] for category in categories)
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{path} lists two categories with the id {max(ids, key=ids.count)}")
-    return Vocabulary(tuple(names), tuple(definitions), ids)
+    texts = [str(value) for value in ids]
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"{path} lists two categories with the id {max(texts, key=texts.count)}")
+    return Vocabulary(tuple(names), tuple(definitions), tuple(ids))
 
 
 def check_kind(content: dict[str, Any], path: Path, kind: Kind) -> None:
@@ -257,9 +269,9 @@ def read_detection(
     max_examples: int = 0,
     max_bad_share: float = 0.0,
     follow_links: bool = False,
-    need_boxes: bool = True,
     num_shots: int = 0,
     few_shot_seed: int = 0,
+    dropped: Sequence[str] = (),
 ) -> BoxSource:
     """Returns the source of a COCO json and its image folder.
 
@@ -270,9 +282,9 @@ def read_detection(
       max_examples: the first n images; 0: all.
       max_bad_share: an error above this share of unusable images or boxes.
       follow_links: images may be links to files outside of the folder.
-      need_boxes: False for evaluation, where boxes are read by the evaluator alone and every image is kept.
       num_shots: only the images of `few_shot` with this many; 0: all.
       few_shot_seed: its seed.
+      dropped: names of categories that are left out with their boxes.
 
     Raises:
       ValueError: see the module; the message says which file, how many and why.
@@ -280,22 +292,27 @@ def read_detection(
     path, folder = Path(annotations), os.path.realpath(images)
     content = load_json(path)
     check_kind(content, path, Kind.DETECTION)
+    vocabulary = vocabulary_of(content, path, read_dictionary(dictionary) if dictionary else None)
+    content, counters = with_fitting_ids(content)
+    if dropped:
+        content, num_dropped = drop_categories(content, dropped, path)
+        counters |= num_dropped
+        vocabulary = vocabulary_of(content, path, read_dictionary(dictionary) if dictionary else None)
+    say_unused(content, path, prefix="config.detection")
     if num_shots:
         content = few_shot(content, num_shots=num_shots, seed=few_shot_seed)
         logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)
-    vocabulary = _vocabulary(content, path, read_dictionary(dictionary) if dictionary else None)
-    kept, counters = _select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
+    kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     label_of: dict[Any, int | str] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
-    boxes, labels, image_of_box = np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int32)
-    more: dict[str, int] = {}
-    if need_boxes:
-        boxes, labels, image_of_box, more = _collect_boxes(
-            content,
-            kept,
-            path,
-            label=lambda annotation, _: label_of.get(annotation.get("category_id"), "box of an unlisted category"),
-            max_bad_share=max_bad_share,
-        )
+    boxes, labels, image_of_box, odd = _collect_boxes(
+        content,
+        kept,
+        path,
+        folder=folder,
+        follow_links=follow_links,
+        label=lambda annotation, _: label_of.get(annotation.get("category_id"), "box of an unlisted category"),
+        max_bad_share=max_bad_share,
+    )
     return BoxSource(
         kind=Kind.DETECTION,
         path=path,
@@ -305,44 +322,9 @@ def read_detection(
         labels=labels,
         image_of_box=image_of_box,
         vocabulary=vocabulary,
-        counters=counters | more,
+        counters=counters | more | odd,
         follow_links=follow_links,
     )
-
-
-def few_shot(content: dict[str, Any], *, num_shots: int, seed: int) -> dict[str, Any]:
-    """Returns a COCO json with the images of GLIP's few-shot split, in which each category is on `num_shots` or more.
-
-    Images with a box wider and higher than 1 px are sorted by id and shuffled by Python's generator. One after the
-    other is taken if a category on it has not had `num_shots` images yet; it counts for every category on it. A
-    category that is on fewer images has them all.
-    """
-    present = collections.defaultdict(set)  # categories of every image
-    usable = set()
-    for annotation in content["annotations"]:
-        present[annotation.get("image_id")].add(annotation.get("category_id"))
-        if min((annotation.get("bbox") or ())[2:], default=0) > 1:
-            usable.add(annotation.get("image_id"))
-    ids = sorted(usable & {image.get("id") for image in content["images"]})
-    random.Random(seed).shuffle(ids)
-    num_images: collections.Counter[Any] = collections.Counter()
-    taken = set()
-    for image_id in ids:
-        if any(num_images[category] < num_shots for category in present[image_id]):
-            taken.add(image_id)
-            num_images.update(present[image_id])
-    images = [image for image in content["images"] if image.get("id") in taken]
-    annotations = [annotation for annotation in content["annotations"] if annotation.get("image_id") in taken]
-    return content | {"images": images, "annotations": annotations}
-
-
-def phrase_of(caption: str, spans: Any) -> str:
-    """Returns the text of [start, end) character spans, joined by spaces; "" where they cover nothing."""
-    try:
-        parts = [caption[max(int(start), 0) : max(int(end), 0)].strip(" \t\n.,;:") for start, end in spans]
-    except (OverflowError, TypeError, ValueError):
-        return ""
-    return " ".join(part for part in parts if part)
 
 
 @documented
@@ -361,26 +343,39 @@ def read_grounding(
     path, folder = Path(annotations), os.path.realpath(images)
     content = load_json(path)
     check_kind(content, path, Kind.GROUNDING)
-    kept, counters = _select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
-    empty = sum(not str(image.get("caption") or "").strip() for image in kept)
-    refuse_above_share({"with an empty caption": empty}, len(kept), max_bad_share, what="images", where=path)
-    kept = [image for image in kept if str(image.get("caption") or "").strip()]
+    content, counters = with_fitting_ids(content)
+    kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
+    captioned = [image for image in kept if isinstance(image.get("caption"), str) and image["caption"].strip()]
+    no_caption = len(kept) - len(captioned)
+    refuse_above_share({"without a caption": no_caption}, len(kept), max_bad_share, what="images", where=path)
     phrases: dict[str, int] = {}
+    odd_spans: collections.Counter[str] = collections.Counter()
 
     def label(annotation: dict[str, Any], image: dict[str, Any]) -> int | str:
-        phrase = phrase_of(image["caption"], annotation.get("tokens_positive"))
-        return phrases.setdefault(phrase, len(phrases)) if phrase else "box whose spans are not in the caption"
+        caption, spans = image["caption"], annotation.get("tokens_positive")
+        if problem := problem_of(caption, spans):
+            return problem
+        odd_spans.update(oddities_of(caption, spans))
+        return phrases.setdefault(phrase_of(caption, spans), len(phrases))
 
-    boxes, labels, image_of_box, more = _collect_boxes(content, kept, path, label=label, max_bad_share=max_bad_share)
+    boxes, labels, image_of_box, odd = _collect_boxes(
+        content,
+        captioned,
+        path,
+        folder=folder,
+        follow_links=follow_links,
+        label=label,
+        max_bad_share=max_bad_share,
+    )
     return BoxSource(
         kind=Kind.GROUNDING,
         path=path,
         folder=folder,
-        images=kept,
+        images=captioned,
         boxes=boxes,
         labels=labels,
         image_of_box=image_of_box,
         vocabulary=Vocabulary(tuple(phrases), ("",) * len(phrases)),
-        counters=counters | more | ({"image with an empty caption": empty} if empty else {}),
+        counters=counters | more | odd | odd_spans | ({"image without a caption": no_caption} if no_caption else {}),
         follow_links=follow_links,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
@@ -13,6 +15,7 @@ from typing import ParamSpec, TypeVar
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _NUM_PROBED_FILES = 64
+_NUM_NAMED = 10  # missing photos in a message
 _Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
 
 
@@ -86,6 +89,29 @@ def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
         elif not (Path(path).is_file() if what == "file" else Path(path).is_dir()):
             problems.append(f"{key}: the {what} {path} does not exist")
     return problems
+
+
+def photo_facts(paths: Iterable[str], *, where: str | Path) -> str:
+    """Returns a digest of the names, sizes and times of photos, which is another one when photos were exchanged.
+
+    Raises:
+      DataError: photos are missing; says how many and names the first ten.
+    """
+    digest, missing, total = hashlib.sha256(), [], 0
+    for path in paths:
+        total += 1
+        try:
+            facts = os.stat(path)
+        except (OSError, ValueError):
+            facts = None
+        if facts is None or not stat.S_ISREG(facts.st_mode):
+            missing.append(path)
+            continue
+        digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode(errors="replace"))
+    if missing:
+        named = ", ".join(missing[:_NUM_NAMED]) + (" …" if len(missing) > _NUM_NAMED else "")
+        raise DataError(f"{where}: {len(missing)} of {total} photos do not exist: {named}")
+    return digest.hexdigest()
 
 
 def probe_images(folder: str, names: Iterable[str], path: str | Path) -> None:

@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_COCO_NUMBER = re.compile(r"\d{12}(?!\d)")  # COCO_val2014_000000000042.jpg and val2017/000000000042.jpg are one photo
+# COCO_val2014_000000000042.jpg and val2017/000000000042.jpg are one photo; COCO's numbers have six digits
+_COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(0{6}\d{6})\.jpe?g", re.IGNORECASE)
 
 
 def photo_of(name: str) -> str:
-    """Returns what names a photo in all data sets: the 12-digit number of COCO and LVIS, else the file name."""
-    stem = os.path.basename(name)
-    return found[-1] if (found := _COCO_NUMBER.findall(stem)) else stem
+    """Returns what names a photo in all data sets: the number of COCO's and LVIS's photos, else the file name."""
+    name = os.path.basename(name)
+    return found[1] if (found := _COCO_NAME.fullmatch(name)) else name
 
 
 def held_out_photos(jsons: Sequence[str]) -> frozenset[str]:

@@ -9,6 +9,7 @@ What cannot be used is counted by reason in `counters`; above a share of the who
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from detclipv2_jax.data.box_json import BoxSource, read_detection, read_groundin
 from detclipv2_jax.data.built import missing_folders, read_built
 from detclipv2_jax.data.checks import missing_paths, probe_images, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
+from detclipv2_jax.data.evaluation_set import GroundTruth, read_evaluation
 from detclipv2_jax.data.schema import Kind, Record
 
 
@@ -190,7 +192,7 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
         if _names_raw_files(kind, section):
             match kind:
                 case Kind.DETECTION:
-                    more = limits | {"dictionary": section.dictionary}
+                    more = limits | {"dictionary": section.dictionary, "dropped": section.drop_categories}
                     more |= {"num_shots": section.num_shots, "few_shot_seed": section.few_shot_seed}
                     sources.append(read_detection(section.annotations, section.images, **more))
                 case Kind.GROUNDING:
@@ -205,8 +207,8 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
     return sources
 
 
-def open_evaluation(section: Any, *, prefix: str) -> BoxSource | None:
-    """Returns the images and categories that an evaluation section names, without boxes; None if it names none.
+def open_evaluation(section: Any, *, prefix: str) -> tuple[BoxSource, GroundTruth] | None:
+    """Returns the images of an evaluation section, without boxes, and its truth; None if it names none.
 
     Raises:
       ValueError: as `open_sources`.
@@ -216,14 +218,16 @@ def open_evaluation(section: Any, *, prefix: str) -> BoxSource | None:
     if problems := _missing_files(Kind.DETECTION, section, prefix):
         raise ValueError("\n".join(problems))
     try:
-        return read_detection(
+        source, ground_truth = read_evaluation(
             section.annotations,
             section.images,
             dictionary=section.dictionary,
             max_examples=section.max_examples,
             max_bad_share=section.max_bad_share,
             follow_links=section.follow_links,
-            need_boxes=False,
+            dropped=section.drop_categories,
+            prefix=prefix,
         )
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None
+    return source, dataclasses.replace(ground_truth, definitions=section.definitions)

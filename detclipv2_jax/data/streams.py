@@ -8,24 +8,23 @@ the hosts, so that position follows from the step and the number of hosts change
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import math
 import queue
 import threading
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags, logging
 
-from detclipv2_jax.data import workers
+from detclipv2_jax.data import mirroring, workers
 from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictionary
+from detclipv2_jax.data.evaluation_set import GroundTruth
 from detclipv2_jax.data.schema import Batch, DataError, Kind, StalledError, UnusableError
 from detclipv2_jax.data.sources import Source, open_evaluation, open_sources
 
@@ -171,22 +170,6 @@ class Stream:
         return "; ".join(f"{name}: {', '.join(of_source)}" for name, of_source in ids.items())
 
 
-@dataclasses.dataclass(frozen=True)
-class GroundTruth:
-    """What evaluation needs beside images."""
-
-    annotations: Path  # COCO json
-    image_ids: tuple[int, ...]  # by example id
-    vocabulary: Vocabulary  # the categories in the order of the json
-    definitions: bool  # whether a category is encoded with its definition
-    federated: bool = False  # whether only some categories are annotated on an image (LVIS)
-
-    @property
-    def texts(self) -> list[str]:
-        """The text of every category as it is encoded."""
-        return self.vocabulary.texts(definitions=self.definitions)
-
-
 class EvalStream(Stream):
     """The images of one evaluation canvas in the order of the json; finite, the last batch padded by image_mask."""
 
@@ -302,6 +285,7 @@ def _kind_streams(
             short_side=tuple(section.short_side),
             long_side=section.long_side,
             flip_prob=section.flip_prob,
+            unflippable=mirroring.pattern(section.unflippable_words, english=kind is not Kind.IMAGE_TEXT),
             capacity=capacity,
             definitions=section.definitions,
             vocabularies=vocabularies,
@@ -385,11 +369,10 @@ def eval_streams(
       ValueError: a file or folder is missing or of another kind; while reading, an image cannot be used.
     """
     _divide(section.batch_size, process_count, "config.eval")
-    source = open_evaluation(section, prefix=prefix)
-    if source is None:
+    opened = open_evaluation(section, prefix=prefix)
+    if opened is None:
         return []
-    ids = tuple(source.image_ids)
-    ground_truth = GroundTruth(source.path, ids, source.vocabulary, section.definitions, source.federated)
+    source, ground_truth = opened
     streams = []
     for canvas, members in zip(section.canvases, _assign_canvases([source], section.canvases), strict=True):
         if not len(members):

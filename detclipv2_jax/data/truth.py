@@ -90,8 +90,8 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     """Returns the truth of the content of the json `name`; errors as `read`."""
     _check_lists(content, name)
     odd: collections.Counter[str] = collections.Counter()
-    images, image_ids = _ordered(content["images"], f"{name}: images", odd)
-    categories, category_ids = _ordered(content["categories"], f"{name}: categories", odd)
+    images, image_ids = in_order(content["images"], f"{name}: images", odd)
+    categories, category_ids = in_order(content["categories"], f"{name}: categories", odd)
     names = [str(category["name"]).lower() for category in categories if "name" in category]
     odd["category called like another"] = len(names) - len(set(names))
     if any("frequency" in category for category in categories):
@@ -113,7 +113,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
         "bbox is not four numbers in px": ~finite,
         "bbox has a negative size": finite & (boxes[:, 2:] < 0).any(axis=1),
     }
-    bad = _refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
+    bad = refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
     flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)
     odd["box without width or height, which is left out"] = int(flat.sum())
     kept = np.flatnonzero(~bad & ~flat)
@@ -164,7 +164,7 @@ def json_kind(content: Any) -> str:
     return "JSON object" if isinstance(content, dict) else "JSON list" if isinstance(content, list) else "JSON value"
 
 
-def _ordered(entries: list[Any], where: str, odd: collections.Counter[str]) -> tuple[list[dict[str, Any]], Ids]:
+def in_order(entries: list[Any], where: str, odd: collections.Counter[str]) -> tuple[list[dict[str, Any]], Ids]:
     """Returns the entries of a list in the order of their ids (numbers first), each once, and their ids.
 
     Raises:
@@ -190,7 +190,7 @@ def _odd_ids(rows: list[dict[str, Any]]) -> int:
     return len(rows) - len({*ids} - {0, None})
 
 
-def _refuse(
+def refuse(
     unusable: dict[str, np.ndarray],
     entries: list[Any],
     name: str,

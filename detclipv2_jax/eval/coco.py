@@ -28,6 +28,7 @@ from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import detections as detections_lib
 from detclipv2_jax.eval.detections import Found
 
+MAX_BAD_SHARE_HELP = "share of the annotations that may be left out because they cannot be used, 0 to 1"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AP_KIND = "COCO: pycocotools, IoU 0.50:0.95, 101 recall points, best 100 detections an image and category"
 
@@ -175,13 +176,7 @@ def command_line(module: str, description: str | None) -> argparse.ArgumentParse
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO json with the true boxes")
     parser.add_argument("--detections", required=True, metavar="FILE", help="COCO results json with the found boxes")
     parser.add_argument("--output", metavar="FILE", help="also write the JSON object to this file")
-    parser.add_argument(
-        "--max_bad_share",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="share of the annotations that may be left out",
-    )
+    parser.add_argument("--max_bad_share", type=float, default=0.0, metavar="X", help=MAX_BAD_SHARE_HELP)
     return parser
 
 

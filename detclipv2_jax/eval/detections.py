@@ -65,8 +65,8 @@ def find(detections: Any, truth: Truth, evaluated: Int[np.ndarray, " e"]) -> Fou
         odd["category_id of a detection of another type than the category's"] += num_categories
         parts.append((images.astype(np.int32), categories.astype(np.int32), chunk.boxes, chunk.scores))
         start += len(images)
-    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Found(*columns, odd={what: num for what, num in odd.items() if num})
+    images, categories, boxes, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Found(images, categories, boxes, scores, {what: num for what, num in odd.items() if num})
 
 
 def _refuse_unknown(what: str, ids: list[Any], known: np.ndarray, where: str, truth: str) -> None:
@@ -138,9 +138,9 @@ def read(detections: Any) -> Iterator[Columns]:
 def _columns(rows: list[Any]) -> Columns:
     boxes = np.array([row["bbox"] for row in rows] or np.zeros((0, 4)))
     scores = np.array([row["score"] for row in rows] or np.zeros(0))
-    for name, array, shape in (("bbox", boxes, (len(rows), 4)), ("score", scores, (len(rows),))):
+    for what, array, shape in (("bbox has", boxes, (len(rows), 4)), ("score is", scores, (len(rows),))):
         if array.dtype.kind not in "if" or array.shape != shape or not (np.abs(array) <= MAX_NUMBER).all():
-            raise ValueError(f"its {name} is something else")
+            raise ValueError(f"its {what} something else")
     if (boxes[:, 2:] < 0).any():
         raise ValueError("its bbox has a negative size")
     return Columns(

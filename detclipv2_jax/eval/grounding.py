@@ -28,11 +28,16 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from absl import logging
 from jaxtyping import Float
 from pycocotools import mask as boxes_lib
 
-from detclipv2_jax.data import box_json
-from detclipv2_jax.data.checks import missing_paths, resolve
+from detclipv2_jax.data import box_json, truth
+from detclipv2_jax.data.annotations import boxes_of, flags_of, usable_id
+from detclipv2_jax.data.checks import documented, missing_paths, photo_facts, resolve
+from detclipv2_jax.data.schema import DataError
+from detclipv2_jax.data.selection import file_name, with_fitting_ids
+from detclipv2_jax.data.spans import oddities_of, phrase_of, problem_of
 from detclipv2_jax.eval import coco
 from detclipv2_jax.eval.result import Parts, Rows
 from detclipv2_jax.files import write_json
@@ -52,26 +57,62 @@ class Query:
     boxes: Float[np.ndarray, "n 4"]  # xywh
 
 
-def read_queries(annotations: str, *, task: str) -> list[Query]:
-    """Returns the phrases or expressions of an MDETR-format json in its order; ValueError if it is another file."""
+@documented
+def read_queries(
+    annotations: str, *, task: str, max_bad_share: float = 0.0, odd: collections.Counter[str] | None = None
+) -> list[Query]:
+    """Returns the phrases or expressions of an MDETR-format json in its order; counts in `odd` what is repaired there.
+
+    Raises:
+      ValueError: it is another file, an image has no caption or the id of another, or more than a share of the
+        annotations cannot be used; the message names the first entries.
+    """
     content = box_json.load_json(pathlib.Path(annotations))
-    images = {image["id"]: image for image in content["images"]}
-    boxes: dict[tuple[Any, str], list[list[float]]] = collections.defaultdict(list)
+    odd = collections.Counter() if odd is None else odd
+    images, _ = truth.in_order(content["images"], f"{annotations}: images", odd)
+    entries = content["annotations"]
+    content, repaired = with_fitting_ids(content)
+    rows = content["annotations"]
+    xywh, odd["box taken from the outline for want of a bbox"] = boxes_of(rows)
+    crowd = flags_of(rows, "iscrowd", odd)
+    by_id = {usable_id(image["id"]): image for image in images}
+    reasons: dict[str, np.ndarray] = {}
+    boxes: dict[tuple[Any, str], list[np.ndarray]] = collections.defaultdict(list)
     texts = {}
-    for row in content["annotations"]:
-        image = images.get(row.get("image_id"), {})
-        caption, spans = str(image.get("caption") or ""), row.get("tokens_positive")
-        text = caption.strip() if task == "referring" else box_json.phrase_of(caption, spans)
-        if not text or "bbox" not in row:
-            raise ValueError(
-                f"{annotations}: annotation {row.get('id')} has no box, no caption or no tokens_positive within it;"
-                " an MDETR-format json is needed"
-            )
-        key = row["image_id"], "" if task == "referring" else json.dumps(spans)
-        boxes[key].append(row["bbox"])
-        texts[key] = text
-    names = {image_id: box_json.file_name(image) for image_id, image in images.items()}
-    return [Query(names[key[0]], texts[key], np.array(rows, np.float64)) for key, rows in boxes.items()]
+    for i, (row, box) in enumerate(zip(rows, xywh, strict=True)):
+        image, spans = by_id.get(row.get("image_id")), row.get("tokens_positive")
+        reason = _problem(image, box, spans, task=task)
+        if reason:
+            reasons.setdefault(reason, np.zeros(len(rows), bool))[i] = True
+        elif crowd[i]:
+            odd["crowd box left out"] += 1
+        else:
+            assert image is not None
+            if task == "phrases":
+                odd.update(oddities_of(image["caption"], spans))
+            key = row["image_id"], "" if task == "referring" else json.dumps(spans)
+            boxes[key].append(box)
+            texts[key] = image["caption"].strip() if task == "referring" else phrase_of(image["caption"], spans)
+    truth.refuse(reasons, entries, annotations, max_bad_share=max_bad_share, odd=odd)
+    if not boxes:
+        raise DataError(f"{annotations} has no usable annotation: there is nothing to be found")
+    names = {image_id: file_name(image) for image_id, image in by_id.items()}
+    odd.update(repaired)
+    return [Query(names[key[0]], texts[key], np.array(of_text, np.float64)) for key, of_text in boxes.items()]
+
+
+def _problem(image: dict[str, Any] | None, box: np.ndarray, spans: Any, *, task: str) -> str:
+    """Returns why an annotation cannot be used, "" if it can."""
+    if image is None:
+        return "image_id is not listed"
+    if not np.isfinite(box).all():
+        return "bbox is not four numbers in px"
+    if (box[2:] <= 0).any():
+        return "bbox has no area"
+    caption = image.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        return "caption of its image is no text"
+    return f"tokens_positive: {problem}" if task == "phrases" and (problem := problem_of(caption, spans)) else ""
 
 
 def first_hit(found: Float[np.ndarray, "k 4"], boxes: Float[np.ndarray, "n 4"]) -> float:
@@ -116,7 +157,15 @@ def evaluate(
     return {name: int(counts[key]) / len(queries) for name, key in names.items()}
 
 
-def run(*, checkpoint: str, annotations: str, images: str, task: str, folder: str | pathlib.Path) -> dict[str, Any]:
+def run(
+    *,
+    checkpoint: str,
+    annotations: str,
+    images: str,
+    task: str,
+    folder: str | pathlib.Path,
+    max_bad_share: float = 0.0,
+) -> dict[str, Any]:
     """Returns scores and protocol of a checkpoint; `folder` holds what is found until that is done.
 
     Raises:
@@ -124,7 +173,15 @@ def run(*, checkpoint: str, annotations: str, images: str, task: str, folder: st
     """
     if problems := missing_paths({"--annotations": (annotations, "file"), "--images": (images, "folder")}):
         raise ValueError("\n".join(problems))
-    queries = read_queries(annotations, task=task)
+    odd: collections.Counter[str] = collections.Counter()
+    queries = read_queries(annotations, task=task, max_bad_share=max_bad_share, odd=odd)
+    repaired = {what: int(num) for what, num in odd.items() if num}
+    for what, num in repaired.items():
+        logging.warning("%s: %d × %s", annotations, num, what)
+    folder_of_photos = os.path.realpath(images)
+    photos = photo_facts(
+        [f"{folder_of_photos}/{name}" for name in dict.fromkeys(query.file for query in queries)], where=annotations
+    )
     predictor = Predictor.from_checkpoint(checkpoint)
     number_of = {text: i for i, text in enumerate(dict.fromkeys(query.text for query in queries))}
     embeddings = predictor.vocabulary(list(number_of))[1]
@@ -139,6 +196,7 @@ def run(*, checkpoint: str, annotations: str, images: str, task: str, folder: st
         "ema": config.optimizer.ema_decay > 0,
         "annotations": annotations,
         "annotations_sha256": coco.sha256(annotations),
+        "repaired": repaired,
         "images_evaluated": len({query.file for query in queries}),
         "num_texts": len(queries),
         "score_threshold": config.eval.score_threshold,
@@ -147,14 +205,14 @@ def run(*, checkpoint: str, annotations: str, images: str, task: str, folder: st
         "long_side": config.eval.long_side,
     }
     weights = vocabulary.weights_key(predictor.params)
-    parts = Parts(pathlib.Path(folder), fingerprint={"protocol": protocol, "images": images, "weights": weights})
+    parts = Parts(pathlib.Path(folder), fingerprint={"protocol": protocol, "photos": photos, "weights": weights})
     known, files = parts.all_rows(), itertools.count()
 
     def find(file: str, texts: list[str]) -> list[np.ndarray]:
         numbers, image = np.array([number_of[text] for text in texts]), next(files)
         rows = known
         if image >= parts.done:
-            path = resolve(os.path.realpath(images), file)
+            path = resolve(folder_of_photos, file)
             found = predictor.ground(path, embeddings[numbers], max_detections=max(RANKS))
             boxes = found.boxes.astype(np.float64)
             boxes[..., 2:] -= boxes[..., :2]
@@ -179,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--annotations", required=True, metavar="FILE", help="MDETR-format json")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder its file names are relative to")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
+    parser.add_argument("--max_bad_share", type=float, default=0.0, metavar="X", help=coco.MAX_BAD_SHARE_HELP)
     parser.add_argument("--output", metavar="FILE", help="also write the JSON object to this file")
     options = parser.parse_args(arguments)
     try:
@@ -187,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             annotations=options.annotations,
             images=options.images,
             task=options.task,
+            max_bad_share=options.max_bad_share,
             folder=pathlib.Path(options.output or f"{options.checkpoint}/eval/{options.task}").parent,
         )
         if options.output:

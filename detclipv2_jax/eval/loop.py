@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream, eval_streams
 from detclipv2_jax.eval import coco, lvis
-from detclipv2_jax.eval.result import Parts, Rows, write
+from detclipv2_jax.eval.detections import Found
+from detclipv2_jax.eval.result import Parts, Rows, write_detections, write_scores
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, vocabulary
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, processes
@@ -53,8 +56,9 @@ class Evaluator:
         self._config, self._mesh, self._streams = config, mesh, streams
         self._workdir = pathlib.Path(workdir)
         self._truth = streams[0].ground_truth
-        self.federated = self._truth.federated  # whether scores are LVIS's
+        self.federated = self._truth.truth.federated  # whether scores are LVIS's
         self._scorer = lvis if self.federated else coco
+        self._annotations_sha256 = coco.sha256(self._truth.annotations)  # of the file as it was read
         self._limits = Limits.from_config(config.eval)
         self._detector = detector
         whole = NamedSharding(mesh, REPLICATED)
@@ -66,8 +70,9 @@ class Evaluator:
 
         Federated annotations are scored by `lvis.evaluate`.
 
-        Process 0 writes `eval/step_<step>_detections.json`, `eval/step_<step>_scores.json` and pictures. An evaluation
-        that was killed continues where it was, if it is the same one.
+        Process 0 writes `eval/step_<step>_detections.json`, then `eval/step_<step>_scores.json` and pictures. An
+        evaluation that was killed, or whose scores failed, continues where it was, if it is the same one: with the same
+        parameters, photos, texts and limits.
         """
         embeddings = self._detector.encode_vocabulary(params, self._truth.texts)
         text = vocabulary.pad(embeddings, multiple=WORD_CHUNK)
@@ -75,12 +80,7 @@ class Evaluator:
         parts: Parts | None = None
         samples: list[_Sample] = []
         if jax.process_index() == 0:
-            fingerprint = {
-                "protocol": self._protocol(step),
-                "weights": weights,
-                "batch_size": self._streams[0].batch_size,
-            }
-            parts = Parts(self._workdir / "eval", fingerprint=fingerprint)
+            parts = Parts(self._workdir / "eval", fingerprint=self._fingerprint(step, weights))
         done = from_first_process(parts and parts.done)
         with tqdm.tqdm(
             total=sum(stream.num_batches for stream in self._streams),
@@ -98,10 +98,22 @@ class Evaluator:
                     continue
                 parts.add(self._rows(found, example_ids, image_mask))
                 samples += _samples(batch, found, limit=self._config.eval.num_pictures - len(samples))
-        rows = _rows_of_first_process(parts.all_rows() if parts else Rows.concatenate([]))
+        name = f"step_{step:08d}"
+        if parts:
+            parts.write()
+        rows = self._in_truth(_rows_of_first_process(parts.all_rows() if parts else Rows.concatenate([])))
+        if parts:  # before they are scored
+            write_detections(self._workdir / "eval", name=name, detections=rows, truth=self._truth.truth)
         scores = self._score(rows)
         if parts:
-            self._write(rows, scores, samples, step=step)
+            protocol = self._protocol(step) | {
+                "images_evaluated": len(self._truth.images),
+                "images_listed": len(self._truth.truth.images),
+            }
+            write_scores(self._workdir / "eval", name=name, scores=scores, protocol=protocol)
+            logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, self._scorer.table(scores))
+            for sample in samples:
+                self._draw(sample, name=name)
             parts.remove()
         return scores
 
@@ -129,45 +141,35 @@ class Evaluator:
         return found, example_ids, image_mask
 
     def _rows(self, found: Detections, example_ids: np.ndarray, image_mask: np.ndarray) -> Rows:
-        """Returns the detections on real images, with the ids of the json."""
+        """Returns the detections on real images; ids are those of examples and positions in the vocabulary."""
         keep = found.mask & image_mask[:, None]
-        image_ids = np.array(self._truth.image_ids)[example_ids]
         return Rows(
-            image_ids=np.broadcast_to(image_ids[:, None], keep.shape)[keep],
-            category_ids=np.array(self._truth.vocabulary.category_ids)[found.labels[keep]],
+            image_ids=np.broadcast_to(example_ids[:, None], keep.shape)[keep],
+            category_ids=np.asarray(found.labels)[keep],
             boxes=np.asarray(found.boxes)[keep],
             scores=np.asarray(found.scores)[keep],
         )
 
+    def _in_truth(self, rows: Rows) -> Rows:
+        """Returns the rows with positions in the truth for ids, in the order of its images."""
+        images, categories = self._truth.images[rows.image_ids], self._truth.categories[rows.category_ids]
+        return Rows.concatenate([Rows(images, categories, rows.boxes, rows.scores)])
+
     def _score(self, rows: Rows) -> dict[str, float]:
         """Returns the scores; each process scores its share of the categories."""
         share = coco.Share(jax.process_index(), jax.process_count(), _maximum_over_processes)
-        return self._scorer.evaluate(
-            self._truth.annotations, rows.parts(), image_ids=self._truth.image_ids, share=share
-        )
+        truth = self._truth.truth
+        found = Found(rows.image_ids, rows.category_ids, rows.xywh(), rows.scores.astype(np.float64))
+        evaluated = [truth.image_ids.ids[i] for i in self._truth.images]
+        return self._scorer.evaluate(truth, found, image_ids=evaluated, share=share)
 
-    def _write(self, rows: Rows, scores: dict[str, float], samples: list[_Sample], *, step: int) -> None:
-        """Writes scores, detections and pictures."""
-        annotations = coco.load_annotations(self._truth.annotations)
-        protocol = self._protocol(step) | {
-            "images_evaluated": len(self._truth.image_ids),
-            "images_listed": len(annotations["images"]),
-        }
-        name = f"step_{step:08d}"
-        write(self._workdir / "eval", name=name, detections=rows, scores=scores, protocol=protocol)
-        logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, self._scorer.table(scores))
-        for sample in samples:
-            self._draw(sample, annotations, name=name)
-
-    def _draw(self, sample: _Sample, annotations: dict[str, Any], *, name: str) -> None:
+    def _draw(self, sample: _Sample, *, name: str) -> None:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""
-        image_id = self._truth.image_ids[sample.example_id]
-        label_of = {category: i for i, category in enumerate(self._truth.vocabulary.category_ids)}
-        own = [
-            row for row in annotations["annotations"] if row["image_id"] == image_id and row["category_id"] in label_of
-        ]
-        corner_and_size = np.array([row["bbox"] for row in own], np.float64).reshape(-1, 4)
-        boxes = np.concatenate([corner_and_size[:, :2], corner_and_size[:, :2] + corner_and_size[:, 2:]], axis=1)
+        truth, image = self._truth.truth, int(self._truth.images[sample.example_id])
+        image_id = truth.image_ids.ids[image]
+        own = np.flatnonzero(truth.image == image)
+        boxes = np.concatenate([truth.boxes[own, :2], truth.boxes[own, :2] + truth.boxes[own, 2:]], axis=1)
+        label_of = np.argsort(self._truth.categories)
         figures.detections(
             sample.image,
             sample.boxes * sample.scale,
@@ -175,10 +177,23 @@ class Evaluator:
             self._truth.vocabulary.names,
             scores=sample.scores,
             max_drawn=min(20, max(3, len(own))),
-            truth=(boxes * sample.scale, np.array([label_of[row["category_id"]] for row in own], np.int32)),
+            truth=(boxes * sample.scale, label_of[truth.category[own]].astype(np.int32)),
             title=f"image {image_id} after {name.removeprefix('step_').lstrip('0') or 0} steps",
-            path=self._workdir / "pictures" / f"{name}_found_{image_id}.jpg",
+            path=self._workdir / "pictures" / f"{name}_found_{files.safe_name(image_id)}.jpg",
         )
+
+    def _fingerprint(self, step: int, weights: list[float]) -> dict[str, Any]:
+        """Returns all that the detections depend on; of the annotations only the photos and their sizes."""
+        unsized = {"ap", "annotations", "annotations_sha256", "repaired"}
+        protocol = {key: value for key, value in self._protocol(step).items() if key not in unsized}
+        sizes = self._streams[0].sources[0].sizes.tobytes()
+        return {
+            "protocol": protocol,
+            "weights": weights,
+            "batch_size": self._streams[0].batch_size,
+            "photos": self._truth.photos,
+            "sizes": hashlib.sha256(sizes).hexdigest(),
+        }
 
     def _protocol(self, step: int) -> dict[str, Any]:
         """Returns all that the detections and scores depend on beside the parameters."""
@@ -188,7 +203,8 @@ class Evaluator:
             "checkpoint_step": step,
             "ema": self._config.optimizer.ema_decay > 0,
             "annotations": str(truth.annotations),
-            "annotations_sha256": coco.sha256(truth.annotations),
+            "annotations_sha256": self._annotations_sha256,
+            "repaired": truth.truth.odd,
             "score": "sigmoid(logit) * sigmoid(centerness)",
             "score_threshold": self._limits.score_threshold,
             "nms": "within each category",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import re
@@ -17,12 +18,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from detclipv2_jax import files
+from detclipv2_jax.data.truth import Truth
 
 # scores that a run may go by
 MONITORS = tuple(f"{lead}AP{kind}" for lead in ("", "fixed_") for kind in ("", "50", "75", *"smlrcf"))
 PART_ROWS = 1 << 16
 PART_SECONDS = 60  # a killed evaluation loses at most about this much
-_PART = re.compile(r"(\d{6})-(\d{6})\.npz")
+_PART = re.compile(r"(\d{6,})-(\d{6,})\.rows")
+_NUM_DIGEST_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +46,24 @@ class Rows:
         order = np.argsort(image_ids, kind="stable")
         return cls(image_ids[order], *(column[order] for column in others))
 
-    def parts(self) -> Iterator[list[dict[str, Any]]]:
+    def xywh(self) -> Float[np.ndarray, "n 4"]:
+        """Returns the boxes as they are written and scored: x, y, width, height, rounded to 1/1000 px."""
+        boxes = self.boxes.astype(np.float64)
+        return np.round(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1), 3)
+
+    def parts(self, truth: Truth | None = None) -> Iterator[list[dict[str, Any]]]:
         """Yields `to_coco` of some rows after the other: as Python objects they need ten times the memory."""
         for start in range(0, max(len(self.scores), 1), PART_ROWS):
             columns = (getattr(self, field.name)[start : start + PART_ROWS] for field in dataclasses.fields(self))
-            yield Rows(*columns).to_coco()
+            yield Rows(*columns).to_coco(truth)
 
-    def to_coco(self) -> list[dict[str, Any]]:
-        """Returns COCO results: bbox (x, y, width, height) rounded to 1/1000 px, scores in float32's shortest form."""
-        boxes = self.boxes.astype(np.float64)
-        boxes = np.round(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1), 3).tolist()
-        columns = (self.image_ids.tolist(), self.category_ids.tolist(), boxes, self.scores)
+    def to_coco(self, truth: Truth | None = None) -> list[dict[str, Any]]:
+        """Returns COCO results, scores in float32's shortest form; with a truth, ids are positions in it."""
+        ids = self.image_ids.tolist(), self.category_ids.tolist()
+        if truth:
+            names = truth.image_ids.ids, truth.category_ids.ids
+            ids = [names[0][i] for i in ids[0]], [names[1][i] for i in ids[1]]
+        columns = (*ids, self.xywh().tolist(), self.scores)
         return [
             {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(str(score))}
             for image_id, category_id, box, score in zip(*columns, strict=True)
@@ -63,7 +73,8 @@ class Rows:
 class Parts:
     """What a running evaluation has found so far, on disk, so that a killed one continues.
 
-    The folder's name holds a hash of everything the detections depend on: another evaluation does not find it.
+    The folder's name holds a hash of everything the detections depend on: another evaluation does not find it. A file
+    begins with the hash of its rows: where it was changed, its batches are predicted again.
     """
 
     def __init__(self, folder: pathlib.Path, *, fingerprint: Mapping[str, Any]):
@@ -75,15 +86,14 @@ class Parts:
 
     def _read(self) -> tuple[int, list[Rows]]:
         done, parts = 0, []
-        for path in sorted(self._folder.glob("*.npz")):
+        for path in sorted(self._folder.glob("*.rows")):
             match = _PART.fullmatch(path.name)
             if not match or int(match[1]) != done:
                 continue
-            try:
-                with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                    parts.append(Rows(**stored))
-            except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+            rows = _unpacked(path)
+            if rows is None:
                 break  # its batches are predicted again
+            parts.append(rows)
             done = int(match[2])
         return done, parts
 
@@ -95,10 +105,12 @@ class Parts:
             self.write()
 
     def write(self) -> None:
-        """Puts the rows taken since the last call, at least one batch's, on disk."""
+        """Puts the rows taken since the last call on disk."""
+        if self.done == self._written:
+            return
         rows = Rows.concatenate(self._pending)
-        with files.whole(self._folder / f"{self._written:06d}-{self.done:06d}.npz") as partial:
-            np.savez(partial, **dataclasses.asdict(rows))
+        with files.whole(self._folder / f"{self._written:06d}-{self.done:06d}.rows") as partial:
+            partial.write_bytes(_packed(rows, batches=(self._written, self.done)))
         self._parts.append(rows)
         self._pending, self._written, self._written_at = [], self.done, time.monotonic()
 
@@ -111,19 +123,41 @@ class Parts:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def write(
-    folder: pathlib.Path,
-    *,
-    name: str,
-    detections: Rows,
-    scores: Mapping[str, float],
-    protocol: Mapping[str, Any],
-) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes `<name>_detections.json` and `<name>_scores.json` (scores and "protocol"); returns their paths."""
-    paths = folder / f"{name}_detections.json", folder / f"{name}_scores.json"
-    files.write_text(paths[0], _json_list(detections.parts()))
-    files.write_json(paths[1], {**scores, "protocol": {**protocol, "detections": paths[0].name}}, indent=2)
-    return paths
+def _packed(rows: Rows, *, batches: tuple[int, int]) -> bytes:
+    """Returns the content of a file with the rows of some batches, led by its hash."""
+    buffer = io.BytesIO()
+    np.savez(buffer, batches=np.array(batches), **dataclasses.asdict(rows))
+    return hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue()
+
+
+def _unpacked(path: pathlib.Path) -> Rows | None:
+    """Returns the rows of a file, None if it is not as it was written."""
+    try:
+        data = path.read_bytes()
+        digest, data = data[:_NUM_DIGEST_BYTES], data[_NUM_DIGEST_BYTES:]
+        if hashlib.sha256(data).digest() != digest:
+            return None
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            batches, columns = stored["batches"].tolist(), {name: stored[name] for name in stored if name != "batches"}
+        return Rows(**columns) if path.name == "{:06d}-{:06d}.rows".format(*batches) else None
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile):  # written by something else
+        return None
+
+
+def write_detections(folder: pathlib.Path, *, name: str, detections: Rows, truth: Truth | None = None) -> pathlib.Path:
+    """Writes `<name>_detections.json`, see `Rows.to_coco`; returns its path."""
+    path = folder / f"{name}_detections.json"
+    files.write_text(path, _json_list(detections.parts(truth)))
+    return path
+
+
+def write_scores(
+    folder: pathlib.Path, *, name: str, scores: Mapping[str, float], protocol: Mapping[str, Any]
+) -> pathlib.Path:
+    """Writes `<name>_scores.json`: scores and "protocol", which names the detections; returns its path."""
+    path = folder / f"{name}_scores.json"
+    files.write_json(path, {**scores, "protocol": {**protocol, "detections": f"{name}_detections.json"}}, indent=2)
+    return path
 
 
 def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:

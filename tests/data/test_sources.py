@@ -79,7 +79,11 @@ def test_bad_boxes_are_dropped_and_counted_alone(world):
 def test_a_box_over_the_border_is_clipped(world):
     content = detection_json()
     content["annotations"][0]["bbox"] = [-10.0, 50.0, 500.0, 100.0]
-    assert detection(world, content)[0].boxes[0].tolist() == [0, 50, 80, 60]
+    source = detection(world, content, max_bad_share=0.1)
+    assert source[0].boxes[0].tolist() == [0, 50, 80, 60]
+    assert source.counters == {"box cut at the border": 1}
+    with pytest.raises(ValueError, match=r"1 of 14 boxes cannot be used \(1 box cut at the border"):
+        detection(world, content)
 
 
 def test_duplicate_image_ids(world):
@@ -164,7 +168,7 @@ def test_empty_captions_are_left_out(world):
     source = grounding(world, content, max_bad_share=0.2)
     assert len(source) == len(SIZES) - 1
     assert source[0].caption == CAPTIONS[1]
-    assert source.counters["image with an empty caption"] == 1
+    assert source.counters["image without a caption"] == 1
     with pytest.raises(ValueError, match="1 of 7 images cannot be used"):
         grounding(world, content)
 

@@ -451,7 +451,7 @@ def test_evaluation_reads_everything_in_order(config):
             stream.batch(2)
     assert seen == [0, 2, 3, 5, 1, 4, 6]
     truth = stream.ground_truth
-    assert truth.image_ids == tuple(10 + i for i in range(7))
+    assert [truth.truth.image_ids.ids[i] for i in truth.images] == [10 + i for i in range(7)]
     assert truth.texts[:3] == ["cat", "dog", "red car"]
     assert str(truth.annotations) == config.eval.annotations
 
@@ -468,10 +468,13 @@ def test_evaluation_over_hosts(config):
 
 
 def test_evaluation_refuses_what_it_cannot_read(config, world):
-    (world / "images" / "2.jpg").unlink()
     (stream, _) = eval_streams(config.eval, input_config=config.input)
+    (world / "images" / "2.jpg").unlink()
     with pytest.raises(ValueError, match=r"2\.jpg of .*detection\.json cannot be used \(missing file\)"):
         list(stream.iterate())
+    (world / "images" / "5.jpg").unlink()  # all that are missing are named before anything is read
+    with pytest.raises(ValueError, match=r"2 of 7 photos do not exist: .*/2\.jpg, .*/5\.jpg"):
+        eval_streams(config.eval, input_config=config.input)
     config.eval.max_examples = 2
     assert [s.num_examples for s in eval_streams(config.eval, input_config=config.input)] == [1, 1]
     config.eval.annotations = ""

@@ -84,7 +84,10 @@ def test_expressions_are_whole_captions(tmp_path):
 def test_other_files_are_refused(tmp_path, capsys):
     path = tmp_path / "coco.json"
     path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 3, "image_id": 1}]}))
-    with pytest.raises(ValueError, match="annotation 3 has no box, no caption or no tokens_positive"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 1 annotations cannot .*annotations\[0\] bbox is not four numbers in px",
+    ):
         grounding.read_queries(str(path), task="phrases")
     assert grounding.main(["--checkpoint=x", "--annotations=absent.json", f"--images={tmp_path}"]) == 1
     assert "error: --annotations" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from detclipv2_jax.eval import result
-from detclipv2_jax.eval.result import Parts, Rows, write
+from detclipv2_jax.eval.result import Parts, Rows, write_detections, write_scores
 
 
 def _rows(*image_ids):
@@ -46,17 +46,39 @@ def test_a_missing_part_ends_the_known_batches(tmp_path):
     for image in range(3):
         parts.add(_rows(image))
         parts.write()
-    first, second, _ = sorted(tmp_path.rglob("*.npz"))
+    first, second, _ = sorted(tmp_path.rglob("*.rows"))
     second.unlink()
     assert Parts(tmp_path, fingerprint={}).done == 1
+    first.rename(second)  # rows of other batches
+    assert Parts(tmp_path, fingerprint={}).done == 0
+    second.rename(first)
     first.write_bytes(b"broken")
     assert Parts(tmp_path, fingerprint={}).done == 0
+
+
+def test_any_change_of_a_part_is_noticed(tmp_path):
+    parts = Parts(tmp_path, fingerprint={})
+    parts.add(_rows(1, 2))
+    parts.write()
+    (path,) = tmp_path.rglob("*.rows")
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        assert Parts(tmp_path, fingerprint={}).done == 0
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        assert Parts(tmp_path, fingerprint={}).done == 0
+    path.write_bytes(whole)
+    assert Parts(tmp_path, fingerprint={}).all_rows().image_ids.tolist() == [1, 2]
 
 
 def test_scores_stand_beside_their_protocol(tmp_path, monkeypatch):
     monkeypatch.setattr(result, "PART_ROWS", 2)
     detections = _rows(1, 2, 3)
-    paths = write(tmp_path / "eval", name="step_3", detections=detections, scores={"AP": 0.5}, protocol={"ap": "COCO"})
+    paths = [
+        write_detections(tmp_path / "eval", name="step_3", detections=detections),
+        write_scores(tmp_path / "eval", name="step_3", scores={"AP": 0.5}, protocol={"ap": "COCO"}),
+    ]
     assert [path.name for path in paths] == ["step_3_detections.json", "step_3_scores.json"]
     assert json.loads(paths[0].read_text()) == detections.to_coco()
     assert json.loads(paths[1].read_text()) == {

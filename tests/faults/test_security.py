@@ -4,6 +4,7 @@ Pickled weights: tests/convert/test_convert.py; names and links out of the image
 what an exported loader allocates: tests/test_export.py; secrets: test_environment.py.
 """
 
+import hashlib
 import io
 import os
 import pathlib
@@ -43,8 +44,10 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path):
     rows = Rows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, 4), np.float32), np.zeros(1, np.float32))
     parts.add(rows)
     parts.write()
-    (path,) = tmp_path.glob(".partial*/*.npz")
-    np.savez(path, image_ids=trap, category_ids=trap, boxes=trap, scores=trap)
+    (path,) = tmp_path.glob(".partial*/*.rows")
+    buffer = io.BytesIO()
+    np.savez(buffer, batches=np.array([0, 1]), image_ids=trap, category_ids=trap, boxes=trap, scores=trap)
+    path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
     assert Parts(tmp_path, fingerprint={}).done == 0
     assert not (tmp_path / "sprung").exists()
     np.load(tmp_path / INDEX, allow_pickle=True)["sizes"]

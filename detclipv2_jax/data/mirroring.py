@@ -1,0 +1,34 @@
+"""Which texts are wrong beside a mirrored photo: those that speak of left and right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_ENGLISH = (
+    r"(?:left|right)(?:most|wards?|[ -]?hand(?:ed|er|ers|side)?)?",
+    r"(?:anti|counter)?[ -]?clock[ -]?wise",
+)
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # of "turnLeft"
+
+
+def pattern(words: Sequence[str], *, english: bool) -> re.Pattern[str] | None:
+    """Returns what finds one of some words, and with `english` of English ones, in a text; None if there are none."""
+    alternatives = [_whole(re.escape(word.strip())) for word in words]
+    if english:
+        alternatives += [_bounded(word) for word in _ENGLISH]
+    return re.compile("|".join(alternatives), re.IGNORECASE) if alternatives else None
+
+
+def _whole(word: str) -> str:
+    """Returns the pattern of a word; where letters have no upper case, words may stand without spaces between them."""
+    return _bounded(word) if word.lower() != word.upper() else word
+
+
+def _bounded(word: str) -> str:
+    return rf"(?<![^\W\d_]){word}(?![^\W\d_])"  # neither after a letter nor before one; "_" and digits may be there
+
+
+def speaks_of_sides(texts: Sequence[str], found: re.Pattern[str] | None) -> bool:
+    """Returns whether one of the texts has a word that mirroring makes wrong."""
+    return found is not None and any(found.search(_HUMP.sub(" ", text)) for text in texts)
