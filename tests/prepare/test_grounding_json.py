@@ -33,7 +33,8 @@ def test_spans_boxes_and_bad_phrases(tmp_path):
     report = prepare.run("grounding_json", source=str(tmp_path / "g.json"), output=str(out), max_bad_share=0.5)
     assert report["left out or repaired"] == {
         "box whose spans are not in the caption": 1,
-        "image with an empty caption": 1,
+        "image without a caption": 1,
+        "span that ends after the caption": 1,
     }
     built = read_built(str(out), Kind.GROUNDING)
     assert len(built) == 1
