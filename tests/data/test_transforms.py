@@ -220,3 +220,12 @@ def test_boxes_of_images_of_unknown_size_are_not_clipped():
     clipped, usable, _ = transforms.check_boxes(np.array([[0.0, 0, 900, 900]]), np.zeros((1, 2)))
     assert usable.all()
     assert clipped.tolist() == [[0, 0, 900, 900]]
+
+
+@pytest.mark.parametrize("factor", [3, 8])
+def test_shrinking_averages_over_all_pixels(factor):
+    image = np.random.default_rng(0).integers(0, 256, (24 * factor, 40 * factor, 3)).astype(np.uint8)
+    out, extent, _ = placed(encode(image, "PNG"), canvas=(24, 40), short_side=24)
+    assert extent == (24, 40)
+    expected = image.reshape(24, factor, 40, factor, 3).mean((1, 3))
+    assert np.abs(out - expected).max() <= 1.0
