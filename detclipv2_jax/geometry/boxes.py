@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-DELTA_STD = (0.1, 0.1, 0.2, 0.2)  # of the regression targets (dx, dy, dw, dh); spec section 2
+DELTA_STD = (0.1, 0.1, 0.2, 0.2)  # of the regression targets (dx, dy, dw, dh); ATSS's
 WH_RATIO_CLIP = 16 / 1000  # a decoded side is at most 1000/16 times the anchor's, at least 16/1000 of it
 EPSILON = 1e-6  # px or px^2: only keeps divisions finite
 

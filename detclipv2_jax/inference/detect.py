@@ -81,7 +81,7 @@ def detect(
     word_chunk: int = WORD_CHUNK,
     class_agnostic: bool = False,
 ) -> Detections:
-    """Returns the best boxes of every image (spec section 9, point 21).
+    """Returns the best boxes of every image (docs/decisions.md: score and limits at test).
 
     1. score = sigmoid(scale * region . word + bias) * sigmoid(centerness); 0 for masked words and for anchors whose
        centre lies on the padding;

@@ -1,7 +1,7 @@
 """Which stream a step draws from: a pure function of (numbers of batches, epochs, seed, step).
 
 Each global batch holds one kind of data on one canvas (paper section 3.4). Every source is passed `epochs` times and
-steps are drawn in proportion to the streams' numbers of batches (spec section 4: 5,156 / 6,016 / 2,116 an epoch).
+steps are drawn in proportion to the streams' numbers of batches (docs/decisions.md: 5,156 / 6,016 / 2,116 an epoch).
 All hosts compute the same order, and the position in every stream follows from the step, so a run resumes exactly,
 also on another number of hosts.
 """

@@ -5,7 +5,7 @@ Nothing in this folder imports the package. Boxes are xyxy in px.
 
 import numpy as np
 
-STRIDES = (8, 16, 32, 64, 128)  # P3 to P7 (spec section 2)
+STRIDES = (8, 16, 32, 64, 128)  # P3 to P7
 DELTA_STD = np.array([0.1, 0.1, 0.2, 0.2])
 
 

@@ -44,7 +44,7 @@ def test_topologies():
 def test_steps_and_sizes_of_the_paper_s_run():
     config = swin_t.get_config()
     plan = data_plan.expected(config, num_hosts=8, num_devices=32)
-    # spec section 4: 5,156 / 6,016 / 2,116 steps an epoch
+    # docs/decisions.md: 5,156 / 6,016 / 2,116 steps an epoch
     totals = {kind: sum(num for name, num in plan.num_steps.items() if name.startswith(kind)) / 12 for kind in Kind}
     assert list(totals.values()) == pytest.approx([5156, 6016, 2116], rel=0.001)
     # a host has 16 images; names are known to be 365, phrases are not, pairs have a caption and 8 phrases

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from detclipv2_jax.runs.order import StepOrder
 
-PAPER = (5156, 6016, 2116)  # batches an epoch of O365, GoldG and CC15M (spec section 4)
+PAPER = (5156, 6016, 2116)  # batches an epoch of O365, GoldG and CC15M (docs/decisions.md)
 
 
 def test_the_papers_run_has_159k_steps_in_the_papers_shares():
