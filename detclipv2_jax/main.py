@@ -14,8 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only writes TensorBoard events here
-
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags

@@ -24,7 +24,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream, eval_streams
-from detclipv2_jax.eval import coco, lvis
+from detclipv2_jax.eval import coco, lvis, names
 from detclipv2_jax.eval.detections import Found
 from detclipv2_jax.eval.result import Parts, Rows, write_detections, write_scores
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, vocabulary
@@ -111,7 +111,9 @@ class Evaluator:
                 "images_listed": len(self._truth.truth.images),
             }
             write_scores(self._workdir / "eval", name=name, scores=scores, protocol=protocol)
-            logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, self._scorer.table(scores))
+            of_names = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
+            table = self._scorer.table({name: scores[name] for name in scores if name not in of_names})
+            logging.info("step %d: %s; in %%:\n%s\n%s", step, self._scorer.AP_KIND, table, names.table(of_names))
             for sample in samples:
                 self._draw(sample, name=name)
             parts.remove()
@@ -156,12 +158,13 @@ class Evaluator:
         return Rows.concatenate([Rows(images, categories, rows.boxes, rows.scores)])
 
     def _score(self, rows: Rows) -> dict[str, float]:
-        """Returns the scores; each process scores its share of the categories."""
+        """Returns the scores; each process scores its share of the categories, and all names."""
         share = coco.Share(jax.process_index(), jax.process_count(), _maximum_over_processes)
         truth = self._truth.truth
         found = Found(rows.image_ids, rows.category_ids, rows.xywh(), rows.scores.astype(np.float64))
         evaluated = [truth.image_ids.ids[i] for i in self._truth.images]
-        return self._scorer.evaluate(truth, found, image_ids=evaluated, share=share)
+        scores = self._scorer.evaluate(truth, found, image_ids=evaluated, share=share)
+        return scores | names.evaluate(truth, found, image_ids=evaluated)
 
     def _draw(self, sample: _Sample, *, name: str) -> None:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""

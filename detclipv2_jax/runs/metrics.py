@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from detclipv2_jax.files import write_text
 
 if TYPE_CHECKING:
-    from clu import metric_writers
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def prefix(kind: str, values: dict[str, Any]) -> dict[str, float]:
@@ -83,6 +85,33 @@ class Progress:
         self._bar.close()
 
 
+class Events:
+    """Scalars in a file of events as TensorBoard reads them, written through its own writer, without TensorFlow."""
+
+    def __init__(self, folder: pathlib.Path):
+        # half a second: not before the run is known to be good. Its EventFileWriter loads TensorFlow where there is one
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer import record_writer
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file: RecordWriter = record_writer.RecordWriter((folder / name).open("wb"))
+        self._put(file_version="brain.Event:2")
+
+    def _put(self, **fields: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars of a step."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._put(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
+
+
 class MetricsWriter:
     """Scalars to metrics.jsonl (one flat object a line), TensorBoard and the log; process 0 only.
 
@@ -92,11 +121,9 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, start: int):
         self._file: TextIO | None = None
         self._kept: list[dict[str, Any]] = []
-        self._events: metric_writers.AsyncWriter | None = None
+        self._events: Events | None = None
         if jax.process_index() != 0:
             return
-        from clu import metric_writers  # imports TensorFlow, for seconds: not before the run is known to be good
-
         path = workdir / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -105,7 +132,7 @@ class MetricsWriter:
             write_text(path, kept)
             self._kept = [json.loads(line) for line in kept]
         self._file = path.open("a")
-        self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+        self._events = Events(workdir)
 
     def recorded(self, kind: str) -> list[tuple[int, dict[str, float]]]:
         """Returns (step, scores) of every evaluation of a kind that was there at the start; [] but on process 0."""
@@ -123,7 +150,7 @@ class MetricsWriter:
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        self._events.write_scalars(step, scalars)
+        self._events.write(step, scalars)
         logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
 
     def close(self) -> None:
