@@ -31,7 +31,8 @@ def test_events_hold_what_metrics_hold(tmp_path):
 def test_writing_them_loads_no_tensorflow(tmp_path):
     code = (
         "import pathlib, sys; from detclipv2_jax.runs import metrics\n"
-        f"writer = metrics.MetricsWriter(pathlib.Path({str(tmp_path)!r}), 0); writer.write(1, dict(a=1.0)); writer.close()\n"
+        f"writer = metrics.MetricsWriter(pathlib.Path({str(tmp_path)!r}), 0)\n"
+        "writer.write(1, dict(a=1.0)); writer.close()\n"
         "sys.exit('tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
