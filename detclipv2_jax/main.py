@@ -22,10 +22,10 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax import train as train_lib
 from detclipv2_jax import validation
 from detclipv2_jax.chips import chip_of
-from detclipv2_jax.data import scenes
+from detclipv2_jax.data import identity, scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
-from detclipv2_jax.files import write_text
+from detclipv2_jax.files import read_json, write_json, write_text
 from detclipv2_jax.runs import processes
 from detclipv2_jax.runs.workdir import WorkdirError, only_run, room
 
@@ -50,6 +50,9 @@ _REPLAY = flags.DEFINE_integer(
     "replay", None, "runs this step of the workdir's run again, from the newest checkpoint before it, and prints its "
     "loss terms, gradient norms and examples; writes nothing", lower_bound=1,
 )  # fmt: skip
+_CHANGED_DATA = flags.DEFINE_boolean(
+    "changed_data", False, "go on with a run whose annotation files or built folders are not those it began with"
+)
 _PREEMPTED_STATUS = flags.DEFINE_integer(
     "preempted_status", 0, "exit status of a run that SIGTERM stopped; not 0 where a scheduler shall start it again"
 )
@@ -77,7 +80,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     try:
         processes.join(_DISTRIBUTED.value, timeout_s=config.timeout_s)
-        work = prepare(config, workdir, training=_MODE.value == "train", replayed=_REPLAY.value)
+        training = _MODE.value == "train"
+        work = prepare(config, workdir, training=training, replayed=_REPLAY.value, changed_data=_CHANGED_DATA.value)
     except (ValueError, processes.MissingProcessError) as error:
         sys.exit(f"error: {error}")
     try:
@@ -98,14 +102,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def prepare(
-    config: ConfigDict, workdir: pathlib.Path, *, training: bool, replayed: int | None = None
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    training: bool,
+    replayed: int | None = None,
+    changed_data: bool = False,
 ) -> Callable[[], dict[str, float]]:
     """Returns what trains (or evaluates) and returns scores; all is checked, and nothing compiled.
 
     With a step `replayed` it runs that step again and returns its metrics.
 
     Raises:
-      ValueError: the configuration, the files it names or the workdir are wrong.
+      ValueError: the configuration, the files it names or the workdir are wrong, or (unless `changed_data`) the data
+        are not those that the run of the workdir began with.
       MissingProcessError: another process did not get this far.
     """
     known = chip_of(jax.devices()[0].device_kind)
@@ -118,6 +128,11 @@ def prepare(
     check_workdir(workdir, config, fresh_allowed=fresh_allowed)
     complete = with_scenes(config_lib.for_chip(config, chip), workdir)
     work: Callable[[], dict[str, float]]
+    data: dict[str, str] = {}
+    if training or replayed:
+        data = identity.of_training(complete)
+        processes.check_same(json.dumps(data), what="data", timeout_s=config.timeout_s)
+        check_data(workdir, data, allowed=changed_data)
     if replayed:
         return functools.partial(train_lib.replay_step, train_lib.prepare_run(complete, workdir), replayed)
     if training:
@@ -126,13 +141,18 @@ def prepare(
         work = evaluation.prepare(complete, workdir)
     # not before all is well everywhere: what failed has no claim on the workdir; an evaluation changes nothing of a run
     processes.barrier("all is checked", timeout_s=config.timeout_s)
-    return functools.partial(in_workdir, work, config, workdir, training=training)
+    return functools.partial(in_workdir, work, config, workdir, training=training, data=data)
 
 
 def in_workdir(
-    work: Callable[[], dict[str, float]], config: ConfigDict, workdir: pathlib.Path, *, training: bool
+    work: Callable[[], dict[str, float]],
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    training: bool,
+    data: dict[str, str],
 ) -> dict[str, float]:
-    """Returns what `work` does, in a workdir that says which configuration it holds.
+    """Returns what `work` does, in a workdir that says which configuration it holds and, trained, on which data.
 
     Raises:
       WorkdirError: another run trains there, or nothing can be written there.
@@ -141,6 +161,8 @@ def in_workdir(
         if jax.process_index() == 0:
             if training:
                 stack.enter_context(only_run(workdir))
+                if not (workdir / "data.json").exists() or read_json(workdir / "data.json") != data:
+                    write_json(workdir / "data.json", data, indent=1)
             if training or not (workdir / "config.json").exists():
                 write_text(workdir / "config.json", [config_lib.to_json(config)])
             stack.enter_context(room(workdir))
@@ -172,6 +194,26 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
             f"{workdir} has no config.json, so there is no run to evaluate or replay; give its --workdir, or another"
             " workdir and --config.init_from.checkpoint=<workdir of the run>"
         )
+
+
+def check_data(workdir: pathlib.Path, data: dict[str, str], *, allowed: bool) -> None:
+    """Checks that a run goes on with the data (`identity.of_training`) it began with, and says what changed.
+
+    Raises:
+      ValueError: there is a checkpoint of other data, and they are not `allowed`.
+    """
+    path = workdir / "data.json"
+    if not path.exists() or not train_lib.has_checkpoint(workdir):
+        return
+    stored = read_json(path)
+    changed = "\n".join(f"  {line}" for line in identity.changes(stored if isinstance(stored, dict) else {}, data))
+    if changed and not allowed:
+        raise ValueError(
+            f"the data are not those that the run of {workdir} began with:\n{changed}\nRestore them, give another "
+            "--workdir, or go on with --changed_data."
+        )
+    if changed:
+        logging.warning("the data changed since the run of %s began:\n%s", workdir, changed)
 
 
 def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:

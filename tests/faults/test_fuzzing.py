@@ -4,6 +4,7 @@ Input i of a format is a pure function of i, so that what fails is found again b
 with EXHAUSTIVE=1.
 """
 
+import collections
 import contextlib
 import copy
 import io
@@ -24,9 +25,11 @@ from ml_collections import config_flags
 from configs import demo
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import validation
-from detclipv2_jax.data import box_json, sources, tokenizer
+from detclipv2_jax.data import box_json, sources, tokenizer, truth
 from detclipv2_jax.data.concepts import read_dictionary
 from detclipv2_jax.data.schema import UnusableError
+from detclipv2_jax.eval import coco, grounding, lvis
+from detclipv2_jax.eval.result import Parts, Rows
 from detclipv2_jax.prepare import image_text
 from detclipv2_jax.prepare.record_builder import Tally
 
@@ -162,6 +165,63 @@ def test_annotation_json(folder, content, read):
                 assert pathlib.Path(os.path.normpath(record.image)).is_relative_to(folder)
 
     assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 10
+
+
+@pytest.mark.parametrize("federated", [False, True])
+def test_truth_and_detections(tmp_path, federated):
+    content = DETECTION if federated else DETECTION | {"images": IMAGES}
+    outline = {"segmentation": [[1, 2, 21, 2, 21, 12]]}
+    content = content | {"annotations": [box | outline | {"area": 90.5, "ignore": 0} for box in BOXES]}
+    rows = [{key: box[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for box in BOXES]
+    paths = tmp_path / "truth.json", tmp_path / "found.json"
+
+    def one(rng):
+        which = rng.randrange(2)
+        for i, (path, value) in enumerate(zip(paths, (content, rows), strict=True)):
+            path.write_bytes(mutated_json(value, rng) if i == which else json.dumps(value).encode())
+        known = truth.read(paths[0], max_bad_share=rng.choice([0.0, 0.5, 1.0]))
+        scores = [module.evaluate(known, paths[1])["AP"] for module in (coco, lvis)]
+        assert all(score == -1 or 0 <= score < 1.001 for score in scores)
+        assert federated or scores[0] == pytest.approx(scores[1], abs=1e-9)
+
+    assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 10
+
+
+@pytest.mark.parametrize("task", grounding.TASKS)
+def test_grounding_queries(tmp_path, task):
+    path = tmp_path / "grounding.json"
+
+    def one(rng):
+        path.write_bytes(mutated_json(GROUNDING, rng))
+        odd = collections.Counter()
+        queries = grounding.read_queries(str(path), task=task, max_bad_share=rng.choice([0.0, 1.0]), odd=odd)
+        for query in queries:
+            assert query.text.strip()
+            assert np.isfinite(query.boxes).all()
+            assert (query.boxes[:, 2:] > 0).all()
+
+    assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 10
+
+
+def test_partial_files(tmp_path):
+    """What an evaluation left is as it was written or is not used, wherever and however it was changed."""
+    parts = Parts(tmp_path, fingerprint={})
+    ids = np.arange(5)
+    parts.add(Rows(ids, ids, np.ones((5, 4), np.float32), np.linspace(1, 0, 5, dtype=np.float32)))
+    parts.write()
+    (path,) = tmp_path.rglob("*.rows")
+    whole = path.read_bytes()
+
+    def one(rng):
+        changed = bytearray(whole)
+        if rng.random() < 0.5:
+            changed[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            changed = mutated_bytes(whole, rng)
+        path.write_bytes(changed)
+        assert Parts(tmp_path, fingerprint={}).done == int(changed == whole)
+
+    assert fuzz(one, errors=()) == NUM_INPUTS
 
 
 def test_tsv(folder):

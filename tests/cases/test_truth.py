@@ -1,0 +1,376 @@
+"""Truths and detections as the field's tools write them: both evaluators repair and count alike, or name the entry."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_lib
+
+from detclipv2_jax.data import annotations, truth
+from detclipv2_jax.eval import coco, lvis
+
+IDS = "annotation id missing, 0, repeated or no number, which changes nothing"
+
+
+def make_truth(num_images=3, num_categories=2):
+    """Boxes of 20 to 50 px, two of them an image."""
+    images = [{"id": i + 1, "file_name": f"{i}.jpg", "width": 200, "height": 150} for i in range(num_images)]
+    categories = [{"id": c + 1, "name": f"thing {c}"} for c in range(num_categories)]
+    rows = [
+        {"id": 2 * i + k + 1, "image_id": i + 1, "category_id": (i + k) % num_categories + 1}
+        | {"bbox": [100.0 * k + 5 * i, 60, 20 + 10 * k, 40]}
+        for i in range(num_images)
+        for k in range(2)
+    ]
+    return {"images": images, "annotations": rows, "categories": categories}
+
+
+def perfect(content):
+    keys = ("image_id", "category_id", "bbox")
+    return [{key: row[key] for key in keys} | {"score": 0.9 - i / 100} for i, row in enumerate(content["annotations"])]
+
+
+def scored(content, rows, **options):
+    """Returns the AP and the counts of both evaluators, which must be equal."""
+    read = truth.read(content, **options)
+    pairs = [module.evaluate(read, copy.deepcopy(rows))["AP"] for module in (coco, lvis)]
+    assert pairs[0] == pytest.approx(pairs[1], abs=1e-9)
+    return pairs[0], read.odd
+
+
+def set_all(key, values, *, of="annotations"):
+    """Returns the change that gives the entries of a list their values of a key, those of `None` none at all."""
+
+    def change(content):
+        for entry, value in zip(content[of], values, strict=False):
+            entry[key] = value
+
+    return change
+
+
+def remove(key, *, of="annotations"):
+    def change(content):
+        for entry in content[of]:
+            entry.pop(key, None)
+
+    return change
+
+
+def rename_ids(new):
+    """Returns the change that gives images other ids, in the annotations too."""
+
+    def change(content):
+        for image in content["images"]:
+            image["id"] = new(image["id"])
+        for row in content["annotations"]:
+            row["image_id"] = new(row["image_id"])
+
+    return change
+
+
+REPAIRED = {
+    "annotation ids from 0": (set_all("id", range(6)), {IDS: 1}),
+    "annotation ids all 0": (set_all("id", [0] * 6), {IDS: 6}),
+    "annotation ids twice": (set_all("id", [1, 1, 2, 2, 3, 3]), {IDS: 3}),
+    "annotation ids missing": (remove("id"), {IDS: 6}),
+    "annotation ids null": (set_all("id", [None] * 6), {IDS: 6}),
+    "annotation ids lists": (set_all("id", [[1]] * 6), {IDS: 6}),
+    "annotation ids as text": (set_all("id", ["a0", "a1", "a2", "a3", "a4", "a5"]), {}),
+    "area null": (set_all("area", [None, 1.0]), {"area that is no number": 1}),
+    "area text": (set_all("area", ["800", "x", "1e3"]), {"area that is no number": 3}),
+    "area NaN": (set_all("area", [math.nan]), {}),
+    "area 0": (set_all("area", [0, -3]), {"area of 0 or less of a box that has one": 2}),
+    "iscrowd null": (set_all("iscrowd", [None] * 4), {"iscrowd that is no whole number": 4}),
+    "iscrowd text": (set_all("iscrowd", ["0", "false", "", "No"]), {"iscrowd that is no whole number": 4}),
+    "iscrowd false": (set_all("iscrowd", [False] * 6), {}),
+    "image_id as text": (set_all("image_id", ["1", " 1", 2, 2]), {"image_id of another type than the image's": 2}),
+    "image_id with a point": (set_all("image_id", [1.0, 1]), {"image_id of another type than the image's": 1}),
+    "category_id as text": (
+        set_all("category_id", ["1", "2"]), {"category_id of another type than the category's": 2}
+    ),
+    "image ids as text": (rename_ids(lambda i: f"photo {i}"), {}),
+    "image ids of both types": (rename_ids(lambda i: i if i % 2 else f"b{i}"), {}),
+    "huge image ids": (rename_ids(lambda i: i + (1 << 63)), {}),
+    "image ids with a point": (set_all("id", [1.0, 2.0], of="images"), {"id with a decimal point": 2}),
+    "frequency of some": (set_all("frequency", ["f"], of="categories"), {"category without a frequency": 1}),
+    "frequency of another kind": (set_all("frequency", ["f", 3], of="categories"), {"category without a frequency": 1}),
+    "category names twice": (set_all("name", ["A", "a"], of="categories"), {"category called like another": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_what_is_repaired_changes_no_score_and_is_counted(name):
+    change, counts = REPAIRED[name]
+    content = make_truth()
+    change(content)
+    ap, odd = scored(content, perfect(content))
+    assert ap == pytest.approx(1.0, abs=1e-9)
+    assert {what: num for what, num in odd.items() if "image_id" not in what or what in counts} == counts
+
+
+def test_an_image_listed_twice_is_one():
+    content = make_truth()
+    content["images"].append(dict(content["images"][1]))
+    content["categories"].append(dict(content["categories"][0]))
+    assert scored(content, perfect(content)) == (pytest.approx(1.0), {"entry listed twice": 2})
+
+
+BAD = {
+    "null": (None, "is no object"),
+    "a number": (7, "is no object"),
+    "an unlisted image": ({"image_id": 99}, "image_id is not listed"),
+    "no image": ({"image_id": None}, "image_id is not listed"),
+    "an image that is a list": ({"image_id": [1]}, "image_id is not listed"),
+    "an image that is true": ({"image_id": True}, "image_id is not listed"),
+    "an unlisted category": ({"category_id": 9}, "category_id is not listed"),
+    "another text": ({"category_id": "thing"}, "category_id is not listed"),
+    "bbox null": ({"bbox": None}, "bbox is not four numbers"),
+    "bbox empty": ({"bbox": []}, "bbox is not four numbers"),
+    "bbox of three": ({"bbox": [1, 2, 3]}, "bbox is not four numbers"),
+    "bbox of five": ({"bbox": [1, 2, 3, 4, 5]}, "bbox is not four numbers"),
+    "bbox of texts": ({"bbox": ["1", "2", "3", "4"]}, "bbox is not four numbers"),
+    "bbox a text": ({"bbox": "1 2 3 4"}, "bbox is not four numbers"),
+    "bbox NaN": ({"bbox": [1, 2, math.nan, 4]}, "bbox is not four numbers"),
+    "bbox infinite": ({"bbox": [1, 2, math.inf, 4]}, "bbox is not four numbers"),
+    "bbox enormous": ({"bbox": [1, 2, 1e308, 1e308]}, "bbox is not four numbers"),
+    "negative width": ({"bbox": [50, 50, -20, 10]}, "bbox has a negative size"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_used_is_named_or_counted(name, tmp_path):
+    change, reason = BAD[name]
+    content = make_truth()
+    row = content["annotations"][3] | change if isinstance(change, dict) else change
+    rows = perfect(content)
+    content["annotations"].append(row)
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"t\.json: 1 of 7 annotations .*annotations\[6\] {reason}.*repair the file"):
+        truth.read(tmp_path / "t.json")
+    ap, odd = scored(content, rows, max_bad_share=0.2)
+    assert ap == pytest.approx(1.0, abs=1e-9)
+    assert [num for what, num in odd.items() if what.startswith(f"annotation left out: {reason}")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("id", of="images"), r"images\[0\] .* has no id"),
+        (set_all("id", [None], of="images"), r"images\[0\] .* has the id null, neither a whole number nor a text"),
+        (set_all("id", [[1]], of="images"), r"images\[0\] .* has the id \[1\]"),
+        (set_all("id", [1.5], of="images"), r"images\[0\] .* has the id 1\.5"),
+        (set_all("id", [2, 2], of="images"), r"images\[1\] has the id 2 of \[0\], which is another one"),
+        (set_all("id", [2, "2"], of="images"), r'images\[1\] has the id "2" of \[0\], which is another one'),
+        (remove("id", of="categories"), r"categories\[0\] .* has no id"),
+        (set_all("id", [1, 1], of="categories"), r"categories\[1\] has the id 1 of \[0\]"),
+        (lambda content: content["images"].append(None), r"images\[3\] is null, not an object"),
+        (lambda content: content["categories"].append("cat"), r'categories\[2\] is "cat", not an object'),
+        (lambda content: content["annotations"].clear(), "has no annotations: there is nothing to score"),
+        (lambda content: content["images"].clear(), "has no images"),
+        (lambda content: content.update(categories={"1": "cat"}), "is no COCO annotation file"),
+        (set_all("iscrowd", ["perhaps"]), r'annotations\[0\] has iscrowd "perhaps"; 0 and 1 have a meaning'),
+        (set_all("ignore", [[1]]), r"annotations\[0\] has ignore \[1\]"),
+        (set_all("neg_category_ids", [5], of="images"), r"image 1 has neg_category_ids 5, not a list of ids"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_an_error_with_entry_and_field(change, message):
+    content = make_truth()
+    change(content)
+    for module in (coco, lvis):
+        with pytest.raises(ValueError, match=message):
+            module.evaluate(content, [])
+
+
+def test_boxes_without_width_are_left_out():
+    content = make_truth()
+    rows = perfect(content)
+    content["annotations"] += [{"id": 70 + i, "image_id": 1, "category_id": 1, "bbox": [9, 9, i, 0]} for i in range(3)]
+    assert scored(content, rows) == (pytest.approx(1.0), {"box without width or height, which is left out": 3})
+
+
+@pytest.mark.parametrize("flag", ["ignore", "iscrowd"])
+def test_ignored_boxes_need_not_be_found_and_are_not_wrong_to_find(flag):
+    content = make_truth()
+    rows = perfect(content)
+    hidden = {"id": 9, "image_id": 1, "category_id": 1, "bbox": [10, 10, 30, 30], flag: 1}
+    content["annotations"].append(hidden)
+    assert scored(content, rows)[0] == pytest.approx(1.0)
+    found = [{"image_id": 1, "category_id": 1, "bbox": hidden["bbox"], "score": 0.95}]
+    assert scored(content, rows + found)[0] == pytest.approx(1.0)
+    expected = 1.0 if flag == "iscrowd" else scored(content, [*rows, found[0] | {"bbox": [150, 5, 9, 9]}])[0]
+    assert scored(content, rows + found * 2)[0] == pytest.approx(expected)  # a crowd holds many
+
+
+# --- outlines
+
+
+def outline_cases():
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        mask = np.zeros((30, 40), np.uint8)
+        y, x = rng.integers(0, 25), rng.integers(0, 35)
+        mask[y : y + rng.integers(1, 30), x : x + rng.integers(1, 40)] = 1
+        mask[rng.random(mask.shape) < 0.2] = 0
+        mask[y, x] = 1
+        packed = mask_lib.encode(np.asfortranarray(mask))
+        flat = mask.T.ravel().tolist()
+        runs, value = [0], 0
+        for pixel in flat:
+            if pixel != value:
+                runs.append(0)
+                value = pixel
+            runs[-1] += 1
+        for counts in (packed["counts"].decode(), runs):
+            yield {"size": [30, 40], "counts": counts}, mask_lib.toBbox(packed).tolist()
+    yield [[5, 5, 25, 5, 25, 20], [30, 8, 33, 9, 31, 22.5]], [5, 5, 28, 17.5]
+    yield [5, 5, 25, 5, 25, 20], [5, 5, 20, 15]
+
+
+def test_boxes_of_outlines_are_those_of_pycocotools():
+    for outline, expected in outline_cases():
+        assert annotations.box_of_outline(outline) == expected
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [], [[]], [[1, 2]], [[1, 2, 3, 4, 5]], [["a"] * 6], None, 3, "x", {}, {"size": [3, 3]},
+        [[1, 2, math.nan, 4, 5, 6]],
+        {"size": [3, 3], "counts": "~~~"}, {"size": [3, 3], "counts": [0, 10]}, {"size": [0, 3], "counts": [0, 1]},
+        {"size": [3, 3], "counts": [9]}, {"size": [3, 3], "counts": [-1, 2]}, {"size": [3, 3], "counts": "P" * 40},
+        {"size": [1 << 70, 3], "counts": [0, 1]}, {"size": [3, 3], "counts": [0, True]},
+    ],
+)  # fmt: skip
+def test_broken_outlines_have_no_box(outline):
+    assert annotations.box_of_outline(outline) is None
+
+
+def test_outlines_stand_in_for_boxes(tmp_path):
+    content = make_truth()
+    rows = perfect(content)
+    for row, (x, y, w, h) in zip(content["annotations"], [row["bbox"] for row in rows], strict=True):
+        row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    content["annotations"][0]["bbox"] = None
+    content["annotations"][1]["bbox"] = []
+    del content["annotations"][2]["bbox"]
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    read = truth.read(tmp_path / "t.json")
+    assert read.odd == {"box taken from the outline for want of a bbox": 3}
+    assert coco.evaluate(read, rows)["AP"] == lvis.evaluate(read, rows)["AP"] == pytest.approx(1.0)
+
+
+# --- boxes of another form
+
+
+def many_boxes(seed, num=60, *, size=(640, 480)):
+    """Returns boxes as corners, within photos of a size."""
+    rng = np.random.default_rng(seed)
+    corners = np.sort(rng.uniform(1, 1, (num, 2, 2)) * rng.uniform(2, np.array(size) - 2, (num, 2, 2)), axis=1)
+    corners[:, 1] = np.minimum(corners[:, 1] + 3, np.array(size) - 1)
+    return corners.reshape(num, 4)
+
+
+def with_boxes(boxes, *, size=(640, 480)):
+    images = [{"id": i, "width": size[0], "height": size[1]} for i in range(1, 1 + len(boxes))]
+    rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": box} for i, box in enumerate(boxes.tolist(), start=1)]
+    return {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_boxes_of_another_form_are_refused_and_right_ones_are_not(seed):
+    corners = many_boxes(seed)
+    right = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    assert truth.read(with_boxes(right)).odd == {}
+    with pytest.raises(ValueError, match=r"its 60 boxes look like x1, y1, x2, y2; .*raise max_bad_share to 1"):
+        truth.read(with_boxes(corners))
+    for relative in (right, corners):
+        with pytest.raises(ValueError, match="its 60 boxes look relative to the image's size"):
+            truth.read(with_boxes(relative / [640, 480, 640, 480]))
+    assert truth.read(with_boxes(corners), max_bad_share=1).odd["box cut at the border"] > 10
+
+
+def test_whole_photos_and_single_boxes_look_like_what_they_are():
+    whole = np.tile([0.0, 0, 640, 480], (9, 1))
+    close = np.tile([20.0, 15, 600, 450], (9, 1))  # as corners they would be boxes, too
+    for boxes in (whole, close, close[:1], np.array([[300.0, 200, 340, 280]])):
+        assert truth.read(with_boxes(boxes)).odd == {}
+
+
+# --- agreement
+
+
+def random_case(seed):
+    """Returns a truth without LVIS's lists and detections with ties, crowds and ignored boxes."""
+    rng = np.random.default_rng(seed)
+    content = {"images": [{"id": int(i)} for i in rng.permutation(9)], "annotations": []}
+    content["categories"] = [{"id": 3 * c, "name": str(c), "frequency": "rcf"[c % 3]} for c in range(4)]
+    rows = []
+    for image in content["images"]:
+        for _ in range(rng.integers(0, 9)):
+            box = [*rng.integers(1, 60, 2).tolist(), *rng.choice([20, 40, 110], 2).tolist()]
+            row = {"image_id": image["id"], "category_id": 3 * int(rng.integers(4)), "bbox": box}
+            row |= {"iscrowd": int(rng.random() < 0.15), "ignore": int(rng.random() < 0.15)}
+            content["annotations"].append(row)
+            for _ in range(rng.integers(0, 4)):
+                moved = np.maximum(np.add(box, rng.integers(-3, 4, 4)), 1).tolist()
+                category = row["category_id"] if rng.random() < 0.8 else 3 * int(rng.integers(4))
+                rows.append({"image_id": image["id"], "category_id": category, "bbox": moved})
+    rng.shuffle(rows)
+    return content, [row | {"score": float(rng.integers(1, 40)) / 40} for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_both_evaluators_agree_on_files_that_both_can_read(seed):
+    content, rows = random_case(seed)
+    read = truth.read(content, max_bad_share=1)
+    scores = [module.evaluate(read, rows) for module in (coco, lvis)]
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"):
+        assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-9), name
+    assert scores[0]["AR100"] == pytest.approx(scores[1]["AR@300"], abs=1e-9)
+
+
+# --- detections
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "0.9"}, "row 2 is .*its score is something else"),
+        ({"score": None}, "row 2 is .*its score is something else"),
+        ({"score": math.nan}, "row 2 is .*its score is something else"),
+        ({"bbox": ["1", "2", "3", "4"]}, "row 2 is .*its bbox has something else"),
+        ({"bbox": [1, 2, 3]}, "row 2 is .*its bbox has something else"),
+        ({"bbox": [1, 2, 1e300, 4]}, "row 2 is .*its bbox has something else"),
+        ({"bbox": [9, 9, -3, 4]}, "row 2 is .*its bbox has a negative size"),
+        ({"image_id": 77}, "row 2: 1 of 3 images of the detections are unknown: 77"),
+        ({"image_id": None}, "row 2: 1 of 3 images of the detections are unknown: null"),
+        ({"image_id": [1]}, "row 2: 1 of 3 images of the detections are unknown"),
+        ({"category_id": 77}, "row 2: 1 of 3 categories of the detections are unknown: 77"),
+    ],
+)
+def test_detections_that_are_wrong_are_named(change, message, tmp_path):
+    content = make_truth()
+    rows = perfect(content)[:4]
+    rows[2] |= change
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    for module in (coco, lvis):
+        with pytest.raises(ValueError, match=rf"found\.json: {message}"):
+            module.evaluate(content, tmp_path / "found.json")
+
+
+@pytest.mark.parametrize("change", [{"image_id": "1"}, {"image_id": 1.0}, {"category_id": "1"}, {"category_id": 1.0}])
+def test_ids_of_another_type_are_counted(change, tmp_path, capsys):
+    content = make_truth()
+    rows = perfect(content)
+    rows[0] |= change
+    for name, value in (("t.json", content), ("found.json", rows)):
+        (tmp_path / name).write_text(json.dumps(value))
+    for module in (coco, lvis):
+        assert module.main([f"--annotations={tmp_path}/t.json", f"--detections={tmp_path}/found.json"]) == 0
+        captured = capsys.readouterr()
+        printed = json.loads(captured.out.splitlines()[-1])
+        assert printed["AP"] == pytest.approx(1.0)
+        assert list(printed["protocol"]["repaired"].values()) == [1]
+        assert "note: 1 × " in captured.err
