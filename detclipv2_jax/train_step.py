@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
@@ -22,7 +22,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
-from ml_collections import ConfigDict
 
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors as anchor_lib
@@ -35,6 +34,9 @@ from detclipv2_jax.models.detclip import DetCLIP, Regions
 from detclipv2_jax.runs.optimizer import without_frozen
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED
 from detclipv2_jax.runs.state import TrainState
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

@@ -16,7 +16,6 @@ import itertools
 import re
 from collections.abc import Sequence
 
-import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Int, Int32
@@ -78,6 +77,8 @@ def clean(text: str) -> str:
     """Returns the text as CLIP encodes it: Unicode repaired, HTML entities resolved, single spaces, lower case."""
     # what follows changes nothing in printable ASCII without entities, and ftfy is slower than the encoding itself
     if not (text.isascii() and text.isprintable()) or "&" in text:
+        import ftfy  # here: few texts need it
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 

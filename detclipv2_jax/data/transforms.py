@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import simplejpeg
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
@@ -227,11 +226,13 @@ def decode(data: bytes, header: Header, *, size: tuple[int, int]) -> UInt8[np.nd
     scale = next(holds, 1 if header.size[0] * header.size[1] <= MAX_PIXELS else 2)
     if header.is_jpeg and scale == 1:
         try:
+            import simplejpeg  # not everywhere
+
             # the pixels of OpenCV in less time; what will be averaged may be a little rough
             shrinks = size[0] < header.size[0] and size[1] < header.size[1]
             return simplejpeg.decode_jpeg(data, fastdct=shrinks, fastupsample=shrinks)
-        except ValueError:
-            pass  # CMYK or damaged: OpenCV decides
+        except (ImportError, ValueError):
+            pass  # not installed, CMYK or damaged: OpenCV decides
     array = np.frombuffer(data, np.uint8)
     if header.tiff_orientation and header.orientation > 1:
         turned = bytearray(data)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from ml_collections import ConfigDict
 
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.geometry import nms as nms_lib
 from detclipv2_jax.models.detclip import Regions
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
 WORD_CHUNK = 128

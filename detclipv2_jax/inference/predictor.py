@@ -7,12 +7,11 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from ml_collections import ConfigDict
 
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import vocabulary
@@ -21,6 +20,9 @@ from detclipv2_jax.inference.detector import Detector, Photos
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.runs import checkpoints
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)

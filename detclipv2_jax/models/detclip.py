@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -11,12 +11,14 @@ import numpy as np
 from flax import struct
 from jax import Array
 from jaxtyping import Float, Int, UInt8
-from ml_collections import ConfigDict
 
 from detclipv2_jax.models.atss_head import AtssHead
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.swin import Swin
 from detclipv2_jax.models.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 IMAGE_MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # ImageNet, RGB, 0-255
 IMAGE_STD = np.array((58.395, 57.12, 57.375), np.float32)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from detclipv2_jax.chips import chip_of
 from detclipv2_jax.geometry.anchors import level_sizes
 from detclipv2_jax.models import detclip
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 TRAINING = 3.0  # a step per forward pass, which counts once more for the gradients to inputs and to weights each
 

@@ -16,21 +16,22 @@ import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from detclipv2_jax import config as config_lib
 from detclipv2_jax.files import write_text
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import named_shapes
 from detclipv2_jax.runs.state import TrainState
 from detclipv2_jax.runs.workdir import room
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _DIGESTS = "sha256.json"
 
@@ -252,6 +253,8 @@ def report_differences(stored: Any, expected: Any, *, what: str) -> None:
 @contextlib.contextmanager
 def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoints, int, str]]:
     """Yields (config, checkpoints, step and item that count) of a run; raises as `load_for_inference`."""
+    from detclipv2_jax import config as config_lib  # here: its values can be had without ml_collections
+
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
@@ -286,6 +289,8 @@ def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> 
       model: config.model of this one, which explains the shapes.
       shapes: tree of shapes of its parameters.
     """
+    from detclipv2_jax import config as config_lib
+
     with _opened(workdir) as (config, checkpoints, step, item):
         try:
             report_differences(checkpoints.stored(step, item), shapes, what=f"init_from.checkpoint {workdir}")

@@ -9,14 +9,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from clu import parameter_overview
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 SCHEDULES = ("cosine", "step", "plateau", "constant")  # of the learning rate, after the warmup
 Group = tuple[str, float, bool]  # regex over the path, factor on the learning rate, weight decay
@@ -103,6 +104,8 @@ def overview(params: Any, groups: Sequence[Group], *, frozen: str = "") -> str:
         )
         for name, x in sorted((param_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params))
     ]
+    from clu import parameter_overview  # here: a step needs no table
+
     return f"{parameter_overview.make_table(rows)}\nTotal: {sum(row.size for row in rows):,}"
 
 
