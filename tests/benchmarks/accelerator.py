@@ -21,18 +21,30 @@ import argparse
 import concurrent.futures
 import datetime
 import gc
-import importlib.util
 import json
 import math
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detclipv2_jax import chips
+from detclipv2_jax import config as config_lib
+from detclipv2_jax.models import flops
+from detclipv2_jax.preflight import hlo
+from detclipv2_jax.runs import sharding
+from tests.benchmarks import accelerator_inputs as inputs
+from tests.benchmarks import accelerator_programs as programs
+from tests.micro import micro_config
 
 THREADS = 8  # that compile
 CALLS = (5, 30)  # of a program that are timed, at least and at most
@@ -43,22 +55,6 @@ GIB = 1 << 30
 MEMORY = 55 * GIB  # that batches of one of eight H100 suit
 COPY, PRODUCT = 2 * GIB, 8192  # bytes copied, and rows and columns of the matrix product, that show the two ceilings
 COPY_TINY, PRODUCT_TINY = 1 << 22, 256
-
-NEEDED = ("jax", "flax", "optax", "orbax", "numpy", "cv2", "PIL", "safetensors", "tokenizers", "absl", "jaxtyping")
-if missing := [name for name in (*NEEDED, "ml_collections") if importlib.util.find_spec(name) is None]:
-    sys.exit(f"error: this benchmark needs {', '.join(missing)}; install what is missing with pip")
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from detclipv2_jax import config as config_lib
-from detclipv2_jax.models import flops
-from detclipv2_jax.preflight import hlo
-from detclipv2_jax.runs import sharding
-from tests.benchmarks import accelerator_inputs as inputs
-from tests.benchmarks import accelerator_programs as programs
-from tests.micro import micro_config
 
 
 class Report:
@@ -329,12 +325,10 @@ def table(report: dict[str, Any]) -> str:
 
 def loaded(path: str, device: jax.Device) -> Any:
     """Returns the configuration of a file with the values of this chip, an H100's for a card that has none."""
-    spec = importlib.util.spec_from_file_location("benchmark_config", path)
-    if spec is None or spec.loader is None:
-        sys.exit(f"error: --config={path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return config_lib.for_chip(module.get_config(), config_lib.chip_of(device.device_kind) or "h100")
+    config = runpy.run_path(path)["get_config"]()
+    chip = chips.chip_of(device.device_kind)
+    known = chip is not None and (chip.platform == "tpu" or config.chips[chip.name])
+    return config_lib.for_chip(config, chip.name if known else "h100")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.geometry.nms import nms
-from detclipv2_jax.losses import concept_table, contrastive, proposals
+from detclipv2_jax.losses import concept_table, contrastive, proposals, selection_pallas
 from detclipv2_jax.losses.alignment import alignment_loss
 from detclipv2_jax.models import deform_conv, detclip, flops, swin
 from detclipv2_jax.runs import state as state_lib
@@ -31,6 +32,7 @@ NAMES = 365  # of Objects365
 SHARE = 8  # devices of the whole batch
 PHOTOS = (1, 8)  # of a prediction
 STRIDES = (8, 16, 32)
+WITHOUT_KERNELS = ", without kernels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +92,21 @@ def of_one_device(config: ConfigDict, *, share: int) -> ConfigDict:
 
 
 def forms(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-    """Yields the configuration as it is and, where it may choose its attention's form, with XLA's."""
+    """Yields the configuration as it is, and without the kernels for NVIDIA GPUs."""
     yield "", config
-    if "attention_impl" in config.model.swin:
-        xla = config.copy_and_resolve_references()
-        xla.model.swin.attention_impl = "xla"
-        yield ", attention xla", xla
+    config = config.copy_and_resolve_references()
+    config.model.swin.attention_impl = "xla"
+    yield WITHOUT_KERNELS, config
+
+
+def without_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, traced without the kernel for the selection of proposals, which has no key."""
+
+    def traced(*arguments: Any) -> Any:
+        with mock.patch.object(selection_pallas, "DEPTH", 1 << 30):  # the kernel takes embeddings of a multiple of it
+            return function(*arguments)
+
+    return traced
 
 
 def groups(setting: Setting) -> list[Callable[[], Iterator[Program]]]:
@@ -125,6 +136,8 @@ def _step(setting: Setting, kind: Kind, form: str) -> Program:
     step = train_step.make_step(
         kind, model=setting.model, tx=setting.optimizer, config=config, canvas=canvas, mesh=setting.mesh
     )
+    if form == WITHOUT_KERNELS:
+        step = without_kernels(step)
 
     def count() -> float:
         batch = make_batch()
@@ -313,13 +326,11 @@ def _of_pairs(setting: Setting) -> Iterator[Program]:
             chunk_bytes=settings.chunk_bytes,
         )  # fmt: skip
 
-    yield Program(
-        f"selection {chunk} x {num_anchors:,} anchors, {text.shape[0]:,} texts", select,
-        lambda state: (
-            Normal((chunk, num_anchors, embed_dim), setting.dtype), Normal((chunk, num_anchors, 4)),
-            Normal((chunk, num_anchors)), text, batch,
-        ), chunk,
-    )  # fmt: skip
+    name = f"selection {chunk} x {num_anchors:,} anchors, {text.shape[0]:,} texts"
+    shape = (chunk, num_anchors)
+    arrays = (Normal((*shape, embed_dim), setting.dtype), Normal((*shape, 4)), Normal(shape), text, batch)
+    yield Program(name + WITHOUT_KERNELS, without_kernels(select), lambda state: arrays, chunk)
+    yield Program(name, select, lambda state: arrays, chunk, reference=name + WITHOUT_KERNELS)
 
     def contrast(regions: Any, text: Any, batch: Batch) -> Any:
         return contrastive.word_region_loss(
@@ -329,7 +340,7 @@ def _of_pairs(setting: Setting) -> Iterator[Program]:
             caption_concepts=batch.caption_concepts, caption_mask=batch.caption_mask, image_mask=batch.image_mask,
             matching=settings.matching, side=settings.side, temperature=settings.temperature,
             label_smoothing=settings.label_smoothing, matching_temperature=settings.matching_temperature,
-            chunk_bytes=settings.chunk_bytes, impl=settings.contrastive_impl,
+            chunk_bytes=settings.chunk_bytes,
         )[0]  # fmt: skip
 
     regions = Normal((num_images, num_proposals, embed_dim), setting.dtype)
@@ -346,15 +357,17 @@ def blocks(setting: Setting) -> Iterator[Program]:
     of_swin = config.model.swin
     for stage, heads in enumerate(of_swin.num_heads):
         shape = (num_images, -(-height // (4 << stage)), -(-width // (4 << stage)), of_swin.embed_dim << stage)
-        attention = swin.WindowAttention(heads, of_swin.window_size, of_swin.window_size // 2, setting.dtype)
-        yield from both_passes(
-            f"window attention {stage + 1} {'x'.join(map(str, shape))}",
-            lambda params, x, attention=attention: attention.apply({"params": params}, x),
-            lambda state, stage=stage, shape=shape: (
-                (state.params["swin"][f"stage{stage + 1}_block0"]["attention"], Normal(shape, setting.dtype)), ()
-            ),
-            num_images=num_images,
-        )  # fmt: skip
+        name, window = f"window attention {stage + 1} {'x'.join(map(str, shape))}", of_swin.window_size
+        for form in ("xla", "auto"):
+            attention = swin.WindowAttention(heads, window, window // 2, form, setting.dtype)
+            yield from both_passes(
+                f"{name}, {form}",
+                lambda params, x, attention=attention: attention.apply({"params": params}, x),
+                lambda state, stage=stage, shape=shape: (
+                    (state.params["swin"][f"stage{stage + 1}_block0"]["attention"], Normal(shape, setting.dtype)), ()
+                ),
+                num_images=num_images, reference="" if form == "xla" else f"{name}, xla",
+            )  # fmt: skip
 
     h, w = anchor_lib.level_sizes((height, width))[0]
     c = config.model.head.channels
