@@ -174,15 +174,23 @@ class Bench:
         self.setting, self.report, self.only = setting, report, only
         self.pool = concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
         self.device = setting.mesh.devices.flat[0]
-        self.created = self.pool.submit(jax.jit(setting.create).lower().compile)
+        self.created: concurrent.futures.Future | None = None  # the program that makes a state
         self.shapes = jax.eval_shape(setting.create)
         self.state: Any = None
         self.kept: dict[str, Any] = {}  # results that others are compared with
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
     def run(self, group: Callable[[], Any]) -> None:
         """Compiles all programs of a group side by side, then times them one by one; a failure is a row, too."""
         chosen = self._listed(group)
         compared = {program.reference for program in chosen}
+        if chosen and self.created is None and self.state is None:
+            self.created = self.pool.submit(jax.jit(self.setting.create).lower().compile)
         waiting = [(program, self._compile(program)) for program in chosen]
         for program, future in waiting:
             if self.report.seconds_left < MARGIN:
@@ -229,6 +237,7 @@ class Bench:
     def _time(self, compiled: Compiled, keep: bool) -> dict[str, Any]:
         program = compiled.program
         if self.state is None:
+            assert self.created is not None
             self.state = jax.block_until_ready(self.created.result(timeout=max(self.report.seconds_left, 1.0))())
         arguments = jax.tree.map(inputs.made, program.arguments(self.state))
         before = _memory(self.device).get("peak_bytes_in_use", 0)
@@ -277,7 +286,7 @@ def _failed(error: Exception) -> concurrent.futures.Future:
 
 
 def _deleted(state: Any) -> bool:
-    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def _differences(results: Any, reference: Any) -> list[float]:
