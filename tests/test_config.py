@@ -103,6 +103,14 @@ def test_all_problems_are_listed_at_once(micro):
         assert part in str(error.value)
 
 
+def test_batches_must_divide_over_devices_and_chunks(micro):
+    micro.detection.batch_size, micro.optimizer.accumulate.detection = 16, 2
+    validation.validate(micro, num_devices=8)
+    micro.optimizer.accumulate.detection = 3
+    with pytest.raises(ValueError, match=r"16, which is not divisible by 8 devices x .*detection 3 = 24; .*is: 24"):
+        validation.validate(micro, num_devices=8)
+
+
 @pytest.mark.parametrize("size", ["nano", "swin_t", "swin_s", "swin_b", "swin_l"])
 def test_model_sizes(size):
     assert config_lib.model(size).swin.embed_dim > 0

@@ -1,0 +1,70 @@
+"""Faults of what a run consists of, and of the files beside it."""
+
+from tests.mutations.fault import plant
+
+FAULTS = [
+    *plant(
+        "runs/optimizer.py", "runs/test_optimizer.py",
+        ("[optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []", "[]"),
+        ("update * factor, updates, factors", "update, updates, factors"),
+        ("optax.add_decayed_weights(config.weight_decay, mask=decayed)", "optax.add_decayed_weights(config.weight_decay)"),
+        ("optax.scale_by_adam(b1=config.b1, b2=config.b2)", "optax.scale_by_adam(b1=config.b1)"),
+        ("end_value=config.min_learning_rate", "end_value=config.learning_rate"),
+        ("round(share * total_steps): config.decay_factor", "round(share * total_steps): 1.0"),
+        ("optax.linear_schedule(0.0, peak, warmup) if warmup else", "optax.linear_schedule(peak, peak, warmup) if warmup else"),
+        ("scores[step] > best or step < config.warmup_steps", "scores[step] >= best or step < config.warmup_steps"),
+        ("scores[step] > best or step < config.warmup_steps", "scores[step] > best"),
+        ("waited >= config.patience:", "waited > config.patience:"),
+        ("max(factor * config.decay_factor, smallest), 0", "factor * config.decay_factor, 0"),
+        ("jnp.zeros_like(grad) if stays else grad", "grad"),
+        ("re.fullmatch(regex, name)", "re.match(regex, name)", "models/test_detclip.py::test_every_parameter_is_in_the_group_its_name_says runs/test_optimizer.py"),
+    ),
+    *plant(
+        "runs/order.py", "runs/test_order.py",
+        ("default_rng((self._seed, epoch))", "default_rng((self._seed, 0))"),
+        ("default_rng((self._seed, epoch))", "default_rng((0, epoch))"),
+        ("round(n * weight)", "n"),
+        ("(epoch - self._from[stream]) * count + np.arange(count)", "np.arange(count)"),
+        ("lengths[start:] += count", "lengths[:] += count", "data/test_data_plan.py runs/test_order.py test_finetune.py"),
+        ("min(self.total_steps, num_steps) if num_steps", "self.total_steps if num_steps"),
+        ("side=\"right\")", "side=\"left\")"),
+        ("max(epoch - start, 0) * count", "epoch * count + 1"),
+    ),
+    *plant(
+        "runs/sharding.py", "runs/test_sharding.py",
+        ("key=lambda axis: (shape[axis], axis)", "key=lambda axis: (-shape[axis], axis)"),
+        ("if size % fsdp == 0 and size >= fsdp]", "if size >= fsdp]"),
+        ("if fsdp < 1 or len(devices) % fsdp:", "if fsdp < 1:"),
+    ),
+    *plant(
+        "runs/state.py", "runs/test_sharding.py::test_parameters_and_moments_shrink_with_fsdp",
+        ("lambda moment, sharding: moment if frozen(moment) else sharding", "lambda moment, sharding: moment if frozen(moment) else replicated"),
+    ),
+    *plant(
+        "runs/pretrained.py", "runs/test_pretrained.py::test_tables_are_resized_as_by_torch",
+        ("INTER_CUBIC", "INTER_LINEAR"),
+    ),
+    *plant(
+        "files.py", "test_files.py",
+        ("os.replace(partial, path)", "os.rename(partial, path.with_suffix('.new'))"),
+        ("partial.unlink(missing_ok=True)", "pass"),
+        ("yield position, line.rstrip(b\"\\r\\n\")", "yield position, line.rstrip(b\"\\n\")"),
+        ("position += len(line)", "position += len(line.rstrip())"),
+        ("rest = lines.pop() + more if more else b\"\"", "rest = more"),
+        ("data.removeprefix(codecs.BOM_UTF8)", "data"),
+        ("if not stat.S_ISREG(os.stat(path).st_mode):", "if stat.S_ISDIR(os.stat(path).st_mode):"),
+        ("_MAX_NAME_BYTES = 120", "_MAX_NAME_BYTES = 300"),
+        ("return f\"{short}-{digest}\"", "return short"),
+        ("if _RESERVED.fullmatch(safe) or not safe:", "if not safe:"),
+        ("unicodedata.normalize(\"NFC\", text)", "text"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ("except (ValueError, RecursionError) as error:  # ValueError: also", "except ValueError as error:  # ValueError: also"),
+    ),
+    *plant(
+        "chips.py", "preflight/test_preflight.py::test_topologies test_config.py::test_values_of_the_command_line_win_over_those_of_a_chip",
+        ("device_kind.startswith(chip.device_kind)", "chip.device_kind.startswith(device_kind)"),
+        ("Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 197e12,", "Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 394e12,"),
+        ("Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 989e12,", "Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 1979e12,"),
+        ("GIB = 1 << 30", "GIB = 1_000_000_000"),
+    ),
+]  # fmt: skip

@@ -1,0 +1,76 @@
+"""The list of planted faults applies to the code as it is; the program that tries them tells death from survival."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from mutations import fault, listed
+from mutations.fault import Fault
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = (
+    "geometry", "models", "losses", "data", "runs", "inference", "visualize", "eval", "train_step.py", "train.py",
+    "config.py", "chips.py", "files.py", "prepare", "preflight", "convert", "export", "claims",
+)  # fmt: skip
+
+
+def test_every_fault_applies_and_no_room_is_left_out():
+    assert not fault.problems(listed.FAULTS, ROOT)
+    assert len(listed.FAULTS) >= 150
+    missing = [room for room in ROOMS if not any(f.file.startswith(f"detclipv2_jax/{room}") for f in listed.FAULTS)]
+    assert not missing
+    assert sum(bool(f.reason) for f in listed.FAULTS) <= 0.05 * len(listed.FAULTS)
+
+
+def test_what_cannot_be_planted_is_named():
+    good = Fault(
+        "detclipv2_jax/geometry/boxes.py", "EPSILON = 1e-6", "EPSILON = 0.0", ("tests/test_files.py",), False, ""
+    )
+    assert not fault.problems([good], ROOT)
+    wrong = [
+        (good._replace(original="boxes"), "times in the file, not once"),
+        (good._replace(original="EPSILON = 2"), "stands 0 times"),
+        (good._replace(mutated="EPSILON ="), "is no Python"),
+        (good._replace(tests=("tests/test_absent.py",)), "there is no tests/test_absent.py"),
+        (good._replace(tests=("tests/test_files.py::test_absent",)), "there is no tests/test_files.py::test_absent"),
+    ]
+    for change, message in wrong:
+        assert message in " ".join(fault.problems([change], ROOT))
+    assert "1 faults are listed twice" in fault.problems([good, good], ROOT)
+
+
+PROGRAM = """
+import json, pathlib, sys
+from tests.mutations import server
+from tests.mutations.fault import Fault
+
+root = pathlib.Path(sys.argv[1])
+changes = ["n + 2", "n + 1 + 0", "n +", "n + 1 if n else loop()", "n + 1"]
+faults = [Fault("package.py", "n + 1", text, ("test_package.py",), False, "") for text in changes]
+faults.append(faults[0]._replace(tests=("absent.py",)))
+found = server.run(faults, root=root, folder=root / "copies", jobs=2, limits_s=[20.0, 20.0, 20.0, 3.0, 20.0, 20.0])
+print(json.dumps({index: verdict[:2] for index, verdict in found}))
+"""
+
+
+def test_verdicts(tmp_path):
+    (tmp_path / "package.py").write_text(
+        "def loop():\n    while True:\n        pass\n\n\ndef after(n):\n    return n + 1\n"
+    )
+    (tmp_path / "test_package.py").write_text(
+        "import subprocess, sys\n\nfrom package import after\n\n\ndef test_here():\n    assert after(0) == 1\n\n\n"
+        "def test_in_another_process():\n"
+        "    code = 'import package; print(package.after(1))'\n"
+        "    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == '2'\n"
+    )
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert {index: state for index, (state, _) in found.items()} == {
+        "0": "died", "1": "survived", "2": "died", "3": "late", "4": "survived", "5": "broken"
+    }  # fmt: skip
+    assert found["0"][1] == "test_package.py::test_here"
+    assert "n + 1\n" in (tmp_path / "package.py").read_text()
