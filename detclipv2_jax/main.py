@@ -57,7 +57,7 @@ _PREEMPTED_STATUS = flags.DEFINE_integer(
     "preempted_status", 0, "exit status of a run that SIGTERM stopped; not 0 where a scheduler shall start it again"
 )
 
-# may differ between the runs of one workdir: how long, how often and from where, not what
+# keys that may change when a run is continued: how long it trains and how it is watched, not what it learns
 CHANGEABLE = (
     "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
     "eval", "input", "mesh", "chips", "closing",
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(
             "error: --config is missing, e.g. --config=configs/demo.py; configs/ has all of them, --help the flags"
         )
-    # orbax tells every file it touches
+    # orbax logs every file that it touches
     logging.get_absl_handler().addFilter(lambda record: record.levelno > 20 or "orbax" not in record.pathname)
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold(logging.INFO)
@@ -139,7 +139,7 @@ def prepare(
         work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
     else:
         work = evaluation.prepare(complete, workdir)
-    # not before all is well everywhere: what failed has no claim on the workdir; an evaluation changes nothing of a run
+    # only after all processes have checked everything: a run that fails before must not take the workdir
     processes.barrier("all is checked", timeout_s=config.timeout_s)
     return functools.partial(in_workdir, work, config, workdir, training=training, data=data)
 
@@ -243,9 +243,13 @@ def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -> None:
     """Prints the scores and where everything is."""
     for group in ("", "forgetting/before", "forgetting/after"):
-        own = {name.rpartition("/")[2]: value for name, value in scores.items() if name.rpartition("/")[0] == group}
-        if own:
-            measured = (f"{name} {100 * value:.1f}" for name, value in own.items() if value >= 0)  # -1: nothing of it
+        group_scores = {
+            name.rpartition("/")[2]: value for name, value in scores.items() if name.rpartition("/")[0] == group
+        }
+        if group_scores:
+            measured = (
+                f"{name} {100 * value:.1f}" for name, value in group_scores.items() if value >= 0
+            )  # -1: nothing of it
             print(f"{f'second set, {group[11:]} training' if group else 'scores'} in %: {', '.join(measured)}")
     if (workdir / "best.json").exists():
         best = json.loads((workdir / "best.json").read_text())
@@ -263,7 +267,7 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
 
 
 def print_closing(closing: str, scores: dict[str, float]) -> None:
-    """Prints the closing words with scores in %; other data may lack a score that they speak of, which the log says."""
+    """Prints `config.closing` with scores in %; where the data have no score that it names, the log says so instead."""
     try:
         print(closing.format(**{name: 100 * value for name, value in scores.items()}), end="\n" if closing else "")
     except KeyError as missing:
@@ -271,7 +275,7 @@ def print_closing(closing: str, scores: dict[str, float]) -> None:
 
 
 def open_streams() -> None:
-    """Opens standard streams that are closed, or the next file would take their number and get what C++ prints."""
+    """Opens standard streams that are closed; else the next file gets their number, and with it what C++ prints."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (for as long as the program runs)

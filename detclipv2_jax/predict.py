@@ -142,10 +142,10 @@ def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[p
             name = f"{path.stem}_{names[path.stem]}"
         names[name] = 1
         pictures.append(folder / f"{name}.jpg")
-    own = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
-    if own:
+    overwritten = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
+    if overwritten:
         raise ValueError(
-            f"--output: the picture {min(own)} would overwrite an image of the input; choose another folder"
+            f"--output: the picture {min(overwritten)} would overwrite an image of the input; choose another folder"
         )
     return pictures
 

@@ -43,7 +43,7 @@ class Preempted(Exception):  # noqa: N818 -- a run that stops like this stops we
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient was NaN or infinite; the state before that step is what the last checkpoint leads to."""
+    """A loss or a gradient was NaN or infinite; continuing from the last checkpoint leads to the state before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def train(run: Run) -> dict[str, float]:
         stopping = stack.enter_context(processes.stop_signal())
         profiled = profiled_steps(start, order.num_steps, config.profile_steps)
         decision = optimizer_lib.Verdict(1.0, False)
-        sent: Callable[[], None] | None = None  # reads the metrics of the step sent last, after the next one is sent
+        sent: Callable[[], None] | None = None  # reads the metrics of the last step after the next one is dispatched
         for step in range(start, order.num_steps):
             if run.evaluator and evaluation_due(run, step) and step not in scores:
                 scores[step] = evaluate_state(run.evaluator, state, writer)
@@ -195,7 +195,9 @@ def train(run: Run) -> dict[str, float]:
                 processes.barrier("step", note=str(step + 1), timeout_s=config.timeout_s)
             if profiled and step == profiled[0]:
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # every call of a tracing step would be millions of events
+                options.python_tracer_level = (
+                    0  # else every Python call while a step is traced would be an event: millions
+                )
                 jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
@@ -253,9 +255,9 @@ def train(run: Run) -> dict[str, float]:
 
 
 def replay_step(run: Run, number: int) -> dict[str, float]:
-    """Returns the metrics of step `number` of a run (1 is the first), run again and printed with its examples.
+    """Runs step `number` of a run again (1 is the first), prints it with its examples and returns its metrics.
 
-    Goes on from the newest checkpoint before that step, or from the beginning, as the run did; writes nothing.
+    Continues from the newest checkpoint before that step, or from the beginning; writes nothing.
 
     Raises:
       ValueError: the run has no such step, or no checkpoint is intact.
@@ -311,7 +313,7 @@ def recorded(writer: MetricsWriter, kind: str) -> dict[int, dict[str, float]]:
 
 
 def jitted_step(run: Run, kind: Kind, canvas: tuple[int, int]) -> train_step.Step:
-    """Returns the training step of a stream, compiled when first called; the state given to it is gone afterwards."""
+    """Returns the training step of a stream, compiled when first called; the state passed to it is donated."""
     step = train_step.make_step(kind, model=run.model, tx=run.tx, config=run.config, canvas=canvas, mesh=run.mesh)
     replicated = NamedSharding(run.mesh, sharding.REPLICATED)
     return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
@@ -338,7 +340,7 @@ def draw_batch(
 def evaluate_state(
     evaluator: evaluation.Evaluator, state: TrainState, writer: MetricsWriter, *, kind: str = "eval"
 ) -> dict[str, float]:
-    """Returns the scores of a state, the averaged parameters if they are kept; writes them led by the kind."""
+    """Returns the scores of a state, of its averaged parameters if they are kept; writes them under `kind`/…."""
     step = int(state.step)
     scores = evaluator(state.params if state.ema is None else state.ema, step=step)
     writer.write(step, prefix(kind, scores))
@@ -384,7 +386,7 @@ def abstract_state(run: Run) -> TrainState:
 
 @contextlib.contextmanager
 def listed(problems: list[str]) -> Iterator[None]:
-    """Adds the ValueError that ends what is inside to a list, so that the next thing is tried too."""
+    """Adds a ValueError raised inside to a list, so that the checks after it run too."""
     try:
         yield
     except ValueError as error:

@@ -165,7 +165,7 @@ def _of_model(config: ConfigDict) -> Iterator[str]:
 
 
 def _of_scores(config: ConfigDict) -> Iterator[str]:
-    """Yields what is wrong with what goes by the scores of evaluations."""
+    """Yields problems of keys that depend on the scores of evaluations."""
     users = {
         "optimizer.schedule plateau": config.optimizer.schedule == "plateau",
         "optimizer.stop_patience": config.optimizer.stop_patience > 0,
@@ -179,7 +179,7 @@ def _of_scores(config: ConfigDict) -> Iterator[str]:
 
 
 def _of_sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
-    """Yields batches that devices do not divide, and canvases and sides that are none."""
+    """Yields batch sizes that the devices do not divide, and canvases and sides that make no sense."""
     if config.mesh.fsdp >= 1 and num_devices % config.mesh.fsdp:
         yield f"config.mesh.fsdp is {config.mesh.fsdp}; it must divide the number of devices, {num_devices}"
     for kind in (*KINDS, "eval"):

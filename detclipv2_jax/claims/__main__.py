@@ -6,7 +6,7 @@ leaves a small file in results/claims; what has one is not run again, so the tab
 that was stopped continues at its last checkpoint. At the end docs/claims.md (the table, with a verdict a claim) and
 docs/claims.png (novel AP over steps) are written from the files there are; --jobs=0 does that alone.
 
-A claim is judged on the means over the seeds. Nothing is tuned a row, and what does not come out says so.
+A claim is judged on the means over the seeds. No value is tuned for a row, and a claim that does not hold says so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from detclipv2_jax.eval import detections, lvis
 from detclipv2_jax.files import write_json, write_text
 from detclipv2_jax.visualize import charts
 
-# glibc: memory of a step is not given back after it; page faults are a quarter of the time of such small steps
+# glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_ARENA_MAX": "1"}
 COLUMNS = {  # of the table: score → heading
     "AP": "AP",
@@ -69,7 +69,7 @@ def stored(folder: pathlib.Path, row: str, seed: int) -> dict[str, Any] | None:
 
 
 def subset_scores(truth: dict[str, Any], detections: Any, counts: Callable[[dict[str, Any]], bool]) -> dict[str, float]:
-    """Returns LVIS's scores (in %) where only the boxes that count are sought; others are neither right nor wrong."""
+    """Returns LVIS's scores (in %) of the boxes that count; finding any of the others is neither right nor wrong."""
     boxes = [row | {"ignore": int(not counts(row))} for row in truth["annotations"]]
     scores = lvis.evaluate(truth | {"annotations": boxes}, detections)
     return {name: round(100 * value, 2) for name, value in scores.items()}
@@ -89,8 +89,8 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     }
     scores: dict[str, float] = {}
     for lead, counts in parts.items():
-        own = subset_scores(truth, rows, counts)
-        scores |= {f"{lead}{name}": own[name] for name in ("AP", "AP50")}
+        subset = subset_scores(truth, rows, counts)
+        scores |= {f"{lead}{name}": subset[name] for name in ("AP", "AP50")}
     best: dict[Any, dict[str, Any]] = {}  # rows of an image stand best first
     for row in rows:
         best.setdefault((row["image_id"], *row["bbox"]), row | {"category_id": 1})
@@ -108,13 +108,13 @@ def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     last = max((workdir / "eval").glob("step_*_detections.json"))
     truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    along = {
+    curves = {
         f"{name}_by_step": {str(line["step"]): round(100 * line[key], 2) for line in lines if key in line}
         for name, key in (("base_AP", "eval/APf"), ("novel_AP", "eval/APr"))
     }
     return {
         "scores": score(truth, detections.load(last)),
-        **along,
+        **curves,
         "steps": int(last.name.split("_")[1]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},
@@ -122,7 +122,7 @@ def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
 
 
 def recipe_of(recipe: str, row: str, seed: int) -> list[str]:
-    """Returns how a run differs from the defaults, folders apart, the kind of its world, and the same of its start."""
+    """Returns how a run differs from the defaults (but for folders), its world's format, and the same of its start."""
     lines = [*config_lib.differences(config_lib.base(), configuration(recipe, row, seed)), f"world {scenes.FORMAT}"]
     if row in ablations.STARTS:
         return lines
@@ -215,7 +215,7 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
 def start(
     recipe: str, row: str, seed: int, config: ConfigDict, *, work: pathlib.Path, core: int
 ) -> subprocess.Popen[bytes]:
-    """Returns the process of a run, its world written; output goes to log.txt of its workdir."""
+    """Writes the world of a run and returns its process, whose output goes to log.txt of its workdir."""
     workdir = work / f"{row}_{seed}"
     workdir.mkdir(parents=True, exist_ok=True)
     config.scenes.folder = str(work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}")
@@ -253,7 +253,7 @@ def stop(process: subprocess.Popen[bytes], workdir: pathlib.Path, *, since: floa
 
 
 def account(workdir: pathlib.Path, *, since: float, usage: resource.struct_rusage) -> dict[str, int]:
-    """Returns the seconds that a run took, its stopped processes included; keeps them in its workdir."""
+    """Adds the time of a process to spent.json of its workdir; returns the sum over all processes of the run."""
     path = workdir / "spent.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     now = {"seconds": time.monotonic() - since, "cpu_seconds": usage.ru_utime + usage.ru_stime}
@@ -271,8 +271,8 @@ def all_results(folder: pathlib.Path) -> ablations.Results:
 def markdown(results: ablations.Results) -> Iterator[str]:
     """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts.
 
-    The rows of a finding are shown over the seeds that all of them have, but for rows that have none. The first score
-    is that of the detectors they start from, which differ between seeds and models.
+    Scores are means over the seeds that every row of a finding has; rows without any result do not count. The first
+    score is that of the detectors they start from, which differ between seeds and models.
     """
     minutes = [result["cpu_seconds"] / 60 for result in results.values()]
     yield f"{len(results)} of {len(ablations.queue())} runs are done" + (
@@ -283,11 +283,11 @@ def markdown(results: ablations.Results) -> Iterator[str]:
         yield f"| | seeds | AP at the start | {' | '.join(COLUMNS.values())} |\n|---|---|---|{'---|' * len(COLUMNS)}\n"
         seeds = ablations.common_seeds(finding, results)
         for name, row in finding.rows.items():
-            own = [seed for seed in seeds if (row, seed) in results]
-            before = [results.get((ablations.start_of(row), seed)) for seed in own]
+            row_seeds = [seed for seed in seeds if (row, seed) in results]
+            before = [results.get((ablations.start_of(row), seed)) for seed in row_seeds]
             cells = [_cell([start["scores"]["AP"] for start in before if start])]
-            cells += [_cell([results[row, seed]["scores"][score] for seed in own]) for score in COLUMNS]
-            yield f"| {name} | {len(own)} | {' | '.join(cells)} |\n"
+            cells += [_cell([results[row, seed]["scores"][score] for seed in row_seeds]) for score in COLUMNS]
+            yield f"| {name} | {len(row_seeds)} | {' | '.join(cells)} |\n"
         yield "\n"
         for claim in finding.claims:
             yield f"* {claim.text}: {ablations.verdict(claim, finding, results)}\n"
@@ -303,9 +303,9 @@ def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> No
     write_text(output / "claims.md", markdown(found))
     lines: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, row in ablations.FINDINGS[0].rows.items():
-        for (of, seed), result in found.items():
+        for (other, seed), result in found.items():
             before = found.get((ablations.start_of(row), seed))
-            if of == row and before:
+            if other == row and before:
                 steps, values = zip(novel_curve(recipe, before), novel_curve(recipe, result), strict=True)
                 steps = (steps[0], steps[0][-1] + steps[1])
                 lines.setdefault(name, []).append((np.concatenate(steps), np.concatenate(values)))

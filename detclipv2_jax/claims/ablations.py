@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# of every row, beside configs/demo.py; at the start's rate of 1e-3 the first pairs undo half of what it learned
+# what every row changes in configs/demo.py; at the start's rate of 1e-3 the first pairs undo half of what it learned
 GOING_ON: dict[str, Any] = {
     "epochs": 2,
     "image_text.from_epoch": 0,
@@ -203,7 +203,7 @@ def start_of(row: str) -> str:
 
 
 def queue() -> list[tuple[str, int]]:
-    """Returns every (row, seed) of the table once: the first finding, then the others, each a seed after the other.
+    """Returns every (row, seed) of the table once: the first finding, then the others, one seed after the other.
 
     What a row starts from stands before it.
     """
@@ -219,14 +219,14 @@ def queue() -> list[tuple[str, int]]:
 
 
 def common_seeds(finding: Finding, results: Results) -> list[int]:
-    """Returns the seeds that all rows of a finding have that have any."""
+    """Returns the seeds that every row of a finding has; rows without any result do not count."""
     seeds = SEEDS[: finding.num_seeds]
     found = [{seed for seed in seeds if (row, seed) in results} for row in finding.rows.values()]
-    return [seed for seed in seeds if all(seed in own for own in found if own)]
+    return [seed for seed in seeds if all(seed in row_seeds for row_seeds in found if row_seeds)]
 
 
 def verdict(claim: Claim, finding: Finding, results: Results) -> str:
-    """Returns what the means over the seeds say of a claim, and what every seed says that has the rows it needs."""
+    """Returns whether the means over the seeds bear a claim out, and the margin of each seed that has all rows."""
     margins: dict[int, float] = {}
     by_seed: dict[int, dict[str, dict[str, float]]] = {}
     for seed in SEEDS:
@@ -239,10 +239,13 @@ def verdict(claim: Claim, finding: Finding, results: Results) -> str:
         return "not run yet"
     rows = set.intersection(*(set(scores) for scores in by_seed.values()))
     names = next(iter(next(iter(by_seed.values())).values()))
-    mean = {row: {name: float(np.mean([of[row][name] for of in by_seed.values()])) for name in names} for row in rows}
+    mean = {
+        row: {name: float(np.mean([scores[row][name] for scores in by_seed.values()])) for name in names}
+        for row in rows
+    }
     margin = min(claim.margins(mean))
     found = "reproduced" if margin >= 0 else "**not reproduced**"
-    each = ", ".join(f"{own:+.1f}" for own in margins.values())
+    each = ", ".join(f"{margin:+.1f}" for margin in margins.values())
     early = f"; {len(margins)} of {finding.num_seeds} seeds" if len(margins) < finding.num_seeds else ""
     split = ", which disagree" if min(margins.values()) < 0 <= max(margins.values()) else ""
     return f"{found}; smallest margin {margin:+.1f}, by seed {each}{split}{early}"

@@ -1,8 +1,7 @@
 """Annotation jsons as they come: ids, boxes, outlines, flags and areas of their entries, with what is odd in them.
 
-Files of the field's tools number annotations from 0, twice or not at all, write "2" where 2 is meant, null where
-nothing is known, corners where sizes belong. What has one meaning is repaired and counted; what has none is left to
-the caller, who counts or refuses it.
+Tools write ids from 0, twice or not at all, "2" for 2, null for what is not known, and corners where sizes belong.
+An entry with one possible meaning is repaired and counted; one without is left to the caller, who counts or refuses it.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def listed_ids(entries: Sequence[Any], *, where: str) -> tuple[list[int | str], 
 
 
 def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], int]:
-    """Returns each annotation's bbox (xywh, as it stands there), and how many are those of an outline for want of one.
+    """Returns each annotation's bbox (xywh, as it stands there), and how many had none and were taken from outlines.
 
     A row without four numbers and without an outline has NaN.
     """
@@ -232,10 +231,10 @@ def areas_of(
 def suspicious(
     boxes: Float[np.ndarray, "n 4"], sizes: Float[np.ndarray, "n 2"]
 ) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"], str]:
-    """Returns which boxes (xywh, with an area) are cut at the border, which are below a pixel, and what all look like.
+    """Returns which boxes (xywh, with an area) are cut at the border, which are below a pixel, and the form of all.
 
-    The last is "" where they look like x, y, width, height. Of a box that is cut, more than 2 px and a tenth of the
-    area lie outside. `sizes` are the (height, width) of each box's image, 0 where unknown.
+    The form is "" for x, y, width, height. A box is cut if more than 2 px and a tenth of its area lie outside.
+    `sizes` are the (height, width) of each box's image, 0 where unknown.
     """
     known = np.all(sizes > 0, axis=1)
     low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]

@@ -27,7 +27,7 @@ from detclipv2_jax.data.mirroring import speaks_of_sides
 from detclipv2_jax.data.schema import Batch, DataError, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
-_MAX_TRIES = 100  # unusable images in a row: then the disk is gone, not an image
+_MAX_TRIES = 100  # unusable images in a row; so many mean that the disk is gone
 # what is cut because a static size is too small
 OVERFLOWS = (NEGATIVES_CUT, TEXTS_TRUNCATED, PHRASES_CUT, BOXES_CUT) = (
     "negatives cut: concept table full",
@@ -113,7 +113,7 @@ class BatchMaker:
         return np.cumsum([0, *map(len, self.sources)])
 
     def make(self, n: int) -> tuple[Batch, Notes]:
-        """Returns this host's rows of global batch n and what is to be said of them."""
+        """Returns this host's rows of global batch n and notes on them."""
         notes = Notes(collections.Counter(), {}, [])
         rows = self.batch_size // self.process_count
         positions = self.positions(n)

@@ -20,7 +20,7 @@ _Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
 
 
 def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Returns a reader whose first argument is a path, with a DataError for whatever has another form than documented.
+    """Returns a reader (its first argument is a path) that raises DataError for files of another form than documented.
 
     Checking the type of every value of a large json would take longer than reading it.
     """
@@ -92,7 +92,7 @@ def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
 
 
 def photo_facts(paths: Iterable[str], *, where: str | Path) -> str:
-    """Returns a digest of the names, sizes and times of photos, which is another one when photos were exchanged.
+    """Returns a digest of the names, sizes and times of photos, which changes when a photo is exchanged.
 
     Raises:
       DataError: photos are missing; says how many and names the first ten.

@@ -98,7 +98,7 @@ def read_evaluation(
 
 
 def _refuse_equal_texts(ground_truth: GroundTruth, path: Path) -> None:
-    """Raises if two categories with boxes have one text: what is found would be of both, and wrong for one."""
+    """Raises if two categories with boxes have one text: what is found would count for both, and be wrong for one."""
     first: dict[str, int] = {}
     with_boxes = set(ground_truth.truth.category.tolist())
     ids = ground_truth.vocabulary.category_ids

@@ -13,7 +13,7 @@ _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # of "turnLeft"
 
 
 def pattern(words: Sequence[str], *, english: bool) -> re.Pattern[str] | None:
-    """Returns what finds one of some words, and with `english` of English ones, in a text; None if there are none."""
+    """Returns what finds any of some words in a text, with `english` English ones too; None without words."""
     alternatives = [_whole(re.escape(word.strip())) for word in words]
     if english:
         alternatives += [_bounded(word) for word in _ENGLISH]

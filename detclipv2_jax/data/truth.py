@@ -69,7 +69,7 @@ class Truth:
 
 
 def read(source: str | Path | dict[str, Any] | Truth, *, max_bad_share: float = 0.0) -> Truth:
-    """Returns the truth of a json, given as its path or content; what is odd in it is said in the log.
+    """Returns the truth of a json, given as its path or content; what is odd in it is logged.
 
     Raises:
       ValueError: it is no annotation json, lists no images, categories or boxes, lists an id twice, or more than a

@@ -321,7 +321,7 @@ def _samples(batch: Batch, found: Detections, *, limit: int) -> list[_Sample]:
 
 
 def _checksum(params: Any) -> Float[Array, " p"]:
-    """Returns a number for every parameter that is another one after training went on."""
+    """Returns a number for every parameter, which changes when training goes on."""
     return jnp.stack([jnp.sum(jnp.abs(value)) for value in jax.tree.leaves(params)])
 
 

@@ -10,7 +10,7 @@
 | saved_model | a TensorFlow SavedModel: image and words as strings in, boxes    | TensorFlow with tensorflow-text |
 |             | and names out                                                    |                                 |
 
-Both programs are the whole inference but the resizing: normalisation, scores, best pairs, NMS. Number of images and of
+Both programs are the whole inference but resizing: normalisation, scores, best pairs, NMS. Number of images and of
 words are free. They run on CPU, TPU and CUDA. Photos must lie on a canvas as `config.eval` says: resized to the largest
 size that fits, in its top left; scripts/detector.py describes the arguments.
 """

@@ -109,7 +109,7 @@ def _pair_key(left: Any, right: Any) -> Any:
 
 
 def _repairs() -> tuple[list[str], list[str]]:
-    """Returns (characters that are written otherwise, how): as ftfy repairs them, white space as a space."""
+    """Returns (characters that ftfy repairs, what each becomes); white space becomes a space."""
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     # most characters, those of languages without case, need not be asked for
     plain = {c for c in characters if unicodedata.category(c) in ("Lo", "Cn", "Co")}

@@ -145,7 +145,7 @@ class Predictor:
 
         Args:
           image: path or RGB array.
-          phrases: rows of what `vocabulary` gives; their number is padded to a multiple of 8, so that few are compiled.
+          phrases: rows of what `vocabulary` gives; their number is padded to a multiple of 8: few sizes are compiled.
           max_detections: boxes a phrase.
         """
         limits = Limits.from_config(self.config.eval, max_detections=max_detections)

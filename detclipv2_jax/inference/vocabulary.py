@@ -1,4 +1,4 @@
-"""Words from wherever they come; their embeddings, kept on disk under a hash of all they depend on."""
+"""Words from flags, files and ready lists; their embeddings, kept on disk under a hash of all they depend on."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def load(path: str | pathlib.Path, *, key: str) -> Embeddings:
 class Cache:
     """Encodes texts, or finds their embeddings in a folder; the last vocabulary is kept in memory too.
 
-    A stored vocabulary is named by its key and holds it, so that one made of other words, template, tokenizer or text
-    weights is not found, and refused with a warning where it lies under the wrong name.
+    A stored vocabulary is named by its key and holds it. So one that was made of other words, template, tokenizer or
+    text weights is not found, and one under a wrong name is refused with a warning.
     """
 
     def __init__(

@@ -96,8 +96,8 @@ def _sum(focal, similarity, scale, bias, anchor_mask, labels, concept_mask, rows
 def _in_chunks(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows):
     """Returns the loss; `text` is [chunks, c, d], what belongs to it [chunks, c].
 
-    A sum's gradient is known with the sum, so that similarities are computed once. By hand, because of a scan of
-    conditionals the compiler keeps similarities for the way back and may gather them on all devices.
+    The gradient is computed together with the sum, so that similarities are computed once. It is written by hand,
+    since the compiler would keep the similarities of a scan for the backward pass and gather them on all devices.
     """
     return _forward(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows)[0]
 
@@ -138,7 +138,7 @@ def _of_device(focal, axes, embeddings, anchor_mask, labels, scale, bias, text, 
             embeddings_bar = embeddings_bar + dot("bac,cd->bad", bar, text)
             return (embeddings_bar, scalars + jnp.stack([total, *scalars_bar])), dot("bac,bad->cd", bar, embeddings)
 
-        # padding and repeated concepts stand last, and a chunk of nothing else costs nothing
+        # padding and repeated concepts stand last; a chunk that holds nothing else is skipped
         zeros = jnp.zeros(text.shape, jnp.float32)
         return jax.lax.cond(jnp.any(concept_mask), compute, lambda carry: (carry, zeros), carry)
 

@@ -200,7 +200,7 @@ def _num_chosen(
 ) -> tuple[Int32[Array, " b"], Int32[Array, " b"]]:
     """Returns how many proposals of each image are the best of a concept (of its own caption, of any other concept).
 
-    `chosen`: by the concepts of the own caption, which are `slots`; `votes`: of all concepts for each proposal.
+    `chosen` are the choices of the image's caption, whose concepts are `slots`; `votes` counts those of all concepts.
     """
     m, k = slots.shape[1], votes.shape[1]
     earlier = (jnp.arange(m)[:, None] > jnp.arange(m)[None])[None] & mask[:, None, :]

@@ -1,6 +1,6 @@
 """Arithmetic of a step, counted without compiling: in traced programs, and by formula from the configuration.
 
-Products of matrices and convolutions, a multiplication and an addition as two; nothing else comes near them.
+Counted are products of matrices and convolutions, a multiplication and an addition as two; all else is small.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from detclipv2_jax.models import detclip
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-TRAINING = 3.0  # a step per forward pass, which counts once more for the gradients to inputs and to weights each
+# forward passes that a training step costs: one, and one each for the gradients to inputs and to weights
+TRAINING = 3.0
 
 
 def peak_per_second(mesh: Mesh) -> float | None:
@@ -40,7 +41,7 @@ def of_step(
 ) -> Callable[[float], float]:
     """Returns the function from the number of distinct concepts of a batch to the FLOPs of its training step.
 
-    Nothing is counted twice for being computed again. `table_rows` are those of the concept table of all hosts.
+    What the backward pass computes again is counted once. `table_rows` are those of the concept table of all hosts.
     """
     settings = config.model.copy_and_resolve_references()
     settings.remat, settings.head.deform_impl = "none", "gather"  # the banded form multiplies with zeros
@@ -73,8 +74,8 @@ def _num_compared(config: ConfigDict, kind: str, canvas: tuple[int, int], num_de
 def of(function: Callable[..., Any], *arguments: Any) -> float:
     """Returns the FLOPs of a function of arrays (or their shapes), over all devices.
 
-    A scan counts with its length, of a conditional the larger branch, and a loop of unknown length as one turn: with
-    `loss.chunk_bytes` above all that is everything.
+    A scan counts as often as it is long, a conditional as its larger branch, a loop of unknown length once: all of
+    it, if `loss.chunk_bytes` is so large that the loop has one turn.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 

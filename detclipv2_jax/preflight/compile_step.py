@@ -125,7 +125,7 @@ class Sizes(NamedTuple):
 
 
 class Program(NamedTuple):
-    """One step: what is jitted, its arguments as shapes with shardings, and its FLOPs by way of counting them."""
+    """One step: the jitted function, its arguments as shapes with shardings, and what counts its FLOPs."""
 
     jitted: Any
     arguments: tuple[Any, ...]
@@ -191,7 +191,7 @@ def _training(
 
 
 def _with_deform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy whose deformable layer has one form, that of a platform: a count takes the dearer of two."""
+    """Returns a copy whose deformable layer has one platform's form; else the dearer of two forms would be counted."""
     config = config.copy_and_resolve_references()
     if config.model.head.deform_impl == "auto":
         config.model.head.deform_impl = "banded" if platform == "tpu" else "gather"
@@ -321,7 +321,7 @@ def _of_compiled(compiled: Any) -> dict[str, Any]:
 
 
 def _of_refusal(message: str) -> dict[str, float]:
-    """Returns the memory that a program needs as a compiler says that refuses it."""
+    """Returns the memory that a program needs, from the message of the compiler that refuses it."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
     return {"total": float(used[1]) * units[used[2]] if used else math.inf}

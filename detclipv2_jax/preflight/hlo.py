@@ -1,7 +1,7 @@
 """What a compiled program moves through memory and over the network, read from its optimised HLO text.
 
 XLA's own cost analysis counts the body of a loop once and is missing for GPUs. Here a body counts as often as it runs,
-and of a conditional, for memory and each kind of collective, the branch that moves more.
+and a conditional as the branch that moves more, which is chosen for memory and for each kind of collective.
 """
 
 from __future__ import annotations

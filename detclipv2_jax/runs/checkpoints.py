@@ -2,7 +2,7 @@
 
 A checkpoint holds the items `params`, `optimizer` (step and optimizer state) and `ema` where it is kept, so that
 prediction reads no more than it needs. Nothing else is stored: order and position of the data follow from the step,
-what evaluations lead to from their scores. `best.json` beside `checkpoints/` names the best one where it is kept.
+the rate of plateau from scores. `best.json` beside `checkpoints/` names the best one where it is kept.
 
 Every item has a `sha256.json` with the digest of each of its files, without which it does not count as complete. They
 are compared before anything is restored: bits of an array that flipped on disk would otherwise be restored in silence.
@@ -93,7 +93,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=keep > 0,  # what a reader sees may be in the making
+                cleanup_tmp_directories=keep > 0,  # a reader may see a checkpoint that is still being written
             ),
         )
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: a progress bar, rates, and scalars on disk."""
+"""What a run reports while it trains: a progress bar, rates, and scalars on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def prefix(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """Returns the values as floats under names led by the kind."""
+    """Returns the values as floats under names that begin with the kind."""
     return {f"{kind}/{name}": float(value) for name, value in values.items()}
 
 
@@ -32,7 +32,7 @@ class Progress:
     """Progress bar of a terminal (step, loss terms, images/s, time left), and rates for the log.
 
     Attributes:
-      flops: done since rates were asked for, to be counted from outside.
+      flops: done since the last call of `rates`; the caller adds to it.
     """
 
     def __init__(self, start: int, total: int, peak_flops: float | None = None):
@@ -135,7 +135,7 @@ class MetricsWriter:
         self._events = Events(workdir)
 
     def recorded(self, kind: str) -> list[tuple[int, dict[str, float]]]:
-        """Returns (step, scores) of every evaluation of a kind that was there at the start; [] but on process 0."""
+        """Returns (step, scores) of a kind's evaluations that the file held at the start; [] but on process 0."""
         found = (
             (row["step"], {k.removeprefix(f"{kind}/"): row[k] for k in row if k.startswith(f"{kind}/")})
             for row in self._kept

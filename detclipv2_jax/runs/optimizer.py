@@ -138,7 +138,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(scores: Mapping[int, float], config: ConfigDict) -> Verdict:
-    """Returns what follows from the scores so far, by the step of their evaluation; nothing else is remembered.
+    """Returns what follows from all scores so far, given by the step of their evaluation; no other state is kept.
 
     1. A score above all before it is a gain. Evaluations before the end of the warmup are not held against the run.
     2. plateau: `patience` evaluations without a gain multiply the rate by `decay_factor`, and the count starts again;

@@ -94,7 +94,9 @@ def barrier(name: str, *, timeout_s: int, note: str = "") -> None:
     if client is None:
         return
     try:
-        client.wait_at_barrier(name, timeout_s * 1000)  # a name may be used again; new ones would fill the coordinator
+        client.wait_at_barrier(
+            name, timeout_s * 1000
+        )  # names are used again: new ones would fill the coordinator's memory
     except jax.errors.JaxRuntimeError as error:
         raise MissingProcessError(f"waited at {f'{name} {note}'.strip()!r}, in vain: {_missing(str(error))}") from error
 

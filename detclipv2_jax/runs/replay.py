@@ -1,4 +1,4 @@
-"""One step of a run again, to see what happened in it."""
+"""Runs one step of a run again, to see what happened in it."""
 
 from __future__ import annotations
 

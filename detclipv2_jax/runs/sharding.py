@@ -47,7 +47,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def summed(counts: dict[str, int], mesh: Mesh) -> dict[str, Any]:
-    """Returns the sums of all processes' counts, which are there when the devices come to it."""
+    """Returns the sums of all processes' counts, computed by the devices when they get there."""
     if jax.process_count() == 1:
         return counts
     rows = np.zeros((jax.local_device_count(), len(counts)), np.int32)
@@ -63,7 +63,7 @@ def _sums(rows: jax.Array) -> tuple[jax.Array, ...]:
 def to_global(batch: Batch, mesh: Mesh) -> Batch:
     """Returns the global batch on the devices of `mesh`, built from this process's rows.
 
-    Concept-table rows of process p follow those of process p-1, so indices into the table are moved by the rows before.
+    Concept-table rows of process p follow those of process p-1, so its indices grow by the number of rows before.
     """
     offset = jax.process_index() * batch.concept_tokens.shape[0]
     batch = batch._replace(

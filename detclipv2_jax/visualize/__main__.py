@@ -72,13 +72,13 @@ def draw_detections(
     row_of = {category: i for i, category in enumerate(names)}
     pictures = []
     for image_id in list(files)[:max_images]:
-        own, annotated = ((*_arrays(rows.get(image_id, []), row_of),) for rows in (found, truth))
+        detected, annotated = ((*_arrays(rows.get(image_id, []), row_of),) for rows in (found, truth))
         picture = pathlib.Path(output) / pathlib.Path(files[image_id]).with_suffix(".jpg").name
         figures.detections(
             transforms.read(os.path.join(images, files[image_id])),
-            *own[:2],
+            *detected[:2],
             list(names.values()),
-            scores=own[2],
+            scores=detected[2],
             min_score=min_score,
             max_drawn=max_drawn,
             truth=annotated[:2] if known else None,
