@@ -271,6 +271,7 @@ def forgetting() -> ConfigDict:
     c.max_examples = 0  # use the first n images; 0: all
     c.definitions = True  # "name, definition" instead of the name
     c.dictionary = ""  # TSV `name <tab> definition`
+    c.drop_categories = ()  # names of categories that are neither asked for nor scored
     return c
 
 

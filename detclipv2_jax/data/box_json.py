@@ -272,6 +272,7 @@ def read_detection(
     num_shots: int = 0,
     few_shot_seed: int = 0,
     dropped: Sequence[str] = (),
+    drop_option: str = "config.detection.drop_categories",
 ) -> BoxSource:
     """Returns the source of a COCO json and its image folder.
 
@@ -285,6 +286,7 @@ def read_detection(
       num_shots: only the images of `few_shot` with this many; 0: all.
       few_shot_seed: its seed.
       dropped: names of categories that are left out with their boxes.
+      drop_option: what the user calls `dropped`.
 
     Raises:
       ValueError: see the module; the message says which file, how many and why.
@@ -298,7 +300,8 @@ def read_detection(
         content, num_dropped = drop_categories(content, dropped, path)
         counters |= num_dropped
         vocabulary = vocabulary_of(content, path, read_dictionary(dictionary) if dictionary else None)
-    say_unused(content, path, prefix="config.detection")
+    used = {row.get("category_id") for row in content["annotations"]}
+    say_unused(content["categories"], used, path, option=drop_option)
     if num_shots:
         content = few_shot(content, num_shots=num_shots, seed=few_shot_seed)
         logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)

@@ -17,7 +17,7 @@ from detclipv2_jax.data.box_json import BoxSource, check_kind, load_json, vocabu
 from detclipv2_jax.data.checks import documented, photo_facts
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.schema import DataError, Kind
-from detclipv2_jax.data.selection import drop_categories, say_unused, select_images
+from detclipv2_jax.data.selection import drop_categories, say_unused, select_images, with_fitting_ids
 from detclipv2_jax.data.truth import Truth
 
 
@@ -64,11 +64,16 @@ def read_evaluation(
     path, folder = Path(annotations), os.path.realpath(images)
     content = load_json(path)
     check_kind(content, path, Kind.DETECTION)
-    content, num_dropped = drop_categories(content, dropped, path)
+    num_dropped: dict[str, int] = {}
+    if dropped:
+        content, repaired = with_fitting_ids(content)
+        content, num_dropped = drop_categories(content, dropped, path)
+        num_dropped |= repaired
     truth = truth_lib.from_content(str(path), content, max_bad_share=max_bad_share)
     for what, num in (truth.odd | num_dropped).items():
         logging.warning("%s: %d × %s", path, num, what)
-    say_unused(content, path, prefix=prefix)
+    used = {truth.category_ids.ids[i] for i in np.unique(truth.category)}
+    say_unused(truth.categories, used, path, option=f"{prefix}.drop_categories")
     once = {str(category["id"]): category for category in content["categories"]}
     known = read_dictionary(dictionary) if dictionary else None
     vocabulary = vocabulary_of(content | {"categories": list(once.values())}, path, known)

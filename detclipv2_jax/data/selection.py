@@ -6,12 +6,12 @@ import collections
 import difflib
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from absl import logging
 
-from detclipv2_jax.data.annotations import Ids, shown, usable_id
+from detclipv2_jax.data.annotations import Ids, usable_id
 from detclipv2_jax.data.checks import probe_images, refuse_above_share, unsafe_path
 from detclipv2_jax.data.concepts import display_name
 from detclipv2_jax.data.schema import DataError
@@ -121,19 +121,16 @@ def drop_categories(content: dict[str, Any], names: Iterable[str], path: Any) ->
     return content | {"categories": kept, "annotations": rows}, counts
 
 
-def say_unused(content: dict[str, Any], path: Any, *, prefix: str) -> None:
-    """Logs which categories have no box anywhere, and the key that leaves them out."""
-    used = {row.get("category_id") for row in content["annotations"]}
-    categories = content["categories"]
-    unused = [str(category.get("name")) for category in categories if category.get("id") not in used]
+def say_unused(categories: list[dict[str, Any]], used: Collection[Any], path: Any, *, option: str) -> None:
+    """Logs which categories have no box anywhere (their id is not `used`), and the option that leaves them out."""
+    unused = [str(category.get("name")) for category in categories if usable_id(category.get("id")) not in used]
     if not unused:
         return
-    above = {name for name in unused if all(name in (c.get("name"), c.get("supercategory")) for c in categories)}
-    parent = f"; {min(above)!r} is the supercategory of all others" if above and len(categories) > 1 else ""
+    above = [name for name in unused if all(name in (c.get("name"), c.get("supercategory")) for c in categories)]
+    parent = f"; {above[0]!r} is the supercategory of all others" if above and len(categories) > 1 else ""
     named = ", ".join(itertools.islice(map(repr, unused), _NUM_NAMED)) + (" …" if len(unused) > _NUM_NAMED else "")
-    example = f"({shown(unused[0])},)" if len(unused) == 1 else f"({shown(unused[0])}, …)"
     logging.warning(
-        "%s: %d of %d categories have no box anywhere: %s%s. They are asked for all the same; "
-        "%s.drop_categories=%s leaves them out",
-        path, len(unused), len(categories), named, parent, prefix, example,
+        "%s: %d of %d categories have no box anywhere: %s%s. They are asked for all the same; %s leaves out those that "
+        "it names",
+        path, len(unused), len(categories), named, parent, option,
     )  # fmt: skip

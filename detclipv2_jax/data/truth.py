@@ -165,7 +165,7 @@ def json_kind(content: Any) -> str:
 
 
 def in_order(entries: list[Any], where: str, odd: collections.Counter[str]) -> tuple[list[dict[str, Any]], Ids]:
-    """Returns the entries of a list in the order of their ids (numbers first), each once, and their ids.
+    """Returns the entries of a list in the order of their ids, numbers first, each once, and their ids.
 
     Raises:
       ValueError: an entry has no id, or the id of one that is not its copy ("2" and 2 are one id).
@@ -178,8 +178,14 @@ def in_order(entries: list[Any], where: str, odd: collections.Counter[str]) -> t
         if i != j and entries[i] != entries[j]:
             raise DataError(f"{where}[{i}] has the id {shown(key)} of [{j}], which is another one: {shown(entries[i])}")
     odd["entry listed twice"] += len(ids) - len(first)
-    order = sorted(first.values(), key=lambda i: (isinstance(ids[i], str), ids[i]))
+    order = sorted(first.values(), key=lambda i: _rank(ids[i]))
     return [entries[i] for i in order], Ids([ids[i] for i in order])
+
+
+def _rank(key: int | str) -> tuple[int, int, str]:
+    """Returns what ids are sorted by, on which scores depend where detections are equally good: "2" stands beside 2."""
+    is_number = isinstance(key, int) or (key.isascii() and key.isdigit() and len(key) < 20)
+    return (0, int(key), "") if is_number else (1, 0, str(key))
 
 
 def _odd_ids(rows: list[dict[str, Any]]) -> int:

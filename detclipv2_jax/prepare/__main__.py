@@ -66,6 +66,7 @@ def run(
     num_workers: int = 1,
     max_bad_share: float = 0.01,
     follow_links: bool = False,
+    drop_categories: tuple[str, ...] = (),
     validation: tuple[str, ...] = (),
     drop_validation: bool = False,
     command: str = "",
@@ -85,6 +86,7 @@ def run(
       num_workers: processes.
       max_bad_share: an error above this share of unusable images, boxes or lines.
       follow_links: photos may be links to files outside of `images`.
+      drop_categories: coco_json, lvis: names of categories that are left out with their boxes.
       validation: jsons of validation sets (COCO, LVIS), whose photos are reported if they are found.
       drop_validation: leave those photos out.
       command: as typed, for the report.
@@ -96,8 +98,9 @@ def run(
         raise ValueError(f"KIND is {kind!r}; allowed are {', '.join(KINDS)}")
     if not os.path.exists(source):
         raise ValueError(f"--input={source} does not exist")
-    if num_examples and kind not in ("coco_json", "lvis"):
-        raise ValueError(f"--num_examples chooses by category; {kind} has none")
+    for flag, given in (("num_examples", num_examples), ("drop_categories", drop_categories)):
+        if given and kind not in ("coco_json", "lvis"):
+            raise ValueError(f"--{flag} chooses by category; {kind} has none")
     if shard_size < 1 or num_workers < 1:
         raise ValueError(f"--shard_size={shard_size} and --workers={num_workers} must be 1 or more")
     from detclipv2_jax.prepare import coco_json, grounding_json, image_text, lvis, shards
@@ -107,13 +110,15 @@ def run(
         images = images or _find_images(kind, Path(source))
     reader: Reader
     builder: type[RecordBuilder]
+    chosen = {"num_examples": num_examples, "seed": seed, "dropped": drop_categories}
+    chosen |= {"drop_option": "--drop_categories"}
     limits = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
     match kind:
         case "coco_json":
-            reader = coco_json.open_reader(source, images, num_examples=num_examples, seed=seed, **limits)
+            reader = coco_json.open_reader(source, images, **chosen, **limits)
             builder = coco_json.CocoJson
         case "lvis":
-            reader = lvis.open_reader(source, images, num_examples=num_examples, seed=seed, **limits)
+            reader = lvis.open_reader(source, images, **chosen, **limits)
             builder = lvis.Lvis
         case "grounding_json":
             reader, builder = grounding_json.open_reader(source, images, **limits), grounding_json.GroundingJson
@@ -126,6 +131,7 @@ def run(
     plan = {"images": images, "shard_size": shard_size, "validation": photos, "drop_validation": drop_validation}
     plan |= {"follow_links": True} if follow_links else {}
     plan |= {"num_examples": num_examples, "seed": seed} if num_examples else {}
+    plan |= {"drop_categories": drop_categories} if drop_categories else {}
     plan |= {"pipeline": pipeline, "max_phrases": max_phrases} if kind == "image_text" else {}
     return shards.build(
         builder,
@@ -198,6 +204,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("workers", os.cpu_count(), "processes")
     flags.DEFINE_float("max_bad_share", 0.01, "an error above this share of unusable images, boxes or lines")
     flags.DEFINE_boolean("follow_links", False, "photos may be links to files outside of --images (DVC, git-annex)")
+    flags.DEFINE_list("drop_categories", [], "coco_json, lvis: names of categories left out with their boxes")
     flags.DEFINE_list("validation", [], "jsons of validation sets (COCO, LVIS): their photos are reported")
     flags.DEFINE_boolean("drop_validation", False, "leave the photos of --validation out")
     flags.DEFINE_list("data", [], "inspect: built folders")
@@ -215,6 +222,8 @@ def _inspect(values: Any) -> None:
     options = {"config": values.config, "folders": values.data, "num_examples": num_examples}
     for name, facts in inspect.inspect(values.output, **options).items():
         print(f"{name}: an epoch has {facts['images of an epoch']} images, {facts['images counted']} were counted")
+        for what, num in facts["left out or repaired"].items():
+            print(f"  {num} × {what}")
     print(f"sheets of batches, histograms.png and inspection.json are in {values.output}")
 
 
@@ -259,6 +268,7 @@ def _main(argv: list[str]) -> None:
             num_workers=values.workers,
             max_bad_share=values.max_bad_share,
             follow_links=values.follow_links,
+            drop_categories=tuple(values.drop_categories),
             validation=tuple(values.validation),
             drop_validation=values.drop_validation,
             command=f"python -m detclipv2_jax.prepare {shlex.join(sys.argv[1:])}",

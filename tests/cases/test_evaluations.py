@@ -1,0 +1,199 @@
+"""Evaluations whose truth or photos are wrong: refused before anything is predicted; nothing found is found twice."""
+
+import json
+import os
+import pathlib
+
+import jax
+import planted
+import pytest
+from micro import micro_config
+from PIL import Image
+
+from detclipv2_jax import main
+from detclipv2_jax.data import streams as streams_lib
+from detclipv2_jax.eval import coco, loop, odinw, result
+from detclipv2_jax.inference import Detector
+from detclipv2_jax.runs import sharding
+
+NUM_IMAGES = 9
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return planted.write_dataset(tmp_path / "set", num_images=NUM_IMAGES)
+
+
+def make_evaluator(dataset, workdir, **section):
+    """Returns the evaluator of the planted model on a data set, its parameters, and the list of what it predicts."""
+    config, model, params = planted.make()
+    config.eval.annotations, config.eval.images = str(dataset), str(dataset.parent / "images")
+    config.eval.update({"batch_size": 2, "num_pictures": 1, "max_detections": 20} | section)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    streams = streams_lib.eval_streams(config.eval, input_config=config.input)
+    evaluator = loop.Evaluator(config, Detector(model, mesh=mesh), streams=streams, workdir=workdir)
+    predicted, predict = [], evaluator._predict
+
+    def noted(params, batch, text):
+        found = predict(params, batch, text)
+        predicted.extend(batch.example_id[batch.image_mask].tolist())
+        return found
+
+    evaluator._predict = noted
+    return evaluator, params, predicted
+
+
+def change(dataset, edit):
+    content = json.loads(dataset.read_text())
+    edit(content)
+    dataset.write_text(json.dumps(content))
+
+
+def renamed(new):
+    def edit(content):
+        for image in content["images"]:
+            image["id"] = new(image["id"])
+        for row in content["annotations"]:
+            row["image_id"] = new(row["image_id"])
+
+    return edit
+
+
+def rows_changed(**values):
+    def edit(content):
+        for row in content["annotations"][:3]:
+            row |= values
+
+    return edit
+
+
+REFUSED = {
+    "box null": (rows_changed(bbox=None), "3 of .* annotations cannot be used"),
+    "box of texts": (rows_changed(bbox=["1", "2", "3", "4"]), "3 of .* annotations cannot be used"),
+    "no annotations": (lambda content: content["annotations"].clear(), "has no annotations"),
+    "image of nobody": (rows_changed(image_id="nobody"), "3 of .* annotations cannot be used"),
+    "equal names": (lambda content: content["categories"][1].update(name="Red"), "are both called 'Red'|both called"),
+    "image id twice": (lambda content: content["images"][1].update(id=content["images"][0]["id"]), "has the id"),
+    "name null": (lambda content: content["categories"][1].update(name=None), "needs an id and a name"),
+    "crowd unclear": (rows_changed(iscrowd="some"), 'has iscrowd "some"'),
+    "photos missing": (
+        lambda content: [image.update(file_name=f"no{i}.png") for i, image in enumerate(content["images"]) if i > 2],
+        r"6 of 9 photos do not exist: .*no3\.png, .*no8\.png$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_scored_is_refused_before_anything_is_compiled(dataset, tmp_path, name):
+    edit, message = REFUSED[name]
+    change(dataset, edit)
+    config = micro_config()
+    config.scenes.num_eval = 0
+    config.scenes.num_grounding = config.scenes.num_image_text = 0
+    config.eval.annotations, config.eval.images = str(dataset), str(dataset.parent / "images")
+    with pytest.raises(ValueError, match=rf"config\.eval: .*({message})"):
+        main.prepare(config, tmp_path / "run", training=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(dataset, tmp_path / "other")
+    members = tmp_path / "odinw" / "Aquarium" / "test"
+    members.mkdir(parents=True)
+    for path in (dataset.parent / "images").iterdir():
+        (members / path.name).write_bytes(path.read_bytes())
+    (members / "annotations.json").write_bytes(dataset.read_bytes())
+    config, model, params = planted.make()
+    checkpoint = loop.Checkpoint(config, Detector(model, mesh=sharding.make_mesh()), params, 1)
+    (member,) = [member for member in odinw.members() if member.name == "Aquarium"]
+    path = member.find(tmp_path / "odinw")
+    with pytest.raises(ValueError, match=message):
+        odinw.evaluate(checkpoint, member, path, plain_names=True, output=tmp_path / "o")
+
+
+@pytest.mark.slow
+def test_odd_truths_are_scored_as_repaired_ones(dataset, tmp_path):
+    evaluate, params, _ = make_evaluator(dataset, tmp_path / "expected")
+    expected = evaluate(params, step=1)
+    assert expected["AP50"] > 0.95
+    for name, edit in {
+        "text ids": renamed(lambda i: f"photo {i}"),
+        "huge ids": renamed(lambda i: i + (1 << 63)),
+        "ids of both types": renamed(lambda i: str(i) if i % 2 else i),
+        "no annotation ids": lambda content: [row.pop("id") for row in content["annotations"]],
+        "area null": rows_changed(area=None),
+        "crowd text": rows_changed(iscrowd="0"),
+    }.items():
+        original = dataset.read_bytes()
+        change(dataset, edit)
+        evaluate, params, _ = make_evaluator(dataset, tmp_path / name)
+        scores = evaluate(params, step=1)
+        assert scores == pytest.approx(expected, abs=1e-9), name
+        folder = tmp_path / name / "eval"
+        protocol = json.loads((folder / "step_00000001_scores.json").read_text())["protocol"]
+        assert bool(protocol["repaired"]) == (name in ("no annotation ids", "area null", "crowd text"))
+        found = folder / "step_00000001_detections.json"
+        assert coco.evaluate(dataset, found).items() <= scores.items()
+        ids = {image["id"] for image in json.loads(dataset.read_text())["images"]}
+        assert {row["image_id"] for row in json.loads(found.read_text())} <= ids
+        (picture,) = (tmp_path / name / "pictures").iterdir()
+        assert picture.suffix == ".jpg"
+        dataset.write_bytes(original)
+
+
+@pytest.mark.slow
+def test_detections_are_on_disk_before_they_are_scored_and_a_repaired_truth_predicts_nothing_again(
+    dataset, tmp_path, monkeypatch
+):
+    evaluate, params, predicted = make_evaluator(dataset, tmp_path / "run")
+    expected = make_evaluator(dataset, tmp_path / "other")
+    expected = expected[0](expected[1], step=2)
+    monkeypatch.setattr(evaluate, "_score", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(params, step=2)
+    assert len(predicted) == NUM_IMAGES
+    written = tmp_path / "run" / "eval" / "step_00000002_detections.json"
+    assert coco.evaluate(dataset, written).items() <= expected.items()
+    change(dataset, renamed(lambda i: 5000 - i))  # other ids, in another order
+    change(dataset, lambda content: content["annotations"].reverse())
+    evaluate, params, predicted = make_evaluator(dataset, tmp_path / "run")
+    scores = evaluate(params, step=2)
+    assert predicted == []
+    assert scores["AP"] == pytest.approx(expected["AP"], abs=0.02)  # of equal scores other images come first
+    assert coco.evaluate(dataset, written).items() <= scores.items()
+    assert not list((tmp_path / "run" / "eval").glob(".partial*"))
+
+
+def repainted(folder):
+    path = sorted(folder.iterdir())[0]
+    with Image.open(path) as image:
+        image.convert("L").convert("RGB").save(path)
+
+
+def touched(folder):
+    path = sorted(folder.iterdir())[-1]
+    os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize("exchange", [repainted, touched])
+def test_a_continued_evaluation_belongs_to_its_photos(dataset, tmp_path, monkeypatch, exchange):
+    monkeypatch.setattr(result, "PART_SECONDS", -1)
+
+    def killed_after(num):
+        evaluate, params, predicted = make_evaluator(dataset, tmp_path / "run")
+        predict = evaluate._predict
+
+        def until(*arguments):
+            if len(predicted) >= num:
+                raise KeyboardInterrupt
+            return predict(*arguments)
+
+        evaluate._predict = until
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(params, step=3)
+        return predicted
+
+    assert len(killed_after(4)) >= 4
+    assert len(list(pathlib.Path(tmp_path).rglob("*.rows"))) >= 2
+    exchange(dataset.parent / "images")
+    evaluate, params, predicted = make_evaluator(dataset, tmp_path / "run")
+    evaluate(params, step=3)
+    assert sorted(predicted) == list(range(NUM_IMAGES))
