@@ -25,12 +25,12 @@ def modules(monkeypatch):
 @pytest.fixture
 def bench(modules, micro, tmp_path):
     """A benchmark with a minute left."""
-    accelerator, _, programs = modules
+    accelerator, inputs, programs = modules
     device = jax.devices()[0]
     report = accelerator.Report(tmp_path, device, time.monotonic() + 60)
     report.values["ceilings"] = {"bytes_per_s": 1e9, "flops_per_s": 1e10}
     mesh = accelerator.sharding.make_mesh(devices=[device])
-    setting = programs.Setting(programs.of_one_device(micro, share=4), mesh)
+    setting = programs.Setting(inputs.of_one_device(micro, share=4), mesh)
     with accelerator.Bench(setting, report, only="") as bench:
         bench.state = np.zeros(())  # not needed by what follows
         yield bench

@@ -229,7 +229,7 @@ class Bench:
                     jitted = jax.jit(jitted, donate_argnums=0 if program.donates else ())
                 lowered = jitted.lower(*arguments)
                 lower_s = time.monotonic() - start
-                counted = program.flops() if program.flops else flops.of(jitted, *arguments)
+                counted = program.flops() if program.flops else flops.of(program.counted or jitted, *arguments)
         except Exception as error:
             return _failed(error)
         return self.pool.submit(Compiled, program, lowered, counted, lower_s)
@@ -365,7 +365,7 @@ def main() -> None:
     print(f"{report.seconds_left:5.0f} s left  {report.values['ceilings']}", flush=True)
 
     mesh = sharding.make_mesh(devices=[device])
-    setting = programs.Setting(programs.of_one_device(config, share=share), mesh)
+    setting = programs.Setting(inputs.of_one_device(config, share=share), mesh)
     bench = Bench(setting, report, options.only)
     for group in programs.groups(setting):
         if report.seconds_left > MARGIN:

@@ -65,6 +65,15 @@ def boxes(num_images: int, num_boxes: int, extent: np.ndarray, rng: np.random.Ge
     return np.concatenate([corner, corner + size], axis=-1).astype(np.float32)
 
 
+def of_one_device(config: Any, *, share: int) -> Any:
+    """Returns the configuration with a `share`-th of its batches."""
+    config = config.copy_and_resolve_references()
+    for kind in Kind:
+        least = config.optimizer.accumulate[kind.value]
+        config[kind.value].batch_size = max(config[kind.value].batch_size // share // least, 1) * least
+    return config
+
+
 def table_rows(config: Any, kind: Kind, num_names: int) -> int:
     """Returns the rows of a device's concept table as `data.streams` derives them."""
     section = config[kind.value]

@@ -44,6 +44,7 @@ class Program:
     arguments: Callable[[Any], tuple[Any, ...]]
     num_images: int = 1
     flops: Callable[[], float] | None = None  # multiplications and additions; None: counted in the traced program
+    counted: Callable[..., Any] | None = None  # of the same arguments; its FLOPs count instead of the function's
     donates: bool = False  # the first argument is a state and the first result the next one
     reference: str = ""  # name of the program that computes the same in another way
 
@@ -80,15 +81,6 @@ class Setting:
 
     def canvas(self, kind: Kind) -> tuple[int, int]:
         return tuple(self.config[kind.value].canvases[0])
-
-
-def of_one_device(config: ConfigDict, *, share: int) -> ConfigDict:
-    """Returns the configuration with a `share`-th of its batches."""
-    config = config.copy_and_resolve_references()
-    for kind in Kind:
-        least = config.optimizer.accumulate[kind.value]
-        config[kind.value].batch_size = max(config[kind.value].batch_size // share // least, 1) * least
-    return config
 
 
 def forms(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -192,14 +184,18 @@ def both_passes(
     *,
     num_images: int,
     reference: str = "",
+    counted: Callable[..., Any] | None = None,
 ) -> Iterator[Program]:
-    """Yields a function, and the function with its gradient to the first of its two groups of arguments."""
-    of_form = reference and (f"{reference}, forward", f"{reference}, forward + backward")
+    """Yields a function, and the function with its gradient to the first of its two groups of arguments.
 
-    def forward(inner: tuple[Any, ...], fixed: tuple[Any, ...]) -> Any:
+    The FLOPs are those of `counted` where it is given: of a function whose form depends on the platform, a count takes
+    the dearest one.
+    """
+
+    def forward(inner: Any, fixed: Any, function: Callable[..., Any] = function) -> Any:
         return function(*inner, *fixed)
 
-    def both(gradient: Any, inner: tuple[Any, ...], fixed: tuple[Any, ...]) -> Any:
+    def both(gradient: Any, inner: Any, fixed: Any, function: Callable[..., Any] = function) -> Any:
         output, vjp = jax.vjp(lambda *arrays: function(*arrays, *fixed), *inner)
         return output, vjp(gradient)
 
@@ -208,15 +204,19 @@ def both_passes(
         output = jax.eval_shape(forward, inner, fixed)
         return jax.tree.map(lambda x: Normal(x.shape, x.dtype), output), *arguments(state)
 
-    yield Program(f"{name}, forward", forward, arguments, num_images, reference=of_form and of_form[0])
-    yield Program(f"{name}, forward + backward", both, with_gradient, num_images, reference=of_form and of_form[1])
+    for passes, run, made in (("forward", forward, arguments), ("forward + backward", both, with_gradient)):
+        plain = counted and functools.partial(run, function=counted)
+        compared = reference and f"{reference}, {passes}"
+        yield Program(f"{name}, {passes}", run, made, num_images, counted=plain, reference=compared)
 
 
 def towers(setting: Setting) -> Iterator[Program]:
     """Yields the parts of a step that have parameters, at the sizes of detection and of pairs."""
-    config, model = setting.config, setting.model
+    config = setting.config
+    plain = config.model.copy_and_resolve_references()
+    plain.head.deform_impl = "gather"
 
-    def on(part: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    def on(part: Callable[..., Any], model: detclip.DetCLIP = setting.model) -> Callable[..., Any]:
         def function(params: Any, x: Any) -> Any:
             key = jax.random.key(0)
             return model.apply({"params": params}, x, method=part, rngs={"dropout": key})
@@ -250,7 +250,8 @@ def towers(setting: Setting) -> Iterator[Program]:
                 params = parameters(state, name)
                 return ((params, x), ()) if to_input else ((params,), (x,))  # an image has no gradient
 
-            yield from both_passes(f"{name} {size}", on(part), arguments, num_images=num_images)
+            counted = on(part, detclip.from_config(plain))
+            yield from both_passes(f"{name} {size}", on(part), arguments, num_images=num_images, counted=counted)
 
     num_rows, length = inputs.table_rows(config, Kind.IMAGE_TEXT, 0), config.model.text.context_length
     tokens = inputs.tokens(num_rows, length, mean=6, rng=np.random.default_rng(0))
@@ -379,6 +380,7 @@ def blocks(setting: Setting) -> Iterator[Program]:
         yield from both_passes(
             f"{name}, {form}", functools.partial(deform_conv.deform_conv2d, impl=form),
             lambda state, arrays=arrays: (arrays, ()), num_images=num_images,
+            counted=functools.partial(deform_conv.deform_conv2d, impl="gather"),
             reference="" if form == "xla" else f"{name}, xla",
         )  # fmt: skip
 
