@@ -126,7 +126,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     except ValueError as error:
         raise DataError(f"{name}: {error}") from None
     areas = annotations_lib.areas_of(chosen, boxes, odd)
-    _check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
+    check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
     absent, incomplete = (_pairs(images, key, category_ids, odd, name=name) for key in FEDERATED)
     return Truth(
         name=name,
@@ -220,7 +220,7 @@ def refuse(
     return bad
 
 
-def _check_form(
+def check_form(
     boxes: np.ndarray,
     images: list[dict[str, Any]],
     image: np.ndarray,

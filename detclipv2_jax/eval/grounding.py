@@ -69,7 +69,7 @@ def read_queries(
     """
     content = box_json.load_json(pathlib.Path(annotations))
     odd = collections.Counter() if odd is None else odd
-    images, _ = truth.in_order(content["images"], f"{annotations}: images", odd)
+    images, ids = truth.in_order(content["images"], f"{annotations}: images", odd)
     entries = content["annotations"]
     content, repaired = with_fitting_ids(content)
     rows = content["annotations"]
@@ -80,30 +80,32 @@ def read_queries(
     boxes: dict[tuple[Any, str], list[np.ndarray]] = collections.defaultdict(list)
     texts = {}
     for i, (row, box) in enumerate(zip(rows, xywh, strict=True)):
-        image, spans = by_id.get(row.get("image_id")), row.get("tokens_positive")
+        image, spans = by_id.get(row.get("image_id"), {}), row.get("tokens_positive")
         reason = _problem(image, box, spans, task=task)
         if reason:
             reasons.setdefault(reason, np.zeros(len(rows), bool))[i] = True
         elif crowd[i]:
             odd["crowd box left out"] += 1
         else:
-            assert image is not None
             if task == "phrases":
                 odd.update(oddities_of(image["caption"], spans))
             key = row["image_id"], "" if task == "referring" else json.dumps(spans)
             boxes[key].append(box)
             texts[key] = image["caption"].strip() if task == "referring" else phrase_of(image["caption"], spans)
-    truth.refuse(reasons, entries, annotations, max_bad_share=max_bad_share, odd=odd)
+    bad = truth.refuse(reasons, entries, annotations, max_bad_share=max_bad_share, odd=odd)
     if not boxes:
         raise DataError(f"{annotations} has no usable annotation: there is nothing to be found")
+    kept = np.flatnonzero(~bad)
+    places, _ = ids.find([rows[i]["image_id"] for i in kept])
+    truth.check_form(xywh[kept], images, places, annotations, max_bad_share=max_bad_share, odd=odd)
     names = {image_id: file_name(image) for image_id, image in by_id.items()}
     odd.update(repaired)
     return [Query(names[key[0]], texts[key], np.array(of_text, np.float64)) for key, of_text in boxes.items()]
 
 
-def _problem(image: dict[str, Any] | None, box: np.ndarray, spans: Any, *, task: str) -> str:
+def _problem(image: dict[str, Any], box: np.ndarray, spans: Any, *, task: str) -> str:
     """Returns why an annotation cannot be used, "" if it can."""
-    if image is None:
+    if not image:
         return "image_id is not listed"
     if not np.isfinite(box).all():
         return "bbox is not four numbers in px"
