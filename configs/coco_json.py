@@ -13,7 +13,7 @@
 With `--config.init_from.checkpoint=RUN`, swin_t is a fine-tune; configs/finetune_odinw.py says how its learning rate
 may follow the scores, what can be mixed in against forgetting, and how that is measured.
 
-What `overfit` reached on 2 CPU cores stands in the README; swin_t was not run.
+What `overfit` reached on 2 CPU cores stands in docs/benchmarks.md; swin_t was not run.
 """
 
 from ml_collections import ConfigDict

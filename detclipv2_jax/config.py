@@ -235,7 +235,7 @@ def optimizer() -> ConfigDict:
 
 
 def eval_section() -> ConfigDict:
-    """Returns the keys of `config.eval`: evaluation and prediction (docs/decisions)."""
+    """Returns the keys of `config.eval`: evaluation and prediction (docs/decisions.md)."""
     c = ConfigDict()
     c.annotations = ""  # COCO json; "" trains without evaluation
     c.images = ""  # image folder of the json

@@ -163,7 +163,7 @@ def train(run: Run) -> dict[str, float]:
         progress = stack.enter_context(contextlib.closing(Progress(start, order.num_steps, peak_flops)))
 
         # --- scores by step, of this run's earlier processes too: the rest of the run may depend on them
-        scores = {step: of for step, of in recorded(writer, "eval").items() if evaluation_due(run, step)}
+        scores = {step: values for step, values in recorded(writer, "eval").items() if evaluation_due(run, step)}
         before = recorded(writer, "forgetting").get(0)
         if run.second and before is None and start == 0:
             before = evaluate_state(run.second, state, writer, kind="forgetting")
@@ -174,7 +174,8 @@ def train(run: Run) -> dict[str, float]:
         stopping = stack.enter_context(processes.stop_signal())
         profiled = profiled_steps(start, order.num_steps, config.profile_steps)
         decision = optimizer_lib.Verdict(1.0, False)
-        sent: Callable[[], None] | None = None  # reads the metrics of the last step after the next one is dispatched
+        # reads the metrics of the last step after the next one is dispatched
+        finish_last: Callable[[], None] | None = None
         for step in range(start, order.num_steps):
             if run.evaluator and evaluation_due(run, step) and step not in scores:
                 scores[step] = evaluate_state(run.evaluator, state, writer)
@@ -195,16 +196,15 @@ def train(run: Run) -> dict[str, float]:
                 processes.barrier("step", note=str(step + 1), timeout_s=config.timeout_s)
             if profiled and step == profiled[0]:
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = (
-                    0  # else every Python call while a step is traced would be an event: millions
-                )
+                # else every Python call while a step is traced would be an event: millions
+                options.python_tracer_level = 0
                 jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
-            if sent:
-                sent()
+            if finish_last:
+                finish_last()
             done, last = step + 1, step + 1 == order.num_steps
-            sent = functools.partial(
+            finish_last = functools.partial(
                 finish_step,
                 done,
                 stream.kind.value,
@@ -224,8 +224,9 @@ def train(run: Run) -> dict[str, float]:
             saved = last or preempted or due(done, config.checkpoint.every_steps) or evaluation_due(run, done)
             traced = bool(profiled) and step == profiled[-1]
             if saved or traced:
-                sent()  # first, so that a run stopped by its loss does not leave that step as its newest checkpoint
-                sent = None
+                # first, so that a run stopped by its loss does not leave that step as its newest checkpoint
+                finish_last()
+                finish_last = None
             if traced:
                 jax.profiler.stop_trace()
             if saved:
@@ -295,7 +296,7 @@ def conclude(
     Keeps the best checkpoint if the configuration says so: a state that is the best so far is saved.
     """
     config, monitor = run.config, run.config.eval.monitor
-    decision = optimizer_lib.verdict({at: of[monitor] for at, of in scores.items()}, config.optimizer)
+    decision = optimizer_lib.verdict({number: values[monitor] for number, values in scores.items()}, config.optimizer)
     if scores and config.checkpoint.keep_best:
         best = best_step(run, scores)
         checkpoints.mark_best(best, score=monitor, value=scores[best][monitor])

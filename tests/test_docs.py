@@ -168,6 +168,17 @@ def test_programs_files_and_keys_exist(page):
             assert key in flat() or key in sections(), f"{page.name}: config.{key}"
 
 
+def test_sources_cite_pages_that_the_repository_holds():
+    sources = [
+        path for folder in ("detclipv2_jax", "configs", "tests", "launch") for path in (ROOT / folder).rglob("*")
+    ]
+    for path in (path for path in sources if path.suffix in (".py", ".sh") and path != pathlib.Path(__file__)):
+        text = path.read_text()
+        assert not re.search(r"\bspec(ification)? section\b|\bpaper\.md\b|\bdesign\.md\b", text), path
+        for page in re.findall(r"\bdocs/[\w-]+\.\w+", text):
+            assert (ROOT / page).exists(), f"{path}: {page}"
+
+
 @functools.cache
 def flat():
     return config_lib.flat(config_lib.base())

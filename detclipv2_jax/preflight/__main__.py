@@ -155,11 +155,11 @@ def run(
         if i == 0:
             sections.append(data_report(plan))
             well = not plan.problems
-        rows, of_chip = [], config_lib.for_chip(config, topology.chip)
+        rows, chip_config = [], config_lib.for_chip(config, topology.chip)
         for step in steps:
-            rows.append(measured_row(of_chip, topology, step, plan, cache))
+            rows.append(measured_row(chip_config, topology, step, plan, cache))
             print(f"{topology.name} {step}: {status(rows[-1])}", file=sys.stderr, flush=True)
-        sections.append(topology_report(of_chip, topology, rows, plan, utilization))
+        sections.append(topology_report(chip_config, topology, rows, plan, utilization))
         well = well and all(row.fits for row in rows)
     return "\n\n".join(sections), well
 

@@ -98,9 +98,9 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
         with train.listed(plan.problems):
             stream.batch(0)  # decodes a host's photos
     for kind in Kind:
-        of_kind = [stream for stream in streams if stream.kind is kind]
-        missing = {tuple(canvas) for canvas in config[kind.value].canvases} - {stream.canvas for stream in of_kind}
-        if of_kind and missing:
+        kind_streams = [stream for stream in streams if stream.kind is kind]
+        missing = {tuple(canvas) for canvas in config[kind.value].canvases} - {stream.canvas for stream in kind_streams}
+        if kind_streams and missing:
             plan.notes.append(f"{kind}: no image is largest on the canvas {', '.join(map(str, sorted(missing)))}")
     _check_sources(config, streams, plan)
     rate = learning_rate(config.optimizer, order.total_steps)

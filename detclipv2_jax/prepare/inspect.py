@@ -45,7 +45,7 @@ def inspect(
         section = config[kind.value]
         section.batch_size = min(section.batch_size, _ROWS)
         if folders:
-            section.data = tuple(folder for folder, of in zip(folders, kinds, strict=True) if of == kind)
+            section.data = tuple(folder for folder, held in zip(folders, kinds, strict=True) if held == kind)
             section["pairs" if kind is Kind.IMAGE_TEXT else "annotations"] = section.images = ""
     path = pathlib.Path(output)
     report, panels = {}, {}
@@ -101,13 +101,13 @@ def measure(batch: Batch, kind: Kind) -> dict[str, np.ndarray]:
         if kind is Kind.IMAGE_TEXT
         else (batch.box_concepts, batch.box_mask)
     )
-    own = [np.unique(of_image[used]) for of_image, used in zip(rows, mask, strict=True)]
+    distinct = [np.unique(of_image[used]) for of_image, used in zip(rows, mask, strict=True)]
     lengths = (batch.concept_tokens > 0).sum(axis=1)
     boxes = {} if kind is Kind.IMAGE_TEXT else {"boxes an image": mask.sum(axis=1)}
     return boxes | {
-        "concepts an image": np.array([len(concepts) for concepts in own]),
-        "tokens a concept of an image": lengths[np.concatenate(own)],
-        "tokens a negative": lengths[np.setdiff1d(np.flatnonzero(batch.concept_mask), np.concatenate(own))],
+        "concepts an image": np.array([len(concepts) for concepts in distinct]),
+        "tokens a concept of an image": lengths[np.concatenate(distinct)],
+        "tokens a negative": lengths[np.setdiff1d(np.flatnonzero(batch.concept_mask), np.concatenate(distinct))],
         "photo: short side, px": batch.original_size.min(axis=1),
         "photo: long side, px": batch.original_size.max(axis=1),
         "on the canvas: short side, px": batch.extent.min(axis=1),

@@ -130,11 +130,11 @@ def check_same(value: str, *, what: str, timeout_s: int) -> None:
     client = _client()
     if client is None:
         return
-    own = hashlib.sha256(value.encode()).hexdigest()
+    digest = hashlib.sha256(value.encode()).hexdigest()
     if jax.process_index() == 0:
-        client.key_value_set(what, own, allow_overwrite=True)
+        client.key_value_set(what, digest, allow_overwrite=True)
     barrier(what, timeout_s=timeout_s)
-    if client.key_value_try_get(what) != own:
+    if client.key_value_try_get(what) != digest:
         raise ValueError(
             f"the {what} of process {jax.process_index()} ({socket.gethostname()}) differs from that of process 0; "
             "start the same command with the same files on every host"

@@ -52,8 +52,8 @@ def summed(counts: dict[str, int], mesh: Mesh) -> dict[str, Any]:
         return counts
     rows = np.zeros((jax.local_device_count(), len(counts)), np.int32)
     rows[0] = list(counts.values())
-    of_devices = jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
-    return dict(zip(counts, jax.jit(_sums, out_shardings=NamedSharding(mesh, REPLICATED))(of_devices), strict=True))
+    device_counts = jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+    return dict(zip(counts, jax.jit(_sums, out_shardings=NamedSharding(mesh, REPLICATED))(device_counts), strict=True))
 
 
 def _sums(rows: jax.Array) -> tuple[jax.Array, ...]:

@@ -79,15 +79,15 @@ def draw_batch(
     for i in range(num_pictures):
         mask, (height, width) = batch.caption_mask[i], batch.extent[i]
         caption, *rest = tokenizer.decode(tokens[i][mask])
-        own = jax.tree.map(lambda array, i=i, mask=mask: array[i][mask], found)
+        aligned = jax.tree.map(lambda array, i=i, mask=mask: array[i][mask], found)
         figures.alignment(
             batch.image[i, :height, :width],
             ["the whole caption", *rest],
-            own.boxes * batch.scale[i][[1, 0, 1, 0]],  # shown at canvas size
-            scores=own.scores,
-            ranks=own.ranks,
+            aligned.boxes * batch.scale[i][[1, 0, 1, 0]],  # shown at canvas size
+            scores=aligned.scores,
+            ranks=aligned.ranks,
             num_images=photos.image.shape[0],
-            maps=own.photo_maps(batch.extent[i]),
+            maps=aligned.photo_maps(batch.extent[i]),
             caption=caption,
             path=pathlib.Path(folder) / f"{name}_{i}.jpg",
         )

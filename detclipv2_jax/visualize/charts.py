@@ -87,12 +87,12 @@ def lines(
     """
     figure = Figure(figsize=(7.0, 4.2), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for i, (name, own) in enumerate(series.items()):
+    for i, (name, named_lines) in enumerate(series.items()):
         color = hex_color(drawing.nth_color(i))
-        for places, values in own:
+        for places, values in named_lines:
             axes.plot(places, values, color=color, linewidth=0.6, alpha=0.5)
-        mean = np.mean(np.array(own), axis=0)
-        axes.plot(*mean, color=color, linewidth=2.0, marker="os^Dv"[i % 5], label=f"{name} ({len(own)})")
+        mean = np.mean(np.array(named_lines), axis=0)
+        axes.plot(*mean, color=color, linewidth=2.0, marker="os^Dv"[i % 5], label=f"{name} ({len(named_lines)})")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_ylim(bottom=0.0)

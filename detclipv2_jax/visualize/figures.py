@@ -217,9 +217,9 @@ def targets(
         positive, box_of = np.asarray(found.positive), np.asarray(found.box_index)
         axes.imshow(drawing.hatch_padding(batch.image[i], batch.extent[i]), extent=(0, width, height, 0))
         for n in np.flatnonzero(mask):
-            own, color = positive & (box_of == n), charts.hex_color(drawing.nth_color(int(n)))
-            _outline(axes, batch.boxes[i, n], color, f"{texts[batch.box_concepts[i, n]]}: {own.sum()}")
-            axes.scatter(*centers[own].T, s=3 * strides[own], color=color, edgecolors="white", linewidths=0.8)
+            matched, color = positive & (box_of == n), charts.hex_color(drawing.nth_color(int(n)))
+            _outline(axes, batch.boxes[i, n], color, f"{texts[batch.box_concepts[i, n]]}: {matched.sum()}")
+            axes.scatter(*centers[matched].T, s=3 * strides[matched], color=color, edgecolors="white", linewidths=0.8)
         axes.set_title(f"{mask.sum()} boxes, {positive.sum()} of {len(positive)} anchors", fontsize=11)
     note = "dot: centre of an anchor that learns the box of its colour; larger: coarser level; number: anchors of a box"
     figure.supxlabel(note, fontsize=10)

@@ -94,8 +94,8 @@ def draw_proposals(
     row_of = {name: row for row, name in enumerate(names)}
     rows = np.zeros((len(texts), max(map(len, texts))), np.int32)
     used = np.zeros(rows.shape, bool)
-    for i, own in enumerate(texts):
-        rows[i, : len(own)], used[i, : len(own)] = [row_of[text] for text in own], True
+    for i, image_texts in enumerate(texts):
+        rows[i, : len(image_texts)], used[i, : len(image_texts)] = [row_of[text] for text in image_texts], True
     found = look(predictor.detector, predictor.params, photos)
     num_anchors = found.boxes.shape[1]
     chosen = proposals.select_proposals(

@@ -188,9 +188,21 @@ def test_the_page_has_the_table_of_the_stored_results():
     root = pathlib.Path(RECIPE).parents[1]
     results = root / "results" / "claims"
     claims.pending_runs(RECIPE, results, root)  # each is of the recipe as it is now
-    text = "".join(claims.markdown(claims.all_results(results)))
-    assert (root / "docs" / "claims.md").read_text() == text
-    assert '\n--8<-- "docs/claims.md"\n' in (root / "docs" / "laptop.md").read_text()
+    found = claims.all_results(results)
+    assert (root / "docs" / "claims.md").read_text() == "".join(claims.markdown(found))
+    page = (root / "docs" / "laptop.md").read_text()
+    assert '\n--8<-- "docs/claims.md"\n' in page
+    before, after = (
+        [
+            np.mean([result["scores"][name] for (other, _), result in found.items() if other == row])
+            for name in ("base_AP", "novel_AP", "novel_AR")
+        ]
+        for row in ("detection", "pairs")
+    )
+    words = " ".join(page.split())
+    assert f"raise the AP of shapes without boxes from {before[1]:.0f} to {after[1]:.0f}." in words
+    assert f"shapes with boxes keep their AP ({after[0] - before[0]:+.1f})" in words
+    assert f"falls by {before[2] - after[2]:.1f} of {before[2]:.1f}," in words
 
 
 FAKE = """
