@@ -104,6 +104,13 @@ def test_deltas_are_inverse_and_follow_the_formula():
     np.testing.assert_allclose(deltas, expected, atol=1e-6 * np.abs(expected).max())
 
 
+def test_deltas_of_oblong_anchors_by_hand():
+    # 100 x 40, moved by (1, -2) x 0.1 of its sides, twice as wide and half as high
+    double = float(np.log(2) / 0.2)
+    decoded = boxes.decode_deltas(np.float32([[0, 0, 100, 40]]), np.float32([[1, -2, double, -double]]))
+    np.testing.assert_allclose(decoded, [[60 - 100, 12 - 10, 60 + 100, 12 + 10]], rtol=1e-5)
+
+
 def test_decoded_sides_are_bounded():
     anchor = np.float32([[0, 0, 100, 100]])
     for wild in (1e6, -1e6):
@@ -128,6 +135,8 @@ def test_flip_scale_clip_and_contains():
     points = np.float32([[10, 30], [11, 30], [30, 50], [20, 49.995]])
     inside = boxes.contains(np.repeat(box, 4, axis=0), points, margin=0.01)
     np.testing.assert_array_equal(inside, [False, True, False, False])
+    assert not boxes.contains(box, np.float32([[11, 30]]), margin=1.0)  # the margin itself is not inside
+    np.testing.assert_array_equal(boxes.clip(np.float32([[-5, -3, 0.5, 50]]), np.int32([40, 25])), [[0, 0, 0.5, 40]])
 
 
 @pytest.mark.parametrize("canvas", [(800, 1344), (320, 320), (333, 500), (1, 1)])

@@ -63,6 +63,13 @@ def test_nothing_to_keep():
     assert kept(nms(case.boxes[:0], case.scores[:0], iou_threshold=0.5, max_outputs=3)) == []
 
 
+def test_a_negative_threshold_is_an_error():
+    case = cases.nms_case("single")
+    with pytest.raises(ValueError, match="iou_threshold is -0.1; it must be at least 0"):
+        nms(case.boxes, case.scores, iou_threshold=-0.1, max_outputs=3)
+    assert kept(nms(case.boxes, case.scores, iou_threshold=0.0, max_outputs=3)) == [0]
+
+
 def test_minus_infinity_is_a_score_like_any_other():
     boxes = np.float32([[0, 0, 1, 1], [5, 5, 6, 6], [8, 8, 9, 9]])
     scores = np.float32([-np.inf, 1, -np.inf])
