@@ -202,13 +202,13 @@ def pyramid(case: cases.GradientCase) -> dict[str, np.ndarray]:
 
 
 def head(case: cases.GradientCase) -> dict[str, np.ndarray]:
-    """Returns outputs and gradients of the head on five levels."""
+    """Returns outputs and gradients of the head on two levels."""
     model = Head(case.head).double()
     fill(model.named())
-    levels = [nchw(x) for x in case.levels()]
-    outputs = {f"{name}{i}": x for i, level in enumerate(levels) for name, x in model(level, i).items()}
+    levels = {i: nchw(x) for i, x in case.levels().items()}
+    outputs = {f"{name}{i}": x for i, level in levels.items() for name, x in model(level, i).items()}
     weighted_sum(outputs).backward()
-    found = gradients(model.named()) | {f"level{i}": nhwc(x.grad) for i, x in enumerate(levels)}
+    found = gradients(model.named()) | {f"level{i}": nhwc(x.grad) for i, x in levels.items()}
     return {name: x.detach().numpy() for name, x in outputs.items()} | _prefixed("gradient", found)
 
 

@@ -1,6 +1,7 @@
 """Writes the reference outputs beside this file. Run once, in an environment with torch:
 
-    pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.23.0 open_clip_torch==3.3.0 jaxtyping
+    pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.23.0 open_clip_torch==3.3.0 jaxtyping \
+      absl-py ml_collections
     PYTHONPATH=. python tests/golden/make_fixtures.py [--full=FOLDER] [PART ...]
 
 PART is swin, text, layouts, deform_conv, boxes or gradients; without one, all are made.
