@@ -91,6 +91,33 @@ def test_different_names_stay_different_and_plain_ones_as_they_are():
         assert files.safe_name(plain) == str(plain)
 
 
+def test_names_of_devices_and_marks_apart_from_their_letters():
+    for name in ("con", "Nul.png", "com1.tar"):
+        assert files.safe_name(name).startswith(f"_{name}-")
+    assert files.safe_name("console.png") == "console.png"
+    assert files.safe_name("cafe\u0301").startswith("caf\u00e9-")  # one letter where it was two
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "new folder" / "scores.json"
+    files.write_json(path, {"AP": 1, "name": "é"})
+    assert path.read_text(encoding="utf-8") == '{"AP": 1, "name": "é"}\n'
+
+    def interrupted():
+        with files.whole(path) as partial:
+            assert (partial.parent, partial.suffix) == (path.parent, ".json")
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert files.read_json(path)["AP"] == 1
+    assert list(path.parent.iterdir()) == [path]
+    files.write_text(path, ["a", "b"])
+    assert path.read_text() == "ab"
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_lock_keeps_other_processes_out_until_its_process_is_gone(tmp_path):
     code = (
         "import pathlib, sys\nfrom detclipv2_jax import files\n"

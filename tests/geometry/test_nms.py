@@ -65,7 +65,7 @@ def test_nothing_to_keep():
 
 def test_a_negative_threshold_is_an_error():
     case = cases.nms_case("single")
-    with pytest.raises(ValueError, match="iou_threshold is -0.1; it must be at least 0"):
+    with pytest.raises(ValueError, match=r"iou_threshold is -0\.1; it must be at least 0"):
         nms(case.boxes, case.scores, iou_threshold=-0.1, max_outputs=3)
     assert kept(nms(case.boxes, case.scores, iou_threshold=0.0, max_outputs=3)) == [0]
 

@@ -26,7 +26,7 @@ from tests.mutations.listed import FAULTS
 
 ROOT = pathlib.Path(__file__).parents[2]
 MUST_DIE = 0.95
-LATE_S, LATE_FACTOR = 60.0, 3.0  # the time of a fault's tests: so many seconds and so many times that without it
+LATE_S, LATE_FACTOR = 30.0, 4.0  # the time of a fault's tests: so many seconds and so many times that without it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
