@@ -25,7 +25,7 @@ FAULTS = [
         ("default_rng((self._seed, epoch))", "default_rng((0, epoch))"),
         ("round(n * weight)", "n"),
         ("(epoch - self._from[stream]) * count + np.arange(count)", "np.arange(count)"),
-        ("lengths[start:] += count", "lengths[:] += count", "data/test_data_plan.py runs/test_order.py test_finetune.py"),
+        ("lengths[start:] += count", "lengths[:] += count", "data/test_data_plan.py runs/test_order.py test_train.py"),
         ("min(self.total_steps, num_steps) if num_steps", "self.total_steps if num_steps"),
         ("side=\"right\")", "side=\"left\")"),
         ("max(epoch - start, 0) * count", "epoch * count + 1"),
