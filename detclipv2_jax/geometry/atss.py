@@ -19,15 +19,15 @@ BOXES_AT_ONCE = 16  # boxes whose distances to all anchors exist at the same tim
 class Assignment(NamedTuple):
     """The box of every anchor."""
 
-    box_index: Int[Array, "a"]  # 0 where there is none
-    positive: Bool[Array, "a"]
+    box_index: Int[Array, " a"]  # 0 where there is none
+    positive: Bool[Array, " a"]
 
 
 def assign(
     anchors: Float[Array, "a 4"],
     level_counts: tuple[int, ...],
     boxes: Float[Array, "n 4"],
-    box_mask: Bool[Array, "n"],
+    box_mask: Bool[Array, " n"],
     *,
     top_k: int = 9,
 ) -> Assignment:
@@ -54,7 +54,7 @@ def assign(
     centers = box_ops.centers(anchors)
     starts = np.cumsum((0, *level_counts[:-1]))
 
-    def candidates(box: Float[Array, "4"]) -> Int[Array, "c"]:  # 1
+    def candidates(box: Float[Array, "4"]) -> Int[Array, " c"]:  # 1
         offset = centers - box_ops.centers(box)[None]
         distance = jnp.sum(offset * offset, axis=-1)
         nearest = [

@@ -14,13 +14,13 @@ CHUNK = 128  # boxes decided at once
 
 def nms(
     boxes: Float[Array, "n 4"],
-    scores: Float[Array, "n"],
+    scores: Float[Array, " n"],
     *,
     iou_threshold: float,
     max_outputs: int,
-    mask: Bool[Array, "n"] | None = None,
-    classes: Int[Array, "n"] | None = None,
-) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
+    mask: Bool[Array, " n"] | None = None,
+    classes: Int[Array, " n"] | None = None,
+) -> tuple[Int[Array, " k"], Bool[Array, " k"]]:
     """Returns (indices of the kept boxes best first, mask of the places in use), both `max_outputs` long.
 
     Exactly the greedy result: the best box left is kept and every box whose IoU with it is above the threshold is
@@ -49,7 +49,7 @@ def nms(
     end = jnp.max(jnp.where(alive, jnp.arange(len(order)) + 1, 0))
     earlier = jnp.arange(CHUNK)[:, None] < jnp.arange(CHUNK)[None]
 
-    def suppresses(a: Int[Array, "p"], b: Int[Array, "q"]) -> Bool[Array, "p q"]:
+    def suppresses(a: Int[Array, " p"], b: Int[Array, " q"]) -> Bool[Array, "p q"]:
         overlap = box_ops.pairwise_iou(boxes[a], boxes[b]) > iou_threshold
         return overlap & (classes[a][:, None] == classes[b][None])
 
