@@ -28,7 +28,7 @@ FOR_ALL = ("config", "chips", "files")  # import nothing of the package, so that
 MAY_IMPORT = {
     "geometry": set(),
     "models": {"geometry"},
-    "losses": {"geometry"},
+    "losses": {"geometry", "models"},
     "runs": {"data", "models"},
     "inference": {"data", "geometry", "models", "runs"},
     "visualize": {"data", "geometry", "inference", "losses", "models"},

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int
+
+from detclipv2_jax.geometry import boxes as box_lib
 
 STRIDES = (8, 16, 32, 64, 128)  # px, of P3 ... P7
 ANCHOR_SCALE = 8  # side of an anchor in strides
@@ -40,3 +43,12 @@ def grid(canvas: tuple[int, int]) -> Anchors:
         half = ANCHOR_SCALE * stride / 2
         boxes.append(np.concatenate([center - half, center + half], axis=-1))
     return Anchors(np.concatenate(boxes).astype(np.float32), tuple(h * w for h, w in level_sizes(canvas)))
+
+
+def on_photo(anchors: Float[Array | np.ndarray, "a 4"], extent: Int[Array | np.ndarray, "b 2"]) -> Bool[Array, "b a"]:
+    """Returns the anchors whose centre lies on the photo, not on the padding around it.
+
+    `extent` is the (height, width) px that each photo of a batch fills at the top left of its canvas.
+    """
+    centers_yx = box_lib.centers(jnp.asarray(anchors))[:, ::-1]
+    return jnp.all(centers_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)

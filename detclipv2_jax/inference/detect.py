@@ -110,9 +110,7 @@ def detect(
     """
     anchors = jnp.asarray(anchors)
     # 1
-    center_yx = box_lib.centers(anchors)[:, ::-1]
-    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
-    centerness = jnp.where(on_image, jax.nn.sigmoid(regions.centerness), 0.0)
+    centerness = jnp.where(anchor_lib.on_photo(anchors, extent), jax.nn.sigmoid(regions.centerness), 0.0)
     # 2
     scores, anchor_of, words = _best_pairs(
         regions.embeddings, text, text_mask, centerness, scale=scale, bias=bias, num=pre_nms, word_chunk=word_chunk
@@ -211,8 +209,7 @@ def align(
     Similarity is scale * region . phrase, as in the contrastive loss, over all anchors whose centre lies on the photo.
     """
     grid = anchor_lib.grid(canvas)
-    center_yx = box_lib.centers(jnp.asarray(grid.boxes))[:, ::-1]
-    on_image = jnp.all(center_yx[None] < extent[:, None].astype(jnp.float32), axis=-1)
+    on_image = anchor_lib.on_photo(grid.boxes, extent)
     words = phrases.astype(regions.embeddings.dtype)
     similarity = scale * jnp.einsum("bad,md->bma", regions.embeddings, words, preferred_element_type=jnp.float32)
     similarity = jnp.where(on_image[:, None], similarity, -jnp.inf)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from detclipv2_jax.losses.concept_table import Concepts
+from detclipv2_jax.losses.devices import SPLIT, WHOLE, chunk_size, num_devices, on_each_device
 
 
 def focal_loss(
@@ -26,7 +30,7 @@ def _unweighted_focal_loss(x: Float[Array, "*shape"], gamma: float) -> Float[Arr
 
 
 @_unweighted_focal_loss.defjvp
-def _(gamma, primals, tangents):
+def _(gamma: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # in closed form, because the chain rule would keep one array of similarities for each of its factors
     (x,), (dx,) = primals, tangents
     wrong = jax.nn.sigmoid(-x)
@@ -35,20 +39,30 @@ def _(gamma, primals, tangents):
     return -power * log_p, power * (gamma * (1.0 - wrong) * log_p - wrong) * dx
 
 
+@dataclasses.dataclass(frozen=True)
+class FocalSettings:
+    """Of the focal loss against all concepts; hashable, because it is static."""
+
+    alpha: float
+    gamma: float
+    chunk_bytes: int  # a device; bounds the float32 similarities held at once
+
+
+class AnchorTargets(NamedTuple):
+    """What the anchors of each image shall say of the concepts."""
+
+    mask: Bool[Array, "b a"]  # False for anchors that take no part (outside the photo, padding image)
+    positive: Bool[Array, "b a"]  # anchors with a box
+    rows: Int[Array, "b a"]  # of the texts: what that box is; any value without one
+
+
 def alignment_loss(
     embeddings: Float[Array, "b a d"],
-    text: Float[Array, "t d"],
+    concepts: Concepts,
     *,
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
     concept_mask: Bool[Array, " t"],
-    anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a"],
-    positive: Bool[Array, "b a"],
-    alpha: float,
-    gamma: float,
-    num_devices: int,
-    chunk_bytes: int,
+    targets: AnchorTargets,
+    settings: FocalSettings,
 ) -> Float[Array, ""]:
     """Returns the focal loss summed over all anchors and concepts; the caller divides by the number of positives.
 
@@ -57,101 +71,134 @@ def alignment_loss(
     chunks on its own; the gradient of the texts is summed over the devices once, at the end.
 
     Args:
-      embeddings: of the regions; rows are split over the devices.
-      text: embeddings of the concepts of the global batch, de-duplicated ones first, the same on all devices.
-      scale, bias: of the logit.
-      concept_mask: False for rows that are no concept.
-      anchor_mask: False for anchors that take no part (outside the photo, padding image).
-      labels: row of `text` that an anchor's box carries; any value where `positive` is False.
-      positive: anchors with a box.
-      alpha, gamma: of the focal loss.
-      num_devices: over which `b` is split.
-      chunk_bytes: a device; bounds the float32 similarities held at once.
+      embeddings: of the regions; rows are split over the devices of `jax.set_mesh`.
+      concepts: of the global batch, de-duplicated ones first, the same on all devices.
+      concept_mask: False for rows of `concepts.text` that are no concept.
+      targets: of the anchors.
+      settings: of the loss.
     """
+    text = concepts.text
     num_images, num_anchors, _ = embeddings.shape
-    row_bytes = 4 * num_anchors * math.ceil(num_images / num_devices)
-    chunk = min(text.shape[0], max(8, chunk_bytes // row_bytes))
+    row_bytes = 4 * num_anchors * math.ceil(num_images / num_devices())
+    chunk = chunk_size(text.shape[0], row_bytes, settings.chunk_bytes)
     num_chunks = math.ceil(text.shape[0] / chunk)
     padding = num_chunks * chunk - text.shape[0]
     text = jnp.pad(text, ((0, padding), (0, 0))).reshape(num_chunks, chunk, -1)
-    concept_mask = jnp.pad(concept_mask, (0, padding)).reshape(num_chunks, chunk)
+    masks = jnp.pad(concept_mask, (0, padding)).reshape(num_chunks, chunk)
     rows = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
-    labels = jnp.where(positive, labels, -1)
-    focal = functools.partial(focal_loss, alpha=alpha, gamma=gamma)
+    labels = jnp.where(targets.positive, targets.rows, -1)
+    scale, bias = concepts.scale, concepts.bias
     if num_chunks == 1:
-        return _sum(focal, _similarity(embeddings, text[0]), scale, bias, anchor_mask, labels, concept_mask[0], rows[0])
-    return _in_chunks(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows)
+        columns = _Columns(text[0], masks[0], rows[0])
+        return _sum(settings, _similarity(embeddings, text[0]), scale, bias, targets.mask, labels, columns)
+    return _in_chunks(settings, embeddings, scale, bias, targets.mask, labels, _Columns(text, masks, rows))
 
 
-def _similarity(embeddings, text):
+class _Columns(NamedTuple):
+    """Concepts that regions are compared with, of one chunk or (one axis more) of all."""
+
+    text: Float[Array, "*chunks c d"]
+    mask: Bool[Array, "*chunks c"]
+    rows: Int[Array, "*chunks c"]  # their numbers
+
+
+def _similarity(embeddings: Float[Array, "b a d"], text: Float[Array, "c d"]) -> Float[Array, "b a c"]:
     return jnp.einsum("bad,cd->bac", embeddings, text, preferred_element_type=jnp.float32)
 
 
-def _sum(focal, similarity, scale, bias, anchor_mask, labels, concept_mask, rows):
-    loss = focal(scale * similarity + bias, labels[..., None] == rows[None, None])
-    return jnp.sum(jnp.where(anchor_mask[..., None] & concept_mask[None, None], loss, 0.0))
+def _sum(
+    settings: FocalSettings,
+    similarity: Float[Array, "b a c"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    anchor_mask: Bool[Array, "b a"],
+    labels: Int[Array, "b a"],
+    columns: _Columns,
+) -> Float[Array, ""]:
+    hits = labels[..., None] == columns.rows[None, None]
+    loss = focal_loss(scale * similarity + bias, hits, alpha=settings.alpha, gamma=settings.gamma)
+    return jnp.sum(jnp.where(anchor_mask[..., None] & columns.mask[None, None], loss, 0.0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_chunks(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows):
-    """Returns the loss; `text` is [chunks, c, d], what belongs to it [chunks, c].
+def _in_chunks(
+    settings: FocalSettings,
+    embeddings: Float[Array, "b a d"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    anchor_mask: Bool[Array, "b a"],
+    labels: Int[Array, "b a"],
+    columns: _Columns,
+) -> Float[Array, ""]:
+    """Returns the loss.
 
     The gradient is computed together with the sum, so that similarities are computed once. It is written by hand,
     since the compiler would keep the similarities of a scan for the backward pass and gather them on all devices.
     """
-    return _forward(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows)[0]
+    return _forward(settings, embeddings, scale, bias, anchor_mask, labels, columns)[0]
 
 
-def _forward(focal, embeddings, scale, bias, anchor_mask, labels, text, concept_mask, rows):
-    axes = tuple(jax.sharding.get_abstract_mesh().axis_names)
-    of_devices = functools.partial(_of_device, focal, axes)
-    if axes:
-        split, whole = PartitionSpec(axes), PartitionSpec()
-        of_devices = jax.shard_map(
-            of_devices,
-            in_specs=(split, split, split, whole, whole, whole, whole, whole),
-            out_specs=(split, whole, whole),
-            check_vma=False,  # no gradient is taken of it
-        )
-    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = of_devices(
-        embeddings, anchor_mask, labels, scale, bias, text, concept_mask, rows
+def _forward(
+    settings: FocalSettings,
+    embeddings: Float[Array, "b a d"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    anchor_mask: Bool[Array, "b a"],
+    labels: Int[Array, "b a"],
+    columns: _Columns,
+) -> tuple[Float[Array, ""], tuple[Array, ...]]:
+    axes, per_device = on_each_device(embeddings.shape[0])
+    of_device = per_device(
+        functools.partial(_of_device, settings, axes),
+        arguments=(SPLIT, WHOLE, WHOLE, SPLIT, SPLIT, WHOLE),
+        results=(SPLIT, WHOLE, WHOLE),
+    )
+    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = of_device(
+        embeddings, scale, bias, anchor_mask, labels, columns
     )
     return total, (embeddings_bar, scale_bar.astype(scale.dtype), bias_bar.astype(bias.dtype), text_bar)
 
 
-def _of_device(focal, axes, embeddings, anchor_mask, labels, scale, bias, text, concept_mask, rows):
+def _of_device(
+    settings: FocalSettings,
+    axes: tuple[str, ...],
+    embeddings: Float[Array, "b a d"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    anchor_mask: Bool[Array, "b a"],
+    labels: Int[Array, "b a"],
+    columns: _Columns,
+) -> tuple[Array, Array, Array]:
     """Returns gradients of (this device's embeddings, text), and loss and gradients of (scale, bias)."""
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def body(carry, chunk):
-        text, concept_mask, rows = chunk
+    def body(carry: tuple[Array, Array], chunk: _Columns) -> tuple[tuple[Array, Array], Array]:
+        def compute(carry: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+            def loss(similarity: Array, scale: Array, bias: Array) -> Array:
+                return _sum(settings, similarity, scale, bias, anchor_mask, labels, chunk)
 
-        def compute(carry):
-            def loss(similarity, scale, bias):
-                return _sum(focal, similarity, scale, bias, anchor_mask, labels, concept_mask, rows)
-
-            total, pull = jax.vjp(loss, _similarity(embeddings, text), scale, bias)
+            total, pull = jax.vjp(loss, _similarity(embeddings, chunk.text), scale, bias)
             bar, *scalars_bar = pull(jnp.ones((), total.dtype))
             bar = bar.astype(embeddings.dtype)
             embeddings_bar, scalars = carry
             # chunks' gradients add up in float32
-            embeddings_bar = embeddings_bar + dot("bac,cd->bad", bar, text)
+            embeddings_bar = embeddings_bar + dot("bac,cd->bad", bar, chunk.text)
             return (embeddings_bar, scalars + jnp.stack([total, *scalars_bar])), dot("bac,bad->cd", bar, embeddings)
 
         # padding and repeated concepts stand last; a chunk that holds nothing else is skipped
-        zeros = jnp.zeros(text.shape, jnp.float32)
-        return jax.lax.cond(jnp.any(concept_mask), compute, lambda carry: (carry, zeros), carry)
+        zeros = jnp.zeros(chunk.text.shape, jnp.float32)
+        return jax.lax.cond(jnp.any(chunk.mask), compute, lambda carry: (carry, zeros), carry)
 
     carry = jnp.zeros(embeddings.shape, jnp.float32), jnp.zeros(3, jnp.float32)
-    (embeddings_bar, scalars), text_bar = jax.lax.scan(body, carry, (text, concept_mask, rows))
+    (embeddings_bar, scalars), text_bar = jax.lax.scan(body, carry, columns)
     text_bar, scalars = jax.lax.psum((text_bar, scalars), axes) if axes else (text_bar, scalars)
-    return embeddings_bar.astype(embeddings.dtype), text_bar.astype(text.dtype), scalars
+    return embeddings_bar.astype(embeddings.dtype), text_bar.astype(columns.text.dtype), scalars
 
 
-def _backward(focal, residuals, total_bar):
+def _backward(settings: FocalSettings, residuals: tuple[Array, ...], total_bar: Float[Array, ""]) -> tuple:
     bars = jax.tree.map(lambda bar: (total_bar * bar).astype(bar.dtype), residuals)
     embeddings_bar, scale_bar, bias_bar, text_bar = bars
-    return embeddings_bar, scale_bar, bias_bar, None, None, text_bar, None, None
+    return embeddings_bar, scale_bar, bias_bar, None, None, _Columns(text_bar, None, None)
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -28,6 +28,33 @@ def canonical_rows(ids: UInt32[Array, "t 2"], mask: Bool[Array, " t"]) -> Int32[
     return jax.lax.sort((row, first), num_keys=1)[1]
 
 
+class Table(NamedTuple):
+    """Which rows of the global concept table hold concepts, and which of them repeat others."""
+
+    mask: Bool[Array, " t"]
+    canonical: Int32[Array, " t"]  # the first row with the same text, whose embedding stands for all
+
+    @classmethod
+    def of(cls, ids: UInt32[Array, "t 2"], mask: Bool[Array, " t"]) -> Table:
+        """Returns the table of a batch from the ids of its rows' texts."""
+        return cls(mask, canonical_rows(ids, mask))
+
+
+class Concepts(NamedTuple):
+    """What a logit needs beside a region: scale * region . text + bias."""
+
+    text: Float[Array, "t d"]  # L2-normalised embeddings
+    scale: Float[Array, ""]
+    bias: Float[Array, ""]
+
+
+class Captions(NamedTuple):
+    """The concepts of each caption as rows of the table, the caption itself first, then its phrases."""
+
+    concepts: Int32[Array, "b m"]
+    mask: Bool[Array, "b m"]
+
+
 class UniqueRows(NamedTuple):
     """The canonical rows of a table, numbered without gaps."""
 

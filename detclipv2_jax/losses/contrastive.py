@@ -5,18 +5,64 @@ Proposals are chosen by `proposals.select_proposals`; `matching` computes simila
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
+from ml_collections import ConfigDict
 
-from detclipv2_jax.losses.concept_table import unique_rows
-from detclipv2_jax.losses.devices import gather, on_each_device, reduce_scatter
+from detclipv2_jax.losses.concept_table import Captions, Table, unique_rows
+from detclipv2_jax.losses.devices import WHOLE, gather, on_each_device, reduce_scatter
 from detclipv2_jax.losses.matching import LOW, Settings, caption_scores
 
 MATCHINGS = ("max_size", "one_to_one", "one_to_many")
 SIDES = ("text_to_image", "image_to_text", "bilateral")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveSettings:
+    """Of the word-region contrastive loss; hashable, because it is static.
+
+    Attributes:
+      matching: one_to_one (best proposal of each concept), one_to_many (all, weighted by a softmax of s /
+        matching_temperature, Eq. 4) or max_size (the largest proposal with the caption; the first one among equals).
+      side: text_to_image, image_to_text or bilateral.
+      temperature, label_smoothing: of the InfoNCE.
+      matching_temperature: tau_t of one_to_many.
+      chunk_bytes: a device; bounds the similarities held at once.
+    """
+
+    matching: str
+    side: str
+    temperature: float
+    label_smoothing: float
+    matching_temperature: float
+    chunk_bytes: int
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("matching", self.matching, MATCHINGS), ("side", self.side, SIDES)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
+        for name in ("temperature", "matching_temperature"):
+            if getattr(self, name) <= 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+
+def settings_of(config: ConfigDict) -> ContrastiveSettings:
+    """Returns the settings of `config.loss`, whose keys have the names of the fields."""
+    return ContrastiveSettings(**{field.name: config[field.name] for field in dataclasses.fields(ContrastiveSettings)})
+
+
+class Proposed(NamedTuple):
+    """Which places of `regions` hold proposals, and how large their boxes are."""
+
+    mask: Bool[Array, "b k"]  # an image without any makes no pair
+    areas: Float32[Array, "b k"] | None  # in any unit; only max_size needs them
 
 
 def word_region_loss(
@@ -24,19 +70,11 @@ def word_region_loss(
     text: Float32[Array, "t d"],
     scale: Float32[Array, ""],
     *,
-    region_mask: Bool[Array, "b k"],
-    region_areas: Float32[Array, "b k"] | None,
-    concept_mask: Bool[Array, " t"],
-    canonical: Int32[Array, " t"],
-    caption_concepts: Int32[Array, "b m"],
-    caption_mask: Bool[Array, "b m"],
+    proposed: Proposed,
+    table: Table,
+    captions: Captions,
     image_mask: Bool[Array, " b"],
-    matching: str,
-    side: str,
-    temperature: float,
-    label_smoothing: float,
-    matching_temperature: float,
-    chunk_bytes: int,
+    settings: ContrastiveSettings,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Returns (loss, metrics): InfoNCE between images and captions, the mean over the pairs of the global batch.
 
@@ -60,84 +98,65 @@ def word_region_loss(
       regions: embeddings of the proposals. Their dtype is that of the products; sums are float32.
       text: L2-normalised concept embeddings.
       scale: of the logits; learnable.
-      region_mask: proposals in use. An image without any makes no pair.
-      region_areas: of the proposals' boxes, in any unit; only max_size needs it.
-      concept_mask: rows of the table in use.
-      canonical: first row with the same text (`concept_table.canonical_rows`); its embedding stands for all.
-      caption_concepts: global table rows of each caption's concepts, the caption itself first, then its phrases.
-      caption_mask: entries of `caption_concepts` in use. A caption without any makes no pair.
+      proposed: which of `regions` are proposals.
+      table: which rows of `text` are concepts.
+      captions: of the images. One without any concept makes no pair.
       image_mask: False for padding, which never counts.
-      matching: one_to_one (best proposal of each concept), one_to_many (all, weighted by a softmax of s /
-        matching_temperature, Eq. 4) or max_size (the largest proposal with the caption; the first one among equals).
-      side: text_to_image, image_to_text or bilateral.
-      temperature, label_smoothing: of the InfoNCE.
-      matching_temperature: tau_t of one_to_many.
-      chunk_bytes: a device; bounds the similarities held at once.
+      settings: of the loss.
 
     Metrics, all float32: accuracy (captions whose own image is the best; a tie is a miss), rank (mean place of the
     own image, from 1), similarity (mean s of pairs), chosen_by_own and chosen_by_others (share of an image's
     proposals that are the best of a concept of its own caption, of any other concept of the table), num_concepts
     (distinct ones in the table).
     """
-    for name, value, allowed in (("matching", matching, MATCHINGS), ("side", side, SIDES)):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}")
-    if matching == "max_size" and region_areas is None:
-        raise ValueError("matching='max_size' needs region_areas")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-    for name, positive in (("temperature", temperature), ("matching_temperature", matching_temperature)):
-        if positive <= 0.0:
-            raise ValueError(f"{name}={positive} must be positive")
-
+    if settings.matching == "max_size" and proposed.areas is None:
+        raise ValueError("matching='max_size' needs proposed.areas")
     axes, per_device = on_each_device(regions.shape[0], text.shape[0])
-    settings = Settings(axes, matching, matching_temperature, chunk_bytes)
-    local = functools.partial(
-        _local_loss, settings, side=side, temperature=temperature, label_smoothing=label_smoothing
-    )
-    arrays = {
-        "regions": regions,
-        # in float32 before any cast; a negative scale turns the choice of the maximum as it should
-        "text": text * scale,
-        "region_mask": region_mask,
-        "concept_mask": concept_mask,
-        "canonical": canonical,
-        "caption_concepts": caption_concepts,
-        "caption_mask": caption_mask,
-        "image_mask": image_mask,
-    }
-    if matching == "max_size" and region_areas is not None:
-        arrays["region_areas"] = region_areas
-    loss, metrics = per_device(local, replicated=True)(arrays)
-    unique = concept_mask & (canonical == jnp.arange(text.shape[0], dtype=canonical.dtype))
+    # the scale in float32 before any cast; a negative one turns the choice of the maximum as it should
+    arrays = _Arrays(regions, text * scale, proposed, table, captions, image_mask)
+    local = functools.partial(_local_loss, axes, settings)
+    loss, metrics = per_device(local, results=WHOLE, differentiable=True)(arrays)
+    unique = table.mask & (table.canonical == jnp.arange(text.shape[0], dtype=table.canonical.dtype))
     return loss, metrics | {"num_concepts": jnp.sum(unique, dtype=jnp.float32)}
 
 
-def _local_loss(settings: Settings, arrays: dict[str, Array], *, side, temperature, label_smoothing):
+class _Arrays(NamedTuple):
+    """What one device has of the arguments of `word_region_loss`."""
+
+    regions: Float[Array, "b k d"]
+    text: Float32[Array, "t d"]  # scaled
+    proposed: Proposed
+    table: Table
+    captions: Captions
+    image_mask: Bool[Array, " b"]
+
+
+def _local_loss(
+    axes: tuple[str, ...], settings: ContrastiveSettings, arrays: _Arrays
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Returns (loss, metrics) of the global batch from one device's images, captions and table rows.
 
     1. number the distinct concepts; 2. score own images with all captions; 3. softmax over images and captions.
     """
-    axes = settings.axes
-    regions, region_mask = arrays["regions"], arrays["region_mask"]
-    caption_mask = arrays["caption_mask"]
+    regions, region_mask, caption_mask = arrays.regions, arrays.proposed.mask, arrays.captions.mask
     num_proposals = jnp.sum(region_mask, axis=1)
     if settings.matching == "max_size":
-        largest = jnp.argmax(jnp.where(region_mask, arrays["region_areas"], -1.0), axis=1)
+        largest = jnp.argmax(jnp.where(region_mask, arrays.proposed.areas, -1.0), axis=1)
         regions = jnp.take_along_axis(regions, largest[:, None, None], axis=1)
         region_mask = jnp.any(region_mask, axis=1, keepdims=True)
         caption_mask = caption_mask & (jnp.arange(caption_mask.shape[1]) == 0)[None]
 
-    unique = unique_rows(gather(arrays["canonical"], axes), gather(arrays["concept_mask"], axes))
-    own_slots = unique.slot[arrays["caption_concepts"]]
+    unique = unique_rows(gather(arrays.table.canonical, axes), gather(arrays.table.mask, axes))
+    own_slots = unique.slot[arrays.captions.concepts]
     captions_mask = gather(caption_mask, axes)
     weights = captions_mask / jnp.maximum(jnp.sum(captions_mask, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    how = Settings(axes, settings.matching, settings.matching_temperature, settings.chunk_bytes)
     scores, chosen, votes = caption_scores(
-        settings, regions, arrays["text"], region_mask, unique, gather(own_slots, axes), weights
+        how, regions, arrays.text, region_mask, unique, gather(own_slots, axes), weights
     )  # [B, b]: captions of all devices, images of this one
 
-    valid = arrays["image_mask"] & jnp.any(region_mask, axis=1) & jnp.any(caption_mask, axis=1)
-    loss, metrics = _info_nce(scores, valid, axes, side=side, temperature=temperature, label_smoothing=label_smoothing)
+    valid = arrays.image_mask & jnp.any(region_mask, axis=1) & jnp.any(caption_mask, axis=1)
+    loss, metrics = _info_nce(scores, valid, axes, settings=settings)
     own_chosen = chosen[own_slots, jnp.arange(own_slots.shape[0])[:, None]]
     hits = _num_chosen(own_chosen, votes, own_slots, caption_mask)
     num_valid = jnp.maximum(_total(valid, axes), 1.0)
@@ -158,40 +177,38 @@ def _info_nce(
     valid: Bool[Array, " b"],
     axes: tuple[str, ...],
     *,
-    side: str,
-    temperature: float,
-    label_smoothing: float,
+    settings: ContrastiveSettings,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Returns (loss, metrics) from the scores of all captions with this device's images; only [B] vectors are sent."""
     b = valid.shape[0]
     first = jax.lax.axis_index(axes) * b if axes else 0  # this device's first row among all captions
     own_rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=b)
     pairs = gather(valid, axes)[:, None] & valid[None]
-    logits = jnp.where(pairs, scores / temperature, LOW)
+    logits = jnp.where(pairs, scores / settings.temperature, LOW)
     own = jnp.diagonal(own_rows(logits))
     num_valid = jnp.maximum(_total(valid, axes), 1.0)
 
-    def over_images():  # for this device's captions
+    def over_images() -> Array:  # for this device's captions
         peak = jax.lax.stop_gradient(jnp.max(logits, axis=1))
         peak = jax.lax.pmax(peak, axes) if axes else peak
         sums = reduce_scatter(jnp.sum(jnp.exp(logits - peak[:, None]), axis=1), axes)
         return jnp.log(sums) + own_rows(peak)
 
-    def over_captions():  # for this device's images
+    def over_captions() -> Array:  # for this device's images
         return jax.nn.logsumexp(logits, axis=0)
 
     normalizer = {
         "text_to_image": over_images,
         "image_to_text": over_captions,
         "bilateral": lambda: 0.5 * (over_images() + over_captions()),
-    }[side]()
-    likelihood = normalizer - (1.0 - label_smoothing) * own
-    smoothing = jnp.where(pairs, logits, 0.0) * (label_smoothing / num_valid)
+    }[settings.side]()
+    likelihood = normalizer - (1.0 - settings.label_smoothing) * own
+    smoothing = jnp.where(pairs, logits, 0.0) * (settings.label_smoothing / num_valid)
     loss = (_total(jnp.where(valid, likelihood, 0.0), axes) - _total(smoothing, axes)) / num_valid
 
     logits, own = jax.lax.stop_gradient((logits, own))
     rank = reduce_scatter(jnp.sum(logits >= gather(own, axes)[:, None], axis=1, dtype=jnp.float32), axes)
-    means = {"accuracy": rank == 1.0, "rank": rank, "similarity": own * temperature}
+    means = {"accuracy": rank == 1.0, "rank": rank, "similarity": own * settings.temperature}
     return loss, {name: _total(jnp.where(valid, x, 0.0), axes) / num_valid for name, x in means.items()}
 
 

@@ -1,33 +1,50 @@
-"""Collectives of the contrastive loss over all axes of the mesh; without a mesh everything is on one device."""
+"""Work of the losses split over all axes of the mesh, and its collectives; without a mesh all is on one device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+SPLIT, WHOLE = "split", "whole"  # how an array lies on the devices: by rows, or the same on all
+
+
+def num_devices() -> int:
+    """Returns over how many devices rows are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size if mesh.axis_names else 1
+
+
+def chunk_size(num_rows: int, row_bytes: int, budget_bytes: int) -> int:
+    """Returns how many rows of `row_bytes` fit into the budget: at least 1, multiples of 128 (TPU lanes) above that."""
+    size = max(1, budget_bytes // row_bytes)
+    return min(num_rows, size - size % 128 if size > 128 else size)
+
 
 def on_each_device(*num_rows: int) -> tuple[tuple[str, ...], Callable[..., Callable]]:
     """Returns (mesh axes, decorator): a function of one device's rows becomes a function of global arrays.
 
     The mesh is that of `jax.set_mesh`; all axes split the rows, in order. Without a mesh there are no axes, and the
-    function is called as it is. Results of the function are the same on all devices with `replicated=True`;
-    otherwise they are split by rows and no gradient may be taken (`shard_map` checks no types then, which lets code
-    written without it run inside).
+    function is called as it is. The decorator is told how arguments and results lie on the devices, SPLIT or WHOLE, one
+    word for all or a tree of words. A gradient may be taken if it is `differentiable`; `shard_map` then checks types,
+    without which code that knows nothing of it runs inside.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(mesh.axis_names)
     if axes and any(n % mesh.size for n in num_rows):
         raise ValueError(f"arrays of {num_rows} rows cannot be split evenly over {mesh.size} devices; pad them")
 
-    def wrap(function: Callable, *, replicated: bool) -> Callable:
+    def specs(places: Any) -> Any:
+        return jax.tree.map(lambda place: PartitionSpec(axes) if place == SPLIT else PartitionSpec(), places)
+
+    def wrap(function: Callable, *, arguments: Any = SPLIT, results: Any, differentiable: bool = False) -> Callable:
         if not axes:
             return function
-        out_specs = PartitionSpec() if replicated else PartitionSpec(axes)
-        return jax.shard_map(function, in_specs=PartitionSpec(axes), out_specs=out_specs, check_vma=replicated)
+        return jax.shard_map(function, in_specs=specs(arguments), out_specs=specs(results), check_vma=differentiable)
 
     return axes, wrap
 

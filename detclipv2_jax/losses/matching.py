@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int16, Int32
 
 from detclipv2_jax.losses.concept_table import UniqueRows
-from detclipv2_jax.losses.devices import gather, reduce_scatter, take, vary, zeros_after
+from detclipv2_jax.losses.devices import chunk_size, gather, reduce_scatter, take, vary, zeros_after
 
 LOW = -1e30  # finite, so that a fully masked row stays free of NaN
 
@@ -34,12 +34,6 @@ class Settings:
     matching: str  # one_to_many, or else the best region counts (with max_size there is only one)
     temperature: float  # tau_t of one_to_many
     chunk_bytes: int
-
-
-def chunk_size(num_rows: int, row_bytes: int, budget_bytes: int) -> int:
-    """Returns how many rows of `row_bytes` fit into the budget: at least 1, multiples of 128 (TPU lanes) above that."""
-    size = max(1, budget_bytes // row_bytes)
-    return min(num_rows, size - size % 128 if size > 128 else size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -65,13 +59,21 @@ def caption_scores(
     return _forward(settings, regions, text, region_mask, unique, slots, weights)[0]
 
 
-def _forward(settings, regions, text, region_mask, unique, slots, weights):
+def _forward(
+    settings: Settings,
+    regions: Array,
+    text: Array,
+    region_mask: Array,
+    unique: UniqueRows,
+    slots: Array,
+    weights: Array,
+) -> tuple[tuple[Array, Array, Array], tuple]:
     b, k, _ = regions.shape
     table = gather(text.astype(regions.dtype), settings.axes)
     t = table.shape[0]
     size = chunk_size(t, 8 * b * k, settings.chunk_bytes)  # similarities, and one array as large for the indices
 
-    def body(n, carry):
+    def body(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, chosen, votes = carry
         start, rows, fresh = _chunk(unique, n, size)
         value, index = _best(settings, regions, region_mask, take(table, rows))
@@ -83,7 +85,9 @@ def _forward(settings, regions, text, region_mask, unique, slots, weights):
     carry = jnp.zeros((t, b), jnp.float32), jnp.zeros((t, b), jnp.int16), jnp.zeros((b, k), jnp.int32)
     best, chosen, votes = jax.lax.fori_loop(0, _num_chunks(unique, size), body, vary(carry, settings.axes))
 
-    def add_concept(m, scores):  # a loop, because [captions, m, b] at once would be the largest array of the loss
+    def add_concept(
+        m: Array, scores: Array
+    ) -> Array:  # a loop, because [captions, m, b] at once would be the largest array of the loss
         return scores + weights[:, m, None] * best[slots[:, m]]
 
     scores = vary(jnp.zeros((slots.shape[0], b), jnp.float32), settings.axes)
@@ -91,11 +95,11 @@ def _forward(settings, regions, text, region_mask, unique, slots, weights):
     return (scores, chosen, votes), (regions, table, region_mask, unique, slots, weights, chosen)
 
 
-def _backward(settings, residuals, cotangents):
+def _backward(settings: Settings, residuals: tuple, cotangents: tuple[Array, Array, Array]) -> tuple:
     regions, table, region_mask, unique, slots, weights, chosen = residuals
     scores_bar, _, _ = cotangents
 
-    def add_concept(m, best_bar):
+    def add_concept(m: Array, best_bar: Array) -> Array:
         return best_bar.at[slots[:, m]].add(weights[:, m, None] * scores_bar)
 
     best_bar = zeros_after(scores_bar, (table.shape[0], regions.shape[0]), settings.axes)
@@ -133,13 +137,13 @@ def _chunk(unique: UniqueRows, n: Array, size: int) -> tuple[Array, Int32[Array,
     return start, rows, (position >= n * size) & (position < unique.count)
 
 
-def _similarity(regions, region_mask, text):
+def _similarity(regions: Array, region_mask: Array, text: Array) -> Float32[Array, "b k c"]:
     """Returns float32 similarities [b, k, c]; those of masked regions are LOW."""
     similarity = jnp.einsum("bkd,cd->bkc", regions, text, preferred_element_type=jnp.float32)
     return jnp.where(region_mask[:, :, None], similarity, LOW)
 
 
-def _scaled(similarity, region_mask, temperature):
+def _scaled(similarity: Array, region_mask: Array, temperature: float) -> Float32[Array, "b k c"]:
     """Returns similarity / temperature, exactly LOW where masked.
 
     A compiler may round LOW / temperature at one place and not at another. Their difference is then 1e23 instead of 0,
@@ -148,7 +152,7 @@ def _scaled(similarity, region_mask, temperature):
     return jnp.where(region_mask[:, :, None], similarity / temperature, LOW)
 
 
-def _best(settings, regions, region_mask, text):
+def _best(settings: Settings, regions: Array, region_mask: Array, text: Array) -> tuple[Array, Array]:
     """Returns (value of each concept for each image, index of its most similar region), each [b, c]."""
     if settings.matching == "one_to_many":
         similarity = _similarity(regions, region_mask, text)
@@ -158,20 +162,28 @@ def _best(settings, regions, region_mask, text):
     return jnp.max(similarity, axis=1), _first_max(similarity)
 
 
-def _first_max(similarity):
+def _first_max(similarity: Float32[Array, "b k c"]) -> Int32[Array, "b c"]:
     """Returns the lowest index of the maximum over regions; two plain reductions vectorise, an argmax does not."""
     k = similarity.shape[1]
     is_max = similarity == jnp.max(similarity, axis=1, keepdims=True)
     return jnp.min(jnp.where(is_max, jnp.arange(k, dtype=jnp.int32)[None, :, None], k - 1), axis=1)
 
 
-def _pull(similarity_bar, settings, regions, table, unique, best_bar, size):
+def _pull(
+    similarity_bar: Callable[[Array, Array, Array], Array],
+    settings: Settings,
+    regions: Array,
+    table: Array,
+    unique: UniqueRows,
+    best_bar: Array,
+    size: int,
+) -> tuple[Array, Array]:
     """Returns gradients of (regions, table), both float32, from the gradient of one chunk's similarities.
 
     `similarity_bar(start, rows, best_bar of the chunk)` returns [b, k, c].
     """
 
-    def body(n, carry):
+    def body(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         regions_bar, table_bar = carry
         start, rows, fresh = _chunk(unique, n, size)
         chunk_bar = jnp.where(fresh[:, None], jax.lax.dynamic_slice_in_dim(best_bar, start, size), 0.0)
@@ -185,12 +197,21 @@ def _pull(similarity_bar, settings, regions, table, unique, best_bar, size):
     return jax.lax.fori_loop(0, _num_chunks(unique, size), body, carry)
 
 
-def pull_by_product(regions, region_mask, table, unique, chosen, best_bar, *, settings):
+def pull_by_product(
+    regions: Array,
+    region_mask: Array,
+    table: Array,
+    unique: UniqueRows,
+    chosen: Array,
+    best_bar: Array,
+    *,
+    settings: Settings,
+) -> tuple[Array, Array]:
     """Returns gradients of (regions, table) of the one-to-one matching, as products with one-hot matrices."""
     b, k, _ = regions.shape
     size = chunk_size(table.shape[0], 4 * b * k, settings.chunk_bytes)
 
-    def similarity_bar(start, rows, chunk_bar):
+    def similarity_bar(start: Array, rows: Array, chunk_bar: Array) -> Array:
         index = jax.lax.dynamic_slice_in_dim(chosen, start, size).T
         one_hot = index[:, None, :] == jnp.arange(k, dtype=index.dtype)[None, :, None]
         return jnp.where(one_hot, chunk_bar[:, None, :], 0.0)
@@ -198,7 +219,16 @@ def pull_by_product(regions, region_mask, table, unique, chosen, best_bar, *, se
     return _pull(similarity_bar, settings, regions, table, unique, best_bar, size)
 
 
-def _pull_all(regions, region_mask, table, unique, chosen, best_bar, *, settings):
+def _pull_all(
+    regions: Array,
+    region_mask: Array,
+    table: Array,
+    unique: UniqueRows,
+    chosen: Array,
+    best_bar: Array,
+    *,
+    settings: Settings,
+) -> tuple[Array, Array]:
     """Returns gradients of (regions, table) of the one-to-many matching; similarities are computed again.
 
     v = sum_k p_k s_k with p = softmax(s / tau): dv/ds_k = p_k (1 + (s_k - v) / tau).
@@ -206,7 +236,7 @@ def _pull_all(regions, region_mask, table, unique, chosen, best_bar, *, settings
     b, k, _ = regions.shape
     size = chunk_size(table.shape[0], 8 * b * k, settings.chunk_bytes)
 
-    def similarity_bar(start, rows, chunk_bar):
+    def similarity_bar(start: Array, rows: Array, chunk_bar: Array) -> Array:
         similarity = _similarity(regions, region_mask, take(table, rows))
         scaled = _scaled(similarity, region_mask, settings.temperature)
         scaled = scaled - jnp.max(scaled, axis=1, keepdims=True)  # before the difference below, which would cancel
@@ -216,20 +246,29 @@ def _pull_all(regions, region_mask, table, unique, chosen, best_bar, *, settings
     return _pull(similarity_bar, settings, regions, table, unique, best_bar, size)
 
 
-def pull_by_index(regions, region_mask, table, unique, chosen, best_bar, *, settings):
+def pull_by_index(
+    regions: Array,
+    region_mask: Array,
+    table: Array,
+    unique: UniqueRows,
+    chosen: Array,
+    best_bar: Array,
+    *,
+    settings: Settings,
+) -> tuple[Array, Array]:
     """Returns gradients of (regions, table) of the one-to-one matching, from the chosen regions alone."""
     b, k, d = regions.shape
     t = table.shape[0]
     size = chunk_size(t, 4 * b * k, settings.chunk_bytes)
 
-    def body(n, carry):
+    def body(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         regions_bar, table_bar = carry
         start, rows, fresh = _chunk(unique, n, size)
         chunk_bar = jnp.where(fresh[:, None], jax.lax.dynamic_slice_in_dim(best_bar, start, size), 0.0)
         index = jax.lax.dynamic_slice_in_dim(chosen, start, size)
         text = take(table, rows).astype(jnp.float32)
 
-        def image(i, inner):
+        def image(i: Array, inner: tuple[Array, Array]) -> tuple[Array, Array]:
             regions_bar, text_bar = inner
             weight = chunk_bar[:, i, None]
             text_bar = text_bar + weight * regions[i][index[:, i]]

@@ -18,20 +18,19 @@ from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.inference import Detector, Photos, Predictor
 from detclipv2_jax.losses import proposals
+from detclipv2_jax.losses.concept_table import Captions, Concepts, Table
 from detclipv2_jax.models.deform_conv import TAPS
+from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.visualize import drawing, figures
 
 
 class Anchors(NamedTuple):
     """What the model says of every anchor of a batch of photos."""
 
-    embeddings: Float[Array, "b a d"]
+    regions: Regions
     boxes: Float[Array, "b a 4"]  # xyxy in pixels of the canvas
-    centerness: Float[Array, "b a"]  # logits
-    objectness: Float[Array, "b a"] | None
-    offsets: Float[
-        Array, "b a t 2"
-    ]  # (y, x) in cells of the anchor's level, added to `TAPS`; t is 9, or 0 without the layer
+    # (y, x) in cells of the anchor's level, added to `TAPS`; t is 9, or 0 without the layer
+    offsets: Float[Array, "b a t 2"]
     weights: Float[Array, "b a t"]  # modulation in [0, 1]
     on_photo: Bool[Array, "b a"]
     scale: Float[Array, ""]  # of the logit
@@ -51,16 +50,13 @@ def look(detector: Detector, params: Any, photos: Photos) -> Anchors:
         steering = jnp.concatenate([x.reshape(len(x), -1, 3 * len(TAPS)).astype(jnp.float32) for x in levels], axis=1)
     _, height, width, _ = photos.image.shape
     anchors = jnp.asarray(anchor_lib.grid((height, width)).boxes)
-    center_yx = box_lib.centers(anchors)[:, ::-1]
     scale, bias = model.apply(variables, method="logit_parameters")
     return Anchors(
-        regions.embeddings,
+        regions,
         box_lib.decode_deltas(jnp.broadcast_to(anchors[None], regions.box_deltas.shape), regions.box_deltas),
-        regions.centerness,
-        regions.objectness,
         steering[..., : 2 * len(TAPS)].reshape(*steering.shape[:2], -1, 2),
         jax.nn.sigmoid(steering[..., 2 * len(TAPS) :]),
-        jnp.all(center_yx[None] < photos.extent[:, None].astype(jnp.float32), axis=-1),
+        anchor_lib.on_photo(anchors, photos.extent),
         scale,
         bias,
     )
@@ -89,7 +85,7 @@ def draw_proposals(
     """
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images have {len(texts)} lists of texts; give one for each")
-    photos, settings = predictor.photos(images, index=index), predictor.config.loss
+    photos = predictor.photos(images, index=index)
     names, embedded, mask = predictor.vocabulary(list(dict.fromkeys(itertools.chain.from_iterable(texts))))
     row_of = {name: row for row, name in enumerate(names)}
     rows = np.zeros((len(texts), max(map(len, texts))), np.int32)
@@ -97,31 +93,19 @@ def draw_proposals(
     for i, image_texts in enumerate(texts):
         rows[i, : len(image_texts)], used[i, : len(image_texts)] = [row_of[text] for text in image_texts], True
     found = look(predictor.detector, predictor.params, photos)
-    num_anchors = found.boxes.shape[1]
+    captions = Captions(jnp.asarray(rows), jnp.asarray(used))
     chosen = proposals.select_proposals(
-        found.embeddings,
+        found.regions,
         found.boxes,
-        jnp.asarray(embedded),
-        found.scale,
-        found.bias,
-        centerness=found.centerness,
-        objectness=found.objectness,
+        Concepts(jnp.asarray(embedded), found.scale, found.bias),
         anchor_mask=found.on_photo,
-        concept_mask=jnp.asarray(mask),
-        canonical=jnp.arange(len(embedded), dtype=jnp.int32),
-        caption_concepts=rows,
-        caption_mask=used,
-        batch_concepts=rows,
-        batch_concepts_mask=used,
-        selection=settings.selection,
-        scope=settings.selection_scope,
-        num_proposals=min(settings.num_proposals, num_anchors),
-        pre_nms=min(settings.selection_pre_nms, num_anchors),
-        nms_iou=settings.selection_nms_iou,
-        chunk_bytes=settings.chunk_bytes,
+        table=Table(jnp.asarray(mask), jnp.arange(len(embedded), dtype=jnp.int32)),
+        captions=captions,
+        batch_captions=captions,
+        settings=proposals.settings_of(predictor.config.loss),
     )
     kept = np.asarray(chosen.indices[index])[np.asarray(chosen.mask[index])]
-    regions = np.asarray(found.embeddings[index], np.float32)[kept]
+    regions = np.asarray(found.regions.embeddings[index], np.float32)[kept]
     similarity = float(found.scale) * regions @ embedded[: len(names)].T
     return figures.detections(
         _pixels(images[index]),
@@ -160,7 +144,7 @@ def draw_sampling(
     photos = predictor.photos([image])
     _, embedded, _ = predictor.vocabulary(phrases)
     found = jax.tree.map(np.asarray, look(predictor.detector, predictor.params, photos))
-    similarity = found.embeddings[0].astype(np.float32) @ embedded[: len(phrases)].T
+    similarity = found.regions.embeddings[0].astype(np.float32) @ embedded[: len(phrases)].T
     best = np.where(found.on_photo[0][:, None], similarity, -np.inf).argmax(axis=0)
     grid = anchor_lib.grid(photos.image.shape[1:3])
     strides = np.repeat(anchor_lib.STRIDES, grid.levels)[best].astype(np.float32)

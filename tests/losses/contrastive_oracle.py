@@ -8,12 +8,11 @@ import functools
 import os
 import pathlib
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
-
-from detclipv2_jax.losses import contrastive
 
 
 def example(seed=0, *, b=16, k=5, d=8, m=4, t=48, dtype=np.float32, distinct=20, used=0.8):
@@ -152,7 +151,7 @@ def split_over(num_devices):
 @functools.lru_cache
 def _compiled(settings):
     def loss(learned, rest):
-        return contrastive.word_region_loss(**learned, **rest, **dict(settings))
+        return flat.word_region_loss(**learned, **rest, **dict(settings))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 

@@ -2,13 +2,14 @@
 
 import functools
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from detclipv2_jax.losses.alignment import alignment_loss, focal_loss
+from detclipv2_jax.losses.alignment import focal_loss
 from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
 
@@ -63,14 +64,13 @@ def inputs(seed=0, b=2, a=7, t=11, d=5):
 
 
 def loss(embeddings, text, scale, bias, *, chunk_bytes, arrays):
-    return alignment_loss(
+    return flat.alignment_loss(
         embeddings,
         text,
         scale=scale,
         bias=bias,
         alpha=ALPHA,
         gamma=GAMMA,
-        num_devices=1,
         chunk_bytes=chunk_bytes,
         **arrays,
     )
@@ -119,7 +119,7 @@ def test_devices_agree_with_one_and_send_the_texts_gradient_once(chunk):
     places = {"concept_mask": whole, "anchor_mask": split, "labels": split, "positive": split}
     on_devices = jax.device_put((embeddings, text, arrays), (split, whole, places))
     with jax.set_mesh(mesh):
-        program = jax.jit(gradients, static_argnums=3).lower(*on_devices, 4 * a * b * chunk).compile()
+        program = jax.jit(gradients, static_argnums=3).lower(*on_devices, 4 * a * (b // mesh.size) * chunk).compile()
     one_device = gradients(embeddings, text, arrays, 1 << 20)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), program(*on_devices), one_device)
     num_rows = -(-t // chunk) * chunk

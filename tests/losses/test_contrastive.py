@@ -3,6 +3,7 @@
 import functools
 
 import contrastive_oracle as oracle
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,7 +245,7 @@ def test_gradient_accumulation_over_chunks_of_images_is_exact():
         return text / jnp.linalg.norm(text, axis=1, keepdims=True)
 
     def loss(regions, text, scale):
-        return contrastive.word_region_loss(regions, text, scale, **rest, **values, **switches)[0]
+        return flat.word_region_loss(regions, text, scale, **rest, **values, **switches)[0]
 
     @jax.jit
     def at_once(params):
@@ -291,7 +292,7 @@ def test_gradient_steps_find_the_planted_regions():
     weights = jnp.asarray(rng.normal(size=(d, d)) / np.sqrt(d), jnp.float32)
 
     def loss(weights):
-        return contrastive.word_region_loss(
+        return flat.word_region_loss(
             features @ weights,
             text,
             jnp.float32(5.0),
@@ -348,7 +349,7 @@ def test_wrong_settings_are_named(change, message):
 
 def test_missing_areas_and_uneven_splits_are_named():
     arrays, _ = oracle.example(b=12)
-    with pytest.raises(ValueError, match="matching='max_size' needs region_areas"):
+    with pytest.raises(ValueError, match=r"matching='max_size' needs proposed\.areas"):
         oracle.run(arrays | {"region_areas": None}, matching="max_size")
     with pytest.raises(ValueError, match=r"arrays of \(12, 48\) rows cannot be split evenly over 8 devices"):
         oracle.run(arrays, num_devices=8)

@@ -1,12 +1,13 @@
 """Where the contrastive loss's gradient goes in the detection head."""
 
 import contrastive_oracle as oracle
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from detclipv2_jax.geometry import boxes as box_lib
-from detclipv2_jax.losses import contrastive, proposals
+from detclipv2_jax.losses import proposals
 from detclipv2_jax.models.atss_head import AtssHead
 
 
@@ -25,7 +26,7 @@ def test_gradient_reaches_the_box_tower_through_the_deformable_layer_only():
     def loss(params):
         output = head.apply({"params": params}, features, 0)
         boxes = anchors + output.box_deltas
-        chosen = proposals.select_proposals(
+        chosen = flat.select_proposals(
             output.embeddings,
             boxes,
             arrays["text"],
@@ -44,7 +45,7 @@ def test_gradient_reaches_the_box_tower_through_the_deformable_layer_only():
             nms_iou=0.6,
             chunk_bytes=1 << 20,
         )
-        return contrastive.word_region_loss(
+        return flat.word_region_loss(
             proposals.take(output.embeddings, chosen.indices),
             arrays["text"],
             jnp.float32(1.0),

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import contrastive_oracle as oracle
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.losses import contrastive, matching, proposals
+from detclipv2_jax.losses import matching
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGES, CONCEPTS, DIM, PHRASES = 192, 37_000, 512, 9  # of one device; concepts of the global batch of 6,144
@@ -41,7 +42,7 @@ def test_memory_of_forward_and_backward_pass(match):
     rest |= {"region_mask": shape(IMAGES, 100, dtype=bool), "image_mask": shape(IMAGES, dtype=bool)}
 
     def loss(learned, rest):
-        return contrastive.word_region_loss(
+        return flat.word_region_loss(
             **learned,
             **rest,
             region_areas=None,
@@ -69,7 +70,7 @@ def test_memory_of_the_selection():
     captions = {"batch_concepts": TABLE["caption_concepts"], "batch_concepts_mask": TABLE["caption_mask"]}
 
     def select(arrays):
-        return proposals.select_proposals(
+        return flat.select_proposals(
             **arrays,
             objectness=None,
             selection="text_batch",

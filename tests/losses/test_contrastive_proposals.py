@@ -3,6 +3,7 @@
 import functools
 
 import contrastive_oracle as oracle
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ def example(seed=0, num_anchors=30):
 
 @functools.lru_cache
 def _compiled(settings):
-    return jax.jit(lambda arrays: proposals.select_proposals(**arrays, **dict(settings)))
+    return jax.jit(lambda arrays: flat.select_proposals(**arrays, **dict(settings)))
 
 
 def run(arrays, *, num_devices=0, **settings):
@@ -165,7 +166,7 @@ def test_gradient_of_the_choice_is_zero_and_of_the_taken_embeddings_is_local():
     @jax.jit
     def gradient_and_choice(learned):
         def total(learned):
-            chosen = proposals.select_proposals(**arrays | learned, **settings, **limits)
+            chosen = flat.select_proposals(**arrays | learned, **settings, **limits)
             regions = proposals.take(learned["embeddings"], chosen.indices)
             return jnp.sum(jnp.where(chosen.mask[:, :, None], regions, 0.0)) + jnp.sum(chosen.boxes), chosen
 

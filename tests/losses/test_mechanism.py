@@ -6,14 +6,14 @@ base words; captions, which name half of the objects and sometimes an absent one
 
 import functools
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from detclipv2_jax.losses import contrastive, proposals
-from detclipv2_jax.losses.alignment import alignment_loss
+from detclipv2_jax.losses import proposals
 
 NUM_BASE, NUM_WORDS, NUM_IMAGES, NUM_REGIONS, NUM_FEATURES = 8, 12, 16, 6, 32
 NUM_STEPS, CHUNK_BYTES = 1200, 1 << 20
@@ -55,9 +55,9 @@ def embed(params, features):
 def detection_loss(params, features, labels):
     regions, words, scale, bias = embed(params, features)
     positive = labels >= 0
-    loss = alignment_loss(
+    loss = flat.alignment_loss(
         regions, words, scale=scale, bias=bias, concept_mask=jnp.arange(NUM_WORDS) < NUM_BASE,
-        anchor_mask=jnp.ones_like(positive), labels=labels, positive=positive, alpha=0.25, gamma=2.0, num_devices=1,
+        anchor_mask=jnp.ones_like(positive), labels=labels, positive=positive, alpha=0.25, gamma=2.0,
         chunk_bytes=CHUNK_BYTES,
     )  # fmt: skip
     return loss / jnp.sum(positive)
@@ -67,13 +67,13 @@ def pair_loss(params, features, concepts, mask):
     regions, words, scale, bias = embed(params, features)
     table = {"concept_mask": jnp.ones(NUM_WORDS, bool), "canonical": jnp.arange(NUM_WORDS, dtype=jnp.int32)}
     everywhere = jnp.ones(regions.shape[:2])
-    chosen = proposals.select_proposals(
+    chosen = flat.select_proposals(
         regions, jnp.broadcast_to(BOXES, (NUM_IMAGES, NUM_REGIONS, 4)), words, scale, bias, centerness=everywhere,
         objectness=None, anchor_mask=everywhere > 0, caption_concepts=concepts, caption_mask=mask,
         batch_concepts=concepts, batch_concepts_mask=mask, selection="text_batch", scope="global", num_proposals=4,
         pre_nms=NUM_REGIONS, nms_iou=0.6, chunk_bytes=CHUNK_BYTES, **table,
     )  # fmt: skip
-    loss, _ = contrastive.word_region_loss(
+    loss, _ = flat.word_region_loss(
         proposals.take(regions, chosen.indices), words, scale, region_mask=chosen.mask, region_areas=None,
         caption_concepts=concepts, caption_mask=mask, image_mask=jnp.ones(NUM_IMAGES, bool), matching="one_to_one",
         side="text_to_image", temperature=0.5, label_smoothing=0.1, matching_temperature=0.1, chunk_bytes=CHUNK_BYTES,
