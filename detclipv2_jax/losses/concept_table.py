@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 
 def canonical_rows(ids: UInt32[Array, "t 2"], mask: Bool[Array, " t"]) -> Int32[Array, " t"]:

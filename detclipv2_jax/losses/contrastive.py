@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
-from ml_collections import ConfigDict
 
 from detclipv2_jax.losses.concept_table import Captions, Table, unique_rows
 from detclipv2_jax.losses.devices import WHOLE, gather, on_each_device, reduce_scatter
 from detclipv2_jax.losses.matching import LOW, Settings, caption_scores
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 MATCHINGS = ("max_size", "one_to_one", "one_to_many")
 SIDES = ("text_to_image", "image_to_text", "bilateral")

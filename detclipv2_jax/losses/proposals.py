@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
-from ml_collections import ConfigDict
 
 from detclipv2_jax.geometry.nms import nms
 from detclipv2_jax.losses import devices, selection_pallas
@@ -17,6 +16,9 @@ from detclipv2_jax.losses.concept_table import Captions, Concepts, Table, unique
 from detclipv2_jax.losses.devices import SPLIT, chunk_size, gather, on_each_device
 from detclipv2_jax.losses.matching import LOW
 from detclipv2_jax.models.detclip import Regions
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 SELECTIONS = ("classification", "iou", "centerness", "text_sample", "text_batch", "text_batch_centerness")
 SCOPES = ("device", "global")

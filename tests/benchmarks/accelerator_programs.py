@@ -18,9 +18,11 @@ from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.geometry.nms import nms
-from detclipv2_jax.losses import concept_table, contrastive, proposals, selection_pallas
-from detclipv2_jax.losses.alignment import alignment_loss
+from detclipv2_jax.losses import contrastive, proposals, selection_pallas
+from detclipv2_jax.losses.alignment import AnchorTargets, FocalSettings, alignment_loss
+from detclipv2_jax.losses.concept_table import Captions, Concepts, Table
 from detclipv2_jax.models import deform_conv, detclip, flops, swin
+from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.runs import state as state_lib
 from detclipv2_jax.runs.optimizer import make_optimizer
 from tests.benchmarks import accelerator_inputs as inputs
@@ -81,6 +83,9 @@ class Setting:
 
     def canvas(self, kind: Kind) -> tuple[int, int]:
         return tuple(self.config[kind.value].canvases[0])
+
+
+LOGIT = (np.float32(1.0), np.float32(-4.6))  # scale and bias
 
 
 def forms(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -274,11 +279,12 @@ def losses(setting: Setting) -> Iterator[Program]:
 
         def align(embeddings: Any, text: Any, labels: Any, positive: Any, anchor_mask: Any) -> Any:
             return alignment_loss(
-                embeddings, text.astype(embeddings.dtype), scale=jnp.float32(1.0), bias=jnp.float32(-4.6),
-                concept_mask=jnp.ones(text.shape[0], bool), anchor_mask=anchor_mask, labels=labels, positive=positive,
-                alpha=config.loss.focal_alpha, gamma=config.loss.focal_gamma, num_devices=1,
-                chunk_bytes=config.loss.chunk_bytes,
-            )  # fmt: skip
+                embeddings,
+                Concepts(text.astype(embeddings.dtype), *LOGIT),
+                concept_mask=jnp.ones(text.shape[0], bool),
+                targets=AnchorTargets(anchor_mask, positive, labels),
+                settings=FocalSettings(config.loss.focal_alpha, config.loss.focal_gamma, config.loss.chunk_bytes),
+            )
 
         def arguments(state: Any, num_concepts: int = num_concepts) -> Any:
             rng, shape = np.random.default_rng(0), (num_images, num_anchors)
@@ -315,17 +321,17 @@ def _of_pairs(setting: Setting) -> Iterator[Program]:
 
     def select(embeddings: Any, deltas: Any, centerness: Any, text: Any, batch: Batch) -> Any:
         part = jax.tree.map(lambda x: x[:chunk], batch._replace(image=jnp.zeros(num_images)))
+        boxes = box_lib.decode_deltas(jnp.broadcast_to(anchors[None], deltas.shape), deltas)
         return proposals.select_proposals(
-            embeddings, box_lib.decode_deltas(jnp.broadcast_to(anchors[None], deltas.shape), deltas), text,
-            jnp.float32(1.0), jnp.float32(-4.6), centerness=centerness, objectness=None,
-            anchor_mask=train_step.anchor_mask(part, canvas), concept_mask=batch.concept_mask,
-            canonical=concept_table.canonical_rows(batch.concept_ids, batch.concept_mask),
-            caption_concepts=part.caption_concepts, caption_mask=part.caption_mask,
-            batch_concepts=batch.caption_concepts, batch_concepts_mask=batch.caption_mask,
-            selection=settings.selection, scope=settings.selection_scope, num_proposals=num_proposals,
-            pre_nms=min(settings.selection_pre_nms, num_anchors), nms_iou=settings.selection_nms_iou,
-            chunk_bytes=settings.chunk_bytes,
-        )  # fmt: skip
+            Regions(embeddings, deltas, centerness, None),
+            boxes,
+            Concepts(text, *LOGIT),
+            anchor_mask=train_step.anchor_mask(part, anchors),
+            table=Table.of(batch.concept_ids, batch.concept_mask),
+            captions=Captions(part.caption_concepts, part.caption_mask),
+            batch_captions=Captions(batch.caption_concepts, batch.caption_mask),
+            settings=proposals.settings_of(settings),
+        )
 
     name = f"selection {chunk} x {num_anchors:,} anchors, {text.shape[0]:,} texts"
     shape = (chunk, num_anchors)
@@ -335,14 +341,15 @@ def _of_pairs(setting: Setting) -> Iterator[Program]:
 
     def contrast(regions: Any, text: Any, batch: Batch) -> Any:
         return contrastive.word_region_loss(
-            regions, text, jnp.float32(1.0), region_mask=jnp.ones(regions.shape[:2], bool), region_areas=None,
-            concept_mask=batch.concept_mask,
-            canonical=concept_table.canonical_rows(batch.concept_ids, batch.concept_mask),
-            caption_concepts=batch.caption_concepts, caption_mask=batch.caption_mask, image_mask=batch.image_mask,
-            matching=settings.matching, side=settings.side, temperature=settings.temperature,
-            label_smoothing=settings.label_smoothing, matching_temperature=settings.matching_temperature,
-            chunk_bytes=settings.chunk_bytes,
-        )[0]  # fmt: skip
+            regions,
+            text,
+            LOGIT[0],
+            proposed=contrastive.Proposed(jnp.ones(regions.shape[:2], bool), None),
+            table=Table.of(batch.concept_ids, batch.concept_mask),
+            captions=Captions(batch.caption_concepts, batch.caption_mask),
+            image_mask=batch.image_mask,
+            settings=contrastive.settings_of(settings),
+        )[0]
 
     regions = Normal((num_images, num_proposals, embed_dim), setting.dtype)
     yield list(both_passes(

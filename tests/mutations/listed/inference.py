@@ -5,8 +5,8 @@ from tests.mutations.fault import plant
 FAULTS = [
     *plant(
         "inference/detect.py", "inference/test_inference.py::test_detect_equals_brute_force inference/test_inference.py::test_chunks_and_padding_change_nothing",
-        ("jnp.where(on_image, jax.nn.sigmoid(regions.centerness), 0.0)", "jax.nn.sigmoid(regions.centerness)"),
-        ("jnp.where(on_image, jax.nn.sigmoid(regions.centerness), 0.0)", "jnp.where(on_image, 1.0, 0.0)"),
+        ("jnp.where(anchor_lib.on_photo(anchors, extent), jax.nn.sigmoid(regions.centerness), 0.0)", "jax.nn.sigmoid(regions.centerness)"),
+        ("jnp.where(anchor_lib.on_photo(anchors, extent), jax.nn.sigmoid(regions.centerness), 0.0)", "jnp.where(anchor_lib.on_photo(anchors, extent), 1.0, 0.0)"),
         ("jax.nn.sigmoid(scale * similarity + bias)", "jax.nn.sigmoid(scale * similarity)"),
         ("1.0 / jnp.asarray(image_scale)[:, None]", "1.0 * jnp.asarray(image_scale)[:, None]"),
         ("boxes = box_lib.clip(boxes, jnp.asarray(original_size)[:, None])", "boxes = boxes"),
