@@ -89,6 +89,21 @@ def read_json(path: str | os.PathLike[str], *, object_hook: Callable[[dict[str, 
         raise ValueError(f"{os.fspath(path)} is no valid json: {error}") from None
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
+    """Returns the json objects of a file, one a line, and the number of lines that are none."""
+    rows, num_other = list[dict[str, Any]](), 0
+    for line in filter(None, read_bytes(path).split(b"\n")):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            num_other += 1
+    return rows, num_other
+
+
 def byte_lines(file: BinaryIO, *, where: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     """Yields (position, line without its end) of a text file; a line ends with LF, CRLF or CR.
 
@@ -175,7 +190,8 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike[str], pieces: Iterable[str]) -> None:
     """Writes a text file from its pieces, see `whole`."""
-    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+    # half of a surrogate pair, as in file names that are not UTF-8, becomes \\udcff, which JSON reads as the same
+    with whole(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(pieces)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +19,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import files, interrupts, validation
 from detclipv2_jax import train as train_lib
-from detclipv2_jax import validation
 from detclipv2_jax.chips import chip_of
 from detclipv2_jax.data import identity, scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import read_json, write_json, write_text
 from detclipv2_jax.runs import processes
+from detclipv2_jax.runs.checkpoints import DamagedError, read_best
 from detclipv2_jax.runs.workdir import WorkdirError, only_run, room
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -64,6 +65,7 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+@interrupts.in_one_line
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; values are given as --config.key=value")
@@ -82,18 +84,23 @@ def main(argv: Sequence[str]) -> None:
         processes.join(_DISTRIBUTED.value, timeout_s=config.timeout_s)
         training = _MODE.value == "train"
         work = prepare(config, workdir, training=training, replayed=_REPLAY.value, changed_data=_CHANGED_DATA.value)
-    except (ValueError, processes.MissingProcessError) as error:
+    except (ValueError, processes.MissingProcessError, WorkdirError) as error:
         sys.exit(f"error: {error}")
+    message, number, scores = "", 0, dict[str, float]()
     try:
         scores = work()
     except train_lib.Preempted as stop:
-        logging.info("%s; the same command goes on from there", stop)
-        sys.exit(_PREEMPTED_STATUS.value)
+        message, number = str(stop), stop.number
     except StalledError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a thread that waits for a disk cannot be ended, and would be waited for
-    except (DataError, processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError) as error:
+    except (
+        DataError, DamagedError, processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError,
+    ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
+    if number:  # not above, where the exception still holds batches of the data workers
+        logging.info("%s; the same command goes on from there", message)
+        sys.exit(interrupts.STATUS if number == signal.SIGINT else _PREEMPTED_STATUS.value)
     if _REPLAY.value:
         return
     if jax.process_index() == 0:
@@ -161,11 +168,13 @@ def in_workdir(
         if jax.process_index() == 0:
             if training:
                 stack.enter_context(only_run(workdir))
-                if not (workdir / "data.json").exists() or read_json(workdir / "data.json") != data:
-                    write_json(workdir / "data.json", data, indent=1)
-            if training or not (workdir / "config.json").exists():
-                write_text(workdir / "config.json", [config_lib.to_json(config)])
+            workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(room(workdir))
+            if training and (not (workdir / "data.json").exists() or read_json(workdir / "data.json") != data):
+                write_json(workdir / "data.json", data, indent=1)
+            path, text = workdir / "config.json", config_lib.to_json(config)
+            if not path.exists() or (training and path.read_bytes() != text.encode()):
+                write_text(path, [text])
         return work()
 
 
@@ -177,7 +186,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
     """
     path = workdir / "config.json"
     if path.exists():
-        stored = config_lib.from_json(path.read_text())
+        stored = config_lib.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
         changed = [
             line
             for line in config_lib.differences(stored, config)
@@ -225,7 +234,12 @@ def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     folder = pathlib.Path(wanted.pop("folder") or workdir / "data")
     if jax.process_index() == 0:
         logging.info("generating scenes in %s", folder)
-        scenes.write(folder, **wanted)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkdirError(f"nothing can be written to {folder}: {error}; give another --workdir") from error
+        with room(folder, what="the generated scenes"):
+            scenes.write(folder, **wanted)
     processes.barrier("scenes are written", timeout_s=config.timeout_s)
     config = config.copy_and_resolve_references()
     for key, section, name, file in (
@@ -251,8 +265,7 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
                 f"{name} {100 * value:.1f}" for name, value in group_scores.items() if value >= 0
             )  # -1: nothing of it
             print(f"{f'second set, {group[11:]} training' if group else 'scores'} in %: {', '.join(measured)}")
-    if (workdir / "best.json").exists():
-        best = json.loads((workdir / "best.json").read_text())
+    if best := read_best(workdir / "best.json"):
         print(f"best checkpoint: step {best['step']}, {best['score']} {100 * best['value']:.1f}")
     print(f"done in {minutes:.1f} minutes; everything is in {workdir}/:")
     for name, what in {

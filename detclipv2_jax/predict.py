@@ -10,6 +10,8 @@ every box; image ids count the files and category ids the words, from 1) and a p
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import glob
 import os
 import pathlib
@@ -21,13 +23,14 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data import transforms
 from detclipv2_jax.eval.result import Rows
-from detclipv2_jax.files import write_json
+from detclipv2_jax.files import safe_name, write_json
 from detclipv2_jax.inference import Found, Predictor, vocabulary
 from detclipv2_jax.visualize import figures
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 
 
 def run(
@@ -60,41 +63,41 @@ def run(
     Raises:
       ValueError: no images, words, checkpoint, or a limit that makes no sense.
     """
-    paths = list_images(images)
+    paths = list_images(images, output=output)
     pictures = name_pictures(paths, pathlib.Path(output) / "pictures")
     predictor = Predictor.from_checkpoint(checkpoint)
-    loaded: dict[int, np.ndarray] = {}  # pixels by position in `readable`, until they are drawn
+    loaded: dict[int, transforms.Photo] = {}  # by position in `readable`, until they are drawn
     readable: list[int] = []
     found_of: dict[int, Found] = {}
 
     def load() -> Iterator[np.ndarray]:
         for i, path in enumerate(paths):
             try:
-                pixels = transforms.read(path)
+                photo = transforms.read(path)
             except (OSError, ValueError) as error:
                 logging.error("cannot read %s: %s", path, getattr(error, "strerror", None) or error)
                 progress.update()
                 continue
-            loaded[len(readable)] = pixels
+            loaded[len(readable)] = photo
             readable.append(i)
-            yield pixels
+            yield photo.pixels
 
     limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     size = min(batch_size, len(paths))
     # None: shown on a terminal only
     with tqdm.tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as progress:
         for row, found in predictor.iterate(load(), words, batch_size=size, **limits):
-            i = readable[row]
-            found_of[i] = found
+            i, photo = readable[row], loaded.pop(row)
+            found_of[i] = dataclasses.replace(found, boxes=found.boxes / photo.scale[None], size=photo.size)
             figures.detections(
-                loaded.pop(row),
+                photo.pixels,
                 found.boxes,
                 found.labels,
                 found.vocabulary,
                 scores=found.scores,
                 min_score=draw_threshold,
                 max_drawn=max_drawn,
-                title=paths[i].name,
+                title=os.fsencode(paths[i].name).decode(errors="replace"),
                 path=pictures[i],
             )
             progress.update()
@@ -113,13 +116,21 @@ def to_coco(found: Found, *, image_id: int, file_name: str) -> list[dict[str, An
     return [{**row, "name": name, "file_name": file_name} for row, name in zip(rows, found.names, strict=True)]
 
 
-def list_images(images: str) -> list[pathlib.Path]:
-    """Returns the files of a pattern, a folder, a file or "-" (paths on stdin); ValueError if there are none."""
+def list_images(images: str, *, output: str = "") -> list[pathlib.Path]:
+    """Returns the files of a pattern, a folder and its sub-folders, a file or "-" (paths on stdin), without `output`.
+
+    What a folder has beside images is said in the log.
+
+    Raises:
+      ValueError: there are none.
+    """
     if images == "-":
-        paths = [pathlib.Path(line.strip()) for line in sys.stdin if line.strip()]
+        stdin = getattr(sys.stdin, "buffer", None)  # names need not be UTF-8
+        lines = [os.fsdecode(line) for line in stdin] if stdin else list(sys.stdin)
+        paths = [pathlib.Path(line.strip()) for line in lines if line.strip()]
         where = "stdin"
     elif os.path.isdir(images):
-        paths = sorted(path for path in pathlib.Path(images).iterdir() if path.suffix.lower() in SUFFIXES)
+        paths = _images_of_folder(images, without=os.path.realpath(output) if output else "")
         where = f"the folder {images} (it looks for {' '.join(SUFFIXES)})"
     elif os.path.isfile(images):  # before the pattern: names may hold brackets
         return [pathlib.Path(images)]
@@ -131,15 +142,35 @@ def list_images(images: str) -> list[pathlib.Path]:
     return paths
 
 
+def _images_of_folder(folder: str, *, without: str) -> list[pathlib.Path]:
+    """Returns the images of a folder and its sub-folders; counts in the log what is left out."""
+    paths: list[pathlib.Path] = []
+    left_out: collections.Counter[str] = collections.Counter()
+    for place, folders, names in os.walk(folder):
+        linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        left_out["linked folder"] += len(linked)
+        inside = os.path.realpath(place)
+        folders[:] = [name for name in folders if name not in linked and os.path.join(inside, name) != without]
+        for name in names:
+            suffix = pathlib.Path(name).suffix.lower()
+            if suffix in SUFFIXES:
+                paths.append(pathlib.Path(place, name))
+            else:
+                left_out[suffix or "without suffix"] += 1
+    if counts := ", ".join(f"{num} {what}" for what, num in left_out.most_common(10) if num):
+        logging.warning("--images=%s: left out: %s", folder, counts)
+    return sorted(paths)
+
+
 def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns a different file in `folder` for every image; ValueError if one is itself an image of the input."""
     names: dict[str, int] = {}
     pictures = []
     for path in paths:
-        name = path.stem
+        stem = name = safe_name(path.stem)
         while name in names:
             names[name] += 1
-            name = f"{path.stem}_{names[path.stem]}"
+            name = f"{stem}_{names[stem]}"
         names[name] = 1
         pictures.append(folder / f"{name}.jpg")
     overwritten = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
@@ -169,6 +200,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("max_drawn", 20, "boxes a picture at most, a place once, with its best word", lower_bound=0)
 
 
+@interrupts.in_one_line
 def main(argv: Sequence[str]) -> None:
     """Runs the command; ends the process with status 1 if anything could not be done."""
     if len(argv) > 1:

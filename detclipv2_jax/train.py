@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,12 @@ PROFILE_AFTER_STEPS = 10  # by then the steps drawn most often are compiled
 
 
 class Preempted(Exception):  # noqa: N818 -- a run that stops like this stops well
-    """SIGTERM came; the state is saved, and the run goes on from there when started again."""
+    """SIGTERM or Ctrl-C came (`number`); the state is saved, and the run goes on from there when started again."""
+
+    def __init__(self, number: int, step: int):
+        sender = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        super().__init__(f"stopped by {sender} after step {step}, which is saved")
+        self.number = number
 
 
 class NonFiniteError(RuntimeError):
@@ -135,7 +141,7 @@ def train(run: Run) -> dict[str, float]:
     forgetting/ and pictures/ there.
 
     Raises:
-      Preempted: SIGTERM came to any of the processes; all have saved the same step.
+      Preempted: SIGTERM or Ctrl-C came to any of the processes; all have saved the same step.
       NonFiniteError: a loss or gradient is not finite and `config.nonfinite` is "stop".
       MissingProcessError: another process is gone, or late by more than `config.timeout_s`.
     """
@@ -232,7 +238,7 @@ def train(run: Run) -> dict[str, float]:
             if saved:
                 checkpoints.save(done, state)
             if preempted:
-                raise Preempted(f"stopped by SIGTERM after step {done}, which is saved")
+                raise Preempted(preempted, done)
 
         for stream in run.streams:
             if stream.counters:
@@ -242,13 +248,15 @@ def train(run: Run) -> dict[str, float]:
         done = int(state.step)
         checkpoints.save(done, state)  # where scores ended the run
         if run.evaluator and not decision.over:
-            scores[done] = evaluate_state(run.evaluator, state, writer)
+            found = run.evaluator.recorded(done) if start == done else None
+            scores[done] = found or evaluate_state(run.evaluator, state, writer)
             conclude(run, state, scores, checkpoints, step=done)
         if scores and config.checkpoint.keep_best and (best := best_step(run, scores)) != done:
             done, state = best, checkpoints.restore(abstract_state(run), step=best)
         result = scores.get(done, {})
         if run.second and before is not None:
-            after = evaluate_state(run.second, state, writer, kind="forgetting")
+            after = run.second.recorded(done) if start == order.num_steps else None
+            after = after or evaluate_state(run.second, state, writer, kind="forgetting")
             result = result | prefix("forgetting/before", before) | prefix("forgetting/after", after)
         if first_process and order.num_steps > start:
             charts.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")

@@ -22,7 +22,12 @@ from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import make_optimizer
 
 PACKAGE = pathlib.Path(train_step.__file__).parent
-FOR_ALL = ("config", "chips", "files")  # import nothing of the package, so that everything may import them
+FOR_ALL = (
+    "config",
+    "chips",
+    "files",
+    "interrupts",
+)  # import nothing of the package, so that everything may import them
 # rooms and what each may import beside these: only rooms below it. A command (`__main__`) is a part of its own, which
 # nobody imports
 MAY_IMPORT = {

@@ -34,6 +34,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import interrupts
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import detections, lvis
@@ -324,6 +325,7 @@ def novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.nda
     return steps / steps[-1] * num_steps, np.array([*result["novel_AP_by_step"].values()])
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(

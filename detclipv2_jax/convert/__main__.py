@@ -21,9 +21,10 @@ import sys
 
 from absl import app, flags
 
-from detclipv2_jax import convert
+from detclipv2_jax import convert, interrupts
 
 
+@interrupts.in_one_line
 def _main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError(f"give one PART of {', '.join(convert.PARTS)}; got {argv[1:]}")

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from detclipv2_jax import files
 from detclipv2_jax.data.shapes import BASE_SHAPES, BODY, BODY_ALTERNATE, DARK, NOVEL_SHAPES, outlines
 
 COLORS = {
@@ -349,7 +350,10 @@ def write(
     parameters = {"format": FORMAT, **counts, **options}
     marker = folder / "scenes.json"
     if marker.is_file():
-        found = json.loads(marker.read_text())
+        try:
+            found = files.read_json(marker)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove the folder, or choose another") from None
         if found == parameters:
             return
         raise ValueError(f"{folder} holds generated scenes with {found}, not {parameters}; choose another folder")

@@ -104,7 +104,7 @@ class Stream:
             options = grain.multiprocessing.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=max(ahead // num_workers, 1)
             )
-            dataset = dataset.mp_prefetch(options, worker_init_fn=workers.start)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=workers.end_with_parent)
         iterator, n = iter(dataset), start
         try:
             while (item := self._next(iterator, n)) is not None:
@@ -124,7 +124,9 @@ class Stream:
 
         def read() -> None:
             try:
-                read_one.put((next(iterator, None), None))
+                with workers.starting():  # the first batch is what starts them
+                    item = next(iterator, None)
+                read_one.put((item, None))
             except Exception as error:
                 read_one.put((None, error))
 

@@ -292,8 +292,21 @@ def place(
     return extent, size
 
 
-def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the image as it is displayed, RGB; at full size, or where it has more than MAX_PIXELS at half.
+class Photo(NamedTuple):
+    """A photo as it is displayed."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]  # RGB; at half size where it has more than MAX_PIXELS
+    size: tuple[int, int]  # (height, width) px of the photo itself
+
+    @property
+    def scale(self) -> Float32[np.ndarray, " 4"]:
+        """Returns px of `pixels` per px of the photo, for the coordinates of a box."""
+        (height, width), size = self.pixels.shape[:2], self.size
+        return np.array([width / size[1], height / size[0]] * 2, np.float32)
+
+
+def read(path: str | os.PathLike[str]) -> Photo:
+    """Returns a photo of a file.
 
     Raises:
       UnusableError: it is no image.
@@ -305,7 +318,7 @@ def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
     height, width = (-(-side // factor) for side in header.displayed_size)
     pixels = np.zeros((height, width, 3), np.uint8)
     place(data, pixels, annotated_size=(0, 0), short_side=min(height, width), long_side=max(height, width))
-    return pixels
+    return Photo(pixels, header.displayed_size)
 
 
 def place_boxes(

@@ -23,6 +23,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import detections as detections_lib
@@ -161,6 +162,7 @@ def table(scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = command_line("detclipv2_jax.eval.coco", __doc__)

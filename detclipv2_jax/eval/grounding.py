@@ -32,6 +32,7 @@ from absl import logging
 from jaxtyping import Float
 from pycocotools import mask as boxes_lib
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data import box_json, truth
 from detclipv2_jax.data.annotations import boxes_of, flags_of, usable_id
 from detclipv2_jax.data.checks import documented, missing_paths, photo_facts, resolve
@@ -228,6 +229,7 @@ def run(
     return scores | {"protocol": protocol}
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(

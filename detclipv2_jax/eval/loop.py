@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -118,6 +119,20 @@ class Evaluator:
                 self._draw(sample, name=name)
             parts.remove()
         return scores
+
+    def recorded(self, step: int) -> dict[str, float] | None:
+        """Returns the scores of the evaluation of a step that the workdir holds, None without one of this protocol."""
+        scores: dict[str, float] | None = None
+        path = self._workdir / "eval" / f"step_{step:08d}_scores.json"
+        if jax.process_index() == 0 and path.is_file():
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                content = files.read_json(path)
+                stored = content.pop("protocol")
+                wanted = json.loads(json.dumps(self._protocol(step)))
+                del wanted["annotations"]  # the file may have moved: its hash counts
+                if wanted.items() <= stored.items():
+                    scores = content
+        return from_first_process(scores)
 
     def _batches(self, done: int) -> Iterator[Batch]:
         """Yields the batches of all streams one after the other, without the first `done`."""

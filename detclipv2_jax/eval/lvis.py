@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import coco
@@ -259,6 +260,7 @@ def table(scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = coco.command_line("detclipv2_jax.eval.lvis", __doc__)

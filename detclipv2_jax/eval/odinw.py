@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.eval import loop
 from detclipv2_jax.files import write_json
@@ -127,6 +128,7 @@ def table(result: dict[str, dict[str, float | None]]) -> str:
     return "\n".join(lines) + (f"\nnot scored ({len(missing)}): {', '.join(missing)}" if missing else "")
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(

@@ -33,6 +33,7 @@ from jax.export import Exported, export, symbolic_shape
 from safetensors.numpy import save_file
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import interrupts
 from detclipv2_jax.export import scripts
 from detclipv2_jax.inference import WORD_CHUNK, Limits, Photos, Predictor, vocabulary
 from detclipv2_jax.models import detclip
@@ -172,6 +173,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("dtype", "", ("", *detclip.DTYPES), "compute type; default: the run's config.model.dtype")
 
 
+@interrupts.in_one_line
 def main(argv: Sequence[str]) -> None:
     """Runs the command; ends the process with status 1 if it cannot be done."""
     if len(argv) > 1:

@@ -31,7 +31,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import validation
+from detclipv2_jax import interrupts, validation
 from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
@@ -280,6 +280,7 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@interrupts.in_one_line
 def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1:

@@ -44,7 +44,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import files
+from detclipv2_jax import files, interrupts
 from detclipv2_jax.data.box_json import file_name, load_json
 from detclipv2_jax.data.checks import unsafe_path
 from detclipv2_jax.data.leakage import held_out_photos
@@ -247,6 +247,7 @@ def _scenes(values: Any) -> None:
 _OTHERS = {"inspect": _inspect, "dictionary": _dictionary, "scenes": _scenes}
 
 
+@interrupts.in_one_line
 def _main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError(f"give one KIND of {', '.join((*KINDS, *_OTHERS))}; got {argv[1:]}")

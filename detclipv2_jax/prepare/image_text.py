@@ -276,10 +276,11 @@ def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
             while member := archive.next():
                 archive.members.clear()  # it would remember all of them
                 folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.lower().partition(".")
+                stem, _, suffix = base.partition(".")
+                suffix = suffix.lower()
                 if not member.isfile() or not stem:
                     continue
-                key = f"{folder}/{base[: len(stem)]}"[not folder :]
+                key = f"{folder}/{stem}" if folder else stem
                 if key != current or suffix in contents:
                     if contents:
                         yield current, contents

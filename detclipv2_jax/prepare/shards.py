@@ -93,7 +93,7 @@ _job: Job  # of a worker process
 def _start_worker(job: Job) -> None:
     global _job
     _job = job
-    workers.start()
+    workers.end_with_parent()
 
 
 def _work(shard: int) -> int:
@@ -110,18 +110,24 @@ def _mapper(job: Job, num_workers: int) -> Iterator[Callable[[list[int]], Iterat
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (job,))
 
     def unordered(shards: list[int]) -> Iterator[int]:
-        for future in concurrent.futures.as_completed([pool.submit(_work, shard) for shard in shards]):
+        with workers.starting():
+            futures = [pool.submit(_work, shard) for shard in shards]
+        for future in concurrent.futures.as_completed(futures):
             yield future.result()
 
+    wait = True
     try:
         yield unordered
+    except KeyboardInterrupt:
+        wait = False  # they end with this process
+        raise
     except concurrent.futures.BrokenExecutor:
         raise ValueError(
             "a worker process died (out of memory?); the same command goes on with the shards that are missing, "
             "--workers=1 needs least memory"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait, cancel_futures=True)
 
 
 def build(

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from detclipv2_jax import files
 from detclipv2_jax.files import write_text
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import named_shapes
@@ -34,6 +35,22 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _DIGESTS = "sha256.json"
+
+
+class DamagedError(ValueError):
+    """A checkpoint, or all of them, cannot be read; the message says which and what to do."""
+
+
+def read_best(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what best.json says (step, score, value); None, with a warning, where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        best = files.read_json(path)
+        return {"step": int(best["step"]), "score": str(best["score"]), "value": float(best["value"])}
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        logging.warning("%s is damaged (%s): the newest checkpoint counts", path, error)
+        return None
 
 
 class _Handler(ocp.StandardCheckpointHandler):
@@ -111,10 +128,9 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint where it is kept, else of the newest one, None without one."""
-        if self._best_file.is_file():
-            best = json.loads(self._best_file.read_text())["step"]
-            if best in self._manager.all_steps():  # it is marked before it is written
-                return best
+        best = read_best(self._best_file)
+        if best and best["step"] in self._manager.all_steps():  # it is marked before it is written
+            return best["step"]
         return self.latest_step()
 
     def damage(self, step: int, items: Sequence[str]) -> list[str]:
@@ -123,8 +139,10 @@ class Checkpoints:
         for item in items:
             folder = self._folder / str(step) / item
             try:
-                digests = json.loads((folder / _DIGESTS).read_bytes())
+                digests = files.read_json(folder / _DIGESTS)
             except (OSError, ValueError):
+                digests = None
+            if not isinstance(digests, dict):
                 digests = {_DIGESTS: ""}
             for name, digest in digests.items():
                 if not (folder / name).is_file():
@@ -147,7 +165,7 @@ class Checkpoints:
           set_aside: move damaged ones to damaged_checkpoints/, since they will be written again.
 
         Raises:
-          ValueError: there are checkpoints, and none of them is intact.
+          DamagedError: there are checkpoints, and none of them is intact.
         """
         steps = [step for step in self._manager.all_steps() if before is None or step < before]
         found, damaged = -1, dict[int, str]()
@@ -165,7 +183,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         if found < 0 and steps:
-            raise ValueError(
+            raise DamagedError(
                 "\n".join(
                     [
                         *damaged.values(),
@@ -258,7 +276,8 @@ def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoin
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
-    config = config_lib.from_json((workdir / "config.json").read_text())
+    path = workdir / "config.json"
+    config = config_lib.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"{workdir} has no checkpoints; the run must train until its first one")
     item = "ema" if config.optimizer.ema_decay else "params"
@@ -278,7 +297,13 @@ def load_for_inference(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, in
       ValueError: `workdir` holds no run or no intact checkpoint.
     """
     with _opened(workdir) as (config, checkpoints, step, item):
-        return config, checkpoints.restore_params(step, item), step
+        try:
+            return config, checkpoints.restore_params(step, item), step
+        except Exception as error:  # orbax and tensorstore have many kinds, and the files may be a stranger's
+            first_line = str(error).strip().partition("\n")[0]
+            raise DamagedError(
+                f"the {item} of checkpoint {step} in {workdir} cannot be read ({type(error).__name__}: {first_line})"
+            ) from error
 
 
 def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> None:

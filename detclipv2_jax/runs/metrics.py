@@ -17,7 +17,8 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
-from detclipv2_jax.files import write_text
+from detclipv2_jax import files
+from detclipv2_jax.runs.workdir import gone
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -119,20 +120,19 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
-        self._file: TextIO | None = None
+        self._path = workdir / "metrics.jsonl"
+        self._file: TextIO | None = None  # opened by the first line: a run that is done writes nothing
         self._kept: list[dict[str, Any]] = []
         self._events: Events | None = None
-        if jax.process_index() != 0:
-            return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            # a killed run may leave half a line, which is later than every checkpoint
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
-            write_text(path, kept)
-            self._kept = [json.loads(line) for line in kept]
-        self._file = path.open("a")
-        self._events = Events(workdir)
+        if jax.process_index() == 0 and self._path.exists():
+            rows, num_other = files.read_json_lines(self._path)
+            numbered = [row for row in rows if isinstance(row.get("step"), int)]
+            self._kept = [row for row in numbered if row["step"] <= start]
+            num_other += len(rows) - len(numbered)
+            if num_other:  # a killed run may leave half a line, which is later than every checkpoint
+                logging.warning("%s: %d lines that are no json objects with a step are removed", self._path, num_other)
+            if num_other or len(self._kept) < len(rows):
+                files.write_text(self._path, (json.dumps(row) + "\n" for row in self._kept))
 
     def recorded(self, kind: str) -> list[tuple[int, dict[str, float]]]:
         """Returns (step, scores) of a kind's evaluations that the file held at the start; [] but on process 0."""
@@ -143,14 +143,20 @@ class MetricsWriter:
         return [(step, scores) for step, scores in found if scores]
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars of a step."""
-        if self._file is None or self._events is None:
+        """Writes the scalars of a step; WorkdirError if the file was removed, which nobody would notice."""
+        if jax.process_index() != 0:
             return
+        if self._file is None:
+            self._file = self._path.open("a")
+            self._events = Events(self._path.parent)
         # JSON has no NaN; null keeps the line readable by every parser
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        self._events.write(step, scalars)
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise gone(self._path)
+        if self._events is not None:
+            self._events.write(step, scalars)
         logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ from absl import logging
 from jax._src import distributed  # the public API has no barrier with a time limit
 from jax.experimental import multihost_utils
 
+from detclipv2_jax import interrupts
+
 HEARTBEAT_TIMEOUT_S = 100  # jax's default; a process that is gone is noticed without any barrier
 
 
@@ -142,17 +144,33 @@ def check_same(value: str, *, what: str, timeout_s: int) -> None:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields the function that says after each step whether to save and stop: SIGTERM came to any of the processes.
+def stop_signal() -> Iterator[Callable[[int], int]]:
+    """Yields the function that returns after each step the signal that asks to save and stop, 0 where there is none.
 
-    It must be asked after every step, by all processes, and answers yes at the same step on all of them.
+    SIGTERM or Ctrl-C came to any of the processes; to the others it is SIGTERM. A second Ctrl-C ends its process at
+    once. It must be asked after every step, by all processes, and answers at the same step on all of them.
     """
-    if _client() is not None:  # jax took the signal over when the processes joined
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    alone, received = _client() is None, list[int]()
+
+    def remember(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            if number in received:
+                interrupts.end("stopped by Ctrl-C at once; the steps after the last checkpoint are lost")
+            os.write(2, b"\nCtrl-C: saving after this step; once more to stop at once\n")
+            if not alone:
+                os.kill(os.getpid(), signal.SIGTERM)  # jax, which took that over, tells the others
+        received.append(number)
+
+    numbers = [signal.SIGTERM] if alone else []
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell has its background jobs ignore it
+        numbers.append(signal.SIGINT)
+    previous = {number: signal.signal(number, remember) for number in numbers}
     try:
-        yield lambda _: bool(received)
+        if alone:
+            yield lambda _: received[0] if received else 0
+        else:
+            reached = multihost_utils.reached_preemption_sync_point
+            yield lambda step: (received or [signal.SIGTERM])[0] if reached(step) else 0
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

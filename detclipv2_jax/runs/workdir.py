@@ -39,7 +39,12 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
             f"nothing can be written to the workdir {workdir}: {error}; give another --workdir"
         ) from error
     with stack:
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not (workdir / "lock").exists():
+                raise gone(workdir) from error
+            raise
 
 
 @contextlib.contextmanager
@@ -47,23 +52,37 @@ def room(folder: pathlib.Path, needed: int = 0, *, what: str = "this run") -> It
     """Checks for `needed` bytes on the disk of a folder, and explains errors inside that say that it takes no more.
 
     Raises:
-      WorkdirError: there is no room for `what`.
+      WorkdirError: there is no room for `what`, or the folder is gone.
     """
 
+    def free() -> int:
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError as error:
+            raise gone(folder) from error
+
     def full(why: str) -> WorkdirError:
-        free = shutil.disk_usage(folder).free
         need = f"it needs {needed / 1e6:,.2f} MB, and " if needed else ""
         return WorkdirError(
-            f"no room for {what}: {need}{folder} has {free / 1e6:,.2f} MB left{why}. What was saved is untouched; "
+            f"no room for {what}: {need}{folder} has {free() / 1e6:,.2f} MB left{why}. What was saved is untouched; "
             "make room and start the same command again"
         )
 
-    if shutil.disk_usage(folder).free < needed:
+    if free() < needed:
         raise full("")
     try:
         yield
     except Exception as error:  # tensorstore has kinds of its own
+        if isinstance(error, WorkdirError):
+            raise
+        if not folder.is_dir():
+            raise gone(folder) from error
         reason = next((text for text in map(os.strerror, NO_ROOM) if text in str(error)), None)
-        if reason is None or isinstance(error, WorkdirError):
+        if reason is None:
             raise
         raise full(f" ({reason})") from error
+
+
+def gone(path: pathlib.Path) -> WorkdirError:
+    """Returns the error that a file or folder of a run was removed while it was running."""
+    return WorkdirError(f"{path} was removed while this run was using it; nothing can be written there any more")

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data import box_json, concepts, transforms
 from detclipv2_jax.data import phrases as phrases_lib
+from detclipv2_jax.data.checks import unsafe_path
+from detclipv2_jax.files import safe_name
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.visualize import alignment, charts, figures
 
@@ -73,15 +76,19 @@ def draw_detections(
     pictures = []
     for image_id in list(files)[:max_images]:
         detected, annotated = ((*_arrays(rows.get(image_id, []), row_of),) for rows in (found, truth))
-        picture = pathlib.Path(output) / pathlib.Path(files[image_id]).with_suffix(".jpg").name
+        if unsafe_path(files[image_id]):
+            raise ValueError(f"the file name {files[image_id]!r} leads out of --images={images}")
+        photo = transforms.read(os.path.join(images, files[image_id]))
+        picture = pathlib.Path(output) / f"{safe_name(os.path.splitext(files[image_id])[0])}.jpg"
         figures.detections(
-            transforms.read(os.path.join(images, files[image_id])),
-            *detected[:2],
+            photo.pixels,
+            detected[0] * photo.scale[None],
+            detected[1],
             list(names.values()),
             scores=detected[2],
             min_score=min_score,
             max_drawn=max_drawn,
-            truth=annotated[:2] if known else None,
+            truth=(annotated[0] * photo.scale[None], annotated[1]) if known else None,
             title=files[image_id],
             path=picture,
         )
@@ -173,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = vars(_parser().parse_args(arguments))

@@ -36,7 +36,7 @@ def draw(
       path: where to write the picture.
     """
     found = predictor.align(images, phrases, index=index)
-    photo = images[index] if isinstance(images[index], np.ndarray) else transforms.read(images[index])
+    photo = images[index] if isinstance(images[index], np.ndarray) else transforms.read(images[index]).pixels
     return figures.alignment(
         photo,
         phrases,

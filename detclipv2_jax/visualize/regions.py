@@ -167,7 +167,7 @@ def draw_sampling(
 
 
 def _pixels(image: Any) -> drawing.Picture:
-    return image if isinstance(image, np.ndarray) else transforms.read(image)
+    return image if isinstance(image, np.ndarray) else transforms.read(image).pixels
 
 
 def _on_photo(boxes: Float[np.ndarray, "n 4"], photos: Photos, index: int) -> Float[np.ndarray, "n 4"]:

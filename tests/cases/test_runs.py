@@ -1,0 +1,292 @@
+"""Runs that are interrupted, finished, damaged or taken away, and what a stranger's workdir may hold."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import test_main
+from micro import micro_config
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import main, train
+from detclipv2_jax.data import scenes
+from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs.workdir import WorkdirError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def small_config():
+    c = micro_config()
+    c.num_steps = 4
+    c.model.head.deformable = False  # much to compile
+    c.scenes.num_grounding = c.scenes.num_image_text = 0
+    c.checkpoint.every_steps = 2
+    c.eval.num_pictures = c.pictures_every_steps = 0
+    return c
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is done, and its scores."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, test_main.start(small_config(), workdir)
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state_of(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*") if path.name != "lock"}
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_started_again_writes_nothing(finished):
+    folder, scores = finished
+    before = state_of(folder)
+    assert scores["AP"] >= 0
+    assert test_main.start(small_config(), folder) == scores
+    assert state_of(folder) == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_again_where_the_evaluation_is_another(workdir):
+    config = small_config()
+    config.eval.max_detections = 7
+    test_main.start(config, workdir)
+    protocol = json.loads((workdir / "eval" / "step_00000004_scores.json").read_text())["protocol"]
+    assert protocol["max_detections"] == 7
+
+
+JUNK = (None, True, -1, 0, 1.5, 2**70, 1e400, float("nan"), "x", "", [], {}, [[]], [None], {"a": 1}, "a" * 10_000)
+
+
+@pytest.mark.parametrize("value", JUNK, ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize(
+    "key", ["", "model", "model.swin", "model.swin.depths", "model.embed_dim", "model.text.width", "eval", "detection",
+            "eval.canvases", "optimizer.ema_decay", "model.logit.normalize_regions", "name"],
+)  # fmt: skip
+def test_a_configuration_of_a_stranger_is_read_or_one_error(tmp_path, key, value):
+    content = json.loads(config_lib.to_json(small_config()))
+    if key:
+        *path, last = key.split(".")
+        section = content
+        for part in path:
+            section = section[part]
+        section[last] = value
+    else:
+        content = value
+    read_or_one_error(tmp_path, json.dumps(content).encode())
+
+
+def read_or_one_error(folder, data):
+    (folder / "config.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r".") as error:
+        checkpoints.load_for_inference(folder)  # which then finds no checkpoints
+    assert str(folder) in str(error.value)
+    assert len(str(error.value)) < 2000
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff\xfe{", b"\xef\xbb\xbf{}", b"{", b"[" * 100_000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"9" * 10_000,
+        b'{"model": ' + b"[" * 500 + b"]" * 500 + b"}", b"\0" * 100, b'{"a.b": 1}', b'{"": 1}',
+        b'{"lock": 1, "keys": 2}',
+        b'{"__class__": 1}', b'{"model": {"swin": {"items": 1}}}', b"\x80\x04.", "{\"a\": 1}".encode("utf-16"),
+    ],
+)  # fmt: skip
+def test_what_is_no_configuration_is_read_or_one_error(tmp_path, data):
+    read_or_one_error(tmp_path, data)
+
+
+def test_a_configuration_with_a_mark_is_read(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + config_lib.to_json(small_config()).encode())
+    with pytest.raises(ValueError, match="has no checkpoints"):
+        checkpoints.load_for_inference(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_broken_line_of_metrics_is_removed_with_a_warning_and_no_other(workdir, caplog):
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text()
+    for junk in ("{", "null", "[1]", '{"step": "x"}', "\0\0", "1" * 5000, '{"a": ' * 2000):
+        lines = whole.splitlines(keepends=True)
+        path.write_bytes((lines[0] + junk + "\n" + "".join(lines[1:])).encode() + b"\xff\n")
+        caplog.clear()
+        test_main.start(small_config(), workdir)
+        assert path.read_text() == whole
+        assert "are removed" in caplog.text
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff"])
+def test_a_damaged_marker_of_scenes_is_one_error(tmp_path, data):
+    (tmp_path / "scenes.json").write_bytes(data)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        scenes.write(tmp_path, num_detection=1, num_grounding=0, num_image_text=0, num_eval=0, size_px=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"step": "x"}', b'{"step": 1e400, "score": "AP", "value": 1}'])
+def test_a_damaged_note_of_the_best_checkpoint_is_a_warning(workdir, caplog, data):
+    (workdir / "best.json").write_bytes(data)
+    _, _, step = checkpoints.load_for_inference(workdir)
+    assert step == 4
+    assert "best.json is damaged" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_damaged_is_one_error(workdir):
+    for path in (workdir / "checkpoints").glob("*/params/sha256.json"):
+        path.write_text("[]")
+    config = small_config()
+    config.num_steps = 6
+    with pytest.raises(checkpoints.DamagedError, match="no checkpoint is intact"):
+        test_main.start(config, workdir)
+    with pytest.raises(ValueError, match="no checkpoint is intact"):
+        checkpoints.load_for_inference(workdir)
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_removed_ends_the_run(tmp_path, monkeypatch):
+    config = small_config()
+    config.scenes.folder = str(tmp_path / "world")
+    config.num_steps = 100
+    finish = train.finish_step
+
+    def remove(step, *arguments, **options):
+        if step == 3:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return finish(step, *arguments, **options)
+
+    monkeypatch.setattr(train, "finish_step", remove)
+    with pytest.raises(WorkdirError, match=r"was removed while this run was using it"):
+        test_main.start(config, tmp_path / "run")
+
+
+def test_a_disk_that_is_full_at_the_first_write_is_one_error(tmp_path, monkeypatch):
+    def full(path, pieces):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(main, "write_text", full)
+    with pytest.raises(WorkdirError, match="no room for this run"):
+        main.in_workdir(lambda: {}, small_config(), tmp_path / "run", training=True)
+    monkeypatch.setattr(scenes, "_write_part", lambda *_, **__: full("", ""))
+    with pytest.raises(WorkdirError, match="no room for the generated scenes"):
+        main.with_scenes(small_config(), tmp_path / "run")
+
+
+CODE = """
+import sys
+from absl import app
+import importlib
+command = importlib.import_module("detclipv2_jax.{module}")
+if __name__ == "__main__":
+    sys.argv = {argv!r}
+    {before}
+    {run}
+"""
+
+
+def start(module, argv, *, before="pass", run, **options):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    code = CODE.format(module=module, argv=[module, *map(str, argv)], before=before, run=run)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes, **options)
+
+
+def interrupt_when(process, line):
+    """Sends Ctrl-C to a command and its workers, as a terminal does, when it has printed a line."""
+    said = []
+    for text in process.stderr:
+        said.append(text)
+        if line in text:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    return said
+
+
+CONFIG = """
+from cases.test_runs import small_config
+def get_config():
+    c = small_config()
+    c.num_steps, c.checkpoint.every_steps = 1000, 1000
+    return c
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_state_of_a_run_and_the_second_ends_it_at_once(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", "--config.input.num_workers=1"]
+    with start("main", argv, run="command.cli()") as process:
+        interrupt_when(process, "step 2:")
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "Traceback" not in rest
+    assert "stopped by Ctrl-C after step " in rest.splitlines()[-1]
+    (saved,) = (path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"after step {saved}, which is saved" in rest
+    slow = "import time; from detclipv2_jax.runs.checkpoints import Checkpoints; "
+    slow += "Checkpoints.save = lambda *_: time.sleep(600)"
+    with start("main", argv, before=slow, run="command.cli()") as process:
+        interrupt_when(process, f"step {int(saved) + 2}:")
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=10) == 130
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1].startswith("stopped by Ctrl-C at once")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluation", "prepare", "prepare by processes", "predict"])
+def test_ctrl_c_ends_other_commands_with_one_line(finished, tmp_path, command):
+    folder = finished[0]
+    wait = "print('at work', file=sys.stderr, flush=True) or time.sleep(600)"
+    match command:
+        case "evaluation":
+            (tmp_path / "config.py").write_text("from cases.test_runs import small_config as get_config")
+            argv = ["--mode=eval", f"--config={tmp_path}/config.py", f"--workdir={folder}"]
+            before = (
+                f"import time; from detclipv2_jax.eval.loop import Evaluator; Evaluator._predict = lambda *_: {wait}"
+            )
+            process = start("main", argv, before=before, run="command.cli()")
+        case "predict":
+            argv = [
+                f"--checkpoint={folder}",
+                f"--images={folder}/data",
+                "--words=cat",
+                f"--output={tmp_path}/out",
+            ]
+            before = "import time; from detclipv2_jax.inference import Predictor; "
+            before += f"Predictor.iterate = lambda *_, **__: {wait}"
+            process = start("predict", argv, before=before, run="command._define_flags(); app.run(command.main)")
+        case _:
+            argv = ["coco_json", f"--input={folder}/data/detection.json", f"--output={tmp_path}/out", "--shard_size=4"]
+            argv.append(f"--workers={2 if 'processes' in command else 1}")
+            before = "import time; from detclipv2_jax.prepare import shards, record_builder; "
+            patched = "generate = lambda *_, **__: " if argv[-1][-1] == "1" else "_tally = lambda *_: "
+            before += f"shards.{patched}{wait}"
+            run = "command._define_flags(); app.run(command._main, flags_parser=command.config_lib.parse_flags)"
+            process = start("prepare.__main__", argv, before=before, run=run)
+    with process:
+        timer = threading.Timer(120, process.kill)
+        timer.start()
+        before = interrupt_when(process, "at work")
+        rest = process.stderr.read()
+        timer.cancel()
+        assert process.wait(timeout=10) == 130, "".join(before) + rest
+    assert "Traceback" not in rest
+    assert rest.strip().splitlines()[-1] == "stopped by Ctrl-C"
