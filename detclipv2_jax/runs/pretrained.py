@@ -93,7 +93,7 @@ def load(path: str | Path, root: str, shapes: Mapping[str, Shape]) -> tuple[dict
             names = [name for name in file.keys() if name.startswith(f"{root}/")]  # noqa: SIM118  (not a dict)
             stored = {name: file.get_tensor(name).astype(np.float32) for name in names}
             layout = (file.metadata() or {}).get("layout", "unknown")
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError) as error:  # the latter: types that NumPy lacks
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not stored:
         raise ValueError(f"{path} has no parameter named {root}/…; `python -m detclipv2_jax.convert` makes such files")

@@ -1,11 +1,11 @@
 """Readers that die, hang or meet damaged files, and images that cannot be read: real processes, pipes and shards."""
 
+import dataclasses
 import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
-import threading
 import time
 
 import numpy as np
@@ -69,12 +69,37 @@ def test_a_killed_data_worker_ends_the_run_with_the_name_of_the_stream(world):
         list(batches)  # what was read ahead comes first
 
 
+class Stalling:
+    """A source whose file answers late, as a network disk does."""
+
+    def __init__(self, source, index, seconds):
+        self._source, self._index, self._seconds = source, index, seconds
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or "_source" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def __getitem__(self, index):
+        if index == self._index:
+            time.sleep(self._seconds)
+        return self._source[index]
+
+
+def stall(stream, example_id, seconds):
+    stream.sources = (Stalling(stream.sources[0], example_id, seconds),)
+    stream._maker = dataclasses.replace(stream._maker, sources=stream.sources)
+
+
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_reader_that_hangs_ends_the_run_in_time_with_the_name_of_the_file(copy, num_workers):
-    stream = stream_of("image_text", copy, num_workers=num_workers, prefetch_batches=1)
-    file = pathlib.Path(stream.sources[0].file(stream.batch(1).example_id[3]))
-    file.unlink()
-    os.mkfifo(file)  # opening it waits for a writer, as a dead network disk does
+def test_a_reader_that_hangs_ends_the_run_in_time_with_the_name_of_the_file(world, num_workers):
+    stream = stream_of("image_text", world, num_workers=num_workers, prefetch_batches=1)
+    hanging = int(stream.batch(1).example_id[3])
+    file = stream.sources[0].file(hanging)
+    stall(stream, hanging, 90)
     batches = stream.iterate()
     next(batches)  # a worker takes its time to start
     stream._input.timeout_s = 2
@@ -83,29 +108,34 @@ def test_a_reader_that_hangs_ends_the_run_in_time_with_the_name_of_the_file(copy
         with pytest.raises(StalledError, match=rf"^image_text/64x64: no batch 1 within 2 s .*; {file} does not answer"):
             next(batches)
         assert time.monotonic() - started < 60
-    finally:  # lets the threads end
-        os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+    finally:
         for worker in multiprocessing.active_children():
             worker.kill()
 
 
-def test_a_reader_that_stalls_for_a_while_changes_no_value(copy):
-    stream = stream_of("image_text", copy, prefetch_batches=1)
+def test_a_reader_that_stalls_for_a_while_changes_no_value(world):
+    stream = stream_of("image_text", world, prefetch_batches=1)
     expected = stream.batch(1)
-    file = pathlib.Path(stream.sources[0].file(expected.example_id[3]))
-    data = file.read_bytes()
-    file.unlink()
-    os.mkfifo(file)
+    stall(stream, int(expected.example_id[3]), STALL_S)
     batches = stream.iterate()
     next(batches)
-    answer = threading.Timer(STALL_S, file.write_bytes, [data])
-    answer.start()
     started = time.monotonic()
     np.testing.assert_array_equal(next(batches).image, expected.image)
     assert time.monotonic() - started > STALL_S / 2
-    answer.join()
-    replace(file, data)
     batches.close()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir])
+def test_what_is_no_file_is_not_opened_but_counted(copy, make):
+    stream = stream_of("image_text", copy, max_bad_share=0.1)
+    index = int(stream.batch(0).example_id[2])
+    path = pathlib.Path(stream.sources[0].file(index))
+    path.unlink()
+    make(path)
+    assert index not in stream.batch(0).example_id
+    ((reason, num),) = ((reason, num) for reason, num in stream.counters.items() if "skipped" in reason)
+    assert num == 1
+    assert "NotRegularError" in reason or "link out of the image folder" in reason
 
 
 def flipped(data):
