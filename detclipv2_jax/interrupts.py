@@ -29,6 +29,9 @@ def in_one_line(main: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     @functools.wraps(main)
     def run(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        # a process beside the workers removes what an interrupted command leaves of them, and would warn of it
+        given = os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker")))
         try:
             return main(*arguments, **options)
         except KeyboardInterrupt:

@@ -105,7 +105,8 @@ class Stream:
                 num_workers=num_workers, per_worker_buffer_size=max(ahead // num_workers, 1)
             )
             dataset = dataset.mp_prefetch(options, worker_init_fn=workers.end_with_parent)
-        iterator, n = iter(dataset), start
+        with workers.starting():
+            iterator, n = iter(dataset), start
         try:
             while (item := self._next(iterator, n)) is not None:
                 yield self._account(*item)

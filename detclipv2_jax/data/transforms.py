@@ -28,6 +28,10 @@ MAX_SIDE = 65_535  # px; of a JPEG
 _REDUCED = {
     1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8
 }  # fmt: skip
+_DAMAGED = (  # what Pillow raises for damaged headers
+    AttributeError, EOFError, LookupError, OSError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
+    struct.error,
+)  # fmt: skip
 _EXIF_ORIENTATION = 0x0112
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
 _TIFF_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # whole numbers
@@ -84,7 +88,7 @@ def _jpeg_header(data: bytes) -> Header:
             try:
                 exif.load(data[at + 4 : at + 2 + length])
                 orientation = _exif_orientation(exif)
-            except (SyntaxError, struct.error, ValueError, KeyError, OSError):
+            except _DAMAGED:
                 orientation = 1  # a broken EXIF block does not spoil the pixels
         elif marker == 0xDA:  # the scan: inside it FF D9 can only be the end of the image
             if size is None or data.rfind(b"\xff\xd9", at) < 0:
@@ -129,7 +133,7 @@ def _other_header(data: bytes) -> Header:
             image.info["exif"] = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")]
     try:
         exif = Image.Image.getexif(image)
-    except (SyntaxError, struct.error, ValueError, KeyError, OSError):
+    except _DAMAGED:
         exif = Image.Exif()  # a broken EXIF block does not spoil the pixels
     return Header((image.height, image.width), _exif_orientation(exif), is_jpeg=False)
 
@@ -150,7 +154,7 @@ def read_header(data: bytes) -> Header:
             header = _tiff_header(data) if is_tiff else _other_header(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise UnusableError(f"more than {MAX_PIXELS} pixels") from None
-        except (OSError, SyntaxError, ValueError, OverflowError, struct.error):
+        except _DAMAGED:
             raise UnusableError("not an image" if data else "empty file") from None
     height, width = header.size
     limit = MAX_REDUCED if header.is_jpeg else MAX_PIXELS

@@ -21,10 +21,11 @@ def starting() -> Iterator[None]:
 
 
 def end_with_parent(*_: int) -> None:
-    """Lets a worker process, which calls it first, end with its parent, whatever ends that.
+    """Lets a worker process, which calls it first, end with its parent, whatever ends that, and not with Ctrl-C.
 
     A parent that is killed says nothing; its workers would wait for ever and hold their shared memory.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         if parent := multiprocessing.parent_process():

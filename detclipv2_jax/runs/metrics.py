@@ -153,7 +153,7 @@ class MetricsWriter:
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        if os.fstat(self._file.fileno()).st_nlink == 0:
+        if not self._path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
             raise gone(self._path)
         if self._events is not None:
             self._events.write(step, scalars)

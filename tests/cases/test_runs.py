@@ -159,15 +159,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_one_error(workdir):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_is_removed_ends_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("remove_folder", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere"))])
+def test_a_workdir_that_is_removed_ends_the_run(tmp_path, monkeypatch, remove_folder):
     config = small_config()
     config.scenes.folder = str(tmp_path / "world")
-    config.num_steps = 100
+    config.num_steps = config.checkpoint.every_steps = 100
     finish = train.finish_step
 
     def remove(step, *arguments, **options):
         if step == 3:
-            (tmp_path / "run").rename(tmp_path / "elsewhere")
+            remove_folder(tmp_path / "run")
         return finish(step, *arguments, **options)
 
     monkeypatch.setattr(train, "finish_step", remove)
