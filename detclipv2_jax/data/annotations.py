@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax import files
+from detclipv2_jax.data.schema import DataError
 
 MAX_SIDE = 65_535  # px; of a JPEG
 MAX_NUMBER = 1e9  # px
@@ -191,11 +192,13 @@ def _runs_of_text(text: str) -> list[int] | None:
     return runs if not shift else None
 
 
-def flags_of(rows: Sequence[dict[str, Any]], key: str, odd: collections.Counter[str]) -> Bool[np.ndarray, " n"]:
+def flags_of(
+    rows: Sequence[dict[str, Any]], key: str, odd: collections.Counter[str], *, where: str | Path
+) -> Bool[np.ndarray, " n"]:
     """Returns whether a flag is set in each annotation; null and texts like "0" are counted in `odd`.
 
     Raises:
-      ValueError: a flag has no meaning; the message names the entry.
+      DataError: a flag has no meaning; the message names the file, `where`, and the entry.
     """
     values = [row.get(key, 0) for row in rows]
     if {*map(type, values)} <= {int, bool}:
@@ -206,7 +209,7 @@ def flags_of(rows: Sequence[dict[str, Any]], key: str, odd: collections.Counter[
             number = _FLAGS.get(str(value).strip().lower()) if isinstance(value, str) else value or 0
             values[i] = number in (1, True) if number in (0, 1) else None
         if values[i] is None or not isinstance(values[i], int):
-            raise ValueError(f"annotations[{i}] has {key} {shown(value)}; 0 and 1 have a meaning")
+            raise DataError(f"{where}: annotations[{i}] has {key} {shown(value)}; 0 and 1 have a meaning")
     return np.array(values, bool)
 
 

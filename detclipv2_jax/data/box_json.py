@@ -12,6 +12,7 @@ in `counters`; above a share of the whole it is an error.
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data import annotations as annotations_lib
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.annotations import shown, size_of, usable_id
-from detclipv2_jax.data.checks import documented, refuse_above_share, resolve
+from detclipv2_jax.data.checks import documented, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.data.selection import (
@@ -138,8 +139,6 @@ def _collect_boxes(
     images: Sequence[dict[str, Any]],
     path: Path,
     *,
-    folder: str,
-    follow_links: bool,
     label: Callable[[dict[str, Any], dict[str, Any]], int | str],
     max_bad_share: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, collections.Counter[str]]:
@@ -153,7 +152,7 @@ def _collect_boxes(
     repaired: collections.Counter[str] = collections.Counter()
     entries = content["annotations"]
     xywh, repaired["box taken from the outline for want of a bbox"] = annotations_lib.boxes_of(entries)
-    crowd = annotations_lib.flags_of(entries, "iscrowd", repaired)
+    crowd = annotations_lib.flags_of(entries, "iscrowd", repaired, where=path)
     no_numbers = np.isnan(xywh).all(axis=1)
     kept, image_of_box, labels, total = [], [], [], 0
     for row, annotation in enumerate(entries):
@@ -180,7 +179,6 @@ def _collect_boxes(
         np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), sizes
     )
     bad.update(reasons)
-    _probe_sizes(sizes, places, images, folder, follow_links=follow_links)
     refuse_above_share(bad, total, max_bad_share, what="boxes", where=path)
     doubtful = _doubtful(xywh[usable], sizes[usable], total, path, max_bad_share=max_bad_share)
     if not usable.any():
@@ -202,16 +200,16 @@ def _doubtful(xywh: np.ndarray, sizes: np.ndarray, total: int, path: Path, *, ma
     return {reason: num for reason, num in counts.items() if num}
 
 
-def _probe_sizes(
-    sizes: np.ndarray, places: np.ndarray, images: Sequence[dict[str, Any]], folder: str, *, follow_links: bool
-) -> None:
-    """Fills the sizes [n, 2] of boxes on some of the images whose size the json does not give."""
-    wanting = np.unique(places[(sizes == 0).any(axis=1)])[:_NUM_PROBED_SIZES]
-    for i in wanting.tolist():
+def probe_sizes(images: Sequence[dict[str, Any]], folder: str, *, follow_links: bool) -> None:
+    """Gives some images whose json has no size that of their files, for boxes to be compared with."""
+    wanting = (image for image in images if isinstance(image, dict) and not all(size_of(image)))
+    for image in itertools.islice(wanting, _NUM_PROBED_SIZES):
+        if unsafe_path(file_name(image)):
+            continue
         try:
-            data = files.read_bytes(resolve(folder, file_name(images[i]), follow_links=follow_links))
-            sizes[places == i] = transforms.read_header(data).displayed_size
-        except (UnusableError, OSError):
+            data = files.read_bytes(resolve(folder, file_name(image), follow_links=follow_links))
+            image["height"], image["width"] = transforms.read_header(data).displayed_size
+        except (UnusableError, OSError, ValueError):
             continue
 
 
@@ -306,13 +304,12 @@ def read_detection(
         content = few_shot(content, num_shots=num_shots, seed=few_shot_seed)
         logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)
     kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
+    probe_sizes(kept, folder, follow_links=follow_links)
     label_of: dict[Any, int | str] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
     boxes, labels, image_of_box, odd = _collect_boxes(
         content,
         kept,
         path,
-        folder=folder,
-        follow_links=follow_links,
         label=lambda annotation, _: label_of.get(annotation.get("category_id"), "box of an unlisted category"),
         max_bad_share=max_bad_share,
     )
@@ -351,6 +348,7 @@ def read_grounding(
     captioned = [image for image in kept if isinstance(image.get("caption"), str) and image["caption"].strip()]
     no_caption = len(kept) - len(captioned)
     refuse_above_share({"without a caption": no_caption}, len(kept), max_bad_share, what="images", where=path)
+    probe_sizes(captioned, folder, follow_links=follow_links)
     phrases: dict[str, int] = {}
     odd_spans: collections.Counter[str] = collections.Counter()
 
@@ -365,8 +363,6 @@ def read_grounding(
         content,
         captioned,
         path,
-        folder=folder,
-        follow_links=follow_links,
         label=label,
         max_bad_share=max_bad_share,
     )

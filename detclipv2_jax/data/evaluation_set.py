@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.annotations import shown
-from detclipv2_jax.data.box_json import BoxSource, check_kind, load_json, vocabulary_of
+from detclipv2_jax.data.box_json import BoxSource, check_kind, load_json, probe_sizes, vocabulary_of
 from detclipv2_jax.data.checks import documented, photo_facts
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.schema import DataError, Kind
@@ -69,6 +69,7 @@ def read_evaluation(
         content, repaired = with_fitting_ids(content)
         content, num_dropped = drop_categories(content, dropped, path)
         num_dropped |= repaired
+    probe_sizes(content["images"], folder, follow_links=follow_links)
     truth = truth_lib.from_content(str(path), content, max_bad_share=max_bad_share)
     for what, num in (truth.odd | num_dropped).items():
         logging.warning("%s: %d × %s", path, num, what)

@@ -119,13 +119,9 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     kept = np.flatnonzero(~bad & ~flat)
     if not len(kept):
         raise DataError(f"{name} has no usable box: there is nothing to score against")
-    chosen = [rows[i] for i in kept] if len(kept) < len(rows) else rows
+    crowd, ignored = (annotations_lib.flags_of(rows, key, odd, where=name)[kept] for key in ("iscrowd", "ignore"))
     image, category, boxes = image[kept], category[kept], boxes[kept]
-    try:
-        crowd, ignored = (annotations_lib.flags_of(chosen, key, odd) for key in ("iscrowd", "ignore"))
-    except ValueError as error:
-        raise DataError(f"{name}: {error}") from None
-    areas = annotations_lib.areas_of(chosen, boxes, odd)
+    areas = annotations_lib.areas_of([rows[i] for i in kept] if len(kept) < len(rows) else rows, boxes, odd)
     check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
     absent, incomplete = (_pairs(images, key, category_ids, odd, name=name) for key in FEDERATED)
     return Truth(

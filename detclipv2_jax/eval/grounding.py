@@ -75,7 +75,7 @@ def read_queries(
     content, repaired = with_fitting_ids(content)
     rows = content["annotations"]
     xywh, odd["box taken from the outline for want of a bbox"] = boxes_of(rows)
-    crowd = flags_of(rows, "iscrowd", odd)
+    crowd = flags_of(rows, "iscrowd", odd, where=annotations)
     by_id = {usable_id(image["id"]): image for image in images}
     reasons: dict[str, np.ndarray] = {}
     boxes: dict[tuple[Any, str], list[np.ndarray]] = collections.defaultdict(list)

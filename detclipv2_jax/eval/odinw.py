@@ -69,7 +69,7 @@ def evaluate(
     """
     config = checkpoint.config.copy_and_resolve_references()
     config.eval.update({"annotations": str(annotations), "images": str(annotations.parent), "dictionary": ""})
-    config.eval.update({"definitions": False, "max_examples": 0})
+    config.eval.update({"definitions": False, "max_examples": 0, "drop_categories": ()})
     config.eval.batch_size = -(-config.eval.batch_size // jax.device_count()) * jax.device_count()
     streams = loop.make_streams(config)
     for stream in streams:

@@ -67,7 +67,16 @@ def rows_changed(**values):
     return edit
 
 
+def corners_without_sizes(content):
+    for image in content["images"]:
+        del image["height"], image["width"]
+    for row in content["annotations"]:
+        x, y, width, height = row["bbox"]
+        row["bbox"] = [x + 1, y + 1, x + width, y + height]
+
+
 REFUSED = {
+    "corners": (corners_without_sizes, "look like x1, y1, x2, y2"),
     "box null": (rows_changed(bbox=None), "3 of .* annotations cannot be used"),
     "box of texts": (rows_changed(bbox=["1", "2", "3", "4"]), "3 of .* annotations cannot be used"),
     "no annotations": (lambda content: content["annotations"].clear(), "has no annotations"),
