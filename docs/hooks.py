@@ -1,9 +1,10 @@
-"""Pages of the site that are written by the code itself: the first page, the configuration, the Python interface."""
+"""What the site takes from elsewhere: first page, configuration, Python interface, measurements of accelerators."""
 
 from __future__ import annotations
 
 import html
 import inspect
+import json
 import pathlib
 import re
 import sys
@@ -12,6 +13,7 @@ from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
@@ -32,6 +34,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts the measurements of accelerators into the page of benchmarks."""
+    return markdown.replace("<!-- measurements of accelerators -->", accelerators(ROOT / "results" / "accelerator"))
+
+
+def accelerators(folder: pathlib.Path) -> str:
+    """Returns a section with the table of every measured card, or that there is none."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        return "No accelerator was measured."
+    sys.path.insert(0, str(ROOT))
+    from tests.benchmarks.accelerator import table  # imports jax: only if it is needed
+
+    reports = [json.loads(path.read_text()) for path in paths]
+    return "\n\n".join(f"### {report['card']}\n\n{table(report)}" for report in reports)
 
 
 def home() -> str:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import runpy
 import sys
 from typing import Any
@@ -45,6 +46,7 @@ def parse(module: str, arguments: list[str]) -> dict[str, Any]:
 
     argparse.ArgumentParser.parse_args, app.run = parse_and_stop, run  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
+    sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))  # scripts import what lies beside them
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

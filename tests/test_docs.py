@@ -49,7 +49,7 @@ def variants(words):
 
 
 def commands_of(text):
-    """Returns the commands of this package that a page gives, as lists of a module and its arguments."""
+    """Returns the commands of this repository that a page gives, as lists of a module and its arguments."""
     blocks, _, inline = pieces(text)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline
     found = []
@@ -58,7 +58,9 @@ def commands_of(text):
             words = shlex.split(part, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):  # variables of the environment
                 words = words[1:]
-            if words[:2] == ["python", "-m"] and words[2].split(".")[0] == PROGRAM:
+            if words[:1] == ["python"] and words[1].endswith(".py"):
+                words[:2] = ["python", "-m", words[1].removesuffix(".py").replace("/", ".")]
+            if words[:2] == ["python", "-m"] and words[2].split(".")[0] in (PROGRAM, "tests"):
                 found += variants(words[2:])
             elif words and words[0].startswith("--config.") and "=" in line:
                 start = [f"{PROGRAM}.main", "--config=configs/finetune_odinw.py", f"--workdir=runs/{words[0]}"]
