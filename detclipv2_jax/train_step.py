@@ -344,7 +344,7 @@ def _choose(
     )
     return proposals.select_proposals(
         regions,
-        boxes,
+        box_lib.clip(boxes, images.extent[:, None]),  # before suppression, as mmdetection does
         concepts,
         anchor_mask=anchor_mask(images, anchors),
         table=table,

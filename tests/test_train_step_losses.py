@@ -25,9 +25,21 @@ CASES = {
     "pairs": (Kind.IMAGE_TEXT, 1, {}),
     "pairs in chunks": (Kind.IMAGE_TEXT, 2, {"selection_scope": "device", "selection": "text_batch_centerness"}),
     "pairs, classification": (Kind.IMAGE_TEXT, 1, {"head": "classification", "selection": "classification"}),
-    "pairs, iou": (Kind.IMAGE_TEXT, 1, {"head": "iou", "selection": "iou", "matching": "max_size"}),
-    "pairs, centerness": (Kind.IMAGE_TEXT, 1, {"selection": "centerness", "matching": "one_to_many"}),
-    "pairs, own text": (Kind.IMAGE_TEXT, 1, {"selection": "text_sample", "selection_nms_iou": 0.3}),
+    "pairs, iou": (
+        Kind.IMAGE_TEXT,
+        1,
+        {"head": "iou", "selection": "iou", "matching": "max_size", "side": "bilateral"},
+    ),
+    "pairs, centerness": (
+        Kind.IMAGE_TEXT,
+        1,
+        {"selection": "centerness", "matching": "one_to_many", "side": "bilateral"},
+    ),
+    "pairs, own text": (
+        Kind.IMAGE_TEXT,
+        1,
+        {"selection": "text_sample", "selection_nms_iou": 0.3, "side": "image_to_text"},
+    ),
 }
 
 

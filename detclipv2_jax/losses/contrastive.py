@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from detclipv2_jax.losses.concept_table import Captions, Table, unique_rows
 from detclipv2_jax.losses.devices import WHOLE, gather, on_each_device, reduce_scatter
+from detclipv2_jax.losses.image_side import image_scores
 from detclipv2_jax.losses.matching import LOW, Settings, caption_scores
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def word_region_loss(
 
     text_to_image: each caption is classified over all images by a softmax of s / temperature; the target is
     1 - label_smoothing on its own image plus label_smoothing / B on all B. image_to_text: each image is classified
-    over all captions, with the same s (the paper gives no formula). bilateral: the mean of both.
+    over all captions, with the similarity from its side: the mean over its proposals of the best similarity to a
+    concept of the caption. bilateral: the mean of both.
 
     Arrays are global, rows of all of them split over all axes of the mesh of `jax.set_mesh`, in order; without a
     mesh everything is on one device. Over the network go the concept embeddings in the dtype of `regions`, ids, a
@@ -158,7 +160,13 @@ def _local_loss(
     )  # [B, b]: captions of all devices, images of this one
 
     valid = arrays.image_mask & jnp.any(region_mask, axis=1) & jnp.any(caption_mask, axis=1)
-    loss, metrics = _info_nce(scores, valid, axes, settings=settings)
+    side_scores = None
+    if settings.side != "text_to_image":
+        rows = gather(unique.order[own_slots], axes)
+        side_scores = image_scores(
+            axes, regions, arrays.text, region_mask, rows, captions_mask, chunk_bytes=settings.chunk_bytes
+        )
+    loss, metrics = _info_nce(scores, side_scores, valid, axes, settings=settings)
     own_chosen = chosen[own_slots, jnp.arange(own_slots.shape[0])[:, None]]
     hits = _num_chosen(own_chosen, votes, own_slots, caption_mask)
     num_valid = jnp.maximum(_total(valid, axes), 1.0)
@@ -176,37 +184,48 @@ def _total(x: Array, axes: tuple[str, ...]) -> Float32[Array, ""]:
 
 def _info_nce(
     scores: Float32[Array, "B b"],
+    side_scores: Float32[Array, "B b"] | None,
     valid: Bool[Array, " b"],
     axes: tuple[str, ...],
     *,
     settings: ContrastiveSettings,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    """Returns (loss, metrics) from the scores of all captions with this device's images; only [B] vectors are sent."""
+    """Returns (loss, metrics) from the scores of all captions with this device's images; only [B] vectors are sent.
+
+    `side_scores` are those from the images' side, which classify images over captions.
+    """
     b = valid.shape[0]
     first = jax.lax.axis_index(axes) * b if axes else 0  # this device's first row among all captions
     own_rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=b)
     pairs = gather(valid, axes)[:, None] & valid[None]
-    logits = jnp.where(pairs, scores / settings.temperature, LOW)
-    own = jnp.diagonal(own_rows(logits))
     num_valid = jnp.maximum(_total(valid, axes), 1.0)
 
-    def over_images() -> Array:  # for this device's captions
+    def scaled(scores: Array) -> tuple[Array, Array]:  # and of the pairs themselves
+        logits = jnp.where(pairs, scores / settings.temperature, LOW)
+        return logits, jnp.diagonal(own_rows(logits))
+
+    def over_images(logits: Array) -> Array:  # for this device's captions
         peak = jax.lax.stop_gradient(jnp.max(logits, axis=1))
         peak = jax.lax.pmax(peak, axes) if axes else peak
         sums = reduce_scatter(jnp.sum(jnp.exp(logits - peak[:, None]), axis=1), axes)
         return jnp.log(sums) + own_rows(peak)
 
-    def over_captions() -> Array:  # for this device's images
+    def over_captions(logits: Array) -> Array:  # for this device's images
         return jax.nn.logsumexp(logits, axis=0)
 
-    normalizer = {
-        "text_to_image": over_images,
-        "image_to_text": over_captions,
-        "bilateral": lambda: 0.5 * (over_images() + over_captions()),
-    }[settings.side]()
-    likelihood = normalizer - (1.0 - settings.label_smoothing) * own
-    smoothing = jnp.where(pairs, logits, 0.0) * (settings.label_smoothing / num_valid)
-    loss = (_total(jnp.where(valid, likelihood, 0.0), axes) - _total(smoothing, axes)) / num_valid
+    def cross_entropy(normalizer: Array, logits: Array, own: Array) -> Array:
+        likelihood = normalizer - (1.0 - settings.label_smoothing) * own
+        smoothing = jnp.where(pairs, logits, 0.0) * (settings.label_smoothing / num_valid)
+        return (_total(jnp.where(valid, likelihood, 0.0), axes) - _total(smoothing, axes)) / num_valid
+
+    logits, own = scaled(scores)
+    losses = []
+    if settings.side != "image_to_text":
+        losses.append(cross_entropy(over_images(logits), logits, own))
+    if side_scores is not None:
+        side_logits, side_own = scaled(side_scores)
+        losses.append(cross_entropy(over_captions(side_logits), side_logits, side_own))
+    loss = losses[0] if len(losses) == 1 else 0.5 * (losses[0] + losses[1])
 
     logits, own = jax.lax.stop_gradient((logits, own))
     rank = reduce_scatter(jnp.sum(logits >= gather(own, axes)[:, None], axis=1, dtype=jnp.float32), axes)

@@ -105,24 +105,35 @@ def loss_and_gradients(
                 scores[y, x] += value / len(concepts[j])
                 parts[y, x] += [(c, r, weights[r] / len(concepts[j])) for r in np.flatnonzero(weights)]
 
+    # the image's side: the best concept of every proposal, averaged over the proposals (section 3.2)
+    image_scores, image_parts = np.zeros((n, n)), {}
+    for y, j in enumerate(pairs):
+        for x, i in enumerate(pairs):
+            valid = [best(0, i)] if matching == "max_size" else np.flatnonzero(region_mask[i])
+            named = [max(concepts[j], key=lambda c: scale * regions[i][r] @ text[c]) for r in valid]
+            image_parts[y, x] = [(c, r, 1 / len(valid)) for c, r in zip(named, valid, strict=True)]
+            image_scores[y, x] = np.mean([scale * regions[i][r] @ text[c] for c, r, _ in image_parts[y, x]])
+
     target = (1 - label_smoothing) * np.eye(n) + label_smoothing / n
-    loss, scores_bar = 0.0, np.zeros((n, n))
-    for axis, share in {"text_to_image": [(1, 1.0)], "image_to_text": [(0, 1.0)], "bilateral": [(1, 0.5), (0, 0.5)]}[
-        side
-    ]:
-        z = scores / temperature
+    to_images, to_texts = (scores, parts, 1), (image_scores, image_parts, 0)  # the axis of the softmax
+    sides = {
+        "text_to_image": [(to_images, 1.0)],
+        "image_to_text": [(to_texts, 1.0)],
+        "bilateral": [(to_images, 0.5), (to_texts, 0.5)],
+    }[side]
+    loss, regions_bar, text_bar, scale_bar = 0.0, np.zeros_like(regions), np.zeros_like(text), 0.0
+    for (s, terms_of, axis), share in sides:
+        z = s / temperature
         log_p = z - z.max(axis=axis, keepdims=True)
         log_p -= np.log(np.exp(log_p).sum(axis=axis, keepdims=True))
         loss += share * -(target * log_p).sum() / n
-        scores_bar += share * (np.exp(log_p) - target) / n / temperature
-
-    regions_bar, text_bar, scale_bar = np.zeros_like(regions), np.zeros_like(text), 0.0
-    for (y, x), terms in parts.items():
-        for c, r, weight in terms:
-            bar = scores_bar[y, x] * weight
-            regions_bar[pairs[x], r] += bar * scale * text[c]
-            text_bar[c] += bar * scale * regions[pairs[x], r]
-            scale_bar += bar * regions[pairs[x], r] @ text[c]
+        scores_bar = share * (np.exp(log_p) - target) / n / temperature
+        for (y, x), terms in terms_of.items():
+            for c, r, weight in terms:
+                bar = scores_bar[y, x] * weight
+                regions_bar[pairs[x], r] += bar * scale * text[c]
+                text_bar[c] += bar * scale * regions[pairs[x], r]
+                scale_bar += bar * regions[pairs[x], r] @ text[c]
 
     all_concepts = set(np.flatnonzero(concept_mask & (canonical == np.arange(len(canonical)))))
     ranks = [(scores[y] >= scores[y, y]).sum() for y in range(n)]

@@ -34,8 +34,15 @@ TABLE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("match", ["one_to_one", "one_to_many"])
-def test_memory_of_forward_and_backward_pass(match):
+@pytest.mark.parametrize(
+    ("match", "side", "most_bytes"),
+    [
+        ("one_to_one", "text_to_image", 0.30e9),
+        ("one_to_many", "text_to_image", 0.30e9),
+        ("one_to_one", "bilateral", 0.60e9),  # the table and its gradient in float32 once more
+    ],
+)
+def test_memory_of_forward_and_backward_pass(match, side, most_bytes):
     """The similarities alone would have 192 × 100 × 37,000 × 4 bytes = 2.8 GB, and a gradient of that size."""
     learned = {"regions": shape(IMAGES, 100, DIM, dtype=jnp.bfloat16), "text": TABLE["text"], "scale": TABLE["scale"]}
     rest = {name: x for name, x in TABLE.items() if name not in learned}
@@ -47,7 +54,7 @@ def test_memory_of_forward_and_backward_pass(match):
             **rest,
             region_areas=None,
             matching=match,
-            side="text_to_image",
+            side=side,
             temperature=0.5,
             label_smoothing=0.1,
             matching_temperature=0.1,
@@ -55,7 +62,7 @@ def test_memory_of_forward_and_backward_pass(match):
         )
 
     program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(learned, rest).compile()
-    assert program.memory_analysis().temp_size_in_bytes <= 0.30e9
+    assert program.memory_analysis().temp_size_in_bytes <= most_bytes
 
 
 @pytest.mark.slow

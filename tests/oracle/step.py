@@ -135,7 +135,7 @@ def box_step(outputs, batch, *, kind, canvas, settings, objectness="none"):
 def select(outputs, batch, *, canvas, settings, num_devices):
     """Returns (anchors, their boxes) chosen in every image, best first: score, top of them, suppression, top k."""
     anchors, _, counts = photo_anchors(batch, canvas)
-    boxes = geometry.decode(anchors, outputs.box_deltas)
+    boxes = np.stack([*map(geometry.clip, geometry.decode(anchors, outputs.box_deltas), batch.extent)])
     first, b = first_rows(batch), len(batch.image)
     distinct = np.flatnonzero((first == np.arange(len(first))) & batch.concept_mask)
     similarity = outputs.scale * outputs.embeddings @ outputs.text.T
