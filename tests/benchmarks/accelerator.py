@@ -186,18 +186,22 @@ class Bench:
         self.pool.shutdown(cancel_futures=True)
 
     def run(self, group: Callable[[], Any]) -> None:
-        """Compiles all programs of a group side by side, then times them one by one; a failure is a row, too."""
+        """Compiles all programs of a group side by side and times each when it is ready; a failure is a row, too."""
         chosen = self._listed(group)
         compared = {program.reference for program in chosen}
         if chosen and self.created is None and self.state is None:
             self.created = self.pool.submit(jax.jit(self.setting.create).lower().compile)
-        waiting = [(program, self._compile(program)) for program in chosen]
-        for program, future in waiting:
-            if self.report.seconds_left < MARGIN:
+        waiting = {self._compile(program): program for program in chosen}
+        while waiting:  # whichever is compiled first is timed first
+            timeout = max(0.0, self.report.seconds_left - MARGIN)
+            done, _ = concurrent.futures.wait(waiting, timeout, concurrent.futures.FIRST_COMPLETED)
+            future = min(done or waiting, key=list(waiting).index)
+            program = waiting.pop(future)
+            if self.report.seconds_left < MARGIN or not done:
                 self.report.add({"name": program.name, "error": "time ran out"})
                 continue
             try:
-                self.report.add(self._time(future.result(timeout=self.report.seconds_left), program.name in compared))
+                self.report.add(self._time(future.result(), program.name in compared))
             except Exception as error:  # whatever one program's is, the others are worth their time
                 self._failed(program.name, error)
                 self.state = None if self.state is not None and _deleted(self.state) else self.state

@@ -109,17 +109,20 @@ def without_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 def groups(setting: Setting) -> list[Callable[[], Iterator[Program]]]:
     """Returns the makers of programs, what matters most first; the programs of a group are compiled together."""
     return [
-        functools.partial(steps, setting),
+        functools.partial(steps, setting, kernels=True),
+        functools.partial(blocks, setting),
         functools.partial(predictions, setting),
+        functools.partial(steps, setting, kernels=False),
         functools.partial(towers, setting),
         functools.partial(losses, setting),
-        functools.partial(blocks, setting),
     ]
 
 
-def steps(setting: Setting) -> Iterator[Program]:
-    """Yields the training step of every kind."""
+def steps(setting: Setting, *, kernels: bool) -> Iterator[Program]:
+    """Yields the training step of every kind, with the kernels for this device or without."""
     for form, config in forms(setting.config):
+        if kernels == (form == WITHOUT_KERNELS):
+            continue
         of_form = dataclasses.replace(setting, config=config)
         for kind in (Kind.DETECTION, Kind.IMAGE_TEXT, Kind.GROUNDING):
             yield _step(of_form, kind, form)
