@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
     started = time.monotonic()
+    if config.mesh.cpu_devices > 0:  # before JAX looks for devices
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     try:
         processes.join(_DISTRIBUTED.value, timeout_s=config.timeout_s)
         training = _MODE.value == "train"

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from detclipv2_jax.runs import optimizer as optimizer_lib
 from detclipv2_jax.runs import pretrained as pretrained_lib
 from detclipv2_jax.runs import processes, sharding
 from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.runs.ahead import Ahead
 from detclipv2_jax.runs.metrics import MetricsWriter, Progress, prefix
 from detclipv2_jax.runs.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
 from detclipv2_jax.runs.order import StepOrder
@@ -162,6 +163,7 @@ def train(run: Run) -> dict[str, float]:
 
         # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
         steps = {key: jitted_step(run, *key) for key in {(stream.kind, stream.canvas) for stream in run.streams}}
+        ahead = stack.enter_context(contextlib.closing(compile_ahead(run, steps, state, start=start)))
         readers: dict[int, Iterator[Batch]] = {}
         positions = order.next_positions(start)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
@@ -205,6 +207,7 @@ def train(run: Run) -> dict[str, float]:
                 # else every Python call while a step is traced would be an event: millions
                 options.python_tracer_level = 0
                 jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
+            ahead.wait((stream.kind, stream.canvas))
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
             if finish_last:
@@ -326,6 +329,24 @@ def jitted_step(run: Run, kind: Kind, canvas: tuple[int, int]) -> train_step.Ste
     step = train_step.make_step(kind, model=run.model, tx=run.tx, config=run.config, canvas=canvas, mesh=run.mesh)
     replicated = NamedSharding(run.mesh, sharding.REPLICATED)
     return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
+
+
+def compile_ahead(run: Run, steps: dict[tuple[Kind, tuple[int, int]], Any], state: TrainState, *, start: int) -> Ahead:
+    """Returns what compiles the steps in the order in which they are first drawn, the later ones while others run."""
+    if jax.process_count() > 1:  # processes must compile a program at the same time
+        return Ahead({})
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    programs: dict[Hashable, Callable[[], object]] = {}
+    for stream in (run.streams[i] for i in run.order.upcoming(start)):
+        rows = stream.capacities["table"]
+        batch = sharding.batch_shapes(run.config, stream.kind, stream.canvas, table_rows=rows, mesh=run.mesh)
+
+        def compiled(key: Any = (stream.kind, stream.canvas), batch: Batch = batch) -> object:
+            with jax.set_mesh(run.mesh):
+                return steps[key].lower(shapes, batch).compile()
+
+        programs.setdefault((stream.kind, stream.canvas), compiled)
+    return Ahead(programs)
 
 
 def step_cost(run: Run, number: int) -> Callable[[float], float]:

@@ -16,7 +16,6 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax import train_step
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip
-from detclipv2_jax.preflight import compile_step
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import make_optimizer
@@ -144,7 +143,7 @@ def test_every_config_can_be_traced(name, kind):
     canvas = tuple(config[kind.value].canvases[0])
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=canvas, mesh=mesh)
     with jax.set_mesh(mesh):
-        after, metrics = jax.eval_shape(step, state, compile_step.batch_shapes(config, kind, canvas, table_rows=8 * 96))
+        after, metrics = jax.eval_shape(step, state, sharding.batch_shapes(config, kind, canvas, table_rows=8 * 96))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(metric.shape == () and metric.dtype == jnp.float32 for metric in metrics.values())
     assert {"loss", "finite", "grad_norm"} <= metrics.keys()

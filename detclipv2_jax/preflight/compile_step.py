@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import files, inference, train
 from detclipv2_jax.chips import CHIPS, GIB
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
@@ -170,7 +170,7 @@ def _training(
     params = train_state.param_shapes(run.model, context_length=config.model.text.context_length)
     state = jax.eval_shape(lambda p: train_state.create(p, run.tx, ema=run.shardings.ema is not None), params)
     state = jax.tree.map(_placed, state, run.shardings)
-    batch = batch_shapes(config, kind, canvas, table_rows=sizes.table_rows, place=NamedSharding(mesh, sharding.BATCH))
+    batch = sharding.batch_shapes(config, kind, canvas, table_rows=sizes.table_rows, mesh=mesh)
 
     def count() -> dict[str, float]:
         counts = {"table_rows": sizes.table_rows, "num_devices": mesh.size}
@@ -201,35 +201,6 @@ def _with_deform(config: ConfigDict, platform: str) -> ConfigDict:
 
 def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
-
-def batch_shapes(
-    config: ConfigDict, kind: Kind, canvas: tuple[int, int], *, table_rows: int, place: NamedSharding | None = None
-) -> Batch:
-    """Returns the shapes of a global batch."""
-    section = config[kind.value]
-    b = section.batch_size
-    n, m = (0, section.max_phrases + 1) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
-
-    def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
-
-    return Batch(
-        image=shape((b, *canvas, 3), jnp.uint8),
-        extent=shape((b, 2), jnp.int32),
-        scale=shape((b, 2), jnp.float32),
-        original_size=shape((b, 2), jnp.int32),
-        image_mask=shape((b,), bool),
-        example_id=shape((b,), jnp.int32),
-        boxes=shape((b, n, 4), jnp.float32),
-        box_mask=shape((b, n), bool),
-        box_concepts=shape((b, n), jnp.int32),
-        concept_tokens=shape((table_rows, config.model.text.context_length), jnp.int32),
-        concept_mask=shape((table_rows,), bool),
-        concept_ids=shape((table_rows, 2), jnp.uint32),
-        caption_concepts=shape((b, m), jnp.int32),
-        caption_mask=shape((b, m), bool),
-    )
 
 
 def _prediction(

@@ -101,3 +101,11 @@ class StepOrder:
             drawn = np.bincount(self._order(epoch)[0][:offset], minlength=len(self._per_epoch))
         before = (max(epoch - start, 0) * count for count, start in zip(self._per_epoch, self._from, strict=True))
         return [passed + int(seen) for passed, seen in zip(before, drawn, strict=True)]
+
+    def upcoming(self, step: int) -> list[int]:
+        """Returns the streams that step `step` and later ones draw from: that step's first, the others by epoch."""
+        if step >= self.num_steps:
+            return []
+        first = [int(self.epoch_ends[epoch - 1]) if epoch else 0 for epoch in self._from]
+        drawn = [i for i, count in enumerate(self._per_epoch) if count and first[i] < self.num_steps]
+        return sorted(drawn, key=lambda i: (i != self.draw(step).stream, first[i]))

@@ -5,14 +5,17 @@ Axes ("data", "fsdp"): batch rows and concept-table rows are split over both, pa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.data.schema import Batch, Kind
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)  # axis 0 of every array of a batch, concept table included
@@ -71,3 +74,33 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
     )
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def batch_shapes(
+    config: ConfigDict, kind: Kind, canvas: tuple[int, int], *, table_rows: int, mesh: Mesh | None = None
+) -> Batch:
+    """Returns the shapes of a global batch, with their place on a mesh if there is one."""
+    place = NamedSharding(mesh, BATCH) if mesh else None
+    section = config[kind.value]
+    b = section.batch_size
+    n, m = (0, section.max_phrases + 1) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
+
+    def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    return Batch(
+        image=shape((b, *canvas, 3), np.uint8),
+        extent=shape((b, 2), np.int32),
+        scale=shape((b, 2), np.float32),
+        original_size=shape((b, 2), np.int32),
+        image_mask=shape((b,), bool),
+        example_id=shape((b,), np.int32),
+        boxes=shape((b, n, 4), np.float32),
+        box_mask=shape((b, n), bool),
+        box_concepts=shape((b, n), np.int32),
+        concept_tokens=shape((table_rows, config.model.text.context_length), np.int32),
+        concept_mask=shape((table_rows,), bool),
+        concept_ids=shape((table_rows, 2), np.uint32),
+        caption_concepts=shape((b, m), np.int32),
+        caption_mask=shape((b, m), bool),
+    )

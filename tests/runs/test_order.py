@@ -78,3 +78,15 @@ def test_nothing_to_draw_is_an_error():
         StepOrder((4,), epochs=1, seed=0, weights=(0.0,))
     with pytest.raises(ValueError, match="in the first epoch"):
         StepOrder((4,), epochs=2, seed=0, from_epochs=(1,))
+
+
+def test_upcoming_streams_are_those_drawn_from_that_steps_first():
+    order = StepOrder([3, 5, 2, 4], epochs=3, seed=1, weights=[1.0, 1.0, 0.0, 1.0], from_epochs=[0, 2, 0, 1])
+    for step in range(order.num_steps):
+        later = list(dict.fromkeys(order.draw(at).stream for at in range(step, order.num_steps)))
+        assert order.upcoming(step)[0] == later[0]
+        assert set(order.upcoming(step)) >= set(later)
+    assert order.upcoming(0) == [0, 3, 1]
+    assert order.upcoming(order.num_steps) == []
+    capped = StepOrder([3, 5], epochs=3, seed=1, num_steps=4, from_epochs=[0, 2])
+    assert capped.upcoming(0) == [0]

@@ -1,0 +1,29 @@
+"""Programs compiled on a thread of their own while the ones before them run."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Hashable, Mapping
+
+
+class Ahead:
+    """Compiles programs one after the other, in the order given, until `close`.
+
+    A compiled program is kept by JAX, so that the call of the jitted function finds it. What fails to compile fails
+    again in that call, where its error belongs.
+    """
+
+    def __init__(self, programs: Mapping[Hashable, Callable[[], object]]):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiled = {key: self._thread.submit(program) for key, program in programs.items()}
+
+    def wait(self, key: Hashable) -> None:
+        """Returns when the program of a key is compiled, or has failed to; at once where there is none."""
+        if key in self._compiled:
+            with contextlib.suppress(Exception):
+                self._compiled.pop(key).result()
+
+    def close(self) -> None:
+        """Ends the thread, after the program that it is at."""
+        self._thread.shutdown(cancel_futures=True)

@@ -1,0 +1,65 @@
+"""Programs compiled on another thread."""
+
+import threading
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from detclipv2_jax import main, train
+from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs.ahead import Ahead
+
+
+def test_programs_follow_each_other_and_errors_wait_for_the_call():
+    done, go = [], threading.Event()
+
+    def failing():
+        raise ValueError("does not fit")
+
+    ahead = Ahead({"a": lambda: done.append("a"), "b": failing, "c": lambda: go.wait(60) and done.append("c"), "d": go.set})
+    ahead.wait("b")
+    ahead.wait("nothing of that name")
+    assert done == ["a"]
+    go.set()
+    ahead.wait("c")
+    assert done == ["a", "c"]
+    ahead.close()
+
+
+def test_what_waits_is_left_when_the_run_ends():
+    started, go, done = threading.Event(), threading.Event(), []
+    ahead = Ahead({"a": lambda: (started.set(), go.wait(60)), "b": lambda: done.append("b")})
+    started.wait(60)
+    threading.Timer(0.05, go.set).start()
+    ahead.close()
+    assert not done
+
+
+@pytest.mark.slow
+def test_a_step_compiled_ahead_is_not_compiled_when_called(micro, tmp_path):
+    micro.scenes.num_grounding = micro.scenes.num_image_text = 0
+    run = train.prepare_run(main.with_scenes(micro, tmp_path), tmp_path)
+    (stream,) = run.streams
+    key = stream.kind, stream.canvas
+    step = train.jitted_step(run, *key)
+    state = train.initial_state(run, train.checkpoints_lib.Checkpoints(tmp_path))
+    batch = sharding.to_global(stream.batch(0), run.mesh)
+    rows = stream.capacities["table"]
+    shapes = sharding.batch_shapes(micro, *key, table_rows=rows, mesh=run.mesh)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), batch) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), shapes
+    )
+    ahead = train.compile_ahead(run, {key: step}, state, start=0)
+    ahead.wait(key)
+    ahead.close()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        with jax.set_mesh(run.mesh):
+            _, metrics = step(state, batch)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert np.isfinite(metrics["loss"])
+    assert not [name for name in compiled if "backend_compile" in name]
