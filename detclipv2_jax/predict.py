@@ -17,7 +17,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import tqdm
@@ -25,7 +24,6 @@ from absl import app, flags, logging
 
 from detclipv2_jax import interrupts
 from detclipv2_jax.data import transforms
-from detclipv2_jax.eval.result import Rows
 from detclipv2_jax.files import safe_name, write_json
 from detclipv2_jax.inference import Found, Predictor, vocabulary
 from detclipv2_jax.visualize import figures
@@ -57,7 +55,7 @@ def run(
       nms_iou: a box is removed by a better one of its word if their IoU is above it.
       max_detections: boxes an image.
       batch_size: images a step.
-      draw_threshold: only boxes with at least this score are drawn.
+      draw_threshold: only boxes with at least this score are drawn; where there are none, the best few, as such.
       max_drawn: at most so many boxes a picture are drawn.
 
     Raises:
@@ -101,19 +99,12 @@ def run(
                 path=pictures[i],
             )
             progress.update()
-    rows = [row for i in sorted(found_of) for row in to_coco(found_of[i], image_id=i + 1, file_name=str(paths[i]))]
+    rows = [row | {"file_name": str(paths[i])} for i in sorted(found_of) for row in found_of[i].to_coco(image_id=i + 1)]
     target = pathlib.Path(output) / "detections.json"
     write_json(target, rows, indent=None)
     done = f"{len(found_of)} of {len(paths)} images, {len(rows)} boxes"
     print(f"{done}: {target}, pictures in {target.parent / 'pictures'}")
     return len(paths) - len(found_of)
-
-
-def to_coco(found: Found, *, image_id: int, file_name: str) -> list[dict[str, Any]]:
-    """Returns COCO results with the name of each box's word and its image's file."""
-    image_ids = np.full(len(found.scores), image_id)
-    rows = Rows(image_ids, found.labels + 1, found.boxes, found.scores).to_coco()
-    return [{**row, "name": name, "file_name": file_name} for row, name in zip(rows, found.names, strict=True)]
 
 
 def list_images(images: str, *, output: str = "") -> list[pathlib.Path]:
@@ -196,7 +187,9 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")
     flags.DEFINE_integer("batch_size", 1, "images a step; more is faster on a GPU or TPU", lower_bound=1)
-    flags.DEFINE_float("draw_threshold", 0.2, "only boxes with at least this score are drawn")
+    flags.DEFINE_float(
+        "draw_threshold", 0.2, "boxes with at least this score are drawn, or the best few of a photo that has none"
+    )
     flags.DEFINE_integer("max_drawn", 20, "boxes a picture at most, a place once, with its best word", lower_bound=0)
 
 

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -87,6 +88,7 @@ def test_ways_to_name_images(photos, monkeypatch):
     assert predict.list_images(str(photos)) == names
     assert predict.list_images(str(photos / "*.png")) == [names[0], names[2]]
     assert predict.list_images(str(photos.parent / "**" / "*.jpg")) == [names[1]]
+    assert predict.list_images(str(photos.parent)) == names  # of a sub-folder
     assert predict.list_images(str(names[1])) == [names[1]]
     bracket = photos / "x[1].png"
     names[0].rename(bracket)
@@ -99,6 +101,50 @@ def test_ways_to_name_images(photos, monkeypatch):
     empty.mkdir()
     with pytest.raises(ValueError, match=r"no image in the folder .*empty \(it looks for \.jpg"):
         predict.list_images(str(empty))
+
+
+def test_what_was_drawn_into_the_folder_of_photos_is_no_photo(photos):
+    for _ in range(2):
+        predict.run(checkpoint="run", images=str(photos), words=["red"], output=str(photos / "found"))
+    rows = json.loads((photos / "found" / "detections.json").read_text())
+    assert {row["file_name"] for row in rows} <= {str(photos / name) for name in ("a.png", "b.jpg", "c.png")}
+    assert len(list((photos / "found" / "pictures").iterdir())) == 3
+
+
+def test_what_is_found_on_one_photo(photos):
+    predictor = Predictor.from_checkpoint("run")
+    found = predictor(str(photos / "a.png"), ["blue", "red"], score_threshold=0.1)
+    (same,) = predictor([photos / "a.png"], ["blue", "red"], score_threshold=0.1)
+    pixels = np.asarray(Image.open(photos / "a.png"))
+    from_pixels = predictor(pixels, ["blue", "red"], score_threshold=0.1)
+    assert str(found) == str(same) == str(from_pixels)
+    header, best, *others = str(found).splitlines()
+    assert header.split() == ["score", "word", "x1", "y1", "x2", "y2"]
+    assert best.split()[1] == "red"
+    assert len(others) == len(found.scores) - 1
+    row = found.to_coco(image_id=5)[0]
+    assert (row["image_id"], row["category_id"], row["name"]) == (5, 2, "red")
+    np.testing.assert_allclose(row["bbox"], [200, 20, 60, 60], atol=5)
+    plotted = np.asarray(found.plot(photos / "a.png", max_drawn=1)).astype(int)
+    assert plotted.shape == pixels.shape
+    changed = np.flatnonzero(np.abs(plotted - pixels).sum(axis=(0, 2)))
+    assert 190 <= changed.min() <= 206  # the left side of the box
+    assert str(predictor(pixels, ["blue", "red"], score_threshold=0.999)) == "nothing found of 2 words"
+    np.testing.assert_array_equal(predictor(pixels, ["red"], score_threshold=0.999).plot(pixels), pixels)
+
+
+def test_what_is_found_goes_to_supervision(photos, monkeypatch):
+    class Detections:
+        def __init__(self, **columns):
+            self.__dict__ = columns
+
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=Detections))
+    found = Predictor.from_checkpoint("run")(photos / "a.png", ["blue", "red"], score_threshold=0.1)
+    detections = found.to_supervision()
+    np.testing.assert_array_equal(detections.xyxy, found.boxes)
+    np.testing.assert_array_equal(detections.confidence, found.scores)
+    assert detections.class_id[0] == 1
+    assert detections.data["class_name"][0] == "red"
 
 
 def test_pictures_have_names_of_their_own(tmp_path):

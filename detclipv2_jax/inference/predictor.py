@@ -7,11 +7,12 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import vocabulary
@@ -23,6 +24,9 @@ from detclipv2_jax.runs import checkpoints
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+OneImage = str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]
+Words = Sequence[str] | Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,57 @@ class Found:
         """Returns the word of every box."""
         return [self.vocabulary[label] for label in self.labels]
 
+    def __str__(self) -> str:
+        """Returns a table: score, word and box of each, best first."""
+        if not len(self.scores):
+            return f"nothing found of {len(self.vocabulary)} words"
+        width = max(map(len, self.names))
+        rows = [
+            f"{score:6.2f}  {name:{width}}  " + " ".join(f"{side:7.1f}" for side in box)
+            for score, name, box in zip(self.scores, self.names, self.boxes, strict=True)
+        ]
+        return "\n".join([f"{'score':>6}  {'word':{width}}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}", *rows])
+
+    def to_coco(self, *, image_id: int = 1) -> list[dict[str, Any]]:
+        """Returns rows of COCO results with the word beside; category ids are positions in `vocabulary` from 1 on."""
+        corners = self.boxes.astype(float)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3).tolist()
+        scores = [float(str(score)) for score in self.scores]  # float32's shortest form
+        columns = zip((self.labels + 1).tolist(), boxes, scores, self.names, strict=True)
+        keys = ("category_id", "bbox", "score", "name")
+        return [{"image_id": image_id, **dict(zip(keys, row, strict=True))} for row in columns]
+
+    def to_supervision(self) -> Any:
+        """Returns `supervision.Detections`, with the words as `data["class_name"]`; needs that package."""
+        import supervision
+
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.labels.astype(int),
+            data={"class_name": np.array(self.names, str)},
+        )
+
+    def plot(self, image: Any, *, min_score: float = 0.0, max_drawn: int = 20) -> Image.Image:
+        """Returns the image (path or RGB array) with the best boxes, their words and scores; a notebook shows it."""
+        picture = Image.fromarray(transforms.read(image) if isinstance(image, (str, os.PathLike)) else image)
+        draw, line = ImageDraw.Draw(picture), max(1, max(picture.size) // 300)
+        font = ImageFont.load_default(max(10, max(picture.size) // 45))
+        best = list(zip(self.boxes.tolist(), self.names, self.scores.tolist(), self.labels.tolist(), strict=True))
+        for box, name, score, label in reversed([row for row in best if row[2] >= min_score][:max_drawn]):
+            color = f"hsl({label * 137 % 360}, 85%, 40%)"  # the golden angle: neighbours in the list differ
+            draw.rectangle(box, outline=color, width=line)
+            draw.text(box[:2], f"{name} {score:.2f}", fill="white", font=font, stroke_width=line, stroke_fill=color)
+        return picture
+
 
 class Predictor:
     """Finds any words on any images with a trained model, on the first device of this process.
 
     predictor = Predictor.from_checkpoint("runs/demo")
-    found = predictor(["photo.jpg"], ["cat", "red car"])[0]
-    print(found.names, found.scores, found.boxes)
+    found = predictor("photo.jpg", ["cat", "red car"])
+    print(found)
+    found.plot("photo.jpg").save("found.jpg")
     """
 
     def __init__(
@@ -71,20 +119,26 @@ class Predictor:
         model = detclip.from_config(config.model)
         return cls(config, model, params, step=step, cache=pathlib.Path(workdir) / "vocabularies")
 
+    @overload
+    def __call__(self, images: str | os.PathLike[str], words: Words, **settings: Any) -> Found: ...
+
+    @overload
+    def __call__(self, images: Iterable[OneImage], words: Words, **settings: Any) -> list[Found]: ...
+
     def __call__(
         self,
-        images: Iterable[str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]],
-        words: Sequence[str] | Mapping[str, str],
+        images: OneImage | Iterable[OneImage],
+        words: Words,
         *,
         score_threshold: float | None = None,
         nms_iou: float | None = None,
         max_detections: int | None = None,
         batch_size: int = 1,
-    ) -> list[Found]:
-        """Returns what is found on every image, in order.
+    ) -> Found | list[Found]:
+        """Returns what is found on one image, or a list of that for each of several, in order.
 
         Args:
-          images: paths or RGB arrays of any size.
+          images: a path or an RGB array of any size, or any number of them.
           words: what to look for, or name → definition.
           score_threshold: only boxes above it; None: the configuration's `eval` value, as for the next two.
           nms_iou: a box is removed by a better one of its word if their IoU is above it.
@@ -95,8 +149,9 @@ class Predictor:
           ValueError: an image cannot be read, no words, or a limit out of range.
         """
         limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
-        found = dict(self.iterate(images, words, batch_size=batch_size, **limits))
-        return [found[i] for i in range(len(found))]
+        is_one = isinstance(images, (str, os.PathLike)) or (isinstance(images, np.ndarray) and images.ndim == 3)
+        found = dict(self.iterate([images] if is_one else images, words, batch_size=batch_size, **limits))
+        return found[0] if is_one else [found[i] for i in range(len(found))]
 
     def iterate(
         self, images: Iterable[Any], words: Sequence[str] | Mapping[str, str], *, batch_size: int = 1, **given: Any

@@ -22,6 +22,8 @@ from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors, atss
 from detclipv2_jax.visualize import charts, drawing
 
+NUM_WEAK = 3  # boxes drawn where none has the score asked for
+
 
 def detections(
     image: drawing.Picture,
@@ -45,7 +47,7 @@ def detections(
       labels: position in `names` of each box's word.
       names: the vocabulary.
       scores: of the boxes; None for annotated boxes.
-      min_score: boxes below are not drawn; the legend says how many there are.
+      min_score: boxes below are not drawn, unless all are: then the best few are, and the heading says so.
       max_drawn: at most so many boxes are drawn.
       max_iou: with scores, a box that overlaps a better drawn one by more, of whatever word, is not drawn: a place is
         shown once, with its best word. 1.0 draws them all.
@@ -55,8 +57,9 @@ def detections(
     """
     shown = np.arange(len(boxes))
     if scores is not None:
-        shown = np.flatnonzero(np.asarray(scores) >= min_score)
-        shown = shown[_places(boxes[shown], max_iou)]
+        good = np.flatnonzero(np.asarray(scores) >= min_score)
+        shown = good if len(good) else shown
+        shown = shown[_places(boxes[shown], max_iou)][: None if len(good) else NUM_WEAK]
     shown = shown[:max_drawn]
     present = np.concatenate([labels[shown]] + ([] if truth is None else [truth[1]])).astype(int)
     colors = drawing.colors_of(present)
@@ -296,6 +299,6 @@ def _count_note(*, num_shown: int, num_boxes: int, scores: np.ndarray | None, mi
         return ""
     if num_boxes == 0:
         return "nothing found"
-    if num_shown == 0:
-        return f"nothing scored {min_score:.2f} or more; the best of {num_boxes} boxes has {np.max(scores):.2f}"
+    if np.max(scores) < min_score:
+        return f"nothing scored {min_score:.2f} or more; the best {num_shown} of {num_boxes}"
     return f"found: the best {num_shown} of {num_boxes}" if num_shown < num_boxes else f"found: {num_boxes}"

@@ -18,7 +18,9 @@ def test_programs_follow_each_other_and_errors_wait_for_the_call():
     def failing():
         raise ValueError("does not fit")
 
-    ahead = Ahead({"a": lambda: done.append("a"), "b": failing, "c": lambda: go.wait(60) and done.append("c"), "d": go.set})
+    ahead = Ahead(
+        {"a": lambda: done.append("a"), "b": failing, "c": lambda: go.wait(60) and done.append("c"), "d": go.set}
+    )
     ahead.wait("b")
     ahead.wait("nothing of that name")
     assert done == ["a"]

@@ -111,18 +111,21 @@ def test_detections_beside_the_truth():
 
 @pytest.mark.parametrize(
     ("num", "note"),
-    [(0, "nothing found"), (2, "nothing scored 0.80 or more; the best of 2 boxes has 0.50")],
+    [(0, "nothing found"), (5, "nothing scored 0.80 or more; the best 3 of 5")],
 )
 def test_detections_without_any(num, note, monkeypatch):
     texts = []
     block = drawing.text_block
     monkeypatch.setattr(drawing, "text_block", lambda text, **options: texts.append(text) or block(text, **options))
-    boxes = np.tile([[10.0, 10, 60, 60]], (num, 1))
+    boxes = np.array([[10.0 + 30 * i, 10, 30 + 30 * i, 60] for i in range(num)]).reshape(-1, 4)
+    names = [*NAMES, "flower", "boat"]
     picture = figures.detections(
-        _photo(), boxes, np.zeros(num, int), NAMES, scores=np.linspace(0.5, 0.4, num), min_score=0.8
+        _photo(), boxes, np.arange(num), names, scores=np.linspace(0.5, 0.4, num), min_score=0.8
     )
-    assert texts == [note]
+    assert texts[0] == note
     assert picture.std() > 5
+    drawn = [bool(_has(picture, color).any()) for color in drawing.PALETTE[:5]]
+    assert drawn == [True] * min(num, 3) + [False] * (5 - min(num, 3))  # with their scores
 
 
 def _batch(kind, *, canvas=(96, 128)):
