@@ -125,21 +125,13 @@ class Predictor:
     @overload
     def __call__(self, images: Iterable[OneImage], words: Words, **settings: Any) -> list[Found]: ...
 
-    def __call__(
-        self,
-        images: OneImage | Iterable[OneImage],
-        words: Words,
-        *,
-        score_threshold: float | None = None,
-        nms_iou: float | None = None,
-        max_detections: int | None = None,
-        batch_size: int = 1,
-    ) -> Found | list[Found]:
+    def __call__(self, images: OneImage | Iterable[OneImage], words: Words, **settings: Any) -> Found | list[Found]:
         """Returns what is found on one image, or a list of that for each of several, in order.
 
         Args:
           images: a path or an RGB array of any size, or any number of them.
           words: what to look for, or name → definition.
+          settings: what follows.
           score_threshold: only boxes above it; None: the configuration's `eval` value, as for the next two.
           nms_iou: a box is removed by a better one of its word if their IoU is above it.
           max_detections: boxes an image.
@@ -148,9 +140,8 @@ class Predictor:
         Raises:
           ValueError: an image cannot be read, no words, or a limit out of range.
         """
-        limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
         is_one = isinstance(images, (str, os.PathLike)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-        found = dict(self.iterate([images] if is_one else images, words, batch_size=batch_size, **limits))
+        found = dict(self.iterate([images] if is_one else images, words, **settings))
         return found[0] if is_one else [found[i] for i in range(len(found))]
 
     def iterate(
