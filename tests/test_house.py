@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "train": {"data", "eval", "inference", "models", "runs", "train_step", "visualize"},
     "validation": {"eval", "losses", "models", "runs", "train"},
     "main": {"data", "eval", "runs", "train", "validation"},
-    "predict": {"data", "eval", "inference", "visualize"},
+    "predict": {"data", "inference", "visualize"},
     "preflight": {"data", "inference", "models", "runs", "train"},
     "preflight.__main__": {"data", "models", "validation"},
     "prepare": {"data", "visualize"},
