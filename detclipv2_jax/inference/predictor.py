@@ -77,10 +77,16 @@ class Found:
 
     def plot(self, image: Any, *, min_score: float = 0.0, max_drawn: int = 20) -> Image.Image:
         """Returns the image (path or RGB array) with the best boxes, their words and scores; a notebook shows it."""
-        picture = Image.fromarray(transforms.read(image) if isinstance(image, (str, os.PathLike)) else image)
+        is_path = isinstance(image, (str, os.PathLike))
+        photo = transforms.read(image) if is_path else transforms.Photo(image, image.shape[:2])
+        picture = Image.fromarray(photo.pixels)
         draw, line = ImageDraw.Draw(picture), max(1, max(picture.size) // 300)
         font = ImageFont.load_default(max(10, max(picture.size) // 45))
-        best = list(zip(self.boxes.tolist(), self.names, self.scores.tolist(), self.labels.tolist(), strict=True))
+        best = list(
+            zip(
+                (self.boxes * photo.scale).tolist(), self.names, self.scores.tolist(), self.labels.tolist(), strict=True
+            )
+        )
         for box, name, score, label in reversed([row for row in best if row[2] >= min_score][:max_drawn]):
             color = f"hsl({label * 137 % 360}, 85%, 40%)"  # the golden angle: neighbours in the list differ
             draw.rectangle(box, outline=color, width=line)
