@@ -20,7 +20,7 @@ from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Li
 from detclipv2_jax.inference.detector import Detector, Photos
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
-from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs import checkpoints, state
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -117,12 +117,18 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, workdir: str | pathlib.Path) -> Predictor:
-        """Returns the predictor of a training run's newest checkpoint; ValueError if there is none.
+        """Returns the predictor of a training run's newest checkpoint; ValueError if there is none of that model.
 
         Embeddings of vocabularies are kept in `<workdir>/vocabularies`.
         """
         config, params, step = checkpoints.load_for_inference(workdir)
-        model = detclip.from_config(config.model)
+        try:
+            model = detclip.from_config(config.model)
+            shapes = state.param_shapes(model, context_length=config.model.text.context_length)
+        except Exception as error:  # of whatever part of the model cannot have the sizes of a stranger's config.json
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{workdir}/config.json: no model has the values of config.model ({reason})") from error
+        checkpoints.report_differences(params, shapes, what=f"the checkpoint of step {step} in {workdir}")
         return cls(config, model, params, step=step, cache=pathlib.Path(workdir) / "vocabularies")
 
     @overload

@@ -17,6 +17,7 @@ from micro import micro_config
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import main, train
 from detclipv2_jax.data import scenes
+from detclipv2_jax.inference import Predictor
 from detclipv2_jax.runs import checkpoints
 from detclipv2_jax.runs.workdir import WorkdirError
 
@@ -109,6 +110,26 @@ def read_or_one_error(folder, data):
 )  # fmt: skip
 def test_what_is_no_configuration_is_read_or_one_error(tmp_path, data):
     read_or_one_error(tmp_path, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("embed_dim", 32), ("swin.embed_dim", 0), ("swin.num_heads", [5, 1, 1, 1]), ("swin.depths", [1, 1, 1, 2]),
+        ("text.width", 15), ("text.context_length", 0), ("head.num_groups", 7), ("head.num_convs", 2), ("dtype", "f99"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_is_not_the_checkpoints_is_one_error(workdir, key, value):
+    content = json.loads((workdir / "config.json").read_text())
+    *path, last = key.split(".")
+    section = content["model"]
+    for part in path:
+        section = section[part]
+    section[last] = value
+    (workdir / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"no model has the values of config\.model|does not fit the model"):
+        Predictor.from_checkpoint(workdir)
 
 
 def test_a_configuration_with_a_mark_is_read(tmp_path):
