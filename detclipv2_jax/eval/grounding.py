@@ -208,7 +208,10 @@ def run(
         "long_side": config.eval.long_side,
     }
     weights = vocabulary.weights_key(predictor.params)
-    parts = Parts(pathlib.Path(folder), fingerprint={"protocol": protocol, "photos": photos, "weights": weights})
+    of_truth = {"annotations", "annotations_sha256", "repaired"}  # boxes may be repaired: nothing is found anew
+    fingerprint = {key: value for key, value in protocol.items() if key not in of_truth}
+    fingerprint |= {"photos": photos, "weights": weights, "asked": [(query.file, query.text) for query in queries]}
+    parts = Parts(pathlib.Path(folder), fingerprint=fingerprint)
     known, files = parts.all_rows(), itertools.count()
 
     def find(file: str, texts: list[str]) -> list[np.ndarray]:

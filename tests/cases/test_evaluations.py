@@ -12,8 +12,8 @@ from PIL import Image
 
 from detclipv2_jax import main
 from detclipv2_jax.data import streams as streams_lib
-from detclipv2_jax.eval import coco, loop, odinw, result
-from detclipv2_jax.inference import Detector
+from detclipv2_jax.eval import coco, grounding, loop, odinw, result
+from detclipv2_jax.inference import Detector, Predictor
 from detclipv2_jax.runs import sharding
 
 NUM_IMAGES = 9
@@ -206,3 +206,51 @@ def test_a_continued_evaluation_belongs_to_its_photos(dataset, tmp_path, monkeyp
     evaluate, params, predicted = make_evaluator(dataset, tmp_path / "run")
     evaluate(params, step=3)
     assert sorted(predicted) == list(range(NUM_IMAGES))
+
+
+def grounding_json(folder, boxes):
+    """Writes photos with a red rectangle and a json that has a box for each, and returns the command's arguments."""
+    images, rows = [], []
+    for i, box in enumerate(boxes):
+        Image.fromarray(planted.paint((100, 250), {"red": (20 + i, 10, 80 + i, 60)})).save(folder / f"{i}.png")
+        os.utime(folder / f"{i}.png", (1, 1))
+        images.append({"id": i, "file_name": f"{i}.png", "caption": "red and blue"})
+        rows.append({"id": i, "image_id": i, "tokens_positive": [[0, 3]], "bbox": box})
+    (folder / "g.json").write_text(json.dumps({"images": images, "annotations": rows}))
+    arguments = {"checkpoint": "run", "annotations": str(folder / "g.json"), "images": str(folder)}
+    return arguments | {"task": "phrases", "folder": folder / "scores"}
+
+
+def test_a_continued_search_for_phrases_belongs_to_its_photos_and_not_to_the_boxes(tmp_path, monkeypatch):
+    monkeypatch.setattr(result, "PART_SECONDS", -1)
+    predictor = Predictor(*planted.make(), step=5)
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
+    ground, seen = predictor.ground, []
+
+    def run(boxes, *, killed_at=99):
+        seen.clear()
+
+        def until(image, *rest, **limits):
+            if len(seen) == killed_at:
+                raise KeyboardInterrupt
+            seen.append(pathlib.Path(image).name)
+            return ground(image, *rest, **limits)
+
+        monkeypatch.setattr(predictor, "ground", until)
+        return grounding.run(**grounding_json(tmp_path, boxes))
+
+    wrong, right = [[150, 60, 60, 30]] * 3, [[20 + i, 10, 60, 50] for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        run(wrong, killed_at=2)
+    assert run(right)["R@1"] == 1.0
+    assert seen == ["2.png"]
+    with pytest.raises(KeyboardInterrupt):
+        run(right, killed_at=2)
+    grounding_json(tmp_path, right)
+    monkeypatch.setattr(os, "utime", lambda path, times: os.truncate(path, os.path.getsize(path)))  # now
+    run(right)
+    assert seen == ["0.png", "1.png", "2.png"]
+    (tmp_path / "1.png").unlink()
+    arguments = {"checkpoint": "run", "annotations": str(tmp_path / "g.json"), "images": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"1 of 3 photos do not exist: .*1\.png"):
+        grounding.run(**arguments, task="phrases", folder=tmp_path / "scores")
