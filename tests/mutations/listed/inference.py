@@ -76,7 +76,7 @@ FAULTS = [
         ("ignored=ignored | (area < _LOWEST) | (area > _HIGHEST)", "ignored=ignored | (area <= _LOWEST) | (area > _HIGHEST)", "::test_both_ends_of_a_size_belong_to_it"),
         ("    ignored = (area < _LOWEST) | (area > _HIGHEST) | _member", "    ignored = (area < _LOWEST) | (area >= _HIGHEST) | _member", "::test_both_ends_of_a_size_belong_to_it"),
         (" | _member(keys, truth.incomplete)[:, None]", "", "::test_federated_rules"),
-        ("counted if truth.known is None else counted & _member(keys, truth.known)", "counted", "::test_federated_rules"),
+        ("counted if truth.known is None else counted & _member(keys, truth.known)", "counted"),
         ("& ~(taken[boxes] & ~truth.crowd[boxes, None])", ""),
         ("np.int32(num) * regular", "0 * regular"),
         ("- np.repeat(np.cumsum(counts) - counts, counts) < limit", "- np.repeat(np.cumsum(counts) - counts, counts) <= limit"),
