@@ -103,6 +103,17 @@ def test_all_problems_are_listed_at_once(micro):
         assert part in str(error.value)
 
 
+def test_widths_must_be_multiples_of_heads_and_groups(micro):
+    micro.model.text.num_heads, micro.model.head.num_groups = 5, 7
+    with pytest.raises(ValueError, match="2 problem") as error:
+        validation.validate(micro, num_devices=8)
+    for part in (
+        "model.text.width 16 must be a multiple of num_heads 5",
+        "model.head.channels 16 must be a multiple of",
+    ):
+        assert part in str(error.value)
+
+
 def test_batches_must_divide_over_devices_and_chunks(micro):
     micro.detection.batch_size, micro.optimizer.accumulate.detection = 16, 2
     validation.validate(micro, num_devices=8)

@@ -54,6 +54,11 @@ def test_truncation_keeps_eos_last_and_is_told_by_num_tokens():
         tokenizer.tokenize("cat", max_length=1)
 
 
+def test_entities_are_resolved_twice_as_by_clip():
+    assert tokenizer.clean("< &amp;lt;") == "< <"
+    assert tokenizer.clean("A &amp;\tb") == "a & b"
+
+
 def test_special_tokens_cannot_be_written():
     row = tokenizer.tokenize("a <|endoftext|> b <end_of_text> <|startoftext|>", max_length=64)[0]
     assert (row == tokenizer.EOS_ID).sum() == 1

@@ -39,6 +39,13 @@ def test_stored_words_are_not_encoded_again(tmp_path):
     assert [path.suffix for path in (tmp_path / "words").iterdir()] == [".npz"]
 
 
+def test_the_last_words_are_kept_in_memory():
+    cache, tower = _cache(None)
+    for texts in (["cat"], ["cat"], ["dog"], ["cat"]):
+        cache(texts)
+    assert tower.encoded == [["cat"], ["dog"], ["cat"]]
+
+
 def test_anything_that_changes_embeddings_changes_the_key(tmp_path, monkeypatch):
     keys = [_cache(None)[0].key(texts) for texts in (["cat"], ["dog"], ["cat", "dog"], ["dog", "cat"], ["cat, a pet"])]
     keys += [_cache(None, params=2.0)[0].key(["cat"]), _cache(None, width=8)[0].key(["cat"])]
@@ -100,7 +107,7 @@ def test_long_texts_are_named_once(caplog):
     long = "a very long description of something with many more words than sixteen tokens can ever hold at once"
     with caplog.at_level(logging.WARNING, logger="absl"):
         vocabulary.warn_truncated(["cat", long, long + " again"], max_length=16)
-        vocabulary.warn_truncated(["cat"], max_length=16)
+        vocabulary.warn_truncated(["cat", "a b c d e f g h i j k l m n"], max_length=16)  # the second has just 16
     (record,) = caplog.records
     assert record.getMessage().startswith("2 of 3 concepts have more than 16 tokens and lose their end: “a very long")
 
@@ -112,6 +119,7 @@ def test_words(tmp_path):
     path.write_text("aerosol_can\nram: an adult, male sheep\nowl\ta bird: of prey\n\ncat\n", encoding="utf-8")
     words = vocabulary.parse_words("cat", words_file=str(path))
     assert words == {"cat": "", "aerosol can": "", "ram": "an adult, male sheep", "owl": "a bird: of prey"}
+    assert vocabulary.parse_words("ram", words_file=str(path))["ram"] == "an adult, male sheep"
     categories = [{"id": 4, "name": "wild_cat", "def": "not tame"}, {"id": 9, "name": "dog"}]
     (tmp_path / "lvis.json").write_text(
         json.dumps({"images": [{"id": 1}], "annotations": [], "categories": categories})

@@ -128,3 +128,20 @@ def test_what_one_branch_sends_counts_though_the_other_moves_more_memory():
     traffic = hlo.traffic(BRANCHES)
     assert traffic.memory == 3 * 2 * 10 * 4
     assert traffic.network == {"all-gather": 80 * 4}
+
+
+ROW = """HloModule m
+
+ENTRY %main (a: f32[10,128], u: f32[1,128], i: s32[], m: pred[10]) -> f32[10,128] {
+  %a = f32[10,128]{1,0} parameter(0)
+  %u = f32[1,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %m = pred[10]{0} parameter(3)
+  %n = pred[10]{0} not(%m)
+  ROOT %r = f32[10,128]{1,0} dynamic-update-slice(%a, %u, %i)
+}
+"""
+
+
+def test_a_row_that_is_replaced_moves_a_row_and_a_truth_value_a_byte():
+    assert hlo.traffic(ROW).memory == 2 * 128 * 4 + 2 * 10

@@ -1,0 +1,18 @@
+"""Words that a mirrored photo makes wrong."""
+
+from detclipv2_jax.data.mirroring import pattern, speaks_of_sides
+
+
+def test_one_text_with_a_side_is_enough():
+    english = pattern((), english=True)
+    assert speaks_of_sides(["dog", "left shoe"], english)
+    assert speaks_of_sides(["turnLeft_sign2"], english)
+    assert not speaks_of_sides(["dog", "leftover", "bright"], english)
+    assert not speaks_of_sides(["left"], pattern((), english=False))
+
+
+def test_words_of_other_languages():
+    found = pattern((" links ", "左"), english=False)
+    assert speaks_of_sides(["Links der Katze"], found)
+    assert not speaks_of_sides(["Linkshänder", "left"], found)
+    assert speaks_of_sides(["猫の左側"], found)  # no spaces between words there
