@@ -17,6 +17,7 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import convert, main
+from detclipv2_jax.chips import CHIPS
 from detclipv2_jax.prepare import __main__ as prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -163,7 +164,7 @@ def test_programs_files_and_keys_exist(page):
         assert link in written or (page.parent / link).exists(), link
     for code in inline + [body for block in pieces(text)[0] for body in block.split()]:
         for path in re.findall(
-            r"(?:^|[\s=])((?:configs|tests|launch|notebooks|results)/[\w/]+(?:\.\w+)?)(?![\w*])", code
+            r"(?:^|[\s=])((?:configs|tests|launch|notebooks|results)/[\w/]+(?:\.\w+)?)(?![\w*</])", code
         ):
             assert (ROOT / path).exists(), path
         for key in re.findall(r"(?:--|^)config\.(?!json\b)([a-z_.]+[a-z])", code):
@@ -219,6 +220,8 @@ def test_times_of_the_preflight_follow_from_its_traffic():
         name.lower(): (float(peak), float(bandwidth.replace(",", "")))
         for name, peak, bandwidth in re.findall(device, page, re.MULTILINE)
     }
+    known = {name: (CHIPS[name].peak / 1e12, CHIPS[name].bandwidth / 1e9) for name in devices}
+    assert devices == known
     rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if line.startswith("| swin")]
     steps, runs = ([row for row in rows if len(row) == length] for length in (10, 4))
     per_epoch = {"detection": 5156, "grounding": 6016, "image_text": 2116}

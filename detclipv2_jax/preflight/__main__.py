@@ -6,8 +6,9 @@ Topologies are v4, v5e, v5p or v6e with the shape of the slice, or h100 with the
 `pip install libtpu`, those for GPUs `pip install jax-cuda13-plugin jax-cuda13-pjrt`; neither needs the accelerator.
 Each program is compiled by a process of its own, one after the other, and kept by the hash of what was lowered.
 
-Prints, in Markdown, what is wrong with the data, the memory, arithmetic and traffic of every step, and the chip-hours
-of the whole run. Exit status 1: a step does not fit or something is wrong with the data.
+Prints, in Markdown, what is wrong with the data, and the memory, arithmetic, traffic and least time of every step, from
+which the least chip-hours of the whole run follow. Exit status 1: a step does not fit or something is wrong with the
+data.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from detclipv2_jax.preflight.compile_step import Sizes, Topology, step_names
 GB = 1e9
 COLUMNS = (
     "step", "arguments", "temporaries", "all", "fits", "model TFLOP (by formula)", "recomputed", "memory traffic",
-    "network", "compiling",
+    "network", "ms at least: by compute, memory, network", "utilization at most", "compiling",
 )  # fmt: skip
 MAX_ALTERNATIVES = 4  # programs compiled to find values that fit
 
@@ -62,6 +63,16 @@ class Row:
     @property
     def fits(self) -> bool:
         return "error" not in self.result and self.needed <= CHIPS[self.topology.chip].memory
+
+    @property
+    def least_seconds(self) -> tuple[float, float, float]:
+        """Seconds at the full rate of arithmetic, of memory and of the network; a step takes the longest or more."""
+        chip, result = CHIPS[self.topology.chip], self.result
+        return (
+            result["flops"]["executed"] / (self.topology.num_devices * chip.peak),
+            result.get("bytes", 0.0) / chip.bandwidth,
+            sum(result.get("network", {}).values()) / chip.network if chip.network else 0.0,
+        )
 
 
 def measure(config: ConfigDict, topology: Topology, step: str, sizes: Sizes, cache: pathlib.Path) -> dict[str, Any]:
@@ -126,7 +137,6 @@ def run(
     *,
     only: Sequence[str] = (),
     cache: pathlib.Path,
-    utilization: float = 0.4,
     check_data: bool = True,
 ) -> tuple[str, bool]:
     """Returns (the report in Markdown, whether all is well).
@@ -136,7 +146,6 @@ def run(
       topologies: see the module.
       only: beginnings of the names of the steps to compile; empty: all.
       cache: folder of results.
-      utilization: share of the devices' peak that the estimate of chip-hours assumes.
       check_data: look at the files; else the run is planned from what the published data sets have.
 
     Raises:
@@ -159,7 +168,7 @@ def run(
         for step in steps:
             rows.append(measured_row(chip_config, topology, step, plan, cache))
             print(f"{topology.name} {step}: {status(rows[-1])}", file=sys.stderr, flush=True)
-        sections.append(topology_report(chip_config, topology, rows, plan, utilization))
+        sections.append(topology_report(chip_config, topology, rows, plan))
         well = well and all(row.fits for row in rows)
     return "\n\n".join(sections), well
 
@@ -211,10 +220,8 @@ def data_report(plan: data_plan.Plan) -> str:
     return "### Data\n\n" + "\n".join(lines)
 
 
-def topology_report(
-    config: ConfigDict, topology: Topology, rows: Sequence[Row], plan: data_plan.Plan, utilization: float
-) -> str:
-    """Returns the table of the steps of a topology, what does not fit, and the chip-hours of the run."""
+def topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row], plan: data_plan.Plan) -> str:
+    """Returns the table of the steps of a topology, what does not fit, and the least chip-hours of the run."""
     chip = CHIPS[topology.chip]
     measured = [row for row in rows if "error" not in row.result]
     versions = measured[0].result["versions"] if measured else {}
@@ -231,17 +238,20 @@ def topology_report(
     for row in rows:
         if not row.fits:
             lines += ["", f"**{row.step}**: {status(row)}"]
-    counted = {row.step: row.result["flops"]["model"] for row in measured}
+    least = {row.step: max(row.least_seconds) for row in measured}
     trained = {step: num for step, num in plan.num_steps.items() if num}
     if trained:
-        total = sum(num * counted.get(step, by_formula(config, topology, step, plan)) for step, num in trained.items())
-        hours = total / (utilization * chip.peak) / 3600
+        rate = topology.num_devices * chip.peak
+        seconds = sum(
+            num * (least[step] if step in least else by_formula(config, topology, step, plan) / rate)
+            for step, num in trained.items()
+        )
         steps = ", ".join(f"{step} {num:,.0f}" for step, num in trained.items())
-        how = ", by formula where not compiled" * bool(trained.keys() - counted.keys())
+        how = "; by compute alone where not compiled" * bool(trained.keys() - least.keys())
         lines += [
             "",
-            f"The whole run ({steps} steps; {total:.3g} model FLOPs{how}): {hours:,.0f} chip-hours, "
-            f"{hours / topology.num_devices:.1f} hours, at {utilization:.0%} of {chip.peak / 1e12:.0f} TFLOP/s.",
+            f"The whole run ({steps} steps, each at the longest of its times{how}): at least "
+            f"{seconds / 3600 * topology.num_devices:,.0f} chip-hours, {seconds / 3600:.1f} hours.",
         ]
     return "\n".join(lines)
 
@@ -267,6 +277,8 @@ def _line(row: Row) -> str:
     parts = [f"{memory[key] / GIB:.2f}" if key in memory else "" for key in ("arguments", "temporaries", "total")]
     network = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in row.result.get("network", {}).items()) or "none"
     moved = f"{row.result['bytes'] / GB:.0f}" if "bytes" in row.result else ""
+    chip, longest = CHIPS[row.topology.chip], max(row.least_seconds)
+    times = ", ".join(f"{1000 * seconds:.0f}" for seconds in row.least_seconds)
     cells = [
         row.step,
         *parts,
@@ -275,6 +287,8 @@ def _line(row: Row) -> str:
         f"{counts['executed'] / counts['model'] - 1:+.0%}",
         moved,
         network,
+        f"{1000 * longest:.0f}: {times}",
+        f"{counts['model'] / (longest * row.topology.num_devices * chip.peak):.0%}",
         f"{row.result['compile_cpu_s'] / 60:.1f} CPU min",
     ]
     return f"| {' | '.join(cells)} |"
@@ -291,7 +305,6 @@ def main(argv: Sequence[str]) -> None:
             values.topology,
             only=values.only,
             cache=pathlib.Path(values.cache).expanduser(),
-            utilization=values.utilization,
             check_data=values.data,
         )
     except ValueError as error:
@@ -309,7 +322,6 @@ def _define_flags() -> None:
     flags.DEFINE_multi_string("topology", None, "e.g. v5e:4x8 or h100:8; may be given several times", required=True)
     flags.DEFINE_list("only", [], "steps to compile, by the beginning of their names: detection,image_text/320x320")
     flags.DEFINE_string("cache", "~/.cache/detclipv2_jax/preflight", "folder of results")
-    flags.DEFINE_float("utilization", 0.4, "share of the peak that the estimate of chip-hours assumes", 0.01, 1.0)
     flags.DEFINE_boolean("data", True, "check the files of the data sets; --nodata plans with what was published")
     flags.DEFINE_string("output", "", "file for the report, too")
 

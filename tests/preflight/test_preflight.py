@@ -86,12 +86,12 @@ def test_a_run_that_fits(monkeypatch, tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
         "detection/800x1344", "1.25", "11.25", "12.50", "yes", "320.0 (325.0)", "+25%", "250", "all-reduce 0.50",
-        "5.0 CPU min",
+        "305: 63, 305, 2", "17%", "5.0 CPU min",
     ]  # fmt: skip
     assert len(cells) == len(preflight.COLUMNS)
-    # 12 × (5,156 + 6,016 + 2,116) steps of 3.2e14 FLOPs at 40% of 197 TFLOP/s
-    hours = 12 * (660_000 / 128 + 770_000 / 128 + 13_000_000 / 6144) * 3.2e14 / (0.4 * 197e12) / 3600
-    assert f"{hours:,.0f} chip-hours" in report
+    # 12 × (5,156 + 6,016 + 2,116) steps that move 250 GB on each of 32 devices, at 819 GB/s
+    hours = 12 * (660_000 / 128 + 770_000 / 128 + 13_000_000 / 6144) * 250 / 819 / 3600
+    assert f"at least {32 * hours:,.0f} chip-hours, {hours:.1f} hours" in report
 
 
 def test_values_that_would_fit_are_found(monkeypatch, tmp_path):
@@ -129,7 +129,8 @@ def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
     assert not well
     assert "exit status -9" in report
     # the FLOPs of steps that were not compiled are those of the formula: about 214, 360 and 1,331 TFLOP
-    hours = 12 * (5156 * 214.2e12 + 6016 * 359.6e12 + 2116 * 1331.3e12) / (0.4 * 197e12) / 3600
+    hours = 12 * (5156 * 214.2e12 + 6016 * 359.6e12 + 2116 * 1331.3e12) / 197e12 / 3600
+    assert "by compute alone where not compiled" in report
     assert float(re.search(r"(\d+) chip-hours", report)[1]) == pytest.approx(hours, rel=0.05)
 
 
