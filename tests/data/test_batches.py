@@ -117,6 +117,7 @@ def test_negatives_differ_between_positions_epochs_seeds_and_images_of_a_batch(c
     [
         ({"num_images": 4, "table_multiple": 1}, 40),
         ({"num_images": 3, "table_multiple": 1}, 32),  # 30 in eights
+        ({"num_images": 8, "table_multiple": 1}, 80),
         ({"num_images": 4, "table_multiple": 16}, 48),
         ({"num_images": 4, "table_multiple": 12}, 48),  # 24 is the least common multiple with 8
         ({"num_images": 4, "table_multiple": 1, "most_concepts": 12}, 48),
