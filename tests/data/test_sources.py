@@ -181,6 +181,11 @@ def test_pair_records(world):
     assert source.most_concepts == 3
 
 
+def test_max_examples_takes_the_first_lines(world):
+    source = pairs(world, (world / "pairs.tsv").read_text(), max_examples=2)
+    assert [record.caption for record in source] == list(CAPTIONS[:2])
+
+
 def test_odd_lines_of_a_tsv(world, caplog):
     long_caption = "word " * 2000
     text = "".join(

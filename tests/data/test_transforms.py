@@ -75,7 +75,10 @@ def test_exif_rotation_is_honoured_as_pillow_does(orientation, form, flip):
 def test_annotated_size_decides_whether_exif_was_ignored():
     data = encode(pixels((40, 56), 3), "JPEG", exif=exif(6))
     assert placed(data, annotated=(56, 40))[2] == (56, 40)
-    assert placed(data, annotated=(40, 56))[2] == (40, 56)  # boxes refer to the stored pixels
+    out, _, size = placed(data, annotated=(40, 56))
+    assert size == (40, 56)  # boxes refer to the stored pixels
+    plain = placed(encode(pixels((40, 56), 3), "JPEG"), annotated=(40, 56))[0]
+    assert np.abs(out.astype(float) - plain).mean() < 1  # and is shown as it is stored
     with pytest.raises(UnusableError, match="size differs"):
         placed(data, annotated=(40, 57))
 
@@ -191,6 +194,12 @@ def test_boxes_follow_the_pixels(flip):
     assert box.dtype == np.float32
 
 
+def test_boxes_are_scaled_by_their_own_axis():
+    box, scale = np.array([[10, 20, 30, 50]], np.float32), np.array([2, 3], np.float32)  # (y, x)
+    placed_box = transforms.place_boxes(box, scale=scale, width=200, flip=False)
+    np.testing.assert_array_equal(placed_box, [[30, 40, 90, 100]])
+
+
 def test_boxes_are_clipped_or_dropped_by_reason():
     nan = float("nan")
     boxes = np.array(
@@ -199,17 +208,18 @@ def test_boxes_are_clipped_or_dropped_by_reason():
             [-5, -5, 20, 20],  # clipped
             [90, 40, 110, 60],  # clipped
             [30, 10, 20, 20],
+            [10, 30, 20, 20],
             [10, 10, 10, 20],
             [120, 10, 130, 20],
             [nan, 0, 1, 1],
             [0, 0, float("inf"), 1],
         ]
     )
-    clipped, usable, reasons = transforms.check_boxes(boxes, np.tile([50.0, 100.0], (8, 1)))
-    assert usable.tolist() == [True] * 3 + [False] * 5
+    clipped, usable, reasons = transforms.check_boxes(boxes, np.tile([50.0, 100.0], (9, 1)))
+    assert usable.tolist() == [True] * 3 + [False] * 6
     assert clipped[usable].tolist() == [[10, 10, 20, 20], [0, 0, 20, 20], [90, 40, 100, 50]]
     assert reasons == {
-        "box inverted": 1,
+        "box inverted": 2,
         "box without area": 1,
         "box outside the image": 1,
         "box not finite": 2,

@@ -40,6 +40,11 @@ def test_phrases_are_the_annotations_with_the_same_spans(tmp_path):
     ]  # fmt: skip
 
 
+def test_all_boxes_of_a_caption_are_of_one_expression(tmp_path):
+    queries = grounding.read_queries(_write(tmp_path / "g.json"), task="referring")
+    assert [(query.text, len(query.boxes)) for query in queries] == [(CAPTION, 4), ("a red hat", 1)]
+
+
 def test_recall_of_any_box_and_of_merged_boxes(tmp_path):
     queries = grounding.read_queries(_write(tmp_path / "g.json"), task="phrases")
     far = [500.0, 500.0, 5.0, 5.0]

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 from golden_gradients import check, seeded_params
 
@@ -28,3 +30,13 @@ def test_outputs_and_gradients_equal_torch(objectness):
         params={"head": seeded_params("head/", model, levels[1], 1)},
         inputs={f"level{i}": x for i, x in levels.items()},
     )
+
+
+def test_a_fresh_head_samples_where_a_plain_convolution_does():
+    case = cases.PARTS["classification"]
+    model, feature = AtssHead(**case.head._asdict()), case.levels()[1]
+    head = jax.jit(lambda key: model.init(key, feature, 1))(jax.random.key(0))["params"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(head["deformable"]["steering"]))
+    for kernel in (head["box_tower"]["conv0"]["kernel"], head["deformable"]["kernel"], head["embedding"]["kernel"]):
+        assert np.std(kernel) == pytest.approx(0.01, rel=0.15)
+    np.testing.assert_array_equal(head["level_scales"], np.ones(5))

@@ -48,6 +48,11 @@ def test_a_parameter_in_no_group_is_named():
         assign_groups({"head": {"kernel": 0}, "swin": {"bias": 0}}, ((r"swin/.*", 1.0, True),))
 
 
+def test_a_regex_matches_whole_names():
+    with pytest.raises(ValueError, match="head/kernel"):
+        assign_groups({"head": {"kernel": np.zeros(3)}}, (("head", 1.0, True),))
+
+
 def test_learning_rate_warms_up_linearly_and_ends_at_zero(micro):
     micro.optimizer.warmup_steps = 10
     rate = learning_rate(micro.optimizer, 110)
@@ -143,6 +148,7 @@ def test_what_is_frozen_has_no_moments_and_no_update(micro):
 def test_update_is_adamw_with_factors_masked_decay_schedule_and_clipping(micro, clip_norm):
     config = micro.optimizer
     config.clip_norm, config.warmup_steps, config.min_learning_rate = clip_norm, 2, 1e-4
+    config.b1, config.b2 = 0.8, 0.97  # not optax's
     config.groups = ((r"slow/.*", 0.1, True), (r".*bias", 1.0, False), (r".*", 1.0, True))
     num_steps = 6
     rng = np.random.default_rng(0)

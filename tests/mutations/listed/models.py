@@ -29,6 +29,7 @@ FAULTS = [
         ("use_bias=False,", "use_bias=True,"),
         ("_normal_init = nn.initializers.normal(0.01)", "_normal_init = nn.initializers.normal(0.1)"),
         ("kernel_init=zeros, name=\"steering\"", "kernel_init=_normal_init, name=\"steering\""),
+        slow=True,
     ),
     *plant(
         "models/deform_conv.py", "models/test_deform_conv.py",
@@ -38,6 +39,7 @@ FAULTS = [
         ("< BAND_RADIUS, banded, gather", "< BAND_RADIUS + 1, banded, gather"),
         ("1.0 - distance, 1.0 + distance)", "1.0 - distance, 1.0 - distance)"),
         ("(distance >= -1.0) & (distance < 1.0)", "(distance > -1.0) & (distance <= 1.0)"),
+        slow=True,
     ),
     *plant(
         "models/swin.py", "models/test_swin.py::test_gradients_equal_torchvision",
@@ -50,6 +52,7 @@ FAULTS = [
         ("transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)", "transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)"),
         ("relative[..., 0] * (2 * window - 1) + relative[..., 1]", "relative[..., 1] * (2 * window - 1) + relative[..., 0]"),
         ("wrapped[0][:, None] * 2 + wrapped[1][None, :]", "wrapped[0][:, None] + wrapped[1][None, :]"),
+        slow=True,
     ),
     *plant(
         "models/swin.py", "models/test_swin.py::test_drop_path_keeps_the_mean models/test_swin.py::test_drop_path_rises_with_depth_and_differs_between_blocks",
@@ -59,6 +62,7 @@ FAULTS = [
         ("np.linspace(0.0, self.drop_path_rate,", "np.linspace(self.drop_path_rate, 0.0,"),
         ("(branch.shape[0], 1, 1, 1))", "(1, 1, 1, 1))"),
         ("jax.random.bernoulli(self.make_rng(\"dropout\"),", "jax.random.bernoulli(jax.random.key(0),"),
+        slow=True,
     ),
     *plant(
         "models/swin.py", "models/test_swin.py::test_gelu_and_its_gradient",
@@ -71,6 +75,7 @@ FAULTS = [
         ("None if keys is None else keys[i])", "None if keys is None else keys[0])"),
         ("[array[i] for array in inputs]", "[array[0] for array in inputs]"),
         ("len(turns) >= MIN_REPEATS and", "False and"),
+        slow=True,
     ),
     *plant(
         "models/detclip.py", "models/test_detclip.py::test_regions_and_gradients_equal_torch",
@@ -103,5 +108,6 @@ FAULTS = [
     *plant(
         "models/window_attention.py", "models/test_swin.py::test_gradients_equal_torchvision",
         ("MASKED = -100.0", "MASKED = 0.0"),
+        slow=True,
     ),
 ]  # fmt: skip

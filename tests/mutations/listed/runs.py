@@ -61,7 +61,7 @@ FAULTS = [
         ("except (ValueError, RecursionError) as error:  # ValueError: also", "except ValueError as error:  # ValueError: also"),
     ),
     *plant(
-        "chips.py", "preflight/test_preflight.py::test_topologies test_config.py::test_values_of_the_command_line_win_over_those_of_a_chip",
+        "chips.py", "test_chips.py",
         ("device_kind.startswith(chip.device_kind)", "chip.device_kind.startswith(device_kind)"),
         ("Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 197e12,", "Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 394e12,"),
         ("Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 989e12,", "Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 1979e12,"),

@@ -65,10 +65,7 @@ FAULTS = [
     *plant(
         "prepare/dictionary.py", "prepare/test_dictionary.py",
         ("fields[1] in _THINGS and \"@i\" not in fields", "fields[1] in _THINGS"),
-        ("(\"men\", \"man\")", "(\"men\", \"men\")"),
         ("key=lambda item: (-item[1], item[0])", "key=lambda item: (item[1], item[0])"),
-        ("defined.setdefault(concepts.key(entry.name), entry)", "defined[concepts.key(entry.name)] = entry"),
-        ("if i >= len(names) and len(entries) >= num_names:", "if len(entries) >= num_names:"),
         ("gloss.split('; \"')[0].strip()", "gloss.strip()"),
     ),
     *plant(

@@ -1,0 +1,30 @@
+"""The table of accelerators against the makers' data sheets."""
+
+import pytest
+
+from detclipv2_jax.chips import CHIPS, GIB, chip_of
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "bandwidth", "gigabytes"),
+    [("v4", 275e12, 1228e9, 32), ("v5e", 197e12, 819e9, 16), ("v5p", 459e12, 2765e9, 95), ("v6e", 918e12, 1640e9, 32),
+     ("a100_80gb", 312e12, 2039e9, 80), ("h100", 989e12, 3350e9, 80), ("h200", 989e12, 4800e9, 141),
+     ("l4", 121e12, 300e9, 24), ("b200", 2250e12, 8000e9, 180)],
+)  # fmt: skip
+def test_peaks_and_memories_of_the_data_sheets(name, peak, bandwidth, gigabytes):
+    chip = CHIPS[name]
+    assert (chip.peak, chip.bandwidth) == (peak, bandwidth)
+    usable = {"tpu": 1.0, "cuda": 0.75}[chip.platform] * gigabytes * 2**30
+    assert 0.9 * usable < chip.memory < 1.02 * usable
+    assert GIB == 1_073_741_824
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("NVIDIA H100 80GB HBM3", "h100"),
+     ("NVIDIA H100 PCIe", "h100_pcie"), ("NVIDIA A100-SXM4-40GB", "a100_40gb"), ("NVIDIA A100-SXM4-80GB", "a100_80gb")],
+)  # fmt: skip
+def test_devices_are_known_by_the_beginning_of_their_name(device_kind, name):
+    assert chip_of(device_kind).name == name
+    assert chip_of("cpu") is None
+    assert chip_of("TPU") is None
