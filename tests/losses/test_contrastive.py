@@ -146,9 +146,10 @@ def test_images_without_proposals_and_captions_without_concepts_make_no_pair(mat
     arrays, _ = oracle.example()
     arrays["region_mask"][5] = False
     arrays["caption_mask"][6] = False
-    result, expected = both(arrays, side="bilateral", matching=match, chunk_bytes=chunk_bytes)
-    oracle.assert_close(result, expected)
-    assert not result[1][0][5:7].any()
+    for side in ("text_to_image", "bilateral"):
+        result, expected = both(arrays, side=side, matching=match, chunk_bytes=chunk_bytes)
+        oracle.assert_close(result, expected)
+        assert not result[1][0][5:7].any()
 
 
 def test_a_batch_without_pairs_gives_zero():
