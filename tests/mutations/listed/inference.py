@@ -55,7 +55,7 @@ FAULTS = [
         "visualize/figures.py", "visualize/test_visualize.py",
         ("np.flatnonzero(np.asarray(scores) >= min_score)", "np.arange(len(boxes))", "::test_detections_show_boxes_scores_and_legend"),
         ("shown = shown[:max_drawn]", "shown = shown[: max_drawn + 1]", "::test_a_place_is_shown_once_with_its_best_word"),
-        ("shown = shown[_places(boxes[shown], max_iou)]", "pass", "::test_a_place_is_shown_once_with_its_best_word"),
+        ("shown[_places(boxes[shown], max_iou)]", "shown", "::test_a_place_is_shown_once_with_its_best_word"),
         ("[found] if truth is None else [panel(*truth, None, f\"annotated: {len(truth[0])}\"), found]", "[found]", "::test_detections_beside_the_truth"),
     ),
     *plant(
