@@ -20,8 +20,9 @@ RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
 def closing(num_steps: int) -> str:
     """Returns what the scores mean, beside those of `num_steps` on boxes alone where the table of claims has them."""
     text = (
-        "What this means: base shapes had boxes, AP {APf:.1f}. Novel shapes had none, captions alone name them: "
-        "AP {APr:.1f}; their colours, which base shapes have too, are part of it."
+        "What this means: base shapes had boxes, AP {APf:.1f}; of those found, {top1f:.1f} % get the right one "
+        "of 240 names. Novel shapes had none, captions alone name them: AP {APr:.1f}, right names {top1r:.1f} %; their "
+        "colours, which base shapes have too, are part of it (4 % of names are right by chance if the colour is)."
     )
     starts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("start_[0-9].json"))]
     alone = [[start[f"{name}_AP_by_step"][str(num_steps)] for start in starts] for name in ("base", "novel")]
@@ -42,9 +43,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.scenes.num_image_text = 1600
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
-    c.epochs = 4
-    c.image_text.from_epoch = 2  # pairs from the first step on make all words alike
-    c.image_text.weight = 2.0
+    c.epochs = 12
+    # when boxes have taught what words mean, and at half the rate: pairs from the first step on make all words alike
+    c.grounding.from_epoch = c.image_text.from_epoch = 9
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96

@@ -11,8 +11,10 @@ import numpy as np
 # what every row changes in configs/demo.py; at the start's rate of 1e-3 the first pairs undo half of what it learned
 GOING_ON: dict[str, Any] = {
     "epochs": 2,
+    "grounding.from_epoch": 0,
     "image_text.from_epoch": 0,
     "image_text.weight": 1.0,
+    "mesh.cpu_devices": 0,  # a run has one core
     "optimizer.learning_rate": 5e-4,
     "eval.every_epochs": 1,
     "eval.num_pictures": 0,

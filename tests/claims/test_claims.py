@@ -74,14 +74,14 @@ def test_the_start_is_scored_after_as_many_steps_on_boxes_as_the_demo_has():
 def test_the_demo_ends_with_its_scores_beside_those_of_boxes_alone(tmp_path):
     values = runpy.run_path(RECIPE)
     for seed, novel in enumerate((3.0, 4.0)):
-        along = {"base_AP_by_step": {"400": 40.0, "800": 50.0}, "novel_AP_by_step": {"400": novel, "800": 5.0}}
+        along = {"base_AP_by_step": {"400": 20.0, "1200": 40.0}, "novel_AP_by_step": {"400": 5.0, "1200": novel}}
         (tmp_path / f"start_{seed}.json").write_text(json.dumps(along))
     (tmp_path / "start_plain_0.json").write_text("{}")
     values["closing"].__globals__["RESULTS"] = tmp_path
-    text = values["get_config"]().closing.format(APf=41.23, APr=21.0, AP=30.0)
-    assert "base shapes had boxes, AP 41.2." in text
-    assert "AP 21.0; their colours" in text
-    assert text.endswith(" 400 steps on boxes alone end at 40.0 and 3.5 (python -m detclipv2_jax.claims).")
+    text = values["get_config"]().closing.format(APf=41.23, APr=21.0, AP=30.0, top1f=72.5, top1r=22.0)
+    assert "base shapes had boxes, AP 41.2; of those found, 72.5 %" in text
+    assert "AP 21.0, right names 22.0 %; their colours" in text
+    assert text.endswith(" 1200 steps on boxes alone end at 40.0 and 3.5 (python -m detclipv2_jax.claims).")
 
 
 def test_closing_words_on_other_data_are_left_out(capsys):
