@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_at_the_first_write_is_one_error(tmp_path, monkeypat
 
     monkeypatch.setattr(main, "write_text", full)
     with pytest.raises(WorkdirError, match="no room for this run"):
-        main.in_workdir(lambda: {}, small_config(), tmp_path / "run", training=True)
+        main.in_workdir(lambda: {}, small_config(), tmp_path / "run", training=True, data={})
     monkeypatch.setattr(scenes, "_write_part", lambda *_, **__: full("", ""))
     with pytest.raises(WorkdirError, match="no room for the generated scenes"):
         main.with_scenes(small_config(), tmp_path / "run")
