@@ -51,6 +51,4 @@ def get_config(variant: str = "") -> ConfigDict:
         c.chips[chip] = (("optimizer.accumulate.image_text", 2),)
     # each chunk reads all regions of its 16 images: 802 GB a step of grounding instead of 1,423, in the same memory
     c.chips.h100 += (("loss.chunk_bytes", 1 << 30),)
-    # hidden values of the first two stages stay on the chip
-    c.chips.h100 += (("model.swin.mlp_impl", "auto"),)
     return c

@@ -73,7 +73,6 @@ RULES = (
     _one_of("model.dtype", detclip.DTYPES),
     _one_of("model.remat", detclip.REMATS),
     _one_of("model.swin.attention_impl", window_attention.IMPLS),
-    _one_of("model.swin.mlp_impl", window_attention.IMPLS),
     _one_of("model.head.deform_impl", deform_conv.IMPLS),
     _one_of("model.head.objectness", atss_head.OBJECTNESS),
     _one_of("loss.selection", proposals.SELECTIONS),

@@ -77,7 +77,7 @@ def run(
     config = predictor.config.copy_and_resolve_references()
     with config.unlocked():  # configurations of old runs have no such key
         # kernels would tie the program to this version of jaxlib
-        config.model.swin.attention_impl = config.model.swin.mlp_impl = "xla"
+        config.model.swin.attention_impl = "xla"
         if config.model.head.deform_impl in ("auto", "pallas"):
             config.model.head.deform_impl = "xla"
     config.model.dtype = dtype or config.model.dtype

@@ -4,7 +4,7 @@ gather: for each of the nine taps one gather brings the four corners of every sa
 banded: no gathers, for TPUs, where they are slow. The map is cut into tiles; a sample is a product of two tents
   (bilinear weights) with the tile's neighbourhood, so that all samples of a tile are one matrix product. It holds
   every offset below `BAND_RADIUS`; a level with a larger one is computed by the gather form instead (`lax.cond`).
-pallas: kernels for NVIDIA GPUs, see `deform_pallas`; no sample and no update of a gradient passes through memory.
+pallas: forward a kernel for NVIDIA GPUs (`deform_pallas`) whose samples do not pass through memory; backward as gather.
 
 All recompute the samples in the backward pass instead of keeping them (9 x the feature map).
 
@@ -17,9 +17,6 @@ programs compiled for one TPU v5e by tests/benchmarks/deform_conv_cost.py; not r
 | gather | backward |  42.6 |     19.6 |
 | banded | forward  |  47.8 |      5.1 |
 | banded | backward | 125.8 |      9.7 |
-
-P3 of 384 images of 320 x 320 (40 x 40), forward and backward, from programs compiled for one H100: gather 167 GB,
-pallas 6 GB and what the cache does not hold of the samples' corners.
 """
 
 from __future__ import annotations
@@ -254,22 +251,8 @@ def _kernels_forward(features, offsets, mask, kernel):
     return deform_pallas.forward(features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel)
 
 
-def _kernels_backward(features, offsets, mask, kernel, gradient):
-    weights, weights_vjp, index = jax.vjp(_corners, offsets, mask, has_aux=True)
-    feature_gradient, weight_gradient, kernel_gradient = deform_pallas.backward(
-        features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel, gradient
-    )
-    offset_gradient, mask_gradient = weights_vjp(weight_gradient.swapaxes(0, 1))
-    return (
-        feature_gradient.astype(features.dtype),
-        offset_gradient,
-        mask_gradient,
-        kernel_gradient.astype(kernel.dtype),
-    )
-
-
 FORMS = {
     "gather": (_gather_forward, _gather_backward),
     "banded": (_banded_forward, _banded_backward),
-    "pallas": (_kernels_forward, _kernels_backward),
+    "pallas": (_kernels_forward, _gather_backward),  # kernels took longer on the way back
 }

@@ -46,7 +46,7 @@ def of_step(
     settings = config.model.copy_and_resolve_references()
     settings.remat, settings.head.deform_impl = "none", "gather"  # the banded form multiplies with zeros
     with settings.unlocked():  # configurations of old runs have no such key
-        settings.swin.attention_impl = settings.swin.mlp_impl = "xla"  # what happens within a kernel is not counted
+        settings.swin.attention_impl = "xla"  # what happens within a kernel is not counted
     model, batch_size = detclip.from_config(settings), config[kind].batch_size
     image, extent = jnp.zeros((1, *canvas, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
     tokens = jnp.zeros((1, settings.text.context_length), jnp.int32)

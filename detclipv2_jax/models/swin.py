@@ -17,17 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
-from detclipv2_jax.models import mlp_pallas, split
 from detclipv2_jax.models.repeat import repeat
-from detclipv2_jax.models.window_attention import kernel_or_xla, window_attention
+from detclipv2_jax.models.window_attention import window_attention
 
 PATCH = 4  # px
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5
-
-Kept = tuple[Array, Array]  # (which images keep a branch: bool[b, 1, 1, 1], the probability of it)
 
 _dense_init = nn.initializers.truncated_normal(0.02)
 
@@ -51,7 +48,6 @@ class Swin(nn.Module):
     window_size: int
     drop_path_rate: float = 0.0
     attention_impl: str = "auto"  # of `window_attention`
-    mlp_impl: str = "xla"  # the same forms
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -86,7 +82,6 @@ class Swin(nn.Module):
                     shift=shift,
                     drops_paths=self.drop_path_rate > 0.0,
                     attention_impl=self.attention_impl,
-                    mlp_impl=self.mlp_impl,
                     dtype=self.dtype,
                     parent=None,
                 )
@@ -122,7 +117,6 @@ class SwinBlock(nn.Module):
     shift: int
     drops_paths: bool
     attention_impl: str = "auto"
-    mlp_impl: str = "xla"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -132,77 +126,20 @@ class SwinBlock(nn.Module):
         y = WindowAttention(
             self.num_heads, self.window_size, self.shift, self.attention_impl, self.dtype, name="attention"
         )(_layer_norm(self.dtype, "norm1")(x))
-        x = x + _drop_path(self._kept(x, drop_rate, train), y)
-        kept = self._kept(x, drop_rate, train)
-        fits = mlp_pallas.fits(channels, MLP_RATIO * channels) and x.shape[0] % split.num_parts() == 0
-        if self.mlp_impl != "xla" and fits and not self.is_initializing():
-            params: Any = {name: self.get_variable("params", name) for name in ("norm2", "mlp_in", "mlp_out")}
-            return _mlp_branch(self.mlp_impl, params, x, kept)
+        x = x + self._drop_path(y, drop_rate, train)
         y = dense(MLP_RATIO * channels, name="mlp_in")(_layer_norm(self.dtype, "norm2")(x))
         y = dense(channels, name="mlp_out")(gelu(y))
-        return x + _drop_path(kept, y)
+        return x + self._drop_path(y, drop_rate, train)
 
-    def _kept(self, x: Float[Array, "b h w c"], rate: Float[Array, ""], train: bool) -> Kept | None:
-        """Returns which images keep a branch; None: all do, and it is not scaled."""
+    def _drop_path(
+        self, branch: Float[Array, "b h w c"], rate: Float[Array, ""], train: bool
+    ) -> Float[Array, "b h w c"]:
+        """Returns the branch, in training left out for a random part of the images and scaled up for the others."""
         if not train or not self.drops_paths:
-            return None
+            return branch
         keep_prob = 1.0 - rate
-        return jax.random.bernoulli(self.make_rng("dropout"), keep_prob, (x.shape[0], 1, 1, 1)), keep_prob
-
-
-def _drop_path(kept: Kept | None, branch: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Returns the branch, left out for a random part of the images and scaled up for the others."""
-    if kept is None:
-        return branch
-    keep, keep_prob = kept
-    return jnp.where(keep, branch / keep_prob, 0.0).astype(branch.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp_branch(impl, params, x, kept):
-    """Returns x + MLP(norm(x)) with stochastic depth: by XLA, or in a kernel that keeps hidden values on the chip."""
-    return kernel_or_xla(impl, _mlp_kernel, _mlp_xla, params, x, kept)
-
-
-def _mlp_gradient(impl, arguments, gradient):
-    return (*kernel_or_xla(impl, _mlp_kernel_gradient, _mlp_xla_gradient, *arguments, gradient), None)
-
-
-_mlp_branch.defvjp(lambda impl, *arguments: (_mlp_branch(impl, *arguments), arguments), _mlp_gradient)
-
-
-def _mlp_xla(params, x, kept):
-    channels = x.shape[-1]
-    y = _layer_norm(x.dtype, None).apply({"params": params["norm2"]}, x)
-    y = Dense(MLP_RATIO * channels, dtype=x.dtype).apply({"params": params["mlp_in"]}, y)
-    y = Dense(channels, dtype=x.dtype).apply({"params": params["mlp_out"]}, gelu(y))
-    return x + _drop_path(kept, y)
-
-
-def _mlp_xla_gradient(params, x, kept, gradient):
-    return jax.vjp(functools.partial(_mlp_xla, kept=kept), params, x)[1](gradient)
-
-
-def _mlp_kernel(params, x, kept):
-    return mlp_pallas.forward(x, _mlp_factor(x, kept), _mlp_weights(params), epsilon=LAYER_NORM_EPSILON)
-
-
-def _mlp_kernel_gradient(params, x, kept, gradient):
-    weights, weights_vjp = jax.vjp(_mlp_weights, params)
-    factor = _mlp_factor(x, kept)
-    x_gradient, gradients = mlp_pallas.backward(x, factor, weights, gradient, epsilon=LAYER_NORM_EPSILON)
-    return weights_vjp(gradients)[0], x_gradient
-
-
-def _mlp_weights(params) -> mlp_pallas.Weights:
-    norm, first, second = params["norm2"], params["mlp_in"], params["mlp_out"]
-    return mlp_pallas.Weights(
-        norm["scale"], norm["bias"], first["kernel"], first["bias"], second["kernel"], second["bias"]
-    )
-
-
-def _mlp_factor(x: Float[Array, "b h w c"], kept: Kept | None) -> Float32[Array, " b"]:
-    return jnp.ones(x.shape[:1]) if kept is None else kept[0].reshape(-1) / kept[1]
+        keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, (branch.shape[0], 1, 1, 1))
+        return jnp.where(keep, branch / keep_prob, 0.0).astype(branch.dtype)
 
 
 class WindowAttention(nn.Module):
@@ -322,5 +259,5 @@ def _pad_to_multiple(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, 
     return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
 
 
-def _layer_norm(dtype: Any, name: str | None) -> nn.LayerNorm:
+def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=dtype, name=name)

@@ -14,7 +14,6 @@ the xla form and 72 GB in the other (programs compiled for one H100).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,7 +60,7 @@ def window_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(impl, qkv, bias, region):
-    return kernel_or_xla(impl, _kernel_forward, _xla_forward, qkv, bias, region)
+    return _dispatch(impl, _kernel_forward, _xla_forward, qkv, bias, region)
 
 
 def _forward(impl, *arguments):
@@ -69,14 +68,13 @@ def _forward(impl, *arguments):
 
 
 def _backward(impl, arguments, gradient):
-    return (*kernel_or_xla(impl, _kernel_backward, _xla_backward, *arguments, gradient), None)
+    return (*_dispatch(impl, _kernel_backward, _xla_backward, *arguments, gradient), None)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def kernel_or_xla(impl: str, kernel: Callable, xla: Callable, *arguments: Any) -> Any:
-    """Returns what the chosen form computes."""
+def _dispatch(impl: str, kernel: Any, xla: Any, *arguments: Any) -> Any:
     if impl == "auto":
         return jax.lax.platform_dependent(*arguments, cuda=kernel, default=xla)
     return (kernel if impl == "pallas" else xla)(*arguments)

@@ -193,7 +193,6 @@ def _training(
 def _with_deform(config: ConfigDict, platform: str) -> ConfigDict:
     """Returns a copy whose deformable layer has one platform's form; else the dearer of two forms would be counted."""
     config = config.copy_and_resolve_references()
-    config.model.swin.mlp_impl = "xla"  # beside kernels the gradient of the other form is counted with all it repeats
     if config.model.head.deform_impl == "auto":
         config.model.head.deform_impl = "banded" if platform == "tpu" else "gather"
     return config

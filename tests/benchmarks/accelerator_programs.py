@@ -92,7 +92,7 @@ def forms(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     """Yields the configuration as it is, and without the kernels for NVIDIA GPUs."""
     yield "", config
     config = config.copy_and_resolve_references()
-    config.model.swin.attention_impl = config.model.swin.mlp_impl = config.model.head.deform_impl = "xla"
+    config.model.swin.attention_impl = config.model.head.deform_impl = "xla"
     yield WITHOUT_KERNELS, config
 
 
@@ -362,7 +362,7 @@ def _of_pairs(setting: Setting) -> Iterator[Program]:
 
 
 def blocks(setting: Setting) -> Iterator[Program]:
-    """Yields window attention, blocks with MLPs, the deformable layer and NMS, each in all its forms."""
+    """Yields window attention, the deformable layer and NMS, each in all its forms."""
     config, num_images = setting.config, setting.chunk(Kind.DETECTION)
     height, width = setting.canvas(Kind.DETECTION)
     of_swin = config.model.swin
@@ -378,20 +378,6 @@ def blocks(setting: Setting) -> Iterator[Program]:
                     (state.params["swin"][f"stage{stage + 1}_block0"]["attention"], Normal(shape, setting.dtype)), ()
                 ),
                 num_images=num_images, reference="" if form == "xla" else f"{name}, xla",
-            )  # fmt: skip
-
-    for stage, heads in enumerate(of_swin.num_heads[:2]):
-        shape = (num_images, -(-height // (4 << stage)), -(-width // (4 << stage)), of_swin.embed_dim << stage)
-        name = f"Swin block {stage + 1} {'x'.join(map(str, shape))}, MLP"
-        for form in ("xla", "auto"):
-            one = swin.SwinBlock(heads, of_swin.window_size, 0, False, mlp_impl=form, dtype=setting.dtype)
-            yield from both_passes(
-                f"{name} {form}",
-                lambda params, x, one=one: one.apply({"params": params}, x, jnp.float32(0.0), False),
-                lambda state, stage=stage, shape=shape: (
-                    (state.params["swin"][f"stage{stage + 1}_block0"], Normal(shape, setting.dtype)), ()
-                ),
-                num_images=num_images, reference="" if form == "xla" else f"{name} xla",
             )  # fmt: skip
 
     h, w = anchor_lib.level_sizes((height, width))[0]

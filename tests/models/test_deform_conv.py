@@ -74,8 +74,7 @@ KERNEL_CHANNELS = {"channels": 64, "outputs": 16}
 @pytest.fixture
 def interpreted(monkeypatch):
     """Makes the kernels run on this machine."""
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(deform_pallas, name, functools.partial(getattr(deform_pallas, name), interpret=True))
+    monkeypatch.setattr(deform_pallas, "forward", functools.partial(deform_pallas.forward, interpret=True))
 
 
 @pytest.mark.parametrize("size", [(13, 18), (3, 2)], ids=str)
@@ -112,7 +111,7 @@ def test_what_the_kernels_cannot_hold_is_left_to_xla(monkeypatch, batch):
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install 'jax[cuda13]' (no GPU)")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_the_gpu_compiler_accepts_the_kernels(dtype):
-    """For a described H100, P3 of the paper's runs; neither samples nor updates of a gradient in memory."""
+    """For a described H100, P3 of the paper's runs; forward no samples in memory."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=compile_step.H100, topology="1x1x1"
     )
@@ -122,13 +121,12 @@ def test_the_gpu_compiler_accepts_the_kernels(dtype):
         ((32, 40, 40, 9, 2), jnp.float32),
         ((32, 40, 40, 9), jnp.float32),
         ((3, 3, 256, 256), dtype),
-        ((32, 40, 40, 256), dtype),
     )
-    *arguments, gradient = (jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes)
-    program = evaluate("auto").trace(tuple(arguments), gradient).lower(lowering_platforms=("cuda",)).compile()
-    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 3
-    # the gradient of the features in float32, that of the kernel in parts, weights and their gradient
-    assert program.memory_analysis().temp_size_in_bytes < 32 * 40 * 40 * (256 + 2 * 36 + 9) * 4 + 12 * 9 * 256**2 * 4
+    arguments = (jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes)
+    traced = jax.jit(deform_conv.deform_conv2d).trace(*arguments)
+    program = traced.lower(lowering_platforms=("cuda",)).compile()
+    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+    assert program.memory_analysis().temp_size_in_bytes < 32 * 40 * 40 * (2 * 36 + 9) * 4  # weights and indices
 
 
 @pytest.mark.parametrize("impl", ["gather", "banded"])
