@@ -50,7 +50,7 @@ def accelerators(folder: pathlib.Path) -> str:
     from tests.benchmarks.accelerator import table  # imports jax: only if it is needed
 
     reports = [json.loads(path.read_text()) for path in paths]
-    return "\n\n".join(f"### {report['card']}\n\n{table(report)}" for report in reports)
+    return "\n\n".join(f"### {report['card']}\n\n{report.get('note', '')}\n\n{table(report)}" for report in reports)
 
 
 def home() -> str:

@@ -60,7 +60,7 @@ FAULTS = [
         ("jax.random.bernoulli(self.make_rng(\"dropout\"), keep_prob,", "jax.random.bernoulli(self.make_rng(\"dropout\"), rate,"),
         ("np.linspace(0.0, self.drop_path_rate,", "np.linspace(self.drop_path_rate, self.drop_path_rate,"),
         ("np.linspace(0.0, self.drop_path_rate,", "np.linspace(self.drop_path_rate, 0.0,"),
-        ("keep_prob, (x.shape[0], 1, 1, 1)), keep_prob", "keep_prob, (1, 1, 1, 1)), keep_prob"),
+        ("keep_prob, (branch.shape[0], 1, 1, 1))", "keep_prob, (1, 1, 1, 1))"),
         ("jax.random.bernoulli(self.make_rng(\"dropout\"),", "jax.random.bernoulli(jax.random.key(0),"),
         slow=True,
     ),
