@@ -64,7 +64,8 @@ def photos(request, tmp_path_factory):
             pixels = rng.integers(0, 256, (6, 9 - i % 2, 3), dtype=np.uint8).repeat(70, axis=0).repeat(70, axis=1)
             files.append(tmp_path_factory.mktemp("photos") / f"{i}.png")
             Image.fromarray(pixels).save(files[-1])
-    landscape = (pixels for pixels in map(transforms.read, files) if pixels.shape[0] < pixels.shape[1])
+    everything = (photo.pixels for photo in map(transforms.read, files))
+    landscape = (pixels for pixels in everything if pixels.shape[0] < pixels.shape[1])
     return list(itertools.islice(landscape, NUM_PHOTOS))
 
 
