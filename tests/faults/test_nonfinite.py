@@ -24,7 +24,7 @@ NUM_STEPS = 3  # an epoch
 
 
 def poison(shard, number):
-    """Gives an example of a shard boxes without an end."""
+    """Gives an example of a shard boxes whose area is more than float32 can hold."""
     reader = ArrayRecordReader(str(shard))
     records = reader.read_all()
     reader.close()
@@ -34,7 +34,7 @@ def poison(shard, number):
         example = tf_example_pb2.Example.FromString(record)
         if i == number:
             boxes = example.features.feature["boxes"].float_list.value
-            boxes[:] = [0.0, 0.0, np.inf, np.inf] * (len(boxes) // 4)
+            boxes[:] = [0.0, 0.0, 3e38, 3e38] * (len(boxes) // 4)
         writer.write(example.SerializeToString())
     writer.close()
 
