@@ -20,7 +20,7 @@ from detclipv2_jax import predict
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.inference import Predictor, vocabulary
 from detclipv2_jax.models import detclip
-from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs import checkpoints, state
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_a_run_is_read(tmp_path, monkeypatch):
     config.model = config_lib.model("nano")
     model = detclip.from_config(config.model)
     tokens = tokenizer.tokenize(["cat, a pet", "red car"])
-    params = jax.jit(functools.partial(model.init, method="encode_text"))(jax.random.key(1), tokens)["params"]
+    params = jax.jit(functools.partial(state.init_params, model, context_length=16))(jax.random.key(1))
     monkeypatch.setattr(checkpoints, "load_for_inference", lambda workdir: (config, params, 7))
     predictor = Predictor.from_checkpoint(tmp_path)
     assert predictor.step == 7
