@@ -58,6 +58,7 @@ class Targets:
     centerness: Float[Array, "b a"]  # 0 where not positive
 
 
+@jax.named_scope("targets")
 def assign_targets(batch: Batch, rows: Int[Array, " t"], canvas: tuple[int, int]) -> Targets:
     """Returns the ATSS targets of a batch; `rows` maps rows of its concept table to the de-duplicated table."""
     anchors = anchor_lib.grid(canvas)
@@ -134,6 +135,7 @@ def make_step(
     return step
 
 
+@jax.named_scope("optimizer")
 def _apply(
     state: TrainState, grads: Any, *, tx: optax.GradientTransformation, ema_decay: float, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
@@ -333,6 +335,7 @@ def _pair_gradients(program: Program, params: Any, concepts: Concepts, batch: Ba
     return loss, metrics, grads, concept_grads
 
 
+@jax.named_scope("selection")
 def _choose(
     program: Program, regions: Regions, concepts: Concepts, images: Batch, *, table: Table, batch_captions: Captions
 ) -> Proposals:

@@ -56,6 +56,7 @@ class AnchorTargets(NamedTuple):
     rows: Int[Array, "b a"]  # of the texts: what that box is; any value without one
 
 
+@jax.named_scope("alignment_loss")
 def alignment_loss(
     embeddings: Float[Array, "b a d"],
     concepts: Concepts,

@@ -63,6 +63,7 @@ class UniqueRows(NamedTuple):
     count: Int32[Array, ""]  # type: ignore[assignment]  # number of canonical rows; hides tuple.count
 
 
+@jax.named_scope("concept_table")
 def unique_rows(canonical: Int32[Array, " t"], mask: Bool[Array, " t"]) -> UniqueRows:
     """Returns the canonical rows first, so that a loop over `count` of them skips padding and repetitions."""
     is_unique = mask & (canonical == jnp.arange(canonical.shape[0], dtype=jnp.int32))

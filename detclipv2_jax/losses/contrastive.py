@@ -68,6 +68,7 @@ class Proposed(NamedTuple):
     areas: Float32[Array, "b k"] | None  # in any unit; only max_size needs them
 
 
+@jax.named_scope("contrastive_loss")
 def word_region_loss(
     regions: Float[Array, "b k d"],
     text: Float32[Array, "t d"],

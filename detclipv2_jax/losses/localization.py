@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from detclipv2_jax.geometry import boxes as box_lib
 
 
+@jax.named_scope("localization_losses")
 def localization_losses(
     box_deltas: Float[Array, "b a 4"],
     centerness: Float[Array, "b a"],

@@ -88,7 +88,8 @@ class Swin(nn.Module):
                 for shift in (0, self.window_size // 2)[:depth]
             ]
             names = [f"stage{stage}_block{block}" for block in range(depth)]
-            x = repeat(self, blocks, names, x, [rates[stage - 1]], static=(train,), remat=self.remat)
+            with jax.named_scope(f"stage{stage}"):
+                x = repeat(self, blocks, names, x, [rates[stage - 1]], static=(train,), remat=self.remat)
             if stage > 1:
                 features.append(_layer_norm(self.dtype, f"norm{stage}")(x))
         return features

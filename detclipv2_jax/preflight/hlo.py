@@ -2,6 +2,9 @@
 
 XLA's own cost analysis counts the body of a loop once and is missing for GPUs. Here a body counts as often as it runs,
 and a conditional as the branch that moves more, which is chosen for memory and for each kind of collective.
+
+Every instruction knows the place in the model that it was traced from, so that traffic, and the times of a profile
+(`tests/benchmarks/accelerator.py`), can be summed by module.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import collections
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"}
@@ -19,14 +23,52 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+)([0-9]*)\w*\[([0-9,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# what JAX and Flax write into the name of an operation beside modules and scopes: transformations, loops, classes
+_WRAPPER = re.compile(
+    r".*[(<.]|[A-Z]|(while|body|cond|branch_\d+_fun|closed_call|checkpoint|remat2?|rematted_computation|shard_map)$"
+)
+MODULE_DEPTH = 3  # parts of a module's path that are told apart
+
+
+class Moved(NamedTuple):
+    """What one instruction moves through memory."""
+
+    instruction: str
+    place: str  # of the operation that it was made from, as JAX names it
+    times: float  # that it runs
+    memory: float  # bytes read and written, all times together
 
 
 class Traffic(NamedTuple):
     """Bytes of one device."""
 
-    memory: float  # read and written in the device's main memory
+    rows: list[Moved]  # in the order of the program
     network: dict[str, float]  # by kind of collective: the larger one of operand and result
     unknown_loops: int  # loops whose number of turns depends on data; counted once
+
+    @property
+    def memory(self) -> float:
+        """Bytes read and written in the device's main memory."""
+        return sum(row.memory for row in self.rows)
+
+
+def module_of(place: str) -> tuple[str, str]:
+    """Returns (module or scope, pass) of an operation's name; pass is forward, recomputed or backward."""
+    direction = "backward" if "transpose(" in place else "forward"
+    if "rematted_computation" in place:
+        direction = "recomputed"
+    *parts, _ = re.sub(r".*(jvp|DetCLIP)[^/]*/", "", place).split("/")  # the last part is the operation itself
+    parts = [part for part in parts if not _WRAPPER.match(part)]
+    return "/".join(parts[:MODULE_DEPTH]) or "other", direction
+
+
+def by_module(rows: Iterable[tuple[str, float]]) -> dict[tuple[str, str], float]:
+    """Returns sums by (module, pass), the largest first, of pairs (place, amount)."""
+    total: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for place, amount in rows:
+        total[module_of(place)] += amount
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 class _Instruction(NamedTuple):
@@ -52,8 +94,18 @@ def traffic(text: str) -> Traffic:
             computations[name].append(_Instruction(bool(match[1]), match[2], match[3], match[4], operands, match[6]))
 
     @functools.cache
-    def cost(name: str) -> Any:
-        total: Any = collections.Counter()  # of floats, which its type does not know
+    def cost(name: str) -> Traffic:
+        rows: list[Moved] = []
+        network: dict[str, float] = collections.defaultdict(float)
+        unknown = 0
+
+        def add(part: Traffic, times: int = 1) -> None:
+            nonlocal unknown
+            rows.extend(row._replace(times=times * row.times, memory=times * row.memory) for row in part.rows)
+            for kind, size in part.network.items():
+                network[kind] += times * size
+            unknown += part.unknown_loops
+
         types = {instruction.name: instruction.type for instruction in computations[name]}
         for instruction in computations[name]:
             opcode = instruction.opcode
@@ -61,30 +113,31 @@ def traffic(text: str) -> Traffic:
             if opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
                 turns = _turns(instruction, computations)
-                total["unknown loops"] += turns == 0
-                for key, value in cost(body[1] if body else "").items():
-                    total[key] += value * max(turns, 1)
+                unknown += turns == 0
+                if body:
+                    add(cost(body[1]), max(turns, 1))
             elif opcode == "conditional":
                 names = [part for found in _BRANCHES.findall(instruction.attributes) for part in found if part]
                 branches = [cost(branch) for branch in re.findall(r"[\w.\-]+", " ".join(names))]
-                total.update({key: max(moved[key] for moved in branches) for key in set().union(*branches)})
+                sent = {kind: max(branch.network.get(kind, 0.0) for branch in branches) for kind in COLLECTIVES}
+                add(max(branches, key=lambda branch: branch.memory)._replace(network=sent))
             elif opcode in ("call", "async-start"):
                 for called in _CALLED.findall(instruction.attributes):
-                    total.update(cost(called))
+                    add(cost(called))
             elif kind in COLLECTIVES:
                 sizes = [_size(array) for array in _ARRAY.findall(instruction.type)]
                 # an asynchronous operation's result is (operand, result)
                 size = max(sizes) if opcode.endswith("-start") and len(sizes) > 1 else sum(sizes)
                 if kind == "reduce-scatter":
                     size = max(size, sum(_bytes(types.get(operand, "")) for operand in instruction.operands))
-                total[kind] += size
+                network[kind] += size
             elif opcode not in _FREE and not opcode.endswith("-done"):
-                total["memory"] += _moved(instruction, types, computations)
-        return total
+                place = _OP_NAME.search(instruction.attributes)
+                moved = _moved(instruction, types, computations)
+                rows.append(Moved(instruction.name, place[1] if place else "", 1.0, moved))
+        return Traffic(rows, {kind: size for kind, size in network.items() if size}, unknown)
 
-    total = cost(entry)
-    network = {kind: total[kind] for kind in COLLECTIVES if total[kind]}
-    return Traffic(total["memory"], network, total["unknown loops"])
+    return cost(entry)
 
 
 def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:

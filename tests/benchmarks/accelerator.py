@@ -12,12 +12,16 @@ first, so that it holds what was measured when time runs out. A row has
 * bytes through memory, read from the compiled program by `preflight.hlo`, and its memory as the compiler counts it;
 * utilization: FLOPs over time and the data sheet's peak;
 * bound: the longer of FLOPs over the measured rate of a matrix product and bytes over that of a copy; and its share of
-  the time.
+  the time;
+* profile, of steps: seconds on the device and bytes of each module and pass, and of the slowest instructions, from a
+  trace of one more call. A kernel inside a CUDA graph has no name: XLA_FLAGS=--xla_gpu_enable_command_buffer= gives all
+  of them theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import datetime
 import gc
@@ -29,8 +33,9 @@ import re
 import runpy
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -50,6 +55,9 @@ THREADS = 8  # that compile
 CALLS = (5, 30)  # of a program that are timed, at least and at most
 SECONDS = 3.0  # after which no more are
 SHORTEST = 0.02  # s; shorter calls are sent one after the other and timed together
+MODULES = 30  # and modules, in the table
+SLOWEST = 60  # instructions of a profile that are listed
+TIMING = 5  # s that a program needs once it is compiled
 MARGIN = 10  # s before the end of the time after which nothing is started
 GIB = 1 << 30
 MEMORY = 55 * GIB  # that batches of one of eight H100 suit
@@ -160,11 +168,57 @@ class Compiled:
             "compile_s": time.monotonic() - start,
             "memory": parts | {"total": sum(parts.values())},
         }
+        self.moved: list[hlo.Moved] = []
         try:
             moved = hlo.traffic(self.call.as_text())
+            self.moved = moved.rows
             self.row |= {"bytes": moved.memory, "unknown_loops": moved.unknown_loops}
         except Exception as error:  # the reader may not know a newer compiler's text; times are worth more
             self.row |= {"bytes": None, "reader_error": f"{type(error).__name__}: {error}"}
+
+
+def profile(call: Callable[[], Any], moved: list[hlo.Moved]) -> dict[str, Any]:
+    """Returns device seconds and bytes of a call by module and pass, and by its slowest instructions.
+
+    Args:
+      call: sends the program and returns its results.
+      moved: the program's instructions.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        seconds: dict[str, float] = collections.defaultdict(float)
+        for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+            for instruction, duration in _events(jax.profiler.ProfileData.from_file(str(path))):
+                seconds[instruction] += duration
+    rows = {_kernel(row.instruction): row for row in moved}  # the last of several of one name, which XLA does not write
+    unknown = hlo.Moved("", "", 0.0, 0.0)
+    timed = sorted(((time, name, rows.get(_kernel(name), unknown)) for name, time in seconds.items()), reverse=True)
+    by_time = hlo.by_module((row.place or f"{name}/", time) for time, name, row in timed)
+    by_bytes = hlo.by_module((row.place, row.memory) for row in moved)
+    return {
+        "modules": [[*key, time, by_bytes.get(key, 0.0)] for key, time in by_time.items()],
+        "instructions": [[name, row.place, row.times, time, row.memory] for time, name, row in timed[:SLOWEST]],
+        "seconds": sum(seconds.values()),
+    }
+
+
+def _events(data: Any) -> Iterator[tuple[str, float]]:
+    """Yields (instruction or kernel, seconds) of whatever ran on a device."""
+    for plane in data.planes:
+        on_device = plane.name.startswith("/device:")
+        for line in plane.lines:
+            if on_device and line.name.startswith(("XLA Modules", "Steps", "Framework")):
+                continue  # sums of others
+            for event in line.events:
+                instruction = dict(event.stats).get("hlo_op")
+                if on_device or (instruction and not re.match(r"(while|call|conditional)\b", instruction)):
+                    yield str(instruction or event.name), event.duration_ns / 1e9
+
+
+def _kernel(instruction: str) -> str:
+    """Returns the name that XLA gives the kernel of an instruction."""
+    return re.sub(r"[.\-]", "_", instruction)
 
 
 class Bench:
@@ -186,18 +240,19 @@ class Bench:
         self.pool.shutdown(cancel_futures=True)
 
     def run(self, group: Callable[[], Any]) -> None:
-        """Compiles all programs of a group side by side and times each when it is ready; a failure is a row, too."""
+        """Compiles all programs of a group side by side, then times each; a failure is a row, too.
+
+        Not while others are compiled: that runs kernels to choose among them.
+        """
         chosen = self._listed(group)
         compared = {program.reference for program in chosen}
         if chosen and self.created is None and self.state is None:
             self.created = self.pool.submit(jax.jit(self.setting.create).lower().compile)
-        waiting = {self._compile(program): program for program in chosen}
-        while waiting:  # whichever is compiled first is timed first
-            timeout = max(0.0, self.report.seconds_left - MARGIN)
-            done, _ = concurrent.futures.wait(waiting, timeout, concurrent.futures.FIRST_COMPLETED)
-            future = min(done or waiting, key=list(waiting).index)
-            program = waiting.pop(future)
-            if self.report.seconds_left < MARGIN or not done:
+        compiled = {self._compile(program): program for program in chosen}
+        timeout = max(0.0, self.report.seconds_left - MARGIN - TIMING * len(chosen))
+        done, _ = concurrent.futures.wait(compiled, timeout)
+        for future, program in compiled.items():
+            if future not in done or self.report.seconds_left < MARGIN:
                 self.report.add({"name": program.name, "error": "time ran out"})
                 continue
             try:
@@ -264,6 +319,7 @@ class Bench:
         row |= self._compared_with_bound(row)
         if program.donates:
             row["metrics"] = {name: float(value) for name, value in results.items()}
+            row["profile"] = profile(call, compiled.moved)
         if program.reference in self.kept:
             row["differences"] = _differences(results, self.kept[program.reference])
         if keep:
@@ -333,7 +389,18 @@ def table(report: dict[str, Any]) -> str:
     ceilings = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in report["ceilings"].items())
     head = f"{report['card']}, {report['date']}, jax {report['jax']}, {report['driver']}; measured {ceilings}"
     lines = [head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(_line, report["rows"])]
+    for row in report["rows"]:
+        if "profile" in row:
+            lines += ["", *_profile_lines(row)]
     return "\n".join(lines)
+
+
+def _profile_lines(row: dict[str, Any]) -> Iterator[str]:
+    yield f"{row['name']}: {1e3 * row['profile']['seconds']:.1f} ms of kernels"
+    yield "\n| module | pass | ms | GB moved | TB/s |\n|---|---|---|---|---|"
+    for module, direction, seconds, moved in row["profile"]["modules"][:MODULES]:
+        rate = moved / max(seconds, 1e-9) / 1e12
+        yield f"| {module} | {direction} | {1e3 * seconds:.2f} | {moved / 1e9:.2f} | {rate:.2f} |"
 
 
 def loaded(path: str, device: jax.Device) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -35,6 +35,7 @@ SHARE = 8  # devices of the whole batch
 PHOTOS = (1, 8)  # of a prediction
 STRIDES = (8, 16, 32)
 WITHOUT_KERNELS = ", without kernels"
+STEPS = (Kind.DETECTION, Kind.IMAGE_TEXT, Kind.GROUNDING)  # steps, what matters most first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +89,6 @@ class Setting:
 LOGIT = (np.float32(1.0), np.float32(-4.6))  # scale and bias
 
 
-def forms(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-    """Yields the configuration as it is, and without the kernels for NVIDIA GPUs."""
-    yield "", config
-    config = config.copy_and_resolve_references()
-    config.model.swin.attention_impl = config.model.head.deform_impl = "xla"
-    yield WITHOUT_KERNELS, config
-
-
 def without_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function, traced without the kernel for the selection of proposals, which has no key."""
 
@@ -109,23 +102,28 @@ def without_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 def groups(setting: Setting) -> list[Callable[[], Iterator[Program]]]:
     """Returns the makers of programs, what matters most first; the programs of a group are compiled together."""
     return [
-        functools.partial(steps, setting, kernels=True),
-        functools.partial(blocks, setting),
+        functools.partial(steps, setting),
         functools.partial(predictions, setting),
-        functools.partial(steps, setting, kernels=False),
+        functools.partial(blocks, setting),
+        functools.partial(steps_without_kernels, setting, STEPS[1:]),
         functools.partial(towers, setting),
         functools.partial(losses, setting),
     ]
 
 
-def steps(setting: Setting, *, kernels: bool) -> Iterator[Program]:
-    """Yields the training step of every kind, with the kernels for this device or without."""
-    for form, config in forms(setting.config):
-        if kernels == (form == WITHOUT_KERNELS):
-            continue
-        of_form = dataclasses.replace(setting, config=config)
-        for kind in (Kind.DETECTION, Kind.IMAGE_TEXT, Kind.GROUNDING):
-            yield _step(of_form, kind, form)
+def steps(setting: Setting) -> Iterator[Program]:
+    """Yields the training step of every kind as it is on this device, and detection's without kernels beside it."""
+    for kind in STEPS:
+        yield _step(setting, kind, "")
+    yield from steps_without_kernels(setting, STEPS[:1])
+
+
+def steps_without_kernels(setting: Setting, kinds: Sequence[Kind]) -> Iterator[Program]:
+    """Yields training steps without the kernels for NVIDIA GPUs."""
+    config = setting.config.copy_and_resolve_references()
+    config.model.swin.attention_impl = config.model.head.deform_impl = "xla"
+    for kind in kinds:
+        yield _step(dataclasses.replace(setting, config=config), kind, WITHOUT_KERNELS)
 
 
 def _step(setting: Setting, kind: Kind, form: str) -> Program:
