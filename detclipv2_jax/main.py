@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import files, interrupts, validation
+from detclipv2_jax import config_json, files, interrupts, validation
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.chips import chip_of
 from detclipv2_jax.data import identity, scenes
@@ -133,7 +133,7 @@ def prepare(
     if chip and config.chips[chip]:
         logging.info("values for %s: %s (config.chips.%s)", chip, dict(config.chips[chip]), chip)
     validation.validate(config_lib.for_chip(config, chip), num_devices=jax.device_count())
-    processes.check_same(config_lib.to_json(config), what="configuration", timeout_s=config.timeout_s)
+    processes.check_same(config_json.to_json(config), what="configuration", timeout_s=config.timeout_s)
     fresh_allowed = not replayed and (training or bool(config.init_from.checkpoint))
     check_workdir(workdir, config, fresh_allowed=fresh_allowed)
     complete = with_scenes(config_lib.for_chip(config, chip), workdir)
@@ -175,7 +175,7 @@ def in_workdir(
             stack.enter_context(room(workdir))
             if training and (not (workdir / "data.json").exists() or read_json(workdir / "data.json") != data):
                 write_json(workdir / "data.json", data, indent=1)
-            path, text = workdir / "config.json", config_lib.to_json(config)
+            path, text = workdir / "config.json", config_json.to_json(config)
             if not path.exists() or (training and path.read_bytes() != text.encode()):
                 write_text(path, [text])
         return work()
@@ -189,7 +189,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
     """
     path = workdir / "config.json"
     if path.exists():
-        stored = config_lib.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
+        stored = config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
         changed = [
             line
             for line in config_lib.differences(stored, config)

@@ -16,8 +16,7 @@ from typing import Any
 from absl import app, flags
 
 import detclipv2_jax.eval.loop  # most of what the programs import  # noqa: F401
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import train, validation  # noqa: F401
+from detclipv2_jax import config_json, train, validation  # noqa: F401
 
 
 class Parsed(BaseException):
@@ -41,7 +40,7 @@ def parse(module: str, arguments: list[str]) -> dict[str, Any]:
             config = values["config"]
             validation.validate(config, num_devices=1)
             workdir = values.get("workdir") or f"runs/{config.name}"
-            found.update(config=config_lib.to_json(config), workdir=workdir, mode=values.get("mode"))
+            found.update(config=config_json.to_json(config), workdir=workdir, mode=values.get("mode"))
         raise Parsed
 
     argparse.ArgumentParser.parse_args, app.run = parse_and_stop, run  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import validation
+from detclipv2_jax import config_json, validation
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
@@ -79,7 +79,7 @@ def test_what_goes_by_scores_needs_them(micro):
 
 
 def test_json_round_trip(micro):
-    again = config_lib.from_json(config_lib.to_json(micro))
+    again = config_json.from_json(config_json.to_json(micro))
     assert config_lib.differences(micro, again) == []
     again.loss.temperature = 0.7
     assert config_lib.differences(micro, again) == ["loss.temperature: 0.5 -> 0.7"]

@@ -16,7 +16,7 @@ import sys
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import convert, main
+from detclipv2_jax import config_json, convert, main
 from detclipv2_jax.chips import CHIPS
 from detclipv2_jax.prepare import __main__ as prepare
 
@@ -99,7 +99,7 @@ def clashes(results, folder):
     found = []
     for page, command, result in results:
         if command[0] == f"{PROGRAM}.main" and "error" not in result:
-            workdir, config = folder / result["workdir"], config_lib.from_json(result["config"])
+            workdir, config = folder / result["workdir"], config_json.from_json(result["config"])
             try:
                 main.check_workdir(workdir, config, fresh_allowed=True)
             except ValueError as error:
@@ -107,7 +107,7 @@ def clashes(results, folder):
                 continue
             if result["mode"] == "train" or not (workdir / "config.json").exists():
                 workdir.mkdir(parents=True, exist_ok=True)
-                (workdir / "config.json").write_text(config_lib.to_json(config))
+                (workdir / "config.json").write_text(config_json.to_json(config))
     return found
 
 

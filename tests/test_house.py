@@ -21,12 +21,8 @@ from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import make_optimizer
 
 PACKAGE = pathlib.Path(train_step.__file__).parent
-FOR_ALL = (
-    "config",
-    "chips",
-    "files",
-    "interrupts",
-)  # import nothing of the package, so that everything may import them
+# import nothing but each other, so that everything may import them
+FOR_ALL = ("config", "config_json", "chips", "files", "interrupts")
 # rooms and what each may import beside these: only rooms below it. A command (`__main__`) is a part of its own, which
 # nobody imports
 MAY_IMPORT = {
@@ -87,6 +83,47 @@ def test_rooms_form_no_circle():
 
     for part in MAY_IMPORT:
         below(part, ())
+
+
+def parameters(function):
+    """Returns the parameters of a function, without `self` and `cls`, `*args` and `**kwargs` last."""
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return [one for one in named if one is not None and one.arg not in ("self", "cls")]
+
+
+def functions():
+    """Yields (room, name, function) of the whole package."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield parts[0], ".".join((*parts, node.name)), node
+
+
+def test_files_and_functions_are_of_a_size_to_read():
+    long_files = [path.name for path in PACKAGE.rglob("*.py") if path.read_text().count("\n") > 400]
+    assert long_files == ["train.py"]
+    assert {name for _, name, function in functions() if num_lines(function) > 60} == {
+        "train.train",  # the loop
+        "data.shapes.outlines",  # a drawing a line
+    }
+
+
+def num_lines(function):
+    """Returns the lines of a function's body without its docstring."""
+    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_training_takes_few_and_typed_parameters():
+    path = ("geometry", "models", "losses", "data", "runs", "train_step", "train", "eval", "main")
+    for room, name, function in functions():
+        if room in path:
+            assert len(parameters(function)) <= 10, name
+            untyped = [one.arg for one in parameters(function) if one.annotation is None]
+            assert not untyped, f"{name}: {untyped}"
+            assert function.returns is not None or function.name == "__init__", name
 
 
 def test_data_workers_stay_light():

@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 
-from detclipv2_jax import config as config_lib
+from detclipv2_jax import config_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENOUGH = {
@@ -116,6 +116,6 @@ def test_a_step_trains_on_arrays_with_few_packages(micro):
             after, metrics = jax.jit(step)(state.create(params, tx, ema=False), batch)
         print(int(after.step), float(metrics["finite"]), float(metrics["loss"]) > 0)
         """,
-        config_lib.to_json(micro),
+        config_json.to_json(micro),
     )
     assert done.stdout.strip() == "1 1.0 True", done.stderr

@@ -12,8 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from oracle.towers import assert_same_gradients, expected_step, jit_towers, make_batch, recorder
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import train_step
+from detclipv2_jax import config_json, train_step
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import sharding
@@ -30,7 +29,7 @@ def batch_of(kind):
 @functools.cache
 def fresh_params(micro_json):
     """Returns initial parameters on the host; the same whatever a step is compiled for."""
-    model = detclip.from_config(config_lib.from_json(micro_json).model)
+    model = detclip.from_config(config_json.from_json(micro_json).model)
     init = jax.jit(lambda key: train_state.init_params(model, key, context_length=16))
     return jax.device_get(init(jax.random.key(0)))
 
@@ -48,7 +47,7 @@ def trained_params(micro_json):
 @functools.cache
 def compiled(micro_json, kind, num_devices, num_chunks, fsdp):
     """Returns (configuration, maker of a state, jitted step, mesh); shared, because compiling is what takes time."""
-    config = config_lib.from_json(micro_json).unlock()
+    config = config_json.from_json(micro_json).unlock()
     config.optimizer.accumulate[kind.value] = num_chunks
     config.optimizer.warmup_steps = 0
     config.model.swin.drop_path_rate = 0.3
@@ -83,7 +82,7 @@ def one_step(micro_json, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
 def test_eight_devices_in_chunks_equal_the_oracle(micro, kind):
-    micro_json = config_lib.to_json(micro)
+    micro_json = config_json.to_json(micro)
     config, *_ = compiled(micro_json, kind, 8, 2, 2)
     params = trained_params(micro_json)
     state, metrics = one_step(micro_json, kind)
@@ -104,7 +103,7 @@ def test_eight_devices_in_chunks_equal_the_oracle(micro, kind):
 
 def memory(micro, kind, *settings):
     """Returns the compiler's account of a step, in bytes a device."""
-    micro_json = config_lib.to_json(micro)
+    micro_json = config_json.to_json(micro)
     _, new, step, mesh = compiled(micro_json, kind, *settings)
     with jax.set_mesh(mesh):
         batch = sharding.to_global(batch_of(kind), mesh)
@@ -113,7 +112,7 @@ def memory(micro, kind, *settings):
 
 @pytest.mark.slow
 def test_the_state_is_updated_in_place_and_chunks_save_memory(micro):
-    micro_json = config_lib.to_json(micro)
+    micro_json = config_json.to_json(micro)
     _, new, *_ = compiled(micro_json, Kind.IMAGE_TEXT, 1, 1, 1)
     state = sum(x.nbytes for x in jax.tree.leaves(new(fresh_params(micro_json))))
     whole, split, chunked = (memory(micro, Kind.IMAGE_TEXT, *s) for s in ((1, 1, 1), (8, 2, 2), (1, 4, 1)))
@@ -124,7 +123,7 @@ def test_the_state_is_updated_in_place_and_chunks_save_memory(micro):
 
 @pytest.mark.slow
 def test_each_kind_reaches_the_parameters_it_should(micro):
-    grads = {kind: one_step(config_lib.to_json(micro), kind)[0].opt_state[0] for kind in Kind}
+    grads = {kind: one_step(config_json.to_json(micro), kind)[0].opt_state[0] for kind in Kind}
     moved = {
         kind: {param_name(path) for path, grad in jax.tree_util.tree_leaves_with_path(tree) if np.any(grad)}
         for kind, tree in grads.items()
@@ -145,7 +144,7 @@ def test_each_kind_reaches_the_parameters_it_should(micro):
 @pytest.mark.slow
 def test_padding_does_not_blow_up_the_gradient_of_a_fresh_model(micro):
     """Padded patches are all alike, and layer norms divide by their spread."""
-    micro_json = config_lib.to_json(micro)
+    micro_json = config_json.to_json(micro)
     _, new, step, mesh = compiled(micro_json, Kind.DETECTION, 8, 2, 2)
     norms = []
     for extent in (96, 49):

@@ -13,10 +13,11 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -300,3 +301,26 @@ def pixels_of(record: Record) -> bytes | np.ndarray:
     if isinstance(record.image, bytes | np.ndarray):
         return record.image
     return files.read_bytes(record.image)
+
+
+def table_capacity(
+    section: Any, kind: Kind, *, num_images: int, table_multiple: int, most_concepts: int = 0, num_known: int = 0
+) -> int:
+    """Returns the rows of the concept table of a host, so many that nothing can overflow unless told otherwise.
+
+    Args:
+      section: config.detection, …
+      kind: of data.
+      num_images: of a batch on the host.
+      table_multiple: the rows are a multiple of it and of 8.
+      most_concepts: of any image; more than the section's number are kept, too.
+      num_known: how many distinct concepts there are; 0: any number.
+    """
+    if kind is Kind.IMAGE_TEXT:
+        num_rows = num_images * (section.max_phrases + 1)
+    else:
+        num_rows = num_images * max(section.num_concepts, most_concepts)
+    if num_known:
+        num_rows = min(num_rows, num_known)
+    multiple = math.lcm(8, table_multiple)
+    return -(-(section.max_concepts or num_rows) // multiple) * multiple

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 import queue
 import threading
 from collections.abc import Generator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from absl import flags, logging
 
 from detclipv2_jax.data import mirroring, workers
-from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of
+from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of, table_capacity
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictionary
@@ -207,32 +206,6 @@ def _divide(batch_size: int, process_count: int, where: str) -> int:
     if batch_size % process_count:
         raise ValueError(f"{where}.batch_size {batch_size} is not divisible by the number of hosts {process_count}")
     return batch_size // process_count
-
-
-def _round_up(num: int, multiple: int) -> int:
-    return -(-num // multiple) * multiple
-
-
-def table_capacity(
-    section: Any, kind: Kind, *, num_images: int, table_multiple: int, most_concepts: int = 0, num_known: int = 0
-) -> int:
-    """Returns the rows of the concept table of a host, so many that nothing can overflow unless told otherwise.
-
-    Args:
-      section: config.detection, …
-      kind: of data.
-      num_images: of a batch on the host.
-      table_multiple: the rows are a multiple of it and of 8.
-      most_concepts: of any image; more than the section's number are kept, too.
-      num_known: how many distinct concepts there are; 0: any number.
-    """
-    if kind is Kind.IMAGE_TEXT:
-        num_rows = num_images * (section.max_phrases + 1)
-    else:
-        num_rows = num_images * max(section.num_concepts, most_concepts)
-    if num_known:
-        num_rows = min(num_rows, num_known)
-    return _round_up(section.max_concepts or num_rows, math.lcm(8, table_multiple))
 
 
 def _kind_streams(

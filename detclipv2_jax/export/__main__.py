@@ -32,8 +32,7 @@ from absl import app, flags, logging
 from jax.export import Exported, export, symbolic_shape
 from safetensors.numpy import save_file
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import interrupts
+from detclipv2_jax import config_json, interrupts
 from detclipv2_jax.export import scripts
 from detclipv2_jax.inference import WORD_CHUNK, Limits, Photos, Predictor, vocabulary
 from detclipv2_jax.models import detclip
@@ -112,7 +111,7 @@ def write_weights(
     folder.mkdir(parents=True, exist_ok=True)
     about = {"layout": "detclipv2_jax", "step": str(predictor.step)}
     save_file(weights, folder / "weights.safetensors", metadata=about)
-    (folder / "config.json").write_text(config_lib.to_json(predictor.config))
+    (folder / "config.json").write_text(config_json.to_json(predictor.config))
     if words:
         names, text, mask = predictor.vocabulary(words)
         listed = {"words": names, "definitions": [words[name] for name in names]}

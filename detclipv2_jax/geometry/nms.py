@@ -53,18 +53,18 @@ def nms(
         overlap = box_ops.pairwise_iou(boxes[a], boxes[b]) > iou_threshold
         return overlap & (classes[a][:, None] == classes[b][None])
 
-    def unfinished(state):
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
         start, count, _ = state
         return (start < end) & (count < max_outputs)
 
-    def one_chunk(state):
+    def one_chunk(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start, count, kept = state
         chunk = jax.lax.dynamic_slice(order, (start,), (CHUNK,))
         by_earlier = suppresses(kept, chunk) & (jnp.arange(max_outputs) < count)[:, None]  # 2
         free = jax.lax.dynamic_slice(alive, (start,), (CHUNK,)) & ~jnp.any(by_earlier, axis=0)
         within = suppresses(chunk, chunk) & earlier  # 3
 
-        def settle(state):
+        def settle(state: tuple[Array, Array]) -> tuple[Array, Array]:
             stays, _ = state
             revised = free & ~jnp.any(within & stays[:, None], axis=0)
             return revised, jnp.any(revised != stays)

@@ -159,7 +159,7 @@ def _best_pairs(
         jnp.arange(0, text.shape[0], word_chunk),
     )
 
-    def merge(best, chunk):
+    def merge(best: tuple[Array, ...], chunk: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
         words, mask, first_word = chunk
         words = words.astype(embeddings.dtype)  # here, not outside the loop: no second copy of a large vocabulary
         similarity = jnp.einsum("bad,wd->baw", embeddings, words, preferred_element_type=jnp.float32)

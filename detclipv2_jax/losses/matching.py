@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,16 @@ class Settings:
     matching: str  # one_to_many, or else the best region counts (with max_size there is only one)
     temperature: float  # tau_t of one_to_many
     chunk_bytes: int
+
+
+class Kept(NamedTuple):
+    """What the backward pass takes from the forward one."""
+
+    regions: Float[Array, "b k d"]
+    region_mask: Bool[Array, "b k"]
+    table: Float[Array, "t d"]  # of all devices
+    unique: UniqueRows
+    chosen: Int16[Array, "t b"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,7 +77,7 @@ def _forward(
     unique: UniqueRows,
     slots: Array,
     weights: Array,
-) -> tuple[tuple[Array, Array, Array], tuple]:
+) -> tuple[tuple[Array, Array, Array], tuple[Kept, Array, Array]]:
     b, k, _ = regions.shape
     table = gather(text.astype(regions.dtype), settings.axes)
     t = table.shape[0]
@@ -85,18 +95,20 @@ def _forward(
     carry = jnp.zeros((t, b), jnp.float32), jnp.zeros((t, b), jnp.int16), jnp.zeros((b, k), jnp.int32)
     best, chosen, votes = jax.lax.fori_loop(0, _num_chunks(unique, size), body, vary(carry, settings.axes))
 
-    def add_concept(
-        m: Array, scores: Array
-    ) -> Array:  # a loop, because [captions, m, b] at once would be the largest array of the loss
+    # a loop, because [captions, m, b] at once would be the largest array of the loss
+    def add_concept(m: Array, scores: Array) -> Array:
         return scores + weights[:, m, None] * best[slots[:, m]]
 
     scores = vary(jnp.zeros((slots.shape[0], b), jnp.float32), settings.axes)
     scores = jax.lax.fori_loop(0, slots.shape[1], add_concept, scores)
-    return (scores, chosen, votes), (regions, table, region_mask, unique, slots, weights, chosen)
+    return (scores, chosen, votes), (Kept(regions, region_mask, table, unique, chosen), slots, weights)
 
 
-def _backward(settings: Settings, residuals: tuple, cotangents: tuple[Array, Array, Array]) -> tuple:
-    regions, table, region_mask, unique, slots, weights, chosen = residuals
+def _backward(
+    settings: Settings, residuals: tuple[Kept, Array, Array], cotangents: tuple[Array, Array, Array]
+) -> tuple[Array | None, ...]:
+    kept, slots, weights = residuals
+    regions, _, table, _, _ = kept
     scores_bar, _, _ = cotangents
 
     def add_concept(m: Array, best_bar: Array) -> Array:
@@ -105,7 +117,7 @@ def _backward(settings: Settings, residuals: tuple, cotangents: tuple[Array, Arr
     best_bar = zeros_after(scores_bar, (table.shape[0], regions.shape[0]), settings.axes)
     best_bar = jax.lax.fori_loop(0, slots.shape[1], add_concept, best_bar)
 
-    pull: Callable[..., Any] = functools.partial(_pull_all, settings=settings)
+    pull: Callable[[Kept, Array], tuple[Array, Array]] = functools.partial(_pull_all, settings=settings)
     if settings.matching != "one_to_many":
         # A CPU saves almost all work by following the indices; matrix units prefer the same sum as a product with a
         # one-hot matrix (their scatters are serial).
@@ -115,7 +127,7 @@ def _backward(settings: Settings, residuals: tuple, cotangents: tuple[Array, Arr
             default=functools.partial(pull_by_product, settings=settings),
         )
 
-    regions_bar, table_bar = pull(regions, region_mask, table, unique, chosen, best_bar)
+    regions_bar, table_bar = pull(kept, best_bar)
     return regions_bar.astype(regions.dtype), reduce_scatter(table_bar, settings.axes), None, None, None, None
 
 
@@ -172,9 +184,7 @@ def _first_max(similarity: Float32[Array, "b k c"]) -> Int32[Array, "b c"]:
 def _pull(
     similarity_bar: Callable[[Array, Array, Array], Array],
     settings: Settings,
-    regions: Array,
-    table: Array,
-    unique: UniqueRows,
+    kept: Kept,
     best_bar: Array,
     size: int,
 ) -> tuple[Array, Array]:
@@ -182,6 +192,7 @@ def _pull(
 
     `similarity_bar(start, rows, best_bar of the chunk)` returns [b, k, c].
     """
+    regions, _, table, unique, _ = kept
 
     def body(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         regions_bar, table_bar = carry
@@ -197,42 +208,25 @@ def _pull(
     return jax.lax.fori_loop(0, _num_chunks(unique, size), body, carry)
 
 
-def pull_by_product(
-    regions: Array,
-    region_mask: Array,
-    table: Array,
-    unique: UniqueRows,
-    chosen: Array,
-    best_bar: Array,
-    *,
-    settings: Settings,
-) -> tuple[Array, Array]:
+def pull_by_product(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[Array, Array]:
     """Returns gradients of (regions, table) of the one-to-one matching, as products with one-hot matrices."""
-    b, k, _ = regions.shape
-    size = chunk_size(table.shape[0], 4 * b * k, settings.chunk_bytes)
+    b, k, _ = kept.regions.shape
+    size = chunk_size(kept.table.shape[0], 4 * b * k, settings.chunk_bytes)
 
     def similarity_bar(start: Array, rows: Array, chunk_bar: Array) -> Array:
-        index = jax.lax.dynamic_slice_in_dim(chosen, start, size).T
+        index = jax.lax.dynamic_slice_in_dim(kept.chosen, start, size).T
         one_hot = index[:, None, :] == jnp.arange(k, dtype=index.dtype)[None, :, None]
         return jnp.where(one_hot, chunk_bar[:, None, :], 0.0)
 
-    return _pull(similarity_bar, settings, regions, table, unique, best_bar, size)
+    return _pull(similarity_bar, settings, kept, best_bar, size)
 
 
-def _pull_all(
-    regions: Array,
-    region_mask: Array,
-    table: Array,
-    unique: UniqueRows,
-    chosen: Array,
-    best_bar: Array,
-    *,
-    settings: Settings,
-) -> tuple[Array, Array]:
+def _pull_all(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[Array, Array]:
     """Returns gradients of (regions, table) of the one-to-many matching; similarities are computed again.
 
     v = sum_k p_k s_k with p = softmax(s / tau): dv/ds_k = p_k (1 + (s_k - v) / tau).
     """
+    regions, region_mask, table, _, _ = kept
     b, k, _ = regions.shape
     size = chunk_size(table.shape[0], 8 * b * k, settings.chunk_bytes)
 
@@ -243,23 +237,14 @@ def _pull_all(
         weight = jax.nn.softmax(scaled, axis=1)
         return chunk_bar[:, None, :] * weight * (1.0 + scaled - jnp.sum(weight * scaled, axis=1, keepdims=True))
 
-    return _pull(similarity_bar, settings, regions, table, unique, best_bar, size)
+    return _pull(similarity_bar, settings, kept, best_bar, size)
 
 
-def pull_by_index(
-    regions: Array,
-    region_mask: Array,
-    table: Array,
-    unique: UniqueRows,
-    chosen: Array,
-    best_bar: Array,
-    *,
-    settings: Settings,
-) -> tuple[Array, Array]:
+def pull_by_index(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[Array, Array]:
     """Returns gradients of (regions, table) of the one-to-one matching, from the chosen regions alone."""
+    regions, _, table, unique, chosen = kept
     b, k, d = regions.shape
-    t = table.shape[0]
-    size = chunk_size(t, 4 * b * k, settings.chunk_bytes)
+    size = chunk_size(table.shape[0], 4 * b * k, settings.chunk_bytes)
 
     def body(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         regions_bar, table_bar = carry

@@ -7,6 +7,7 @@ maximum while the concepts pass by: the traffic is the embeddings in and one num
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +47,14 @@ def max_over_concepts(
     return best[: b * a].reshape(b, a)
 
 
-def _kernel(regions_ref, concepts_ref, num_blocks_ref, best_ref, *, low):
+def _kernel(regions_ref: Any, concepts_ref: Any, num_blocks_ref: Any, best_ref: Any, *, low: float) -> None:
     num_regions, d = regions_ref.shape
     first = pl.program_id(0) * BLOCK
     inside = first + jax.lax.broadcasted_iota(jnp.int32, (BLOCK, DEPTH), 0) < num_regions
     precision = jax.lax.Precision.HIGHEST if regions_ref.dtype == jnp.float32 else None
 
-    def one_block(n, best):
-        def add(i, similarity):
+    def one_block(n: Array, best: Array) -> Array:
+        def add(i: Array, similarity: Array) -> Array:
             depth = pl.ds(i * DEPTH, DEPTH)
             regions = triton.load(regions_ref.at[pl.ds(first, BLOCK), depth], mask=inside, other=0.0)
             concepts = concepts_ref[pl.ds(n * BLOCK, BLOCK), depth]

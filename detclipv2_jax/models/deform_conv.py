@@ -65,15 +65,15 @@ def deform_conv2d(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _deform_conv2d(impl, features, offsets, mask, kernel):
+def _deform_conv2d(impl: str, features: Array, offsets: Array, mask: Array, kernel: Array) -> Array:
     return _dispatch(impl, 0, features, offsets, mask, kernel)
 
 
-def _forward(impl, *arguments):
+def _forward(impl: str, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
     return _deform_conv2d(impl, *arguments), arguments
 
 
-def _backward(impl, arguments, gradient):
+def _backward(impl: str, arguments: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
     return _dispatch(impl, 1, *arguments, gradient)
 
 
@@ -84,7 +84,7 @@ def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
     """Returns what the chosen form computes from the arguments, forward (0) or backward (1)."""
     gather, banded, kernels = (FORMS[name][direction] for name in ("gather", "banded", "pallas"))
 
-    def within_band(*arguments):
+    def within_band(*arguments: Array) -> Any:
         return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, banded, gather, *arguments)
 
     if impl in ("gather", "pallas"):
@@ -98,12 +98,12 @@ def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
 # --- gather form
 
 
-def _gather_forward(features, offsets, mask, kernel):
+def _gather_forward(features: Array, offsets: Array, mask: Array, kernel: Array) -> Array:
     b, h, w, c = features.shape
     packed = _pack_corners(features)
     weights, index = _corners(offsets, mask)  # for all taps first: else XLA computes them anew for every channel
 
-    def add_tap(total, tap):
+    def add_tap(total: Array, tap: tuple[Array, Array, Array]) -> tuple[Array, None]:
         tap_index, tap_weights, tap_kernel = tap
         samples = _weighted_sum(_take(packed, tap_index), tap_weights.astype(features.dtype))
         return total + jnp.matmul(samples, tap_kernel, preferred_element_type=jnp.float32), None
@@ -113,13 +113,13 @@ def _gather_forward(features, offsets, mask, kernel):
     return total.reshape(b, h, w, -1).astype(features.dtype)
 
 
-def _gather_backward(features, offsets, mask, kernel, gradient):
+def _gather_backward(features: Array, offsets: Array, mask: Array, kernel: Array, gradient: Array) -> tuple[Array, ...]:
     b, h, w, c = features.shape
     packed = _pack_corners(features)
     weights, weights_vjp, index = jax.vjp(_corners, offsets, mask, has_aux=True)
     gradient = gradient.reshape(b * h * w, -1)
 
-    def one_tap(packed_gradient, tap):
+    def one_tap(packed_gradient: Array, tap: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         tap_index, tap_weights, tap_kernel = tap
         corners = jax.lax.optimization_barrier(_take(packed, tap_index))  # gathered once for both uses
         samples = _weighted_sum(corners, tap_weights.astype(features.dtype)).reshape(-1, c)
@@ -191,7 +191,7 @@ def _weighted_sum(corners: Float[Array, "b n 4 c"], weights: Float[Array, "b n 4
 # --- banded form
 
 
-def _banded_forward(features, offsets, mask, kernel):
+def _banded_forward(features: Array, offsets: Array, mask: Array, kernel: Array) -> Array:
     """Works on one row of tiles at a time, recomputed in the backward pass: that bounds the memory."""
     b, h, w, c = features.shape
     halo = BAND_RADIUS + 1
@@ -202,7 +202,7 @@ def _banded_forward(features, offsets, mask, kernel):
     strips = jnp.stack([padded[:, i * TILE : i * TILE + side] for i in range(rows)])
     kernel = kernel.reshape(9 * c, -1)
 
-    def tiles(x):  # [b, h, w, 9] -> [rows, b, columns, TILE * TILE * 9]
+    def tiles(x: Array) -> Array:  # [b, h, w, 9] -> [rows, b, columns, TILE * TILE * 9]
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
         x = x.reshape(b, rows, TILE, columns, TILE, 9).transpose(1, 0, 3, 2, 4, 5)
         return x.reshape(rows, b, columns, -1)
@@ -214,7 +214,7 @@ def _banded_forward(features, offsets, mask, kernel):
     cell = cell.reshape(-1, 2).astype(np.float32)
 
     @jax.checkpoint
-    def one_strip(strip):
+    def one_strip(strip: tuple[Array, Array, Array, Array]) -> Array:
         source, y, x, tile_mask = strip
         neighbourhoods = jnp.stack([source[:, :, i * TILE : i * TILE + side] for i in range(columns)], axis=1)
         neighbourhoods = neighbourhoods.reshape(b, columns, side * side, c)
@@ -233,7 +233,7 @@ def _banded_forward(features, offsets, mask, kernel):
     return out.reshape(b, rows * TILE, columns * TILE, -1)[:, :h, :w]
 
 
-def _banded_backward(features, offsets, mask, kernel, gradient):
+def _banded_backward(features: Array, offsets: Array, mask: Array, kernel: Array, gradient: Array) -> tuple[Array, ...]:
     return jax.vjp(_banded_forward, features, offsets, mask, kernel)[1](gradient)
 
 
@@ -246,7 +246,7 @@ def _tent(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 # --- kernels
 
 
-def _kernels_forward(features, offsets, mask, kernel):
+def _kernels_forward(features: Array, offsets: Array, mask: Array, kernel: Array) -> Array:
     weights, index = _corners(offsets, mask)
     return deform_pallas.forward(features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel)
 

@@ -41,7 +41,7 @@ def forward(
 ) -> Float[Array, "b h w o"]:
     """Returns the layer's output; weights and index are those of `deform_conv._corners`, images first."""
 
-    def local(rows, whole):
+    def local(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> Array:
         features, weights, index = rows
         (kernel,) = whole
         flat, sizes = _flat(features, kernel)
@@ -70,14 +70,16 @@ def _by_tap(weights: Array, index: Array) -> tuple[Float32[Array, "36 cells"], I
     return weights.transpose(1, 3, 0, 2).reshape(36, -1), index.swapaxes(0, 1).reshape(9, -1)
 
 
-def _forward_kernel(features_ref, weights_ref, index_ref, kernel_ref, out_ref, *, height, width):
+def _forward_kernel(
+    features_ref: Any, weights_ref: Any, index_ref: Any, kernel_ref: Any, out_ref: Any, *, height: int, width: int
+) -> None:
     num_cells, outputs = out_ref.shape
     first = pl.program_id(0) * CELLS
 
-    def one_tap(tap, total):
+    def one_tap(tap: Array, total: Array) -> Array:
         corners = _corners(weights_ref, index_ref, tap, first, height=height, width=width)
 
-        def add(i, total):
+        def add(i: Array, total: Array) -> Array:
             channels = pl.ds(i * CHANNELS, CHANNELS)
             return total + _dot(_sample(features_ref, corners, channels), kernel_ref[tap, channels, :])
 
@@ -118,7 +120,7 @@ def _is_cell(first: Array, num_cells: int, columns: int) -> Bool[Array, "p colum
     return first + jax.lax.broadcasted_iota(jnp.int32, (CELLS, columns), 0) < num_cells
 
 
-def _dot(a, b):
+def _dot(a: Array, b: Array) -> Array:
     """Returns the float32 product; of float32 factors without rounding them to the GPU's short format."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return triton.dot(a, b, precision=precision)

@@ -50,7 +50,7 @@ class DetCLIP(nn.Module):
     logit_bias: float
     dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         blocks, heads = self.remat in ("blocks", "all"), self.remat in ("heads", "all")
         head_class = nn.remat(AtssHead, static_argnums=(2,)) if heads else AtssHead
         fpn_class = nn.remat(FPN) if self.remat == "all" else FPN

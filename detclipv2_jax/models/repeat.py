@@ -51,7 +51,7 @@ def repeat(
     def one_turn(x: jax.Array, rows: Sequence[Any]) -> tuple[jax.Array, None]:
         for block, row in zip(blocks, rows, strict=False):  # the last turn may be a part of one
 
-            def call(x, row, block=block):
+            def call(x: jax.Array, row: Any, block: nn.Module = block) -> Any:
                 params, given, key = row
                 return block.apply(
                     {"params": params}, x, *given, *static, rngs=None if key is None else {"dropout": key}

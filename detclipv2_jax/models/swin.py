@@ -202,7 +202,7 @@ def _matmul(x: Float[Array, "n c"], kernel: Float[Array, "c o"]) -> Float[Array,
     return x @ kernel
 
 
-def _matmul_gradient(operands, gradient):
+def _matmul_gradient(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = operands
     tall = kernel.shape[0] > kernel.shape[1]
     return gradient @ kernel.T, (gradient.T @ x).T if tall else x.T @ gradient
@@ -218,7 +218,7 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 @gelu.defjvp
-def _gelu_jvp(primals, tangents):
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
     density = jnp.exp(-0.5 * x * x) * (2.0 * np.pi) ** -0.5
     return gelu(x), tangent * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5) + x * density)

@@ -14,6 +14,7 @@ the xla form and 72 GB in the other (programs compiled for one H100).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,15 +60,15 @@ def window_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(impl, qkv, bias, region):
+def _attention(impl: str, qkv: Array, bias: Array, region: Array | None) -> Array:
     return _dispatch(impl, _kernel_forward, _xla_forward, qkv, bias, region)
 
 
-def _forward(impl, *arguments):
+def _forward(impl: str, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _attention(impl, *arguments), arguments
 
 
-def _backward(impl, arguments, gradient):
+def _backward(impl: str, arguments: tuple[Any, ...], gradient: Array) -> tuple[Array | None, ...]:
     return (*_dispatch(impl, _kernel_backward, _xla_backward, *arguments, gradient), None)
 
 
@@ -83,13 +84,13 @@ def _dispatch(impl: str, kernel: Any, xla: Any, *arguments: Any) -> Any:
 # --- XLA form
 
 
-def _xla_forward(qkv, bias, region):
+def _xla_forward(qkv: Array, bias: Array, region: Array | None) -> Array:
     query, key, value = _split(qkv, bias.shape[0])
     x = jnp.einsum("bnhqk,bnkhd->bnqhd", _weights(query, key, bias, region=region), value)
     return x.reshape(*x.shape[:3], -1)
 
 
-def _xla_backward(qkv, bias, region, gradient):
+def _xla_backward(qkv: Array, bias: Array, region: Array | None, gradient: Array) -> tuple[Array, Array]:
     (query, key, value), split_vjp = jax.vjp(lambda qkv: _split(qkv, bias.shape[0]), qkv)
     weights, weights_vjp = jax.vjp(functools.partial(_weights, region=region), query, key, bias)
     gradient = gradient.reshape(value.shape)
@@ -104,7 +105,7 @@ def _split(qkv: Float[Array, "b n l 3c"], heads: int) -> tuple[Float[Array, "b n
     return query * query.shape[-1] ** -0.5, key, value
 
 
-def _weights(query, key, bias, *, region) -> Float[Array, "b n h q k"]:
+def _weights(query: Array, key: Array, bias: Array, *, region: Array | None) -> Float[Array, "b n h q k"]:
     logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
     logits += bias[None, None]
     if region is not None:
@@ -116,19 +117,28 @@ def _weights(query, key, bias, *, region) -> Float[Array, "b n h q k"]:
 # --- kernels
 
 
-def _kernel_forward(qkv, bias, region, *, interpret=False):
+def _kernel_forward(qkv: Array, bias: Array, region: Array | None, *, interpret: bool = False) -> Array:
     call = functools.partial(_call, _forward_kernel, backward=False, interpret=interpret)
     return split.by_rows(call, (qkv,), (bias, region))
 
 
-def _kernel_backward(qkv, bias, region, gradient, *, interpret=False):
+def _kernel_backward(
+    qkv: Array, bias: Array, region: Array | None, gradient: Array, *, interpret: bool = False
+) -> tuple[Array, Array]:
     call = functools.partial(_call, _backward_kernel, backward=True, interpret=interpret)
     qkv_gradient, bias_gradient = split.by_rows(call, (qkv, gradient), (bias, region))
     length = bias.shape[1]
     return qkv_gradient, jnp.sum(bias_gradient, axis=0)[:, :length, :length]
 
 
-def _call(kernel, arrays, tables, *, backward, interpret):
+def _call(
+    kernel: Callable[..., None],
+    arrays: tuple[Array, ...],
+    tables: tuple[Array, Array | None],
+    *,
+    backward: bool,
+    interpret: bool,
+) -> Any:
     """Returns the kernel's results: each of its programs works on one head of a run of windows."""
     bias, region = tables
     b, n, length, channels = arrays[0].shape
@@ -157,14 +167,14 @@ def _call(kernel, arrays, tables, *, backward, interpret):
     return (out, *partial) if backward else out
 
 
-def _forward_kernel(bias_ref, *refs, heads, size, num_windows, shifted):
+def _forward_kernel(bias_ref: Any, *refs: Any, heads: int, size: int, num_windows: int, shifted: bool) -> None:
     region_ref, (qkv_ref, out_ref) = (refs[0], refs[1:]) if shifted else (None, refs)
     head, group = _program(heads)
     bias = bias_ref[head]
     channels = out_ref.shape[2]
     head_size = channels // heads
 
-    def one_window(window, _):
+    def one_window(window: Array, _: None) -> None:
         query, key, value = (_read(qkv_ref, window, part * channels + head * head_size, head_size) for part in range(3))
         weights = _tile_weights(_scaled(query), key, bias, region_ref, window)
         _write(out_ref, window, head * head_size, _dot(weights.astype(value.dtype), value))
@@ -173,7 +183,7 @@ def _forward_kernel(bias_ref, *refs, heads, size, num_windows, shifted):
     jax.lax.fori_loop(group * size, jnp.minimum((group + 1) * size, num_windows), one_window, None)
 
 
-def _backward_kernel(bias_ref, *refs, heads, size, num_windows, shifted):
+def _backward_kernel(bias_ref: Any, *refs: Any, heads: int, size: int, num_windows: int, shifted: bool) -> None:
     region_ref, refs = (refs[0], refs[1:]) if shifted else (None, refs)
     qkv_ref, gradient_ref, qkv_gradient_ref, bias_gradient_ref = refs
     head, group = _program(heads)
@@ -182,7 +192,7 @@ def _backward_kernel(bias_ref, *refs, heads, size, num_windows, shifted):
     head_size = channels // heads
     places = [part * channels + head * head_size for part in range(3)]
 
-    def one_window(window, bias_gradient):
+    def one_window(window: Array, bias_gradient: Array) -> Array:
         query, key, value = (_read(qkv_ref, window, place, head_size) for place in places)
         query, gradient = _scaled(query), _read(gradient_ref, window, places[0], head_size)
         weights = _tile_weights(query, key, bias, region_ref, window)
@@ -222,17 +232,17 @@ def _is_token(ref: Any, head_size: int) -> Bool[Array, "64 d"]:
     return jax.lax.broadcasted_iota(jnp.int32, (TILE, head_size), 0) < ref.shape[1]
 
 
-def _scaled(query):
+def _scaled(query: Array) -> Array:
     return (query.astype(jnp.float32) * query.shape[1] ** -0.5).astype(query.dtype)
 
 
-def _dot(a, b, **transposed):
+def _dot(a: Array, b: Array, **transposed: bool) -> Array:
     """Returns the float32 product; of float32 factors without rounding them to the GPU's short format."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return triton.dot(a, b, precision=precision, **transposed)
 
 
-def _tile_weights(query, key, bias, region_ref, window):
+def _tile_weights(query: Array, key: Array, bias: Array, region_ref: Any, window: Array) -> Array:
     logits = _dot(query, key, trans_b=True) + bias
     if region_ref is not None:
         region = region_ref[window % region_ref.shape[0]]

@@ -32,7 +32,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import interrupts, validation
+from detclipv2_jax import config_json, interrupts, validation
 from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
@@ -78,7 +78,7 @@ class Row:
 def measure(config: ConfigDict, topology: Topology, step: str, sizes: Sizes, cache: pathlib.Path) -> dict[str, Any]:
     """Returns `compile_step.measure` of a step, in a process of its own; {"error": …} if that ends otherwise."""
     job = {
-        "config": config_lib.to_json(config),
+        "config": config_json.to_json(config),
         "topology": topology.name,
         "step": step,
         "sizes": sizes._asdict(),

@@ -25,8 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import files, inference, train
+from detclipv2_jax import config_json, files, inference, train
 from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip, flops
@@ -235,7 +234,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     `job` has config (JSON text), topology, step, sizes (of `Sizes`) and cache, the folder where results are kept by the
     hash of the lowered program and of what compiles it.
     """
-    config = config_lib.from_json(job["config"])
+    config = config_json.from_json(job["config"])
     topology = Topology.parse(job["topology"])
     platform = CHIPS[topology.chip].platform
     devices = topology.devices()

@@ -9,13 +9,14 @@ from pathlib import Path, PurePath
 from ml_collections import ConfigDict
 
 from detclipv2_jax import train
+from detclipv2_jax.data.batches import table_capacity
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.built import REPORT, BuiltSource
 from detclipv2_jax.data.catalog import DATASETS
 from detclipv2_jax.data.leakage import held_out_photos, photo_of
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.sources import PairSource
-from detclipv2_jax.data.streams import Stream, eval_streams, table_capacity, train_streams
+from detclipv2_jax.data.streams import Stream, eval_streams, train_streams
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import learning_rate, named_shapes

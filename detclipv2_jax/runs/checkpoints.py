@@ -271,13 +271,13 @@ def report_differences(stored: Any, expected: Any, *, what: str) -> None:
 @contextlib.contextmanager
 def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoints, int, str]]:
     """Yields (config, checkpoints, step and item that count) of a run; raises as `load_for_inference`."""
-    from detclipv2_jax import config as config_lib  # here: its values can be had without ml_collections
+    from detclipv2_jax import config_json  # here: its values can be had without ml_collections
 
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
     path = workdir / "config.json"
-    config = config_lib.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
+    config = config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"{workdir} has no checkpoints; the run must train until its first one")
     item = "ema" if config.optimizer.ema_decay else "params"

@@ -41,7 +41,7 @@ def assign_groups(params: Any, groups: Sequence[Group]) -> Any:
     """
     lost = []
 
-    def assign(path, _):
+    def assign(path: Any, _: Any) -> int:
         name = param_name(path)
         for index, (regex, _, _) in enumerate(groups):
             if re.fullmatch(regex, name):

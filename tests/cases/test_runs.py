@@ -14,8 +14,7 @@ import pytest
 import test_main
 from micro import micro_config
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import main, train
+from detclipv2_jax import config_json, main, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.runs import checkpoints
@@ -78,7 +77,7 @@ JUNK = (None, True, -1, 0, 1.5, 2**70, 1e400, float("nan"), "x", "", [], {}, [[]
             "eval.canvases", "optimizer.ema_decay", "model.logit.normalize_regions", "name"],
 )  # fmt: skip
 def test_a_configuration_of_a_stranger_is_read_or_one_error(tmp_path, key, value):
-    content = json.loads(config_lib.to_json(small_config()))
+    content = json.loads(config_json.to_json(small_config()))
     if key:
         *path, last = key.split(".")
         section = content
@@ -133,7 +132,7 @@ def test_a_configuration_that_is_not_the_checkpoints_is_one_error(workdir, key, 
 
 
 def test_a_configuration_with_a_mark_is_read(tmp_path):
-    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + config_lib.to_json(small_config()).encode())
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + config_json.to_json(small_config()).encode())
     with pytest.raises(ValueError, match="has no checkpoints"):
         checkpoints.load_for_inference(tmp_path)
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import grounding_json
 from ml_collections import ConfigDict
 
+from detclipv2_jax.data.batches import table_capacity
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.data.streams import table_capacity, train_streams
+from detclipv2_jax.data.streams import train_streams
 
 
 def stream_of(config, kind):

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from configs import demo
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import validation
+from detclipv2_jax import config_json, validation
 from detclipv2_jax.data import box_json, sources, tokenizer, truth
 from detclipv2_jax.data.concepts import read_dictionary
 from detclipv2_jax.data.schema import UnusableError
@@ -311,6 +311,6 @@ def test_config_overrides():
         except (AttributeError, KeyError, TypeError, flags.Error) as error:  # which `parse_flags` puts into one line
             raise ValueError(str(error)) from error
         validation.validate(config, num_devices=8)
-        assert config_lib.to_json(config_lib.from_json(config_lib.to_json(config))) == config_lib.to_json(config)
+        assert config_json.to_json(config_json.from_json(config_json.to_json(config))) == config_json.to_json(config)
 
     assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 20

@@ -17,7 +17,7 @@ from PIL import Image
 from test_fuzzing import NUM_INPUTS, fuzz, mutated_bytes, mutated_json
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import files
+from detclipv2_jax import config_json, files
 from detclipv2_jax.data import scenes, transforms
 from detclipv2_jax.data.built import check_metadata, read_built
 from detclipv2_jax.data.schema import Kind, UnusableError
@@ -108,13 +108,13 @@ def test_files_of_built_folders(built, tmp_path, name):
 
 
 def test_config_json():
-    content = json.loads(config_lib.to_json(micro_config()))
+    content = json.loads(config_json.to_json(micro_config()))
 
     def one(rng):
         text = files.decode(mutated_json(content, rng), where="config.json")
-        config = config_lib.from_json(text, where="config.json")
-        again = config_lib.from_json(config_lib.to_json(config))
-        assert config_lib.to_json(again) == config_lib.to_json(config)
+        config = config_json.from_json(text, where="config.json")
+        again = config_json.from_json(config_json.to_json(config))
+        assert config_json.to_json(again) == config_json.to_json(config)
         assert {*config_lib.flat(config_lib.base())} <= {*config_lib.flat(config)}
 
     assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 50

@@ -212,9 +212,9 @@ def test_both_forms_of_the_backward_pass_agree():
     best_bar = jnp.asarray(rng.normal(size=(t, b)), jnp.float32)
     unique = unique_rows(jnp.asarray(arrays["canonical"]), jnp.asarray(arrays["concept_mask"]))
     settings = matching.Settings((), "one_to_one", 0.1, 4 * b * k * 5)
-    args = [jnp.asarray(arrays[name]) for name in ("regions", "region_mask", "text")]
+    kept = matching.Kept(*(jnp.asarray(arrays[name]) for name in ("regions", "region_mask", "text")), unique, chosen)
     results = [
-        jax.jit(lambda *x, pull=pull: pull(*x, settings=settings))(*args, unique, chosen, best_bar)
+        jax.jit(functools.partial(pull, settings=settings))(kept, best_bar)
         for pull in (matching.pull_by_index, matching.pull_by_product)
     ]
     for x, y in zip(*results, strict=True):
