@@ -1,7 +1,7 @@
 """Writes the reference outputs beside this file. Run once, in an environment with torch:
 
     pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.23.0 open_clip_torch==3.3.0 jaxtyping \
-      absl-py ml_collections
+      absl-py ml_collections ml_dtypes
     PYTHONPATH=. python tests/golden/make_fixtures.py [--full=FOLDER] [PART ...]
 
 PART is swin, text, layouts, deform_conv, boxes or gradients; without one, all are made.
@@ -141,6 +141,32 @@ def make_text(full: pathlib.Path | None) -> dict[str, np.ndarray]:
             padded = torch.nn.functional.pad(tokens, (0, cases.TEXT_POSITIONS - tokens.shape[1]))
             out[f"{size}/open_clip"] = model.encode_text(padded).numpy()
     return out
+
+
+def text_gradients() -> dict[str, np.ndarray]:
+    """Returns embeddings of open_clip's nano text tower and their gradients, in float64, under our names."""
+    import open_clip
+
+    width, layers, heads, joint = cases.TEXT_SIZES["nano"]
+    vision = open_clip.model.CLIPVisionCfg(layers=1, width=64)
+    text = open_clip.model.CLIPTextCfg(width=width, heads=heads, layers=layers)
+    model = open_clip.CLIP(joint, vision, text, quick_gelu=True).eval()
+    load(model, seeded_weights("clip_text", model))
+    model.double()
+    tokens = torch.from_numpy(cases.text_tokens()).long()
+    length = tokens.shape[1]
+    outputs = {
+        "embeddings": model.encode_text(torch.nn.functional.pad(tokens, (0, cases.TEXT_POSITIONS - length)))
+    }
+    detector.weighted_sum(outputs).backward()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state |= {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    found = layouts.from_checkpoint("clip_text", state, what="the gradient").params
+    position = found["text_encoder/position_embedding"]
+    assert not position[length:].any()  # ours are 16
+    found["text_encoder/position_embedding"] = position[:length]
+    found = {f"gradient/{name}": value for name, value in found.items()}
+    return {name: value.detach().numpy() for name, value in outputs.items()} | found
 
 
 # --- checkpoints as the libraries write them: weights seeded under THEIR names, so that our table of names is tested
@@ -288,10 +314,11 @@ def make_boxes(full: pathlib.Path | None) -> dict[str, np.ndarray]:
 
 
 def make_gradients(full: pathlib.Path | None) -> dict[str, np.ndarray]:
-    """Returns digests of outputs and gradients of backbone, pyramid, head and the whole image side."""
+    """Returns digests of outputs and gradients of backbone, pyramid, head, the whole image side and the text tower."""
     case = cases.PARTS["classification"]
     found = {"swin": detector.swin(case), "pyramid": detector.pyramid(case), "detector": detector.whole(cases.WHOLE)}
     found |= {f"head_{objectness}": detector.head(case) for objectness, case in cases.PARTS.items()}
+    found["text"] = text_gradients()
     out = {}
     for part, arrays in found.items():
         names = sorted(arrays)

@@ -121,6 +121,17 @@ def test_more_room_than_pairs():
     assert 0 < found.mask.sum() <= len(ANCHORS)
 
 
+def test_a_score_of_exactly_the_threshold_is_none():
+    regions, text, photos = _case(ties=False, num_images=1)
+    regions = regions.replace(embeddings=jnp.zeros_like(regions.embeddings))  # every score is sigmoid(BIAS) / 2
+    regions = regions.replace(centerness=jnp.zeros_like(regions.centerness))
+    run = functools.partial(_detect, regions, text, jnp.ones(12, bool), photos, word_chunk=4)
+    score = run(**OPTIONS | {"score_threshold": 0.0}).scores[0, 0]
+    np.testing.assert_allclose(score, jax.nn.sigmoid(BIAS) * 0.5, rtol=1e-6)
+    for threshold, some in ((score, False), (np.nextafter(score, np.float32(0)), True)):
+        assert run(**OPTIONS | {"score_threshold": threshold}).mask.any() == some
+
+
 def test_word_count_must_fill_the_chunks():
     regions, text, photos = _case(ties=False)
     with pytest.raises(ValueError, match=r"12 words are no multiple of word_chunk=5; use vocabulary\.pad"):
@@ -281,3 +292,11 @@ def test_limits_take_the_given_values_only():
     limits = Limits.from_config(config, nms_iou=0.0, max_detections=2000)
     assert (limits.score_threshold, limits.nms_iou, limits.max_detections) == (config.score_threshold, 0.0, 2000)
     assert limits.pre_nms == 2000  # no fewer candidates than detections
+    for name in ("score_threshold", "nms_iou"):
+        assert getattr(Limits.from_config(config, **{name: 1.0}), name) == 1.0
+        for value in (-0.01, 1.01, 1.9):
+            with pytest.raises(ValueError, match=f"{name} is {value}; it must lie between 0 and 1"):
+                Limits.from_config(config, **{name: value})
+    assert Limits.from_config(config, max_detections=1).max_detections == 1
+    with pytest.raises(ValueError, match="max_detections is 0; it must be at least 1"):
+        Limits.from_config(config, max_detections=0)

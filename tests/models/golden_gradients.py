@@ -24,7 +24,7 @@ def seeded_params(prefix, module, *arguments, **options):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def check(part, run, *, params, inputs=None):
+def check(part, run, *, params, inputs=None, tolerance=TOLERANCE):
     """Asserts that a part's outputs and gradients are those of torch.
 
     Args:
@@ -32,6 +32,7 @@ def check(part, run, *, params, inputs=None):
       run: (params, inputs) -> outputs by name.
       params: by the names of the whole model.
       inputs: arrays by name, whose gradients are compared too.
+      tolerance: of an array's root mean square.
     """
 
     @jax.jit
@@ -54,6 +55,6 @@ def check(part, run, *, params, inputs=None):
     assert sorted(arrays) == names.tolist()
     wrong = {}
     for name, digest in zip(names.tolist(), digests, strict=True):
-        if (error := seeded.difference(name, arrays[name], digest)) > TOLERANCE:
+        if (error := seeded.difference(name, arrays[name], digest)) > tolerance:
             wrong[name] = error
     assert not wrong

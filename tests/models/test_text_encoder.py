@@ -1,8 +1,9 @@
-"""The text tower against transformers and open_clip (whose layout is OpenAI's)."""
+"""The text tower and its gradients against transformers and open_clip (whose layout is OpenAI's)."""
 
 import pathlib
 import sys
 
+import golden_gradients
 import jax
 import numpy as np
 import pytest
@@ -36,6 +37,16 @@ def test_equal_to_the_libraries(size):
     embeddings = jax.jit(model.apply)(variables, cases.text_tokens())
     for library in ("transformers", "open_clip"):
         np.testing.assert_allclose(embeddings, golden[f"{size}/{library}"], atol=1e-5, err_msg=library)
+
+
+def test_gradients_equal_open_clip():
+    model, variables = build("nano")
+
+    def run(params, inputs):
+        return {"embeddings": model.apply({"params": params["text_encoder"]}, cases.text_tokens())}
+
+    # most rows of the token embedding have no gradient, so that its root mean square is small beside the others
+    golden_gradients.check("text", run, params={"text_encoder": variables["params"]}, tolerance=3e-4)
 
 
 def test_nothing_after_the_end_matters():

@@ -22,6 +22,8 @@ NOUNS = {
     "child": [("18", "@", "a young person")],
     "glass": [("27", "@", "a brittle solid")],
     "knife": [("06", "@", "a weapon")],
+    "fireman": [("18", "@", "puts out fires")],
+    "berry": [("13", "@", "a small fruit")],
 }
 
 
@@ -57,6 +59,8 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
         "a child": "a young person",
         "children": "a young person",
         "glasses": "a brittle solid",
+        "firemen": "puts out fires",
+        "berries": "a small fruit",
     }.items():
         assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
     assert wordnet.senses("nothing such") == wordnet.senses("") == []
@@ -120,6 +124,26 @@ def test_frequent_phrases_of_builds_fill_the_dictionary(tmp_path):
     assert made.names == ("thing 1", "thing 2", "thing 3", "crane", "child")
     assert made.definition("children") == made.definition("child") == "a young person"
     assert review(tmp_path / "out.review.tsv")["crane"]["frequency in captions"] == "3"
+
+
+def test_of_two_definitions_the_first_counts(tmp_path):
+    for name, meaning in (("one", "a tool with a blade"), ("two", "cutlery")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"knife": {"meaning": meaning}, name: {}}))
+    for order, meaning in ((("one", "two"), "a tool with a blade"), (("two", "one"), "cutlery")):
+        dictionary.make([str(tmp_path / f"{name}.json") for name in order], str(tmp_path / "out.tsv"))
+        assert read_dictionary(tmp_path / "out.tsv").definition("knife") == meaning
+
+
+@pytest.mark.parametrize(("num_names", "names"), [(1, "ab"), (2, "ab"), (3, "abd"), (4, "abdc"), (9, "abdc")])
+def test_phrases_are_added_up_to_a_number_of_names(num_names, names, tmp_path):
+    built = tmp_path / "built"
+    built.mkdir()
+    (built / "vocabulary.json").write_text(json.dumps({"category_ids": [], "names": [], "definitions": []}))
+    (built / "phrases.tsv").write_text("c\t2\na\t9\nd\t3\n")
+    (tmp_path / "categories.csv").write_text("1,a\n2,b\n")
+    inputs = [str(tmp_path / "categories.csv"), str(built)]  # categories stay, however few names are asked for
+    dictionary.make(inputs, str(tmp_path / "out.tsv"), num_names=num_names)
+    assert "".join(read_dictionary(tmp_path / "out.tsv").names) == names
 
 
 @pytest.mark.parametrize(

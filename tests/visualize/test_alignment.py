@@ -21,6 +21,11 @@ ANCHORS = anchor_lib.grid(CANVAS).boxes
 SCALE = 0.5
 
 
+def level_of(anchor):
+    """Returns how many levels lie below an anchor's."""
+    return int(np.searchsorted(np.cumsum(anchor_lib.grid(CANVAS).levels), anchor, side="right"))
+
+
 def test_align_equals_brute_force():
     rng = np.random.default_rng(0)
     shape = (3, len(ANCHORS))
@@ -37,6 +42,11 @@ def test_align_equals_brute_force():
     similarity = np.where(outside[:, None], -np.inf, similarity)
     best = similarity.max(-1)
     np.testing.assert_allclose(found.scores, best[index], rtol=1e-5)
+    for box, anchor in zip(found.boxes, similarity[index].argmax(-1), strict=True):
+        (dx, dy, dw, dh), size = regions.box_deltas[index, anchor] * (0.1, 0.1, 0.2, 0.2), 8 * 8 * 2**level_of(anchor)
+        (x, y), (w, h) = center[anchor] + np.array([dx, dy]) * size, np.exp([dw, dh]) * size
+        expected = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2]) * (original / extent)[index][[1, 0, 1, 0]]
+        np.testing.assert_allclose(box, np.clip(expected, 0, original[index][[1, 0, 1, 0]]), atol=1e-3)
     np.testing.assert_array_equal(found.ranks, 1 + (best > best[index]).sum(0))
     maps = found.photo_maps(photos["extent"][index])
     assert maps.shape == (3, 4, 8)  # 30 x 64 px of P3, whose cells are 8 px

@@ -10,7 +10,7 @@ FAULTS = [
         ("jax.nn.sigmoid(scale * similarity + bias)", "jax.nn.sigmoid(scale * similarity)"),
         ("1.0 / jnp.asarray(image_scale)[:, None]", "1.0 * jnp.asarray(image_scale)[:, None]"),
         ("boxes = box_lib.clip(boxes, jnp.asarray(original_size)[:, None])", "boxes = boxes"),
-        ("(scores > score_threshold) & ", "(scores >= score_threshold) & "),
+        ("(scores > score_threshold) & ", "(scores >= score_threshold) & ", "::test_a_score_of_exactly_the_threshold_is_none"),
         (" & (box_lib.area(boxes) > 0.0)", ""),
         ("jnp.zeros_like(words) if class_agnostic else words", "words"),
         ("position % word_chunk + first_word", "position % word_chunk"),

@@ -67,6 +67,10 @@ FAULTS = [
         ("fields[1] in _THINGS and \"@i\" not in fields", "fields[1] in _THINGS"),
         ("key=lambda item: (-item[1], item[0])", "key=lambda item: (item[1], item[0])"),
         ("gloss.split('; \"')[0].strip()", "gloss.strip()"),
+        ("(\"men\", \"man\")", "(\"men\", \"men\")"),
+        ("defined.setdefault(concepts.key(entry.name), entry)", "defined[concepts.key(entry.name)] = entry"),
+        ("i >= len(names) and len(entries) >= num_names", "len(entries) >= num_names"),
+        ("i >= len(names) and len(entries) >= num_names", "i >= len(names) and i >= num_names - 1"),
     ),
     *plant(
         "export/scripts/weights.py", "export/test_export.py::test_reading_allocates_no_more_than_the_file",
