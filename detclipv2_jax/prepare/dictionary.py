@@ -26,7 +26,7 @@ from detclipv2_jax.data.built import PHRASES, VOCABULARY
 
 # lexicographer files of nouns: animal, artifact, body, food, object, person, plant, substance
 _THINGS = frozenset({"05", "06", "08", "13", "17", "18", "20", "27"})
-_ENDINGS = (("s", ""), ("es", ""), ("ies", "y"), ("men", "man"))  # of plurals, as in WordNet's morphy
+_ENDINGS = ("s", "es")  # of plurals that `concepts.key` does not know: TVs, lenses
 
 
 class Entry(NamedTuple):
@@ -67,7 +67,7 @@ class WordNet:
         for part in _parts(name):
             word = concepts.key(part).replace(" ", "_")
             plain = part.strip().lower().replace(" ", "_")  # a key has lost its s
-            stems = [plain.removesuffix(ending) + stem for ending, stem in _ENDINGS if plain.endswith(ending)]
+            stems = [plain.removesuffix(ending) for ending in _ENDINGS]
             for lemma in (plain, self._singular.get(plain, plain), word, *stems):
                 if lemma in self._offsets:
                     return [self._sense(offset) for offset in self._offsets[lemma]]

@@ -155,9 +155,7 @@ def text_gradients() -> dict[str, np.ndarray]:
     model.double()
     tokens = torch.from_numpy(cases.text_tokens()).long()
     length = tokens.shape[1]
-    outputs = {
-        "embeddings": model.encode_text(torch.nn.functional.pad(tokens, (0, cases.TEXT_POSITIONS - length)))
-    }
+    outputs = {"embeddings": model.encode_text(torch.nn.functional.pad(tokens, (0, cases.TEXT_POSITIONS - length)))}
     detector.weighted_sum(outputs).backward()
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     state |= {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}

@@ -23,7 +23,8 @@ NOUNS = {
     "glass": [("27", "@", "a brittle solid")],
     "knife": [("06", "@", "a weapon")],
     "fireman": [("18", "@", "puts out fires")],
-    "berry": [("13", "@", "a small fruit")],
+    "tv": [("06", "@", "shows pictures")],
+    "lens": [("06", "@", "bends light")],
 }
 
 
@@ -60,7 +61,8 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
         "children": "a young person",
         "glasses": "a brittle solid",
         "firemen": "puts out fires",
-        "berries": "a small fruit",
+        "TVs": "shows pictures",
+        "lenses": "bends light",
     }.items():
         assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
     assert wordnet.senses("nothing such") == wordnet.senses("") == []

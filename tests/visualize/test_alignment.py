@@ -43,7 +43,7 @@ def test_align_equals_brute_force():
     best = similarity.max(-1)
     np.testing.assert_allclose(found.scores, best[index], rtol=1e-5)
     for box, anchor in zip(found.boxes, similarity[index].argmax(-1), strict=True):
-        (dx, dy, dw, dh), size = regions.box_deltas[index, anchor] * (0.1, 0.1, 0.2, 0.2), 8 * 8 * 2**level_of(anchor)
+        (dx, dy, dw, dh), size = regions.box_deltas[index, anchor] * (0.1, 0.1, 0.2, 0.2), 8 * 8 * 2 ** level_of(anchor)
         (x, y), (w, h) = center[anchor] + np.array([dx, dy]) * size, np.exp([dw, dh]) * size
         expected = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2]) * (original / extent)[index][[1, 0, 1, 0]]
         np.testing.assert_allclose(box, np.clip(expected, 0, original[index][[1, 0, 1, 0]]), atol=1e-3)
