@@ -136,8 +136,8 @@ def data_section(kind: str) -> ConfigDict:
     if kind == "detection":
         c.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
         c.few_shot_seed = 3  # GLIP's are 3, 30, 300
-        # names of categories of the raw json that are left out with their boxes, such as the parent category of
-        # Roboflow's exports; the log says which have no box anywhere
+        # names of categories that are left out with their boxes, from the raw json and the built folders, such as the
+        # parent category of Roboflow's exports; the log says which have no box anywhere
         c.drop_categories = ()
     # rows of the concept table a host; 0: derived so that nothing can overflow. Fewer save memory where batches seldom
     # fill the table; negatives without a row are counted in metrics

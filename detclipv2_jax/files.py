@@ -141,6 +141,20 @@ def safe_name(name: object) -> str:
     return f"{short}-{digest}"
 
 
+def safe_names(names: Iterable[object]) -> list[str]:
+    """Returns a different `safe_name` for each thing; also where a file system takes "A" and "a" for one name."""
+    last: dict[str, int] = {}  # the number that was given last to a name
+    safe = []
+    for given in names:
+        stem = name = safe_name(given)
+        while name.casefold() in last:
+            last[stem.casefold()] += 1
+            name = f"{stem}_{last[stem.casefold()]}"
+        last[name.casefold()] = 1
+        safe.append(name)
+    return safe
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of a file, which is made if need be; the system forgets the lock of a killed process.

@@ -140,7 +140,7 @@ def prepare(
     work: Callable[[], dict[str, float]]
     data: dict[str, str] = {}
     if training or replayed:
-        data = identity.of_training(complete)
+        data = identity.of_run(complete)
         processes.check_same(json.dumps(data), what="data", timeout_s=config.timeout_s)
         check_data(workdir, data, allowed=changed_data)
     if replayed:
@@ -209,7 +209,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
 
 
 def check_data(workdir: pathlib.Path, data: dict[str, str], *, allowed: bool) -> None:
-    """Checks that a run goes on with the data (`identity.of_training`) it began with, and says what changed.
+    """Checks that a run goes on with the data (`identity.of_run`) it began with, and says what changed.
 
     Raises:
       ValueError: there is a checkpoint of other data, and they are not `allowed`.

@@ -24,7 +24,7 @@ from absl import app, flags, logging
 
 from detclipv2_jax import interrupts
 from detclipv2_jax.data import transforms
-from detclipv2_jax.files import safe_name, write_json
+from detclipv2_jax.files import safe_names, write_json
 from detclipv2_jax.inference import Found, Predictor, vocabulary
 from detclipv2_jax.visualize import figures
 
@@ -155,15 +155,7 @@ def _images_of_folder(folder: str, *, without: str) -> list[pathlib.Path]:
 
 def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns a different file in `folder` for every image; ValueError if one is itself an image of the input."""
-    names: dict[str, int] = {}
-    pictures = []
-    for path in paths:
-        stem = name = safe_name(path.stem)
-        while name in names:
-            names[name] += 1
-            name = f"{stem}_{names[stem]}"
-        names[name] = 1
-        pictures.append(folder / f"{name}.jpg")
+    pictures = [folder / f"{name}.jpg" for name in safe_names(path.stem for path in paths)]
     overwritten = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
     if overwritten:
         raise ValueError(

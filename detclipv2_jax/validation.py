@@ -96,9 +96,8 @@ RULES = (
         lambda value: _numbers(value) and all(0 < share < 1 for share in value),
         "shares of the run, 0 < value < 1",
     ),
-    *map(
-        _texts, (*(f"{kind}.unflippable_words" for kind in KINDS), "detection.drop_categories", "eval.drop_categories")
-    ),
+    *map(_texts, (f"{kind}.unflippable_words" for kind in KINDS)),
+    *map(_texts, (f"{section}.drop_categories" for section in ("detection", "eval", "forgetting"))),
     Rule("optimizer.frozen", _is_regex, "a regular expression"),
     *(
         Rule(

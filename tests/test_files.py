@@ -91,6 +91,14 @@ def test_different_names_stay_different_and_plain_ones_as_they_are():
         assert files.safe_name(plain) == str(plain)
 
 
+def test_names_that_a_file_system_may_take_for_one_are_told_apart(tmp_path):
+    names = ["IMG", "img", "Img", "img_2", "é", "É", "e\u0301", "a/b", "A/B", "ß", "SS", "img", 3, "3", "\udcff"]
+    safe = files.safe_names(names)
+    assert len({unicodedata.normalize("NFD", name.casefold()) for name in safe}) == len(names)
+    assert safe[:4] == ["IMG", "img_2", "Img_3", "img_2_2"]
+    assert files.safe_names(["b", "a"]) == ["b", "a"]
+
+
 def test_names_of_devices_and_marks_apart_from_their_letters():
     for name in ("con", "Nul.png", "com1.tar"):
         assert files.safe_name(name).startswith(f"_{name}-")

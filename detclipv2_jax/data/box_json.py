@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,27 @@ def check_kind(content: dict[str, Any], path: Path, kind: Kind) -> None:
         )
 
 
+def open_detection(
+    annotations: str, images: str, *, dropped: Sequence[str], known_names: Collection[str] = (), fitting_ids: bool
+) -> tuple[Path, str, dict[str, Any], dict[str, int]]:
+    """Returns path, real image folder and content of a COCO json, and the counts of what was repaired or left out.
+
+    Args:
+      annotations: path of the json.
+      images: its image folder.
+      dropped: names of categories that are left out with their boxes.
+      known_names: names that `dropped` may hold beside those of the json.
+      fitting_ids: whether annotations get the ids that images and categories have; they do where some are dropped.
+    """
+    path, counters = Path(annotations), dict[str, int]()
+    content = load_json(path)
+    check_kind(content, path, Kind.DETECTION)
+    if fitting_ids or dropped:
+        content, counters = with_fitting_ids(content)
+    content, num_dropped = drop_categories(content, dropped, path, known_names=known_names)
+    return path, os.path.realpath(images), content, counters | num_dropped
+
+
 @documented
 def read_detection(
     annotations: str,
@@ -271,6 +292,7 @@ def read_detection(
     few_shot_seed: int = 0,
     dropped: Sequence[str] = (),
     drop_option: str = "config.detection.drop_categories",
+    known_names: Collection[str] = (),
 ) -> BoxSource:
     """Returns the source of a COCO json and its image folder.
 
@@ -285,19 +307,15 @@ def read_detection(
       few_shot_seed: its seed.
       dropped: names of categories that are left out with their boxes.
       drop_option: what the user calls `dropped`.
+      known_names: names that `dropped` may hold beside those of the json.
 
     Raises:
       ValueError: see the module; the message says which file, how many and why.
     """
-    path, folder = Path(annotations), os.path.realpath(images)
-    content = load_json(path)
-    check_kind(content, path, Kind.DETECTION)
+    path, folder, content, counters = open_detection(
+        annotations, images, dropped=dropped, known_names=known_names, fitting_ids=True
+    )
     vocabulary = vocabulary_of(content, path, read_dictionary(dictionary) if dictionary else None)
-    content, counters = with_fitting_ids(content)
-    if dropped:
-        content, num_dropped = drop_categories(content, dropped, path)
-        counters |= num_dropped
-        vocabulary = vocabulary_of(content, path, read_dictionary(dictionary) if dictionary else None)
     used = {row.get("category_id") for row in content["annotations"]}
     say_unused(content["categories"], used, path, option=drop_option)
     if num_shots:

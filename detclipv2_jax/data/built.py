@@ -8,8 +8,10 @@ example where TFDS's own NumPy decoding of any features takes 0.3 ms, and photos
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import zipfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 from detclipv2_jax import files
 from detclipv2_jax.data.catalog import command_of
 from detclipv2_jax.data.checks import documented
-from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.data.concepts import Vocabulary, display_name
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 
 INDEX, VOCABULARY, REPORT = "index.npz", "vocabulary.json", "build_report.json"
@@ -43,9 +45,18 @@ _KEYS = _NAMES | {
 class BuiltSource:
     """The examples of a built folder, in the order of its raw files; see `read_built`."""
 
-    def __init__(self, folder: Path, *, kind: Kind, vocabulary: Vocabulary, counters: dict[str, int], num: int):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: Kind,
+        vocabulary: Vocabulary,
+        counters: dict[str, int],
+        num: int,
+        dropped: frozenset[str] = frozenset(),
+    ):
         self.name, self.kind, self.vocabulary, self.counters = folder.name, kind, vocabulary, counters
-        self.folder = folder
+        self.folder, self._dropped = folder, dropped
         try:
             with (folder / INDEX).open("rb") as file, np.load(file) as index:
                 self.sizes = index["sizes"][: num or None]
@@ -110,7 +121,8 @@ class BuiltSource:
             record = None
         if record is None or not _is_whole(record):
             raise UnusableError(f"record that is no example in {self.file(index)}")
-        return dataclasses.replace(record, box_concepts=record.box_concepts.astype(np.int32))
+        record = dataclasses.replace(record, box_concepts=record.box_concepts.astype(np.int32))
+        return _without(record, self._dropped) if self._dropped else record
 
     def _record(self, index: int) -> Record:
         example = self._example(index)
@@ -135,6 +147,22 @@ def _is_whole(record: Record) -> bool:
     in_range = ((used >= 0) & (used < len(record.concepts))).all()
     return bool(
         len(record.size) == 2 and len(record.boxes) == len(used) and in_range and np.isfinite(record.boxes).all()
+    )
+
+
+def _without(record: Record, dropped: Collection[str]) -> Record:
+    """Returns a record without some concepts and their boxes."""
+    stays = np.array([name not in dropped for name in record.concepts], bool)
+    rows = stays[record.box_concepts]
+    lists = (record.concepts, record.negatives, record.not_negatives)
+    concepts, negatives, not_negatives = (tuple(name for name in names if name not in dropped) for names in lists)
+    return dataclasses.replace(
+        record,
+        boxes=record.boxes[rows],
+        box_concepts=(np.cumsum(stays) - 1)[record.box_concepts[rows]].astype(np.int32),
+        concepts=concepts,
+        negatives=negatives,
+        not_negatives=not_negatives,
     )
 
 
@@ -186,7 +214,20 @@ def check_metadata(folder: Path) -> None:
 
 
 @documented
-def read_built(folder: str, kind: Kind, *, dictionary: Vocabulary | None = None, max_examples: int = 0) -> BuiltSource:
+def read_names(folder: str) -> list[str]:
+    """Returns the names of a built folder's categories."""
+    return list(map(str, files.read_json(Path(folder) / VOCABULARY)["names"]))
+
+
+@documented
+def read_built(
+    folder: str,
+    kind: Kind,
+    *,
+    dictionary: Vocabulary | None = None,
+    max_examples: int = 0,
+    dropped: Iterable[str] = (),
+) -> BuiltSource:
     """Returns the source of a built folder.
 
     Args:
@@ -194,9 +235,10 @@ def read_built(folder: str, kind: Kind, *, dictionary: Vocabulary | None = None,
       kind: what the folder must hold.
       dictionary: definitions for the categories that have none.
       max_examples: the first n examples; 0: all.
+      dropped: names of categories that are left out with their boxes, where the folder has them.
 
     Raises:
-      ValueError: the folder holds another kind of data.
+      ValueError: the folder holds another kind of data, or no category is left.
     """
     path = Path(folder)
     check_metadata(path)
@@ -208,6 +250,13 @@ def read_built(folder: str, kind: Kind, *, dictionary: Vocabulary | None = None,
     if dictionary and kind is Kind.DETECTION:
         pairs = zip(names, definitions, strict=True)
         definitions = tuple(definition or dictionary.definition(name) for name, definition in pairs)
-    vocabulary = Vocabulary(names, definitions, tuple(content["category_ids"]))
     counters = {f"{reason} (when built)": num for reason, num in report["dropped"].items()}
-    return BuiltSource(path, kind=kind, vocabulary=vocabulary, counters=counters, num=max_examples)
+    columns = (names, definitions, tuple(content["category_ids"]))
+    if without := frozenset(map(display_name, dropped)).intersection(names):
+        stays = [name not in without for name in names]
+        columns = tuple(tuple(itertools.compress(column, stays)) for column in columns)
+        counters["dropped category"] = len(without)
+        if not any(stays):
+            raise ValueError(f"{folder} has no category beside those that drop_categories names")
+    vocabulary = Vocabulary(*columns)
+    return BuiltSource(path, kind=kind, vocabulary=vocabulary, counters=counters, num=max_examples, dropped=without)

@@ -15,7 +15,6 @@ from typing import ParamSpec, TypeVar
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _NUM_PROBED_FILES = 64
-_NUM_NAMED = 10  # missing photos in a message
 _Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
 
 
@@ -95,7 +94,7 @@ def photo_facts(paths: Iterable[str], *, where: str | Path) -> str:
     """Returns a digest of the names, sizes and times of photos, which changes when a photo is exchanged.
 
     Raises:
-      DataError: photos are missing; says how many and names the first ten.
+      DataError: photos are missing; says how many, and names all of them.
     """
     digest, missing, total = hashlib.sha256(), [], 0
     for path in paths:
@@ -109,8 +108,8 @@ def photo_facts(paths: Iterable[str], *, where: str | Path) -> str:
             continue
         digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode(errors="replace"))
     if missing:
-        named = ", ".join(missing[:_NUM_NAMED]) + (" …" if len(missing) > _NUM_NAMED else "")
-        raise DataError(f"{where}: {len(missing)} of {total} photos do not exist: {named}")
+        # all of them, each on a line: what is repaired one by one is started in vain as often
+        raise DataError("\n  ".join([f"{where}: {len(missing)} of {total} photos do not exist:", *missing]))
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from jaxtyping import Int
 
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.annotations import shown
-from detclipv2_jax.data.box_json import BoxSource, check_kind, load_json, probe_sizes, vocabulary_of
+from detclipv2_jax.data.box_json import BoxSource, open_detection, probe_sizes, vocabulary_of
 from detclipv2_jax.data.checks import documented, photo_facts
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.schema import DataError, Kind
-from detclipv2_jax.data.selection import drop_categories, say_unused, select_images, with_fitting_ids
+from detclipv2_jax.data.selection import say_unused, select_images
 from detclipv2_jax.data.truth import Truth
 
 
@@ -61,14 +60,8 @@ def read_evaluation(
       ValueError: as there and of `truth.read`; photos that are missing, all of them; categories with boxes that no
         text tells apart.
     """
-    path, folder = Path(annotations), os.path.realpath(images)
-    content = load_json(path)
-    check_kind(content, path, Kind.DETECTION)
-    num_dropped: dict[str, int] = {}
-    if dropped:
-        content, repaired = with_fitting_ids(content)
-        content, num_dropped = drop_categories(content, dropped, path)
-        num_dropped |= repaired
+    # the truth makes ids fit, and counts them
+    path, folder, content, num_dropped = open_detection(annotations, images, dropped=dropped, fitting_ids=False)
     probe_sizes(content["images"], folder, follow_links=follow_links)
     truth = truth_lib.from_content(str(path), content, max_bad_share=max_bad_share)
     for what, num in (truth.odd | num_dropped).items():

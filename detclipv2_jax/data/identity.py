@@ -10,12 +10,14 @@ from detclipv2_jax.data.built import INDEX, VOCABULARY
 from detclipv2_jax.data.schema import Kind
 
 _OF_A_FOLDER = (INDEX, VOCABULARY, "dataset_info.json")  # sizes and concepts, names, shards
+_EVALUATIONS = ("eval", "forgetting")
 
 
-def of_training(config: Any) -> dict[str, str]:
-    """Returns the SHA-256 of each file that says what a configuration is trained on, by its key and place there.
+def of_run(config: Any) -> dict[str, str]:
+    """Returns the SHA-256 of each file that says what a configuration is trained and evaluated on, by its key.
 
-    Photos are not read: an exchanged one shows only where the annotation gives its size.
+    The key of a file of an evaluation holds its path, too: a run may go on with another evaluation. Photos are not
+    read: an exchanged one shows only where the annotation gives its size.
     """
     found: dict[str, str] = {}
     for kind in Kind:
@@ -25,12 +27,20 @@ def of_training(config: Any) -> dict[str, str]:
         folders = (section.data,) if isinstance(section.data, str) else section.data
         paths |= {f"data[{i}] {name}": Path(folder) / name for i, folder in enumerate(folders) for name in _OF_A_FOLDER}
         found |= {f"config.{kind.value}.{name}": _sha256(path) for name, path in paths.items() if path.is_file()}
+    for section in _EVALUATIONS:
+        given = {key: Path(config[section][key]) for key in ("annotations", "dictionary") if config[section][key]}
+        found |= {f"config.{section}.{key} {path}": _sha256(path) for key, path in given.items() if path.is_file()}
     return found
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """Returns what is different, one line each."""
-    different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    leads = tuple(f"config.{section}." for section in _EVALUATIONS)
+    different = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and ((name in before and name in now) or not name.startswith(leads))
+    ]
     return [
         f"{name} " + ("is gone" if name not in now else "is new" if name not in before else "changed")
         for name in different

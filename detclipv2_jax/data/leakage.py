@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+
+from detclipv2_jax import files
 
 # COCO_val2014_000000000042.jpg and val2017/000000000042.jpg are one photo; COCO's numbers have six digits
 _COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(0{6}\d{6})\.jpe?g", re.IGNORECASE)
@@ -23,8 +23,8 @@ def held_out_photos(jsons: Sequence[str]) -> frozenset[str]:
     photos: set[str] = set()
     for path in jsons:
         try:
-            images = json.loads(Path(path).read_bytes())["images"]
+            images = files.read_json(path)["images"]
             photos.update(photo_of(str(image.get("file_name") or image.get("coco_url"))) for image in images)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"--validation: {path} is no COCO-format json ({type(error).__name__}: {error})") from None
     return frozenset(photos)

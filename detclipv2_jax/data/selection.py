@@ -101,17 +101,28 @@ def few_shot(content: dict[str, Any], *, num_shots: int, seed: int) -> dict[str,
     return content | {"images": images, "annotations": annotations}
 
 
-def drop_categories(content: dict[str, Any], names: Iterable[str], path: Any) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns a json without some categories and their boxes, and how many those are; DataError for unknown names."""
+def dropped_names(names: Iterable[str], known: Collection[str], where: Any) -> set[str]:
+    """Returns names of categories as they are displayed; DataError for one that is not among the known ones."""
     wanted = {display_name(name): name for name in names}
-    if not wanted:
+    for display, name in wanted.items():
+        if display not in known:
+            near = difflib.get_close_matches(display, known, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise DataError(f"{where} has no category {name!r}, which drop_categories names{hint}")
+    return set(wanted)
+
+
+def drop_categories(
+    content: dict[str, Any], names: Iterable[str], path: Any, *, known_names: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns a json without some categories and their boxes, and how many those are.
+
+    DataError for names that are neither the json's nor among the `known_names`, as they are displayed.
+    """
+    if not names:
         return content, {}
     called = [display_name(str(category.get("name"))) for category in content["categories"]]
-    for display, name in wanted.items():
-        if display not in called:
-            near = difflib.get_close_matches(display, called, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise DataError(f"{path} has no category {name!r}, which drop_categories names{hint}")
+    wanted = dropped_names(names, [*called, *known_names], path)
     pairs = list(zip(called, content["categories"], strict=True))
     dropped = {category.get("id") for name, category in pairs if name in wanted}
     kept = [category for name, category in pairs if name not in wanted]

@@ -115,7 +115,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     }
     bad = refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
     flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)
-    odd["box without width or height, which is left out"] = int(flat.sum())
+    odd["box without width or height left out, which pycocotools would count as missed"] = int(flat.sum())
     kept = np.flatnonzero(~bad & ~flat)
     if not len(kept):
         raise DataError(f"{name} has no usable box: there is nothing to score against")

@@ -115,8 +115,9 @@ class Evaluator:
             of_names = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
             table = self._scorer.table({name: scores[name] for name in scores if name not in of_names})
             logging.info("step %d: %s; in %%:\n%s\n%s", step, self._scorer.AP_KIND, table, names.table(of_names))
-            for sample in samples:
-                self._draw(sample, name=name)
+            ids = [self._truth.truth.image_ids.ids[self._truth.images[sample.example_id]] for sample in samples]
+            for sample, image_id in zip(samples, files.safe_names(ids), strict=True):
+                self._draw(sample, path=self._workdir / "pictures" / f"{name}_found_{image_id}.jpg", step=step)
             parts.remove()
         return scores
 
@@ -181,7 +182,7 @@ class Evaluator:
         scores = self._scorer.evaluate(truth, found, image_ids=evaluated, share=share)
         return scores | names.evaluate(truth, found, image_ids=evaluated)
 
-    def _draw(self, sample: _Sample, *, name: str) -> None:
+    def _draw(self, sample: _Sample, *, path: pathlib.Path, step: int) -> None:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""
         truth, image = self._truth.truth, int(self._truth.images[sample.example_id])
         image_id = truth.image_ids.ids[image]
@@ -196,8 +197,8 @@ class Evaluator:
             scores=sample.scores,
             max_drawn=min(20, max(3, len(own))),
             truth=(boxes * sample.scale, label_of[truth.category[own]].astype(np.int32)),
-            title=f"image {image_id} after {name.removeprefix('step_').lstrip('0') or 0} steps",
-            path=self._workdir / "pictures" / f"{name}_found_{files.safe_name(image_id)}.jpg",
+            title=f"image {image_id} after {step} steps",
+            path=path,
         )
 
     def _fingerprint(self, step: int, weights: list[float]) -> dict[str, Any]:

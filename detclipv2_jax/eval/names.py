@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from detclipv2_jax import interrupts
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import coco
@@ -97,6 +98,7 @@ def _iou(a: Float[np.ndarray, "d 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.n
     return shared / np.maximum(areas, 1e-12)
 
 
+@interrupts.in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = coco.command_line("detclipv2_jax.eval.names", __doc__)

@@ -23,11 +23,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from detclipv2_jax import interrupts
 from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.data.streams import EvalStream
 from detclipv2_jax.eval import loop
 from detclipv2_jax.files import write_json
+from detclipv2_jax.runs import checkpoints
 
 FILES = (
     "annotations_without_background.json",
@@ -59,15 +62,15 @@ def members() -> list[Member]:
     return [Member(**row) for row in json.loads(pathlib.Path(__file__).with_name("odinw.json").read_text())]
 
 
-def evaluate(
-    checkpoint: loop.Checkpoint, member: Member, annotations: pathlib.Path, *, plain_names: bool, output: pathlib.Path
-) -> dict[str, float]:
-    """Returns the COCO scores of a member, see `coco.evaluate`; writes them to `output`/eval.
+def prepare(
+    config: ConfigDict, member: Member, annotations: pathlib.Path, *, plain_names: bool
+) -> tuple[ConfigDict, list[EvalStream]]:
+    """Returns what `evaluate` needs of a member, for a run with a configuration: that of its evaluation, and photos.
 
     Raises:
       ValueError: its files are not what they should be.
     """
-    config = checkpoint.config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
     config.eval.update({"annotations": str(annotations), "images": str(annotations.parent), "dictionary": ""})
     config.eval.update({"definitions": False, "max_examples": 0, "drop_categories": ()})
     config.eval.batch_size = -(-config.eval.batch_size // jax.device_count()) * jax.device_count()
@@ -77,6 +80,43 @@ def evaluate(
         names = tuple(vocabulary.names if plain_names else (member.prompts.get(x, x) for x in vocabulary.names))
         prompts = Vocabulary(names, vocabulary.definitions, vocabulary.category_ids)
         stream.ground_truth = dataclasses.replace(stream.ground_truth, vocabulary=prompts)
+    return config, streams
+
+
+def prepare_all(
+    found: dict[Member, pathlib.Path], *, checkpoint: str, finetuned: str, plain_names: bool
+) -> dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]]:
+    """Returns what is scored, by kind and member, all of it checked before the first photo is looked at.
+
+    Raises:
+      ValueError: runs or files of members are not what they should be; all of them are listed.
+    """
+    prepared: dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]] = {}
+    problems: list[str] = []
+    if checkpoint:
+        config, prepared["zero_shot"] = checkpoints.read_config(checkpoint), {}
+    if finetuned:
+        prepared["finetuned"] = {}
+    for kind, own in prepared.items():
+        for member, path in found.items():
+            workdir = pathlib.Path(finetuned) / member.name
+            if kind == "finetuned" and not workdir.is_dir():
+                continue
+            try:
+                of_run = config if kind == "zero_shot" else checkpoints.read_config(workdir)
+                own[member] = prepare(of_run, member, path, plain_names=plain_names or kind == "finetuned")
+            except ValueError as error:
+                problems.append(f"{member.name}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return prepared
+
+
+def evaluate(
+    checkpoint: loop.Checkpoint, prepared: tuple[ConfigDict, list[EvalStream]], *, output: pathlib.Path
+) -> dict[str, float]:
+    """Returns the COCO scores of a member, see `coco.evaluate`; writes them to `output`/eval."""
+    config, streams = prepared
     evaluator = loop.Evaluator(config, checkpoint.detector, streams=streams, workdir=output)
     return evaluator(checkpoint.params, step=checkpoint.step)
 
@@ -98,18 +138,13 @@ def run(
     if not checkpoint and not finetuned:
         raise ValueError("give --checkpoint, a run scored on all members, or --finetuned, a folder with a run of each")
     result = {}
-    for kind, folder in (("zero_shot", checkpoint), ("finetuned", finetuned)):
-        if not folder:
-            continue
-        loaded = loop.Checkpoint.load(folder) if kind == "zero_shot" else None
+    prepared = prepare_all(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
+    for kind, members_of_kind in prepared.items():
+        loaded = loop.Checkpoint.load(checkpoint) if kind == "zero_shot" else None
         scores: dict[str, float | None] = {}
-        for member, path in found.items():
-            if kind == "finetuned" and not (pathlib.Path(folder) / member.name).is_dir():
-                continue
-            own = loaded or loop.Checkpoint.load(pathlib.Path(folder) / member.name)
-            place = output / kind / member.name
-            plain = plain_names or kind == "finetuned"
-            scores[member.name] = evaluate(own, member, path, plain_names=plain, output=place)["AP"]
+        for member, data in members_of_kind.items():
+            own = loaded or loop.Checkpoint.load(pathlib.Path(finetuned) / member.name)
+            scores[member.name] = evaluate(own, data, output=output / kind / member.name)["AP"]
         for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
             values = [scores.get(member.name) for member in group]
             scores[name] = None if None in values else float(np.mean(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -24,6 +25,7 @@ from detclipv2_jax.data.truth import Truth
 MONITORS = tuple(f"{lead}AP{kind}" for lead in ("", "fixed_") for kind in ("", "50", "75", *"smlrcf"))
 PART_ROWS = 1 << 16
 PART_SECONDS = 60  # a killed evaluation loses at most about this much
+LEFT_SECONDS = 7 * 24 * 3600  # an evaluation that goes on writes every minute
 _PART = re.compile(r"(\d{6,})-(\d{6,})\.rows")
 _NUM_DIGEST_BYTES = 32
 
@@ -119,8 +121,12 @@ class Parts:
         return Rows.concatenate([*self._parts, *self._pending])
 
     def remove(self) -> None:
-        """Deletes what is on disk: the evaluation is done."""
+        """Deletes what is on disk: the evaluation is done. What others left there for `LEFT_SECONDS` goes, too."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in self._folder.parent.glob(".partial_*"):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > LEFT_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _packed(rows: Rows, *, batches: tuple[int, int]) -> bytes:

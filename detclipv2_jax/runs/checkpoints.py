@@ -268,16 +268,21 @@ def report_differences(stored: Any, expected: Any, *, what: str) -> None:
         raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
 
 
+def read_config(workdir: str | pathlib.Path) -> ConfigDict:
+    """Returns the configuration of a run; ValueError if `workdir` holds none."""
+    from detclipv2_jax import config_json  # here: its values can be had without ml_collections
+
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
+    return config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
+
+
 @contextlib.contextmanager
 def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoints, int, str]]:
     """Yields (config, checkpoints, step and item that count) of a run; raises as `load_for_inference`."""
-    from detclipv2_jax import config_json  # here: its values can be had without ml_collections
-
     workdir = pathlib.Path(workdir)
-    if not (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
-    path = workdir / "config.json"
-    config = config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
+    config = read_config(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"{workdir} has no checkpoints; the run must train until its first one")
     item = "ema" if config.optimizer.ema_decay else "params"

@@ -22,7 +22,7 @@ from detclipv2_jax import interrupts
 from detclipv2_jax.data import box_json, concepts, transforms
 from detclipv2_jax.data import phrases as phrases_lib
 from detclipv2_jax.data.checks import unsafe_path
-from detclipv2_jax.files import safe_name
+from detclipv2_jax.files import safe_names
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.visualize import alignment, charts, figures
 
@@ -73,13 +73,15 @@ def draw_detections(
     if unknown := sorted(map(str, found.keys() - files.keys())):
         raise ValueError(f"--annotations: {annotations} does not list the image {unknown[0]} of {detections}")
     row_of = {category: i for i, category in enumerate(names)}
-    pictures = []
-    for image_id in list(files)[:max_images]:
+    drawn = list(files)[:max_images]
+    pictures = [
+        pathlib.Path(output) / f"{name}.jpg" for name in safe_names(os.path.splitext(files[i])[0] for i in drawn)
+    ]
+    for image_id, picture in zip(drawn, pictures, strict=True):
         detected, annotated = ((*_arrays(rows.get(image_id, []), row_of),) for rows in (found, truth))
         if unsafe_path(files[image_id]):
             raise ValueError(f"the file name {files[image_id]!r} leads out of --images={images}")
         photo = transforms.read(os.path.join(images, files[image_id]))
-        picture = pathlib.Path(output) / f"{safe_name(os.path.splitext(files[image_id])[0])}.jpg"
         figures.detections(
             photo.pixels,
             detected[0] * photo.scale[None],
@@ -92,7 +94,6 @@ def draw_detections(
             title=files[image_id],
             path=picture,
         )
-        pictures.append(picture)
     return pictures
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import time
 
 import jax
 import planted
@@ -10,7 +11,8 @@ import pytest
 from micro import micro_config
 from PIL import Image
 
-from detclipv2_jax import main
+from detclipv2_jax import config_json, main
+from detclipv2_jax.data import checks
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.eval import coco, grounding, loop, odinw, result
 from detclipv2_jax.inference import Detector, Predictor
@@ -87,7 +89,7 @@ REFUSED = {
     "crowd unclear": (rows_changed(iscrowd="some"), 'has iscrowd "some"'),
     "photos missing": (
         lambda content: [image.update(file_name=f"no{i}.png") for i, image in enumerate(content["images"]) if i > 2],
-        r"6 of 9 photos do not exist: .*no3\.png, .*no8\.png$",
+        r"6 of 9 photos do not exist:(\n  \S*no[3-8]\.png){6}$",
     ),
 }  # fmt: skip
 
@@ -110,12 +112,40 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_compiled(dataset, t
     for path in (dataset.parent / "images").iterdir():
         (members / path.name).write_bytes(path.read_bytes())
     (members / "annotations.json").write_bytes(dataset.read_bytes())
-    config, model, params = planted.make()
-    checkpoint = loop.Checkpoint(config, Detector(model, mesh=sharding.make_mesh()), params, 1)
-    (member,) = [member for member in odinw.members() if member.name == "Aquarium"]
-    path = member.find(tmp_path / "odinw")
-    with pytest.raises(ValueError, match=message):
-        odinw.evaluate(checkpoint, member, path, plain_names=True, output=tmp_path / "o")
+    (tmp_path / "config.json").write_text(config_json.to_json(planted.make()[0]))
+    with pytest.raises(ValueError, match=rf"^Aquarium: .*({message})"):
+        odinw.run(data=tmp_path / "odinw", checkpoint=str(tmp_path), output=tmp_path / "o")
+
+
+def test_photos_that_are_missing_are_all_named(tmp_path):
+    names = [f"folder {i}/é{i}.jpg" for i in range(50)]
+    (tmp_path / "folder 7").mkdir()
+    (tmp_path / names[7]).touch()
+    (tmp_path / "folder 9").mkdir()
+    (tmp_path / names[9]).mkdir()  # a folder is no photo
+    with pytest.raises(ValueError, match=r"t\.json: 49 of 50 photos do not exist:") as error:
+        checks.photo_facts((f"{tmp_path}/{name}" for name in names), where="t.json")
+    lines = str(error.value).splitlines()[1:]
+    assert [line.strip() for line in lines] == [f"{tmp_path}/{name}" for name in names if name != names[7]]
+
+
+def test_every_member_of_odinw_is_checked_before_the_first_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Checkpoint, "load", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    edits = {"Aquarium": lambda content: None, "Packages": rows_changed(bbox=None)}
+    edits["pothole"] = REFUSED["photos missing"][0]
+    (tmp_path / "config.json").write_text(config_json.to_json(planted.make()[0]))
+    for name, edit in edits.items():
+        made = planted.write_dataset(tmp_path / name / "test", num_images=NUM_IMAGES)
+        change(made, edit)
+        for path in (made.parent / "images").iterdir():
+            path.rename(made.parent / path.name)
+        made.rename(made.with_name("annotations.json"))
+        tuned = tmp_path / "tuned" / name
+        tuned.mkdir(parents=True)
+        (tuned / "config.json").write_text(config_json.to_json(planted.make()[0]))
+    for options in ({"checkpoint": str(tmp_path)}, {"finetuned": str(tmp_path / "tuned")}):
+        with pytest.raises(ValueError, match=r"(?s)^Packages: .* cannot be used .*\npothole: .*photos do not exist"):
+            odinw.run(data=tmp_path, output=tmp_path / "o", **options)
 
 
 @pytest.mark.slow
@@ -169,6 +199,20 @@ def test_detections_are_on_disk_before_they_are_scored_and_a_repaired_truth_pred
     assert scores["AP"] == pytest.approx(expected["AP"], abs=0.02)  # of equal scores other images come first
     assert coco.evaluate(dataset, written).items() <= scores.items()
     assert not list((tmp_path / "run" / "eval").glob(".partial*"))
+
+
+def test_what_a_killed_evaluation_left_goes_with_a_later_one_unless_it_may_go_on(tmp_path):
+    now = time.time()
+    for name, age in (("old", 8 * 24 * 3600), ("new", 3600)):
+        parts = result.Parts(tmp_path, fingerprint={"of": name})
+        parts.add(result.Rows.concatenate([]))
+        parts.write()
+        (folder,) = (path for path in tmp_path.iterdir() if path.stat().st_mtime > now - 60)
+        os.utime(folder, (now - age, now - age))
+    assert len(list(tmp_path.iterdir())) == 2
+    result.Parts(tmp_path, fingerprint={"of": "another"}).remove()
+    assert result.Parts(tmp_path, fingerprint={"of": "new"}).done == 1
+    assert result.Parts(tmp_path, fingerprint={"of": "old"}).done == 0
 
 
 def repainted(folder):
@@ -252,5 +296,5 @@ def test_a_continued_search_for_phrases_belongs_to_its_photos_and_not_to_the_box
     assert seen == ["0.png", "1.png", "2.png"]
     (tmp_path / "1.png").unlink()
     arguments = {"checkpoint": "run", "annotations": str(tmp_path / "g.json"), "images": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"1 of 3 photos do not exist: .*1\.png"):
+    with pytest.raises(ValueError, match=r"1 of 3 photos do not exist:\n.*1\.png"):
         grounding.run(**arguments, task="phrases", folder=tmp_path / "scores")

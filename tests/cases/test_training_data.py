@@ -11,8 +11,9 @@ from test_truth import many_boxes
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import main, validation
-from detclipv2_jax.data import box_json, identity, mirroring, scenes, spans
+from detclipv2_jax.data import box_json, identity, mirroring, scenes, sources, spans
 from detclipv2_jax.data.leakage import photo_of
+from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.streams import eval_streams, train_streams
 from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import inspect
@@ -185,6 +186,63 @@ def test_built_folders_can_drop_categories(folder):
         prepare.run("grounding_json", output=str(folder / "other"), **options)
 
 
+def drawn(config):
+    """Returns the names on each photo with their boxes, the negatives, and the vocabulary of what is trained on."""
+    (source,) = sources.open_sources(Kind.DETECTION, config.detection, prefix="config.detection")
+    records = [source[i] for i in range(len(source))]
+    boxes = [sorted(zip([r.concepts[i] for i in r.box_concepts], r.boxes.tolist(), strict=True)) for r in records]
+    assert all(r.box_concepts.dtype == np.int32 for r in records)
+    others = [(r.negatives, r.not_negatives) for r in records]
+    return boxes, others, source.vocabulary, source.counters
+
+
+@pytest.mark.parametrize("dropped", [("creatures",), ("crab_",), ("creatures", "fish"), ("fish", "crab")])
+def test_built_folders_are_read_without_dropped_categories_like_raw_files(folder, dropped):
+    content = detection_json(names=("creatures", "fish", "crab"))
+    for i, image in enumerate(content["images"]):
+        image["neg_category_ids"], image["not_exhaustive_category_ids"] = [i % 3], [(i + 1) % 3]
+    content["annotations"] += [row | {"id": 50 + i, "category_id": i % 3, "bbox": [2 + i, 1, 9, 8]}
+                               for i, row in enumerate(content["annotations"] * 2)]  # fmt: skip
+    (folder / "d.json").write_text(json.dumps(content))
+    prepare.run("coco_json", source=str(folder / "d.json"), images=str(folder), output=str(folder / "built"))
+    config = small(folder)
+    config.detection.drop_categories = dropped
+    config.detection.annotations, config.detection.images = str(folder / "d.json"), str(folder)
+    raw = drawn(config)
+    config.detection.annotations, config.detection.images = "", ""
+    config.detection.data = (str(folder / "built"),)
+    built = drawn(config)
+    assert built[:3] == raw[:3]
+    assert {name for boxes in built[0] for name, _ in boxes} == set(built[2].names)
+    assert built[3]["dropped category"] == len(dropped)
+    config.detection.drop_categories = ("creatures", "fish", "crab")
+    with pytest.raises(ValueError, match="has no category beside those that drop_categories names"):
+        drawn(config)
+
+
+def test_a_dropped_category_is_one_of_any_source(folder):
+    config = small(folder)
+    for name, names in (("a", ("fish", "crab")), ("b", ("fish", "owl"))):
+        (folder / f"{name}.json").write_text(json.dumps(detection_json(names=names)))
+        prepare.run("coco_json", source=str(folder / f"{name}.json"), images=str(folder), output=str(folder / name))
+    config.detection.data = (str(folder / "a"), str(folder / "b"))
+    config.detection.drop_categories = ("owl", "crab")
+
+    def names():
+        opened = sources.open_sources(Kind.DETECTION, config.detection, prefix="config.detection")
+        return [source.vocabulary.names for source in opened]
+
+    assert names() == [("fish",), ("fish",)]
+    config.detection.annotations, config.detection.images = str(folder / "a.json"), str(folder)
+    assert names() == [("fish",)] * 3
+    config.detection.drop_categories = ("owls",)
+    with pytest.raises(ValueError, match=r"a\.json has no category 'owls', .* did you mean owl"):
+        names()
+    config.detection.annotations, config.detection.images = "", ""
+    with pytest.raises(ValueError, match=r"a .*b has no category 'owls', .* did you mean owl"):
+        names()
+
+
 def test_lists_of_words_are_checked():
     config = config_lib.base()
     config.detection.drop_categories, config.image_text.unflippable_words = (3,), ("",)
@@ -339,12 +397,12 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     config.grounding.annotations, config.grounding.images = str(tmp_path / "w/grounding.json"), str(tmp_path / "w")
     config.detection.data = (str(tmp_path / "built"),)
     workdir = tmp_path / "run"
-    data = identity.of_training(config)
+    data = identity.of_run(config)
     assert len(data) == 4
     main.check_data(workdir, data, allowed=False)  # nothing there
     (workdir / "checkpoints/3").mkdir(parents=True)
     (workdir / "data.json").write_text(json.dumps(data))
-    main.check_data(workdir, identity.of_training(config), allowed=False)
+    main.check_data(workdir, identity.of_run(config), allowed=False)
     content = json.loads((tmp_path / "w/grounding.json").read_text())
     content["annotations"][0]["bbox"][0] += 1
     (tmp_path / "w/grounding.json").write_text(json.dumps(content))
@@ -352,7 +410,7 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     prepare.run("coco_json", output=str(tmp_path / "built"), num_examples=6, **options)
     (tmp_path / "d.tsv").write_text("cup\ta vessel\n")
     config.detection.dictionary = str(tmp_path / "d.tsv")
-    changed = identity.of_training(config)
+    changed = identity.of_run(config)
     with pytest.raises(ValueError, match="go on with --changed_data") as error:
         main.check_data(workdir, changed, allowed=False)
     lines = str(error.value).splitlines()
@@ -360,5 +418,20 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     assert "  config.detection.data[0] index.npz changed" in lines
     assert "  config.detection.dictionary is new" in lines
     main.check_data(workdir, changed, allowed=True)
+    for section in (config.eval, config.forgetting):
+        section.annotations, section.dictionary = str(tmp_path / "w/detection.json"), str(tmp_path / "d.tsv")
+    began = identity.of_run(config)
+    assert identity.changes(changed, began) == []  # a run may go on with another evaluation
+    (tmp_path / "d.tsv").write_text("cup\ta mug\n")
+    lines = identity.changes(began, identity.of_run(config))
+    assert lines == [
+        "config.detection.dictionary changed", f"config.eval.dictionary {tmp_path}/d.tsv changed",
+        f"config.forgetting.dictionary {tmp_path}/d.tsv changed",
+    ]  # fmt: skip
+    (tmp_path / "w/detection.json").write_text((tmp_path / "w/detection.json").read_text() + " ")
+    assert f"config.eval.annotations {tmp_path}/w/detection.json changed" in identity.changes(
+        began, identity.of_run(config)
+    )
+    config.eval.annotations = config.eval.dictionary = config.forgetting.annotations = config.forgetting.dictionary = ""
     with pytest.raises(ValueError, match=r"config\.grounding\.annotations changed"):
         main.prepare(config, workdir, training=True)

@@ -187,7 +187,10 @@ def test_boxes_without_width_are_left_out():
     content = make_truth()
     rows = perfect(content)
     content["annotations"] += [{"id": 70 + i, "image_id": 1, "category_id": 1, "bbox": [9, 9, i, 0]} for i in range(3)]
-    assert scored(content, rows) == (pytest.approx(1.0), {"box without width or height, which is left out": 3})
+    assert scored(content, rows) == (
+        pytest.approx(1.0),
+        {"box without width or height left out, which pycocotools would count as missed": 3},
+    )
 
 
 @pytest.mark.parametrize("flag", ["ignore", "iscrowd"])

@@ -7,6 +7,7 @@ import jax
 import planted
 import pytest
 
+from detclipv2_jax import config_json
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.runs import sharding
@@ -65,8 +66,11 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
         return loop.Checkpoint(config, detector, params, 4)
 
     monkeypatch.setattr(loop.Checkpoint, "load", load)
-    (tmp_path / "tuned" / "Raccoon").mkdir(parents=True)
-    arguments = [f"--data={tmp_path}/data", f"--output={tmp_path}/out", "--checkpoint=run"]
+    runs = [tmp_path / "run", tmp_path / "tuned" / "Raccoon"]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(config_json.to_json(config))
+    arguments = [f"--data={tmp_path}/data", f"--output={tmp_path}/out", f"--checkpoint={runs[0]}"]
     assert odinw.main([*arguments, f"--finetuned={tmp_path}/tuned"]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
@@ -76,7 +80,7 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert set(result["finetuned"]) == {"Raccoon", "mean_13", "mean_35"}
     assert result["finetuned"]["Raccoon"] == result["zero_shot"]["Raccoon"]
     assert result["zero_shot"]["mean_13"] is None  # eleven are missing
-    assert loaded == ["run", str(tmp_path / "tuned" / "Raccoon")]
+    assert loaded == [str(run) for run in runs]
     folder = tmp_path / "out" / "zero_shot" / "Packages" / "eval"
     protocol = json.loads((folder / "step_00000004_scores.json").read_text())["protocol"]
     assert protocol["prompts"] == ["blue", "red"]
