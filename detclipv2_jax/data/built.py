@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import os
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +251,10 @@ def read_built(
         pairs = zip(names, definitions, strict=True)
         definitions = tuple(definition or dictionary.definition(name) for name, definition in pairs)
     counters = {f"{reason} (when built)": num for reason, num in report["dropped"].items()}
-    columns = (names, definitions, tuple(content["category_ids"]))
+    columns: Sequence[tuple[Any, ...]] = (names, definitions, tuple(content["category_ids"]))
     if without := frozenset(map(display_name, dropped)).intersection(names):
         stays = [name not in without for name in names]
-        columns = tuple(tuple(itertools.compress(column, stays)) for column in columns)
+        columns = [tuple(itertools.compress(column, stays)) for column in columns]
         counters["dropped category"] = len(without)
         if not any(stays):
             raise ValueError(f"{folder} has no category beside those that drop_categories names")

@@ -142,9 +142,9 @@ def run(
     for kind, members_of_kind in prepared.items():
         loaded = loop.Checkpoint.load(checkpoint) if kind == "zero_shot" else None
         scores: dict[str, float | None] = {}
-        for member, data in members_of_kind.items():
+        for member, of_member in members_of_kind.items():
             own = loaded or loop.Checkpoint.load(pathlib.Path(finetuned) / member.name)
-            scores[member.name] = evaluate(own, data, output=output / kind / member.name)["AP"]
+            scores[member.name] = evaluate(own, of_member, output=output / kind / member.name)["AP"]
         for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
             values = [scores.get(member.name) for member in group]
             scores[name] = None if None in values else float(np.mean(values))
