@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from detclipv2_jax.data.checks import documented, refuse_above_share, resolve, u
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.data.selection import (
+    NOTHING,
+    Dropped,
     drop_categories,
     few_shot,
     file_name,
@@ -259,23 +261,22 @@ def check_kind(content: dict[str, Any], path: Path, kind: Kind) -> None:
 
 
 def open_detection(
-    annotations: str, images: str, *, dropped: Sequence[str], known_names: Collection[str] = (), fitting_ids: bool
+    annotations: str, images: str, *, dropped: Dropped, fitting_ids: bool
 ) -> tuple[Path, str, dict[str, Any], dict[str, int]]:
     """Returns path, real image folder and content of a COCO json, and the counts of what was repaired or left out.
 
     Args:
       annotations: path of the json.
       images: its image folder.
-      dropped: names of categories that are left out with their boxes.
-      known_names: names that `dropped` may hold beside those of the json.
+      dropped: categories that are left out.
       fitting_ids: whether annotations get the ids that images and categories have; they do where some are dropped.
     """
     path, counters = Path(annotations), dict[str, int]()
     content = load_json(path)
     check_kind(content, path, Kind.DETECTION)
-    if fitting_ids or dropped:
+    if fitting_ids or dropped.names:
         content, counters = with_fitting_ids(content)
-    content, num_dropped = drop_categories(content, dropped, path, known_names=known_names)
+    content, num_dropped = drop_categories(content, dropped, path)
     return path, os.path.realpath(images), content, counters | num_dropped
 
 
@@ -290,9 +291,7 @@ def read_detection(
     follow_links: bool = False,
     num_shots: int = 0,
     few_shot_seed: int = 0,
-    dropped: Sequence[str] = (),
-    drop_option: str = "config.detection.drop_categories",
-    known_names: Collection[str] = (),
+    dropped: Dropped = NOTHING,
 ) -> BoxSource:
     """Returns the source of a COCO json and its image folder.
 
@@ -305,19 +304,15 @@ def read_detection(
       follow_links: images may be links to files outside of the folder.
       num_shots: only the images of `few_shot` with this many; 0: all.
       few_shot_seed: its seed.
-      dropped: names of categories that are left out with their boxes.
-      drop_option: what the user calls `dropped`.
-      known_names: names that `dropped` may hold beside those of the json.
+      dropped: categories that are left out with their boxes.
 
     Raises:
       ValueError: see the module; the message says which file, how many and why.
     """
-    path, folder, content, counters = open_detection(
-        annotations, images, dropped=dropped, known_names=known_names, fitting_ids=True
-    )
+    path, folder, content, counters = open_detection(annotations, images, dropped=dropped, fitting_ids=True)
     vocabulary = vocabulary_of(content, path, read_dictionary(dictionary) if dictionary else None)
     used = {row.get("category_id") for row in content["annotations"]}
-    say_unused(content["categories"], used, path, option=drop_option)
+    say_unused(content["categories"], used, path, option=dropped.option)
     if num_shots:
         content = few_shot(content, num_shots=num_shots, seed=few_shot_seed)
         logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)

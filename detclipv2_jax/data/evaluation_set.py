@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from detclipv2_jax.data.box_json import BoxSource, open_detection, probe_sizes, 
 from detclipv2_jax.data.checks import documented, photo_facts
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.schema import DataError, Kind
-from detclipv2_jax.data.selection import say_unused, select_images
+from detclipv2_jax.data.selection import NOTHING, Dropped, say_unused, select_images
 from detclipv2_jax.data.truth import Truth
 
 
@@ -51,8 +50,7 @@ def read_evaluation(
     max_examples: int = 0,
     max_bad_share: float = 0.0,
     follow_links: bool = False,
-    dropped: Sequence[str] = (),
-    prefix: str = "config.eval",
+    dropped: Dropped = NOTHING,
 ) -> tuple[BoxSource, GroundTruth]:
     """Returns the photos of a COCO json, without boxes, and what is scored; arguments as `box_json.read_detection`.
 
@@ -67,7 +65,7 @@ def read_evaluation(
     for what, num in (truth.odd | num_dropped).items():
         logging.warning("%s: %d × %s", path, num, what)
     used = {truth.category_ids.ids[i] for i in np.unique(truth.category)}
-    say_unused(truth.categories, used, path, option=f"{prefix}.drop_categories")
+    say_unused(truth.categories, used, path, option=dropped.option)
     once = {str(category["id"]): category for category in content["categories"]}
     known = read_dictionary(dictionary) if dictionary else None
     vocabulary = vocabulary_of(content | {"categories": list(once.values())}, path, known)

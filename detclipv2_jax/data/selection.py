@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import difflib
 import itertools
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from absl import logging
@@ -101,6 +102,18 @@ def few_shot(content: dict[str, Any], *, num_shots: int, seed: int) -> dict[str,
     return content | {"images": images, "annotations": annotations}
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Categories that are left out with their boxes."""
+
+    names: Sequence[str] = ()
+    option: str = "config.detection.drop_categories"  # what the user calls them
+    elsewhere: Sequence[str] = ()  # names that `names` may hold beside those of the file, as they are displayed
+
+
+NOTHING = Dropped()
+
+
 def dropped_names(names: Iterable[str], known: Collection[str], where: Any) -> set[str]:
     """Returns names of categories as they are displayed; DataError for one that is not among the known ones."""
     wanted = {display_name(name): name for name in names}
@@ -112,21 +125,16 @@ def dropped_names(names: Iterable[str], known: Collection[str], where: Any) -> s
     return set(wanted)
 
 
-def drop_categories(
-    content: dict[str, Any], names: Iterable[str], path: Any, *, known_names: Collection[str] = ()
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns a json without some categories and their boxes, and how many those are.
-
-    DataError for names that are neither the json's nor among the `known_names`, as they are displayed.
-    """
-    if not names:
+def drop_categories(content: dict[str, Any], dropped: Dropped, path: Any) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns a json without some categories and their boxes, and how many those are; DataError for unknown names."""
+    if not dropped.names:
         return content, {}
     called = [display_name(str(category.get("name"))) for category in content["categories"]]
-    wanted = dropped_names(names, [*called, *known_names], path)
+    wanted = dropped_names(dropped.names, [*called, *dropped.elsewhere], path)
     pairs = list(zip(called, content["categories"], strict=True))
-    dropped = {category.get("id") for name, category in pairs if name in wanted}
+    ids = {category.get("id") for name, category in pairs if name in wanted}
     kept = [category for name, category in pairs if name not in wanted]
-    rows = [row for row in content["annotations"] if row.get("category_id") not in dropped]
+    rows = [row for row in content["annotations"] if row.get("category_id") not in ids]
     num = len(content["annotations"]) - len(rows)
     counts = {"box of a dropped category": num} if num else {}
     return content | {"categories": kept, "annotations": rows}, counts

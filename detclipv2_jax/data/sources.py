@@ -27,7 +27,7 @@ from detclipv2_jax.data.checks import missing_paths, probe_images, refuse_above_
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.evaluation_set import GroundTruth, read_evaluation
 from detclipv2_jax.data.schema import Kind, Record
-from detclipv2_jax.data.selection import dropped_names
+from detclipv2_jax.data.selection import Dropped, dropped_names
 
 
 class Source(Protocol):
@@ -188,14 +188,15 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
     if problems := _missing_files(kind, section, prefix) + missing_folders(folders, kind, prefix=prefix):
         raise ValueError("\n".join(problems))
     limits = {key: section[key] for key in ("max_examples", "max_bad_share", "follow_links")}
-    dropped = {"dropped": section.drop_categories} if kind is Kind.DETECTION else {}
+    drop = section.drop_categories if kind is Kind.DETECTION else ()
     sources: list[Source] = []
     try:
-        of_folders = [name for folder in folders for name in read_names(folder)] if any(dropped.values()) else []
+        of_folders = [name for folder in folders for name in read_names(folder)] if drop else []
         if _names_raw_files(kind, section):
             match kind:
                 case Kind.DETECTION:
-                    more = limits | dropped | {"dictionary": section.dictionary, "known_names": of_folders}
+                    dropped = Dropped(drop, f"{prefix}.drop_categories", of_folders)
+                    more = limits | {"dictionary": section.dictionary, "dropped": dropped}
                     more |= {"num_shots": section.num_shots, "few_shot_seed": section.few_shot_seed}
                     sources.append(read_detection(section.annotations, section.images, **more))
                 case Kind.GROUNDING:
@@ -203,9 +204,9 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
                 case Kind.IMAGE_TEXT:
                     sources.append(read_pairs(section.pairs, section.images, **limits))
         dictionary = read_dictionary(section.dictionary) if folders and section.dictionary else None
-        options = {"dictionary": dictionary, "max_examples": section.max_examples} | dropped
+        options = {"dictionary": dictionary, "max_examples": section.max_examples, "dropped": drop}
         if of_folders and not sources:
-            dropped_names(section.drop_categories, of_folders, " ".join(folders))
+            dropped_names(drop, of_folders, " ".join(folders))
         sources.extend(read_built(folder, kind, **options) for folder in folders)
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None
@@ -230,8 +231,7 @@ def open_evaluation(section: Any, *, prefix: str) -> tuple[BoxSource, GroundTrut
             max_examples=section.max_examples,
             max_bad_share=section.max_bad_share,
             follow_links=section.follow_links,
-            dropped=section.drop_categories,
-            prefix=prefix,
+            dropped=Dropped(section.drop_categories, f"{prefix}.drop_categories"),
         )
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None

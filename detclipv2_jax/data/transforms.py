@@ -6,6 +6,7 @@ the top left of its canvas; below and to the right of it the canvas is zero. Siz
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -32,7 +33,7 @@ _DAMAGED = (  # what Pillow raises for damaged headers
     AttributeError, EOFError, LookupError, OSError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
     struct.error,
 )  # fmt: skip
-_EXIF_ORIENTATION = 0x0112
+_XMP_ORIENTATION = re.compile(r'tiff:Orientation(?:="|>)([1-8])')
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
 _TIFF_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # whole numbers
 _PARAMETERLESS = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
@@ -53,9 +54,15 @@ class Header(NamedTuple):
         return self.size[::-1] if self.orientation >= 5 else self.size
 
 
-def _exif_orientation(exif: Image.Exif) -> int:
-    orientation = exif.get(_EXIF_ORIENTATION, 1)
-    return orientation if orientation in range(1, 9) else 1
+def _exif_orientation(exif: bytes) -> int:
+    """Returns the orientation in an EXIF block, which is made like a TIFF; 1 from a broken one: the pixels are whole.
+
+    Pillow would warn of every broken block.
+    """
+    try:
+        return _tiff_header(exif.removeprefix(b"Exif\0\0")).orientation
+    except _DAMAGED:
+        return 1
 
 
 def _num_scans(data: bytes, at: int) -> int:
@@ -84,12 +91,7 @@ def _jpeg_header(data: bytes) -> Header:
         if marker in _FRAMES and at + 9 <= len(data):
             size = struct.unpack_from(">HH", data, at + 5)
         elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            exif = Image.Exif()
-            try:
-                exif.load(data[at + 4 : at + 2 + length])
-                orientation = _exif_orientation(exif)
-            except _DAMAGED:
-                orientation = 1  # a broken EXIF block does not spoil the pixels
+            orientation = _exif_orientation(data[at + 4 : at + 2 + length])
         elif marker == 0xDA:  # the scan: inside it FF D9 can only be the end of the image
             if size is None or data.rfind(b"\xff\xd9", at) < 0:
                 break
@@ -124,18 +126,21 @@ def _tiff_header(data: bytes) -> Header:
 
 def _other_header(data: bytes) -> Header:
     image = Image.open(io.BytesIO(data))
-    if image.format == "PNG" and "exif" not in image.info:
+    exif = image.info.get("exif") or b""
+    if image.format == "PNG" and not exif:
         # it may stand behind the pixels, which Pillow's own search decodes
         at = 8
         while at + 12 <= len(data) and data[at + 4 : at + 8] != b"eXIf":
             at += 12 + int.from_bytes(data[at : at + 4], "big")
-        if at + 12 <= len(data):
-            image.info["exif"] = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")]
-    try:
-        exif = Image.Image.getexif(image)
-    except _DAMAGED:
-        exif = Image.Exif()  # a broken EXIF block does not spoil the pixels
-    return Header((image.height, image.width), _exif_orientation(exif), is_jpeg=False)
+        exif = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")]
+    if not exif and (profile := image.info.get("Raw profile type exif")):  # ImageMagick's, before PNG had EXIF
+        with contextlib.suppress(*_DAMAGED):
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+    orientation = _exif_orientation(exif)
+    xmp = str(image.info.get("XML:com.adobe.xmp") or image.info.get("xmp"))
+    if not exif and (found := _XMP_ORIENTATION.search(xmp)):
+        orientation = int(found[1])
+    return Header((image.height, image.width), orientation, is_jpeg=False)
 
 
 def read_header(data: bytes) -> Header:

@@ -48,6 +48,7 @@ from detclipv2_jax import files, interrupts
 from detclipv2_jax.data.box_json import file_name, load_json
 from detclipv2_jax.data.checks import unsafe_path
 from detclipv2_jax.data.leakage import held_out_photos
+from detclipv2_jax.data.selection import Dropped
 
 KINDS = ("coco_json", "lvis", "grounding_json", "image_text")
 
@@ -110,8 +111,8 @@ def run(
         images = images or _find_images(kind, Path(source))
     reader: Reader
     builder: type[RecordBuilder]
-    chosen = {"num_examples": num_examples, "seed": seed, "dropped": drop_categories}
-    chosen |= {"drop_option": "--drop_categories"}
+    chosen: dict[str, Any] = {"num_examples": num_examples, "seed": seed}
+    chosen["dropped"] = Dropped(drop_categories, "--drop_categories")
     limits = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
     match kind:
         case "coco_json":

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from detclipv2_jax import predict
 from detclipv2_jax.data import sources, transforms
@@ -62,6 +62,24 @@ def test_photos_are_turned_once(tmp_path, name, orientation):
 def test_formats_without_an_orientation_are_read(tmp_path, name):
     (tmp_path / "photo").write_bytes(encoded(name.upper()))
     np.testing.assert_array_equal(transforms.read(tmp_path / "photo").pixels, CORNERS)
+
+
+def test_orientations_that_are_written_in_other_ways():
+    xmp = '<rdf:Description tiff:Orientation="6"/>'
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    profile = PngImagePlugin.PngInfo()
+    block = exif(6)
+    profile.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n", zip=True)
+    for data in (encoded("PNG", pnginfo=info), encoded("PNG", pnginfo=profile), encoded("WEBP", xmp=xmp.encode())):
+        assert transforms.read_header(data).orientation == 6
+        assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (40, 60)
+
+
+@pytest.mark.parametrize("block", [b"", b"II", exif(6)[:-7], b"Exif\0\0MM\0*" + bytes(4), b"\xff" * 40], ids=repr)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_a_broken_block_of_exif_spoils_no_pixels_and_warns_of_nothing(file_format, block):
+    assert transforms.read_header(encoded(file_format, exif=block))[:2] == ((40, 60), 1)
 
 
 def test_the_orientation_of_a_png_may_stand_behind_its_pixels(monkeypatch):

@@ -14,6 +14,7 @@ from detclipv2_jax import main, validation
 from detclipv2_jax.data import box_json, identity, mirroring, scenes, sources, spans
 from detclipv2_jax.data.leakage import photo_of
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.selection import Dropped
 from detclipv2_jax.data.streams import eval_streams, train_streams
 from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import inspect
@@ -152,16 +153,16 @@ def roboflow():
 
 
 def test_categories_without_a_box_are_said_and_can_be_dropped(folder, caplog):
-    source = read(folder, roboflow(), dropped=("creatures", "crab"))
+    source = read(folder, roboflow(), dropped=Dropped(("creatures", "crab")))
     assert source.vocabulary.names == ("fish",)
     assert "no box anywhere" not in caplog.text
     content = roboflow()
     content["annotations"][0]["category_id"] = 2
-    assert read(folder, content, dropped=("crab",)).counters == {"box of a dropped category": 1}
+    assert read(folder, content, dropped=Dropped(("crab",))).counters == {"box of a dropped category": 1}
     with pytest.raises(
         ValueError, match=r"no category 'creature', which drop_categories names; did you mean creatures"
     ):
-        read(folder, roboflow(), dropped=("creature",))
+        read(folder, roboflow(), dropped=Dropped(("creature",)))
 
 
 def test_dropped_categories_are_neither_asked_for_nor_scored(folder, caplog):

@@ -81,7 +81,10 @@ def mutated_json(content, rng):
     """Returns JSON text with one to three values replaced, or bytes changed."""
     content = json.loads(json.dumps(content))
     for _ in range(rng.randint(1, 3)):
-        *path, last = rng.choice([path for path in nodes(content) if path])
+        places = [path for path in nodes(content) if path]
+        if not places:  # nothing is left to change
+            break
+        *path, last = rng.choice(places)
         parent = content
         for key in path:
             parent = parent[key]
