@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from absl import logging
 
 _OTHER_MARKS = {
@@ -102,6 +103,26 @@ def read_json_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
         else:
             num_other += 1
     return rows, num_other
+
+
+def read_arrays(
+    path: str | os.PathLike[str], names: Iterable[str], *, data: bytes | None = None
+) -> dict[str, np.ndarray]:
+    """Returns some arrays of a file that `np.savez` wrote, or of its content `data`.
+
+    Raises:
+      ValueError: it cannot be read or is another file. Neither are objects read, which run code, nor compressed arrays,
+        which may have any size.
+      OSError: it cannot be opened.
+    """
+    with io.BytesIO(data) if data is not None else open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                if any(entry.compress_type for entry in stored.zip.infolist()):
+                    raise ValueError("its arrays are compressed")
+                return {name: stored[name] for name in names}
+        except Exception as error:  # of zip, its compressions, NumPy's headers, memory: there are many
+            raise ValueError(f"{os.fspath(path)} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def byte_lines(file: BinaryIO, *, where: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:

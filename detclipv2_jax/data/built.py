@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,17 @@ class BuiltSource:
         self.name, self.kind, self.vocabulary, self.counters = folder.name, kind, vocabulary, counters
         self.folder, self._dropped = folder, dropped
         try:
-            with (folder / INDEX).open("rb") as file, np.load(file) as index:
-                self.sizes = index["sizes"][: num or None]
-                self.most_concepts = int(index["num_concepts"][: num or None].max())
-        except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({error}); build the folder again") from None
-        if self.sizes.ndim != 2 or self.sizes.shape[1] != 2:
-            raise ValueError(f"{folder / INDEX} has sizes of the shape {self.sizes.shape}; build the folder again")
+            index = files.read_arrays(folder / INDEX, ("sizes", "num_concepts"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; build the folder again") from None
+        sizes, num_concepts = index["sizes"], index["num_concepts"]
+        if (
+            not num_concepts.size
+            or sizes.shape != (num_concepts.size, 2)
+            or sizes.dtype.kind + num_concepts.dtype.kind != "ii"
+        ):
+            raise ValueError(f"{folder / INDEX} has sizes of the shape {sizes.shape}; build the folder again")
+        self.sizes, self.most_concepts = sizes[: num or None], int(num_concepts[: num or None].max())
         self._examples: Any = None  # and the split that they are, once one was read
         self._split: Any = None
 

@@ -11,7 +11,6 @@ import pathlib
 import re
 import shutil
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -143,10 +142,10 @@ def _unpacked(path: pathlib.Path) -> Rows | None:
         digest, data = data[:_NUM_DIGEST_BYTES], data[_NUM_DIGEST_BYTES:]
         if hashlib.sha256(data).digest() != digest:
             return None
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            batches, columns = stored["batches"].tolist(), {name: stored[name] for name in stored if name != "batches"}
+        columns = files.read_arrays(path, ("batches", *(field.name for field in dataclasses.fields(Rows))), data=data)
+        batches = columns.pop("batches").tolist()
         return Rows(**columns) if path.name == "{:06d}-{:06d}.rows".format(*batches) else None
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile):  # written by something else
+    except (LookupError, OSError, TypeError, ValueError):  # written by something else
         return None
 
 

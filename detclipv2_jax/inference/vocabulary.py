@@ -8,7 +8,6 @@ import hashlib
 import importlib.resources
 import json
 import pathlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -113,13 +112,12 @@ def save(path: str | pathlib.Path, embeddings: Embeddings, *, key: str) -> None:
 def load(path: str | pathlib.Path, *, key: str) -> Embeddings:
     """Returns stored embeddings; ValueError if they cannot be read or were made of something else than `key` says."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            stored_key, embeddings = str(stored["key"]), stored["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        stored = files.read_arrays(path, ("key", "embeddings"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"the vocabulary {path} cannot be read: {error}") from error
-    if stored_key != key:
+    if str(stored["key"]) != key:
         raise ValueError(f"the vocabulary {path} is stale: its words, template, tokenizer or text weights were others")
-    return embeddings
+    return stored["embeddings"]
 
 
 class Cache:

@@ -1,5 +1,6 @@
 """Built folders from strangers: they run no code and reach no other file, and damage is one error."""
 
+import io
 import json
 import pathlib
 import shutil
@@ -94,6 +95,56 @@ def test_a_folder_that_changes_after_it_was_opened_imports_nothing(folder, monke
     with pytest.raises(ValueError, match="names the class"):
         source[0]
     assert not (folder.parent / "sprung").exists()
+
+
+def flipped(place, value):
+    """Returns a change of a byte in the last entry of a zip's directory."""
+
+    def change(data, _):
+        at = data.rindex(b"PK\x01\x02") + place
+        return data[:at] + bytes([value]) + data[at + 1 :]
+
+    return change
+
+
+def stored(save=np.savez, **changes):
+    def change(_, arrays):
+        buffer = io.BytesIO()
+        save(buffer, **(arrays | changes))
+        return buffer.getvalue()
+
+    return change
+
+
+INDICES = {
+    "unknown compression": flipped(10, 197),
+    "bzip2 that is none": flipped(10, 12),
+    "LZMA that is none": flipped(10, 14),
+    "encrypted": flipped(8, 1),
+    "another version": flipped(6, 250),
+    "compressed, of any size": stored(np.savez_compressed),
+    "objects": stored(num_concepts=np.array([1, None, 2, 3, 4, 5], object)),
+    "texts": stored(num_concepts=np.array(list("123456"))),
+    "sizes of three": stored(sizes=np.ones((6, 3), np.int32)),
+    "sizes of fewer": stored(sizes=np.ones((3, 2), np.int32)),
+    "sizes that are no whole numbers": stored(sizes=np.full((6, 2), np.nan)),
+    "a number": stored(num_concepts=np.int32(4)),
+    "nothing": stored(sizes=np.zeros((0, 2), np.int32), num_concepts=np.zeros(0, np.int32)),
+    "one array": lambda data, arrays: data[: data.index(b"PK", 4)],
+    "a petabyte": lambda data, _: data.replace(b"'shape': (6, 2), }", b"'shape': (1<<49,)}"),
+    "a terabyte": lambda data, _: data.replace(b"'shape': (6, 2), }    ", b"'shape': (99999999999,)}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_a_damaged_index_is_one_error(folder, name):
+    path = folder / "index.npz"
+    with np.load(path) as arrays:
+        changed = INDICES[name](path.read_bytes(), dict(arrays))
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"index\.npz .*build the folder again"):
+        read_built(str(folder), Kind.DETECTION)
 
 
 @pytest.mark.parametrize("name", ["/etc/{DATASET}-{SPLIT}", "../x/{SPLIT}.{SHARD_X_OF_Y}", "gs://bucket/{SPLIT}"])
