@@ -1,5 +1,7 @@
 """Assignment against an oracle written from the paper, anchor by anchor."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ def check(canvas, boxes, box_mask=None):
     """Compares one image with the oracle and returns the number of positive anchors."""
     grid = anchors.grid(canvas)
     box_mask = np.ones(len(boxes), bool) if box_mask is None else box_mask
-    result = jax.jit(atss.assign, static_argnums=1)(grid.boxes, grid.levels, boxes, box_mask)
+    result = jax.jit(functools.partial(atss.assign, grid.boxes, grid.levels))(boxes, box_mask)
     index, positive = geometry.assign(grid.boxes, grid.levels, boxes, box_mask)
     np.testing.assert_array_equal(result.positive, positive)
     np.testing.assert_array_equal(result.box_index, index)
@@ -30,6 +32,34 @@ def check(canvas, boxes, box_mask=None):
 def test_a_hundred_boxes_on_the_landscape_canvas():
     rng = np.random.default_rng(0)
     assert check((800, 1344), random_boxes(rng, 100, (800, 1344), 1200)) > 400
+
+
+@pytest.mark.parametrize("canvas", [(96, 1000), (1000, 96), (232, 160), (800, 800)])
+def test_the_nearest_anchors_are_found_near_the_box_wherever_it_lies(canvas):
+    # inside, on the border and far outside of the grid, and in the middle between anchors
+    rng = np.random.default_rng(3)
+    corner = rng.uniform(-1.5, 2.5, (60, 2)) * np.array(canvas[::-1])
+    anywhere = np.concatenate([corner, corner + np.exp(rng.uniform(0, 7, (60, 2)))], axis=1)
+    middle = 4 * rng.integers(-3, np.array(canvas[::-1]) // 4 + 3, (40, 2))
+    half = 4 * rng.integers(1, 40, (40, 2))
+    boxes = np.concatenate([anywhere, np.concatenate([middle - half, middle + half], axis=1)]).astype(np.float32)
+    assert check(canvas, boxes) > 20
+    assert_searched_everywhere(anchors.grid(canvas).boxes, anchors.grid(canvas).levels, boxes)
+
+
+def assert_searched_everywhere(anchor_boxes, levels, boxes):
+    """Host constants may be searched near the box only; arrays are searched everywhere."""
+    mask = np.ones(len(boxes), bool)
+    of_constants = jax.jit(functools.partial(atss.assign, anchor_boxes, levels))(boxes, mask)
+    of_arrays = jax.jit(atss.assign, static_argnums=1)(anchor_boxes, levels, boxes, mask)
+    np.testing.assert_array_equal(of_constants.positive, of_arrays.positive)
+    np.testing.assert_array_equal(of_constants.box_index, of_arrays.box_index)
+
+
+def test_anchors_that_are_no_grid_are_all_searched():
+    anchor_boxes = anchors.grid((128, 96)).boxes[:192].copy()
+    anchor_boxes[-1] = anchor_boxes[0] + 1  # the last one is as near to what the first one is near to
+    assert_searched_everywhere(anchor_boxes, (192,), random_boxes(np.random.default_rng(0), 20, (128, 96), 90))
 
 
 @pytest.mark.parametrize("seed", range(3))
