@@ -7,8 +7,8 @@ Topologies are v4, v5e, v5p or v6e with the shape of the slice, or h100 with the
 Each program is compiled by a process of its own, one after the other, and kept by the hash of what was lowered.
 
 Prints, in Markdown, what is wrong with the data, and the memory, arithmetic, traffic and least time of every step, from
-which the least chip-hours of the whole run follow. Exit status 1: a step does not fit or something is wrong with the
-data.
+which the least chip-hours of the whole run follow; with --by=module also which part of the model moves how much. Exit
+status 1: a step does not fit or something is wrong with the data.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
 import signal
@@ -138,6 +139,7 @@ def run(
     only: Sequence[str] = (),
     cache: pathlib.Path,
     check_data: bool = True,
+    by_module: bool = False,
 ) -> tuple[str, bool]:
     """Returns (the report in Markdown, whether all is well).
 
@@ -147,6 +149,7 @@ def run(
       only: beginnings of the names of the steps to compile; empty: all.
       cache: folder of results.
       check_data: look at the files; else the run is planned from what the published data sets have.
+      by_module: add a table of every step's traffic.
 
     Raises:
       ValueError: a topology or the configuration makes no sense, or `only` names no step.
@@ -169,6 +172,7 @@ def run(
             rows.append(measured_row(chip_config, topology, step, plan, cache))
             print(f"{topology.name} {step}: {status(rows[-1])}", file=sys.stderr, flush=True)
         sections.append(topology_report(chip_config, topology, rows, plan))
+        sections += [module_report(row) for row in rows if by_module and "modules" in row.result]
         well = well and all(row.fits for row in rows)
     return "\n\n".join(sections), well
 
@@ -201,7 +205,8 @@ def measured_row(config: ConfigDict, topology: Topology, step: str, plan: data_p
 def likely(row: Row, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the alternatives to compile: those that cut a batch by less than the excess cannot be enough."""
     excess = row.needed / CHIPS[row.topology.chip].memory
-    enough = [v for v in values if excess < 2 or "model.remat" in v or max(v.values()) >= excess]
+    unknown = math.isinf(excess)
+    enough = [v for v in values if excess < 2 or unknown or "model.remat" in v or max(v.values()) >= excess]
     return enough[:MAX_ALTERNATIVES]
 
 
@@ -211,6 +216,8 @@ def status(row: Row) -> str:
         return row.result["error"]
     memory = CHIPS[row.topology.chip].memory
     fits = "fits" if row.fits else f"DOES NOT FIT; would: {row.remedy}"
+    if math.isinf(row.needed):
+        return f"more than {memory / GIB:.1f} GiB (the compiler does not say how much), {fits}"
     return f"{row.needed / GIB:.1f} of {memory / GIB:.1f} GiB, {fits}"
 
 
@@ -253,6 +260,20 @@ def topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row],
             f"The whole run ({steps} steps, each at the longest of its times{how}): at least "
             f"{seconds / 3600 * topology.num_devices:,.0f} chip-hours, {seconds / 3600:.1f} hours.",
         ]
+    return "\n".join(lines)
+
+
+def module_report(row: Row) -> str:
+    """Returns the table of what each module moves in a step, forward, computed again and backward."""
+    bandwidth = CHIPS[row.topology.chip].bandwidth
+    lines = [
+        f"#### {row.topology.name} {row.step}: traffic of a device by module",
+        "",
+        "| module | pass | GB | ms at least |",
+        "|---|---|---|---|",
+    ]
+    for module, direction, size in row.result["modules"]:
+        lines.append(f"| {module} | {direction} | {size / GB:.2f} | {1000 * size / bandwidth:.2f} |")
     return "\n".join(lines)
 
 
@@ -306,6 +327,7 @@ def main(argv: Sequence[str]) -> None:
             only=values.only,
             cache=pathlib.Path(values.cache).expanduser(),
             check_data=values.data,
+            by_module=values.by == "module",
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -323,6 +345,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("only", [], "steps to compile, by the beginning of their names: detection,image_text/320x320")
     flags.DEFINE_string("cache", "~/.cache/detclipv2_jax/preflight", "folder of results")
     flags.DEFINE_boolean("data", True, "check the files of the data sets; --nodata plans with what was published")
+    flags.DEFINE_enum("by", "step", ["step", "module"], "module: add a table of what each module of a step moves")
     flags.DEFINE_string("output", "", "file for the report, too")
 
 

@@ -36,7 +36,7 @@ from detclipv2_jax.runs.optimizer import make_optimizer
 from detclipv2_jax.runs.order import StepOrder
 
 MAX_CHUNK_BYTES = 1 << 50  # no loss is cut into chunks
-
+READER = 2  # counts what changed in what is read from a program; results of before are not used
 
 DESCRIBED = ("v4", "v5e", "v5p", "v6e", "h100")  # of `chips`, those that programs can be compiled for
 # what XLA asks a device for; the figures are those of nvidia-smi and of the CUDA programming guide for an H100 SXM
@@ -245,7 +245,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         lowered = step.jitted.trace(*step.arguments).lower(lowering_platforms=(platform,))
         lowering_s = time.process_time() - start
     versions = {"jax": jax.__version__, "compiler": devices[0].client.platform_version, **topology.environment}
-    known = json.dumps([job["topology"], versions, job["sizes"]]) + lowered.as_text()
+    known = json.dumps([job["topology"], versions, job["sizes"], READER]) + lowered.as_text()
     path = pathlib.Path(job["cache"]) / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -284,6 +284,7 @@ def _of_compiled(compiled: Any) -> dict[str, Any]:
     return {
         "memory": parts | {"total": sum(parts.values())},
         "bytes": moved.memory,
+        "modules": [[*key, size] for key, size in hlo.by_module((row.place, row.memory) for row in moved.rows).items()],
         "network": moved.network,
         "unknown_loops": moved.unknown_loops,
         "instructions": text.count("\n"),
@@ -291,10 +292,13 @@ def _of_compiled(compiled: Any) -> dict[str, Any]:
 
 
 def _of_refusal(message: str) -> dict[str, float]:
-    """Returns the memory that a program needs, from the message of the compiler that refuses it."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    """Returns the memory that a program needs, from the message of the compiler that refuses it.
+
+    Compilers word it in two ways; the newer one names temporaries alone. In a third way it is unknown, and infinite.
+    """
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)", message)
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
-    return {"total": float(used[1]) * units[used[2]] if used else math.inf}
+    return {"total": float(found[1]) * units[found[2]] if found else math.inf}
 
 
 def main() -> None:

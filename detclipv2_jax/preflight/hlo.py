@@ -24,9 +24,11 @@ _ARRAY = re.compile(r"\b([a-z]+)([0-9]*)\w*\[([0-9,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-# what JAX and Flax write into the name of an operation beside modules and scopes: transformations, loops, classes
-_WRAPPER = re.compile(
-    r".*[(<.]|[A-Z]|(while|body|cond|branch_\d+_fun|closed_call|checkpoint|remat2?|rematted_computation|shard_map)$"
+_TRANSFORMED = re.compile(r"(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+")
+# what JAX and Flax write into the name of an operation beside modules and scopes: functions, loops, classes, einsums
+_NO_MODULE = re.compile(
+    r"$|[A-Z]|.*[(<.>]|(eval_jaxpr|while|body|cond|branch_\d+_fun|closed_call|checkpoint|remat2?|rematted_computation"
+    r"|shard_map)$"
 )
 MODULE_DEPTH = 3  # parts of a module's path that are told apart
 
@@ -58,8 +60,11 @@ def module_of(place: str) -> tuple[str, str]:
     direction = "backward" if "transpose(" in place else "forward"
     if "rematted_computation" in place:
         direction = "recomputed"
-    *parts, _ = re.sub(r".*(jvp|DetCLIP)[^/]*/", "", place).split("/")  # the last part is the operation itself
-    parts = [part for part in parts if not _WRAPPER.match(part)]
+    *parts, _ = place.split("/")  # the last part is the operation itself
+    # a gradient's name has that of what it differentiates within it
+    first = max((i for i, part in enumerate(parts) if "jvp(" in part), default=0)
+    parts = [_TRANSFORMED.sub(r"\1", part) for part in parts[first:]]
+    parts = [part for part in parts if not _NO_MODULE.match(part)]
     return "/".join(parts[:MODULE_DEPTH]) or "other", direction
 
 

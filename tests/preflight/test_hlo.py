@@ -145,3 +145,40 @@ ENTRY %main (a: f32[10,128], u: f32[1,128], i: s32[], m: pred[10]) -> f32[10,128
 
 def test_a_row_that_is_replaced_moves_a_row_and_a_truth_value_a_byte():
     assert hlo.traffic(ROW).memory == 2 * 128 * 4 + 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("place", "module"),
+    [
+        ("jit(step)/jvp(DetCLIP.encode_image)/swin/stage1/SwinBlock/mlp_in/dot_general", ("swin/stage1/mlp_in", "forward")),
+        (
+            "jit(step)/while/body/closed_call/transpose(jvp(DetCLIP.encode_image))/swin/stage3/"
+            "jvp(DetCLIP.encode_image)/swin/stage3/checkpoint/rematted_computation/SwinBlock/attention/qkv/add",
+            ("swin/stage3/attention", "recomputed"),
+        ),
+        ("jit(step)/transpose(jvp(DetCLIP.encode_text))/text_encoder/while/body/norm1/mul", ("text_encoder/norm1", "backward")),
+        ("jit(step)/optimizer/jit(_where)/select_n", ("optimizer", "forward")),
+        ("jit(step)/transpose(jvp(alignment_loss))/bad,cd->bac/dot_general", ("alignment_loss", "backward")),
+        ("jit(step)/transpose(jvp())/shard_map/bkd,cd->bkc/dot_general", ("other", "backward")),
+        ("jit(step)/vmap(targets)/jvp(a)/b/c/d/e", ("a/b/c", "forward")),
+        ("jit(step)/add", ("other", "forward")),
+        ("", ("other", "forward")),
+    ],
+)  # fmt: skip
+def test_the_module_of_an_operation(place, module):
+    assert hlo.module_of(place) == module
+
+
+def test_traffic_by_module_adds_up_to_all_of_it():
+    def loss(w, x):
+        with jax.named_scope("first"):
+            x = jnp.tanh(x @ w)
+        with jax.named_scope("second"):
+            return jnp.sum(jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ w), x))
+
+    x = jnp.ones((256, 256))
+    traffic = hlo.traffic(jax.jit(jax.value_and_grad(loss)).lower(x, x).compile().as_text())
+    modules = hlo.by_module((row.place, row.memory) for row in traffic.rows)
+    assert sum(modules.values()) == pytest.approx(traffic.memory)
+    assert {("first", "forward"), ("second", "forward"), ("second", "backward")} <= modules.keys()
+    assert list(modules.values()) == sorted(modules.values(), reverse=True)

@@ -1,6 +1,7 @@
 """The tool: sizes and steps of a run, tables and exit status from recorded figures, one program compiled for a TPU."""
 
 import importlib.util
+import math
 import pathlib
 import re
 
@@ -63,7 +64,7 @@ def test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more(
     assert counts["executed"] > counts["model"]  # the banded form of the deformable layer
 
 
-def run(monkeypatch, tmp_path, measured, *, only=(), change=None):
+def run(monkeypatch, tmp_path, measured, *, only=(), change=None, **more):
     """Runs the tool on configs/swin_t.py with recorded measurements; returns (report, exit status well?, compiled)."""
     compiled = []
 
@@ -74,7 +75,7 @@ def run(monkeypatch, tmp_path, measured, *, only=(), change=None):
     monkeypatch.setattr(preflight, "measure", measure)
     config = swin_t.get_config()
     config.update(change or {})
-    options = {"only": only, "cache": tmp_path, "check_data": False}
+    options = {"only": only, "cache": tmp_path, "check_data": False} | more
     return *preflight.run(config, ["v5e:4x8"], **options), compiled
 
 
@@ -134,9 +135,40 @@ def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
     assert float(re.search(r"(\d+) chip-hours", report)[1]) == pytest.approx(hours, rel=0.05)
 
 
-def test_what_a_compiler_says_when_it_refuses():
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.57G of 15.75G hbm. Exceeded by 7.82G."
-    assert compile_step._of_refusal(message)["total"] == pytest.approx(23.57 * GIB)
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("Ran out of memory in memory space hbm. Used 23.57G of 15.75G hbm. Exceeded by 7.82G.", 23.57),
+        (
+            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (15.84G) "
+            "exceeds available HBM (15.75G). HLO module: jit_step.",
+            15.84,
+        ),
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (1536M) exceeds it", 1.5),
+        ("too large", math.inf),
+    ],
+)
+def test_what_a_compiler_says_when_it_refuses(message, gib):
+    assert compile_step._of_refusal(f"RESOURCE_EXHAUSTED: {message}")["total"] == pytest.approx(gib * GIB)
+
+
+def test_a_refusal_without_a_number_is_no_number_and_all_is_tried(monkeypatch, tmp_path):
+    def measured(step, config):
+        return result(math.inf if config.optimizer.accumulate.detection < 4 else 9.0)
+
+    report, well, compiled = run(monkeypatch, tmp_path, measured, only=["detection/800x1344"])
+    assert not well
+    assert "more than 15.8 GiB (the compiler does not say how much), DOES NOT FIT; would: --config." in report
+    assert [accumulate["detection"] for _, accumulate, _ in compiled] == [1, 2, 4]
+
+
+def test_traffic_by_module(monkeypatch, tmp_path):
+    modules = [["swin/stage1", "backward", 60e9], ["other", "forward", 1e9]]
+    report, _, _ = run(
+        monkeypatch, tmp_path, lambda step, config: result(9.0) | {"modules": modules}, only=["pred"], by_module=True
+    )
+    assert "#### v5e:4x8 prediction/800x1344: traffic of a device by module" in report
+    assert "| swin/stage1 | backward | 60.00 | 73.26 |\n| other | forward | 1.00 | 1.22 |" in report
 
 
 def test_wrong_arguments(tmp_path):
