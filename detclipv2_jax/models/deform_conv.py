@@ -124,10 +124,8 @@ def _gather_backward(features: Array, offsets: Array, mask: Array, kernel: Array
         corners = jax.lax.optimization_barrier(_take(packed, tap_index))  # gathered once for both uses
         samples = _weighted_sum(corners, tap_weights.astype(features.dtype)).reshape(-1, c)
         kernel_gradient = jnp.matmul(samples.T, gradient, preferred_element_type=jnp.float32)
-        sample_gradient = jnp.matmul(gradient, tap_kernel.T, preferred_element_type=jnp.float32).reshape(b, -1, c)
-        weight_gradient = jnp.einsum(
-            "bnfc,bnc->bnf", corners, sample_gradient.astype(features.dtype), preferred_element_type=jnp.float32
-        )
+        sample_gradient = jnp.matmul(gradient, tap_kernel.T).reshape(b, -1, c)  # rounded once, for both uses
+        weight_gradient = jnp.einsum("bnfc,bnc->bnf", corners, sample_gradient, preferred_element_type=jnp.float32)
         update = (tap_weights[..., None] * sample_gradient[:, :, None]).reshape(b, -1, 4 * c)
         packed_gradient = jax.vmap(lambda into, i, rows: into.at[i].add(rows, mode="promise_in_bounds"))(
             packed_gradient, tap_index, update
