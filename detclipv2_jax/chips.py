@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 GIB = 1 << 30
-# of a GPU's memory; jax takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-_CUDA_SHARE = 0.75
+# of a GPU's memory, which `main` takes; jax by itself takes three quarters
+CUDA_SHARE = 0.9
 
 
 class Chip(NamedTuple):
@@ -32,16 +32,16 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", "tpu", 197e12, 819e9, 15.75 * GIB, 200e9, 4),
         Chip("v5p", "TPU v5", "tpu", 459e12, 2765e9, 95.74 * GIB, 600e9, 4),
         Chip("v6e", "TPU v6 lite", "tpu", 918e12, 1640e9, 31.25 * GIB, 448e9, 4),
-        Chip("a100_40gb", "NVIDIA A100-SXM4-40GB", "cuda", 312e12, 1555e9, _CUDA_SHARE * 39.4 * GIB, 300e9, 8),
-        Chip("a100_80gb", "NVIDIA A100", "cuda", 312e12, 2039e9, _CUDA_SHARE * 79.1 * GIB, 300e9, 8),
-        Chip("h100_pcie", "NVIDIA H100 PCIe", "cuda", 756e12, 2000e9, _CUDA_SHARE * 79.1 * GIB, 0.0, 8),
-        Chip("h100", "NVIDIA H100", "cuda", 989e12, 3350e9, _CUDA_SHARE * 79.1 * GIB, 450e9, 8),
-        Chip("h200", "NVIDIA H200", "cuda", 989e12, 4800e9, _CUDA_SHARE * 140.0 * GIB, 450e9, 8),
-        Chip("b200", "NVIDIA B200", "cuda", 2250e12, 8000e9, _CUDA_SHARE * 178.0 * GIB, 900e9, 8),
-        Chip("l4", "NVIDIA L4", "cuda", 121e12, 300e9, _CUDA_SHARE * 22.5 * GIB, 0.0, 1),
-        Chip("a10g", "NVIDIA A10G", "cuda", 70e12, 600e9, _CUDA_SHARE * 22.5 * GIB, 0.0, 1),
-        Chip("rtx4090", "NVIDIA GeForce RTX 4090", "cuda", 165e12, 1008e9, _CUDA_SHARE * 23.5 * GIB, 0.0, 1),
-        Chip("rtx5090", "NVIDIA GeForce RTX 5090", "cuda", 209e12, 1792e9, _CUDA_SHARE * 31.4 * GIB, 0.0, 1),
+        Chip("a100_40gb", "NVIDIA A100-SXM4-40GB", "cuda", 312e12, 1555e9, CUDA_SHARE * 39.4 * GIB, 300e9, 8),
+        Chip("a100_80gb", "NVIDIA A100", "cuda", 312e12, 2039e9, CUDA_SHARE * 79.1 * GIB, 300e9, 8),
+        Chip("h100_pcie", "NVIDIA H100 PCIe", "cuda", 756e12, 2000e9, CUDA_SHARE * 79.1 * GIB, 0.0, 8),
+        Chip("h100", "NVIDIA H100", "cuda", 989e12, 3350e9, CUDA_SHARE * 79.1 * GIB, 450e9, 8),
+        Chip("h200", "NVIDIA H200", "cuda", 989e12, 4800e9, CUDA_SHARE * 140.0 * GIB, 450e9, 8),
+        Chip("b200", "NVIDIA B200", "cuda", 2250e12, 8000e9, CUDA_SHARE * 178.0 * GIB, 900e9, 8),
+        Chip("l4", "NVIDIA L4", "cuda", 121e12, 300e9, CUDA_SHARE * 22.5 * GIB, 0.0, 1),
+        Chip("a10g", "NVIDIA A10G", "cuda", 70e12, 600e9, CUDA_SHARE * 22.5 * GIB, 0.0, 1),
+        Chip("rtx4090", "NVIDIA GeForce RTX 4090", "cuda", 165e12, 1008e9, CUDA_SHARE * 23.5 * GIB, 0.0, 1),
+        Chip("rtx5090", "NVIDIA GeForce RTX 5090", "cuda", 209e12, 1792e9, CUDA_SHARE * 31.4 * GIB, 0.0, 1),
     )
 }
 

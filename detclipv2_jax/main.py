@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, files, interrupts, validation
 from detclipv2_jax import train as train_lib
-from detclipv2_jax.chips import chip_of
+from detclipv2_jax.chips import CUDA_SHARE, chip_of
 from detclipv2_jax.data import identity, scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
@@ -81,7 +81,9 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
     started = time.monotonic()
-    if config.mesh.cpu_devices > 0:  # before JAX looks for devices
+    # before JAX looks for devices
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(CUDA_SHARE))
+    if config.mesh.cpu_devices > 0:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     try:
         processes.join(_DISTRIBUTED.value, timeout_s=config.timeout_s)

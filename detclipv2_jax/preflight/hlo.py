@@ -166,6 +166,9 @@ def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[
     reads = [_bytes(types.get(operand, "")) for operand in instruction.operands]
     if instruction.opcode == "copy-start":  # (target, source, context)
         return result
+    if instruction.opcode in ("slice-start", "dynamic-slice-start"):  # ((whole, …), slice, context)
+        whole, part, *_ = _ARRAY.findall(instruction.type)
+        return _size(part) * (_in_main_memory(whole) + _in_main_memory(part))
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * result
     if instruction.opcode == "dynamic-update-slice":
@@ -189,7 +192,11 @@ def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[
 
 def _bytes(shape: str) -> float:
     """Returns the bytes of all arrays of a type that lie in main memory; S(1) marks a TPU's vector memory."""
-    return sum(_size(array) for array in _ARRAY.findall(shape) if not re.search(r"S\([1-9]", array[3]))
+    return sum(_size(array) for array in _ARRAY.findall(shape) if _in_main_memory(array))
+
+
+def _in_main_memory(array: tuple[str, str, str, str]) -> bool:
+    return not re.search(r"S\([1-9]", array[3])
 
 
 def _size(array: tuple[str, str, str, str]) -> float:

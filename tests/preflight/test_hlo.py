@@ -147,16 +147,35 @@ def test_a_row_that_is_replaced_moves_a_row_and_a_truth_value_a_byte():
     assert hlo.traffic(ROW).memory == 2 * 128 * 4 + 2 * 10
 
 
+SLICES = """HloModule m
+
+ENTRY %main (a: bf16[12,64,128]) -> bf16[1,64,128] {
+  %a = bf16[12,64,128]{2,1,0} parameter(0)
+  %s = ((bf16[12,64,128]{2,1,0}), bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[3:4]}
+  %d = bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+  %t = ((bf16[12,64,128]{2,1,0}), bf16[1,64,128]{2,1,0}, s32[]{:S(2)}) slice-start(%a), slice={[4:5]}
+  %e = bf16[1,64,128]{2,1,0} slice-done(%t)
+  ROOT %r = bf16[1,64,128]{2,1,0} add(%d, %e)
+}
+"""
+
+
+def test_a_slice_that_is_fetched_ahead_moves_itself_and_not_the_whole():
+    row = 64 * 128 * 2
+    # into fast memory once, from there it is read for nothing; in main memory it is written, and read to be added
+    assert hlo.traffic(SLICES).memory == row + 2 * row + 2 * row
+
+
 @pytest.mark.parametrize(
     ("place", "module"),
     [
-        ("jit(step)/jvp(DetCLIP.encode_image)/swin/stage1/SwinBlock/mlp_in/dot_general", ("swin/stage1/mlp_in", "forward")),
+        ("jit(step)/jvp(DetCLIP.encode_image)/swin/stage1/SwinBlock/mlp/dot_general", ("swin/stage1/mlp", "forward")),
         (
             "jit(step)/while/body/closed_call/transpose(jvp(DetCLIP.encode_image))/swin/stage3/"
             "jvp(DetCLIP.encode_image)/swin/stage3/checkpoint/rematted_computation/SwinBlock/attention/qkv/add",
             ("swin/stage3/attention", "recomputed"),
         ),
-        ("jit(step)/transpose(jvp(DetCLIP.encode_text))/text_encoder/while/body/norm1/mul", ("text_encoder/norm1", "backward")),
+        ("jit(step)/transpose(jvp(DetCLIP.encode_text))/text_encoder/while/body/n/mul", ("text_encoder/n", "backward")),
         ("jit(step)/optimizer/jit(_where)/select_n", ("optimizer", "forward")),
         ("jit(step)/transpose(jvp(alignment_loss))/bad,cd->bac/dot_general", ("alignment_loss", "backward")),
         ("jit(step)/transpose(jvp())/shard_map/bkd,cd->bkc/dot_general", ("other", "backward")),
