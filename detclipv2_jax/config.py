@@ -10,12 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from detclipv2_jax.chips import CHIPS
 
@@ -319,30 +316,6 @@ def base() -> ConfigDict:
     c.profile_steps = 0
     c.checkpoint = checkpoint()
     return c
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns what absl's parser does, for programs with --config; values of the command line win over `config.chips`.
-
-    A wrong key or a missing config file ends in one line, not in a traceback.
-    """
-    try:
-        rest = app.parse_flags_with_usage(list(argv))
-        config = flags.FLAGS.config
-        if config is not None:
-            given = config_flags.get_override_values(flags.FLAGS["config"])
-            # a file that could not be loaded shows only now, when something is read from it
-            for chip in config.chips:
-                config.chips[chip] = tuple(pair for pair in config.chips[chip] if pair[0] not in given)
-        return rest
-    except (AttributeError, KeyError) as error:
-        words = (
-            str(error.args[0]).strip("'").replace("\\n", " ").replace("\\'", "'")
-        )  # it may hold another error's repr
-        sys.exit(f"error: unknown configuration key: {' '.join(words.split())}")
-    except (OSError, ValueError, TypeError) as error:
-        # ml_collections puts a whole traceback into the message; its last line says what was wrong
-        sys.exit(f"error: the configuration cannot be loaded: {str(error).strip().splitlines()[-1]}")
 
 
 def for_chip(config: ConfigDict, chip: str | None) -> ConfigDict:

@@ -20,13 +20,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import logging
 
-from detclipv2_jax import interrupts
-from detclipv2_jax.data import transforms
+from detclipv2_jax import commands
 from detclipv2_jax.files import safe_names, write_json
-from detclipv2_jax.inference import Found, Predictor, vocabulary
-from detclipv2_jax.visualize import figures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 
@@ -35,8 +32,10 @@ def run(
     *,
     checkpoint: str,
     images: str,
-    words: Sequence[str] | dict[str, str],
     output: str,
+    words: str = "",
+    words_file: str = "",
+    vocabulary: str = "",
     score_threshold: float | None = None,
     nms_iou: float | None = None,
     max_detections: int | None = None,
@@ -44,23 +43,33 @@ def run(
     draw_threshold: float = 0.2,
     max_drawn: int = 20,
 ) -> int:
-    """Finds words on images, writes what was found, and returns the number of images that could not be read.
+    """Finds words on images and writes what was found; returns 1 if an image could not be read, else 0.
 
     Args:
-      checkpoint: workdir of a training run.
-      images: pattern, folder, file, or "-" for paths on stdin.
-      words: what to look for, or name → definition.
-      output: folder for the results.
-      score_threshold: only boxes above it; None: the configuration's, as for the next two.
-      nms_iou: a box is removed by a better one of its word if their IoU is above it.
-      max_detections: boxes an image.
-      batch_size: images a step.
-      draw_threshold: only boxes with at least this score are drawn; where there are none, the best few, as such.
-      max_drawn: at most so many boxes a picture are drawn.
+      checkpoint: workdir of a training run
+      images: pattern, folder, file, or - for paths on stdin
+      output: folder for detections.json and pictures/
+      words: e.g. "cat, red car" or "ram: male sheep, red car"
+      words_file: one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories
+      vocabulary: the names of the categories of a data set: lvis, coco or objects365
+      score_threshold: only boxes above it; default: the run's config.eval.score_threshold
+      nms_iou: a box is removed by a better one of its word if their IoU is above it; default: the run's
+        config.eval.nms_iou
+      max_detections: boxes an image; default: the run's config.eval.max_detections
+      batch_size: images a step; more is faster on a GPU or TPU
+      draw_threshold: boxes with at least this score are drawn, or the best few of a photo that has none
+      max_drawn: boxes a picture at most, a place once, with its best word
 
     Raises:
       ValueError: no images, words, checkpoint, or a limit that makes no sense.
     """
+    from detclipv2_jax.data import transforms
+    from detclipv2_jax.inference import Found, Predictor, parse_words
+    from detclipv2_jax.visualize import figures
+
+    if batch_size < 1 or max_drawn < 0:
+        raise ValueError(f"--batch_size={batch_size} must be 1 or more, --max_drawn={max_drawn} 0 or more")
+    asked = parse_words(words, words_file=words_file, vocabulary=vocabulary)
     paths = list_images(images, output=output)
     pictures = name_pictures(paths, pathlib.Path(output) / "pictures")
     predictor = Predictor.from_checkpoint(checkpoint)
@@ -84,7 +93,7 @@ def run(
     size = min(batch_size, len(paths))
     # None: shown on a terminal only
     with tqdm.tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as progress:
-        for row, found in predictor.iterate(load(), words, batch_size=size, **limits):
+        for row, found in predictor.iterate(load(), asked, batch_size=size, **limits):
             i, photo = readable[row], loaded.pop(row)
             found_of[i] = dataclasses.replace(found, boxes=found.boxes / photo.scale[None], size=photo.size)
             figures.detections(
@@ -104,7 +113,9 @@ def run(
     write_json(target, rows, indent=None)
     done = f"{len(found_of)} of {len(paths)} images, {len(rows)} boxes"
     print(f"{done}: {target}, pictures in {target.parent / 'pictures'}")
-    return len(paths) - len(found_of)
+    if num_unreadable := len(paths) - len(found_of):
+        print(f"error: images that could not be read: {num_unreadable}; see above", file=sys.stderr)
+    return int(num_unreadable > 0)
 
 
 def list_images(images: str, *, output: str = "") -> list[pathlib.Path]:
@@ -164,54 +175,5 @@ def name_pictures(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[p
     return pictures
 
 
-def _define_flags() -> None:
-    # not at import: other tools have flags of these names
-    flags.DEFINE_string("checkpoint", None, "workdir of a training run", required=True)
-    flags.DEFINE_string("images", None, "pattern, folder, file, or - for paths on stdin", required=True)
-    vocabulary.define_flags()
-    flags.adopt_module_key_flags(vocabulary)  # for --help
-    flags.DEFINE_string("output", None, "folder for detections.json and pictures/", required=True)
-    flags.DEFINE_float("score_threshold", None, "only boxes above it; default: the run's config.eval.score_threshold")
-    flags.DEFINE_float(
-        "nms_iou",
-        None,
-        "a box is removed by a better one of its word if their IoU is above it; default: the run's config.eval.nms_iou",
-    )
-    flags.DEFINE_integer("max_detections", None, "boxes an image; default: the run's config.eval.max_detections")
-    flags.DEFINE_integer("batch_size", 1, "images a step; more is faster on a GPU or TPU", lower_bound=1)
-    flags.DEFINE_float(
-        "draw_threshold", 0.2, "boxes with at least this score are drawn, or the best few of a photo that has none"
-    )
-    flags.DEFINE_integer("max_drawn", 20, "boxes a picture at most, a place once, with its best word", lower_bound=0)
-
-
-@interrupts.in_one_line
-def main(argv: Sequence[str]) -> None:
-    """Runs the command; ends the process with status 1 if anything could not be done."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; quote patterns and words that hold spaces")
-    options = flags.FLAGS
-    if options.verbosity == logging.INFO:  # absl's default; reading a checkpoint says much there
-        logging.set_verbosity(logging.WARNING)
-    try:
-        num_unreadable = run(
-            checkpoint=options.checkpoint,
-            images=options.images,
-            words=vocabulary.parse_words(options.words, words_file=options.words_file, vocabulary=options.vocabulary),
-            output=options.output,
-            score_threshold=options.score_threshold,
-            nms_iou=options.nms_iou,
-            max_detections=options.max_detections,
-            batch_size=options.batch_size,
-            draw_threshold=options.draw_threshold,
-            max_drawn=options.max_drawn,
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if num_unreadable:
-        sys.exit(f"error: images that could not be read: {num_unreadable}; see above")
-
-
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    sys.exit(commands.run(run, about=__doc__))

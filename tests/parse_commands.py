@@ -13,10 +13,10 @@ import runpy
 import sys
 from typing import Any
 
-from absl import app, flags
+from ml_collections import ConfigDict
 
 import detclipv2_jax.eval.loop  # most of what the programs import  # noqa: F401
-from detclipv2_jax import config_json, train, validation  # noqa: F401
+from detclipv2_jax import commands, config_json, train, validation  # noqa: F401
 
 
 class Parsed(BaseException):
@@ -24,7 +24,7 @@ class Parsed(BaseException):
 
 
 def parse(module: str, arguments: list[str]) -> dict[str, Any]:
-    """Returns {"error"}, {} where the program parses by itself, or what absl's flags say of a command."""
+    """Returns {"error"}, or what the program makes of a command; {} of a script with a parser of its own."""
     found: dict[str, Any] = {}
     parse_args = argparse.ArgumentParser.parse_args
 
@@ -32,18 +32,16 @@ def parse(module: str, arguments: list[str]) -> dict[str, Any]:
         parse_args(parser, *given, **options)
         raise Parsed
 
-    def run(main, argv=None, flags_parser=app.parse_flags_with_usage):
-        rest = flags_parser(argv or sys.argv)
-        values = flags.FLAGS.flag_values_dict()
-        found["positional"] = rest[1:]
-        if values.get("config") is not None:
-            config = values["config"]
+    def run(command, *, about):
+        _, options = commands.parse(command, about=about, arguments=arguments)
+        config = options.get("config")
+        if isinstance(config, ConfigDict):
             validation.validate(config, num_devices=1)
-            workdir = values.get("workdir") or f"runs/{config.name}"
-            found.update(config=config_json.to_json(config), workdir=workdir, mode=values.get("mode"))
+            workdir = options.get("workdir") or f"runs/{config.name}"
+            found.update(config=config_json.to_json(config), workdir=workdir, mode=options.get("mode"))
         raise Parsed
 
-    argparse.ArgumentParser.parse_args, app.run = parse_and_stop, run  # type: ignore[method-assign]
+    argparse.ArgumentParser.parse_args, commands.run = parse_and_stop, run  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
     sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))  # scripts import what lies beside them
     said = io.StringIO()

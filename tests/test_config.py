@@ -145,10 +145,9 @@ def test_values_of_the_command_line_win_over_those_of_a_chip(tmp_path):
         "  return c\n"
     )
     program = (
-        "import sys\nfrom absl import flags\nfrom ml_collections import config_flags\n"
-        "from detclipv2_jax import config\n"
-        "config_flags.DEFINE_config_file('config'); config.parse_flags(sys.argv)\n"
-        "c = config.for_chip(flags.FLAGS.config, 'v5e'); print(c.model.remat, c.optimizer.accumulate.detection)"
+        "import sys\nfrom detclipv2_jax import commands, config\n"
+        "c = config.for_chip(commands.configuration(sys.argv[1:]), 'v5e')\n"
+        "print(c.model.remat, c.optimizer.accumulate.detection)"
     )
     line = [sys.executable, "-c", program, f"--config={file}", "--config.optimizer.accumulate.detection=2"]
     assert subprocess.run(line, capture_output=True, text=True, check=True).stdout.split() == ["all", "2"]

@@ -10,7 +10,7 @@ import pytest
 from test_main import _steps_are_compiled_once, lines, start, with_steps  # noqa: F401  (steps are shared here too)
 
 from configs import finetune_odinw
-from detclipv2_jax import main, train
+from detclipv2_jax import session, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
@@ -108,7 +108,7 @@ def test_the_best_checkpoint_is_known_and_scored(tuned):
 @pytest.mark.slow
 def test_the_report_names_both_sets(tuned, capsys):
     workdir, result = tuned
-    main.report(workdir, result, minutes=1.0)
+    session.report(workdir, result, minutes=1.0)
     printed = capsys.readouterr().out
     assert f"scores in %: AP {100 * result['AP']:.1f}, " in printed
     for ending in ("before", "after"):
@@ -197,7 +197,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
     config.init_from.checkpoint = str(tuned[0])
     config.detection.canvases = config.eval.canvases = ((96, 64), (64, 96))
     config.scenes.seed = 7
-    run = train.prepare_run(main.with_scenes(config, tmp_path / "run"), tmp_path / "run")
+    run = train.prepare_run(session.with_scenes(config, tmp_path / "run"), tmp_path / "run")
     manager = checkpoints.Checkpoints(tmp_path / "run", keep=1)
     state = train.initial_state(run, manager)
     manager.close()
@@ -206,7 +206,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
     config.model.head.num_convs, config.model.embed_dim = 2, 32
     with pytest.raises(ValueError, match=r"init_from\.checkpoint .* does not fit") as error:
-        train.prepare_run(main.with_scenes(config, tmp_path / "other"), tmp_path / "other")
+        train.prepare_run(session.with_scenes(config, tmp_path / "other"), tmp_path / "other")
     for part in (
         "missing (6): head/box_tower/conv1",
         "config.model.head.num_convs: 1 -> 2",
@@ -216,7 +216,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
         assert part in str(error.value), part
     config.init_from.checkpoint = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere is no workdir"):
-        train.prepare_run(main.with_scenes(config, tmp_path / "third"), tmp_path / "third")
+        train.prepare_run(session.with_scenes(config, tmp_path / "third"), tmp_path / "third")
 
 
 def test_the_newest_checkpoints_stay_and_the_best(tmp_path):
@@ -240,17 +240,17 @@ def test_the_newest_checkpoints_stay_and_the_best(tmp_path):
 def test_a_second_set_that_is_missing_is_named(micro, tmp_path):
     micro.forgetting.annotations, micro.forgetting.images = str(tmp_path / "none.json"), str(tmp_path)
     with pytest.raises(ValueError, match=r"config\.forgetting\.annotations"):
-        train.prepare_run(main.with_scenes(micro, tmp_path), tmp_path)
+        train.prepare_run(session.with_scenes(micro, tmp_path), tmp_path)
     micro.forgetting.annotations = micro.forgetting.images = ""
     micro.eval.monitor = "fixed_AP"
-    scenes_are_federated = train.prepare_run(main.with_scenes(micro, tmp_path), tmp_path)
+    scenes_are_federated = train.prepare_run(session.with_scenes(micro, tmp_path), tmp_path)
     assert scenes_are_federated.second is None
     plain = json.loads((tmp_path / "data" / "eval.json").read_text())
     for image in plain["images"]:
         del image["neg_category_ids"]
     micro.eval.annotations, micro.eval.images = str(tmp_path / "plain.json"), str(tmp_path / "data")
     (tmp_path / "plain.json").write_text(json.dumps(plain))
-    config = main.with_scenes(micro, tmp_path)
+    config = session.with_scenes(micro, tmp_path)
     config.eval.annotations = micro.eval.annotations
     with pytest.raises(ValueError, match=r"config\.eval\.monitor 'fixed_AP' is a score of LVIS"):
         train.prepare_run(config, tmp_path)

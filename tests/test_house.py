@@ -5,6 +5,7 @@ import collections
 import functools
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from detclipv2_jax.runs.optimizer import make_optimizer
 
 PACKAGE = pathlib.Path(train_step.__file__).parent
 # import nothing but each other, so that everything may import them
-FOR_ALL = ("config", "config_json", "chips", "files", "interrupts")
+FOR_ALL = ("commands", "config", "config_json", "chips", "files")
 # rooms and what each may import beside these: only rooms below it. A command (`__main__`) is a part of its own, which
 # nobody imports
 MAY_IMPORT = {
@@ -37,15 +38,15 @@ MAY_IMPORT = {
     "train_step": {"data", "geometry", "losses", "models", "runs"},
     "train": {"data", "eval", "inference", "models", "runs", "train_step", "visualize"},
     "validation": {"eval", "losses", "models", "runs", "train"},
-    "main": {"data", "eval", "runs", "train", "validation"},
+    "session": {"data", "eval", "runs", "train", "validation"},
+    "main": {"session"},
     "predict": {"data", "inference", "visualize"},
-    "preflight": {"data", "inference", "models", "runs", "train"},
-    "preflight.__main__": {"data", "models", "validation"},
+    "preflight": {"data", "inference", "models", "runs", "train", "validation"},
     "prepare": {"data", "visualize"},
     "prepare.__main__": {"data"},
     "convert": {"data", "runs"},
-    "export": {"data", "inference"},
-    "export.__main__": {"inference", "models"},
+    "export": {"data", "inference", "models"},
+    "export.__main__": {"inference"},
     "claims.__main__": {"data", "eval", "visualize"},
 }
 
@@ -117,13 +118,27 @@ def num_lines(function):
 
 
 def test_training_takes_few_and_typed_parameters():
-    path = ("geometry", "models", "losses", "data", "runs", "train_step", "train", "eval", "main")
+    path = ("geometry", "models", "losses", "data", "runs", "train_step", "train", "eval", "session", "main")
     for room, name, function in functions():
         if room in path:
             assert len(parameters(function)) <= 10, name
             untyped = [one.arg for one in parameters(function) if one.annotation is None]
             assert not untyped, f"{name}: {untyped}"
             assert function.returns is not None or function.name == "__init__", name
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    for path in PACKAGE.rglob("*.py"):
+        if "commands.run(" not in path.read_text() or path.name == "commands.py":
+            continue
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        command = [sys.executable, "-m", ".".join(parts).removesuffix(".__main__"), "--help"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stdout.startswith("usage: python -m detclipv2_jax."), command
+        assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5, command
 
 
 def test_data_workers_stay_light():

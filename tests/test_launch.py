@@ -1,5 +1,6 @@
 """The launch scripts: clean, and as dry runs they print commands that exist."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -10,7 +11,6 @@ import sys
 
 import pytest
 import yaml
-from absl import flags
 
 from detclipv2_jax import main
 
@@ -55,11 +55,12 @@ def test_dry_runs_start_the_program_with_flags_that_it_has(name, arguments):
     found = dict(re.findall(r"--([\w.]+)=([^\s'\"|]*)", command))
     assert found["config.seed"] == "1"
     assert (ROOT / found["config"]).is_file()
-    unknown = {flag for flag in found if not flag.startswith("config.")} - set(flags.FLAGS) - {"project", "zone"}
+    options = inspect.signature(main.main).parameters
+    unknown = {flag for flag in found if not flag.startswith("config.")} - set(options) - {"project", "zone"}
     assert not unknown
     if name != "local_multiprocess.sh":
         assert found["distributed"] == "on"
-        assert main.flags.FLAGS["preempted_status"].default == 0 != int(found["preempted_status"])
+        assert options["preempted_status"].default == 0 != int(found["preempted_status"])
 
 
 def test_tpu_pods_are_created_installed_and_run_on_all_hosts_in_this_order():

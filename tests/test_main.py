@@ -7,15 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import building
 import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import chips, main, train
+from detclipv2_jax import chips, session, train
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import loop, lvis
 from detclipv2_jax.models import flops
-from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.runs import checkpoints, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def start(config, workdir):
     """Returns the scores of a run."""
-    return main.prepare(config, workdir, training=True)()
+    return session.prepare(config, workdir, training=True)()
 
 
 def with_steps(config, num_steps):
@@ -164,7 +164,7 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
     config, workdir, scores = finished
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
-    config = main.with_scenes(with_steps(config, 8), copy)
+    config = session.with_scenes(with_steps(config, 8), copy)
     assert loop.prepare(config, copy)() == scores
     # or from elsewhere: the model is the checkpoint's, whatever the configuration says
     config.init_from.checkpoint, config.model = str(copy), config_lib.model("nano")
@@ -184,7 +184,7 @@ def test_built_folders_train_as_the_raw_files_do(finished, tmp_path):
         ("image_text", "image_text", "pairs.tsv"),
     ):
         output = str(tmp_path / kind)
-        prepare.run(builder, source=str(data / file), images=str(data), output=output, shard_size=10)
+        building.build(builder, input=str(data / file), images=str(data), output=output, shard_size=10)
         config[kind].data = (output,)
         config.scenes[f"num_{kind}"] = 0
     assert not any(config[kind].images for kind in config_lib.KINDS)
@@ -222,7 +222,7 @@ def test_a_workdir_of_another_config_is_refused_with_each_difference(finished):
     other.model.head.num_convs = 2
     other.log_every_steps = 7  # may change
     with pytest.raises(ValueError, match="holds another run") as error:
-        main.check_workdir(workdir, other, fresh_allowed=True)
+        session.check_workdir(workdir, other, fresh_allowed=True)
     assert "loss.temperature: 0.5 -> 0.25" in str(error.value)
     assert "model.head.num_convs: 1 -> 2" in str(error.value)
     assert "log_every_steps" not in str(error.value)
@@ -269,7 +269,7 @@ def command(*arguments, cwd=ROOT):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "error: --config is missing"),
+        ((), "arguments are required: --config"),
         (("--config=configs/demo.py", "--config.nmu_steps=3"), 'Did you mean "num_steps"'),
         (("--config=configs/nope.py",), "configs/nope.py"),
         (("--config=configs/demo.py", "--config.detection.batch_size=12"), "12, which is not divisible by 8 devices"),

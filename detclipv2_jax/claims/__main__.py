@@ -11,7 +11,6 @@ A claim is judged on the means over the seeds. No value is tuned for a row, and 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib.metadata
@@ -33,8 +32,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from detclipv2_jax import commands
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import interrupts
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import detections, lvis
@@ -325,32 +324,31 @@ def novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.nda
     return steps / steps[-1] * num_steps, np.array([*result["novel_AP_by_step"].values()])
 
 
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.claims",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; 0: only write table and plot")
-    parser.add_argument("--config", default="configs/demo.py", metavar="FILE", help="the recipe")
-    parser.add_argument("--results", default="results/claims", metavar="DIR", type=pathlib.Path)
-    parser.add_argument("--work", default="runs/claims", metavar="DIR", type=pathlib.Path, help="worlds and workdirs")
-    parser.add_argument("--output", default="docs", metavar="DIR", type=pathlib.Path, help="of table and plot")
-    options = parser.parse_args(arguments)
+def main(
+    *,
+    jobs: int = 2,
+    config: str = "configs/demo.py",
+    results: pathlib.Path = pathlib.Path("results/claims"),
+    work: pathlib.Path = pathlib.Path("runs/claims"),
+    output: pathlib.Path = pathlib.Path("docs"),
+) -> None:
+    """Runs what is missing of the table, and writes and prints it.
+
+    Args:
+      jobs: runs side by side; 0: only write table and plot
+      config: the recipe, which the runs change
+      results: folder of the runs' results
+      work: folder of worlds and workdirs
+      output: folder of table and plot
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs are stopped, too
     try:
-        if options.jobs:
-            run_table(options.config, results=options.results, work=options.work, jobs=options.jobs)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if jobs:
+            run_table(config, results=results, work=work, jobs=jobs)
     finally:
-        write_report(options.config, options.results, options.output)
-    print("".join(markdown(all_results(options.results))))
-    return 0
+        write_report(config, results, output)
+    print("".join(markdown(all_results(results))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(main, about=__doc__))

@@ -1,8 +1,8 @@
 """Converts a public checkpoint into a file that a run starts from, and back.
 
-  python -m detclipv2_jax.convert PART --input=FILE --output=FILE.safetensors [--layout=LAYOUT]
+  python -m detclipv2_jax.convert KIND --input=FILE --output=FILE.safetensors [--layout=LAYOUT]
 
-| PART      | layouts, recognised by their names                                          | goes in               |
+| KIND      | layouts, recognised by their names                                          | goes in               |
 |-----------|-----------------------------------------------------------------------------|-----------------------|
 | swin      | microsoft (the Swin repository), timm, torchvision, transformers            | config.init_from.swin |
 | clip_text | openai, open_clip, transformers, each alone or with the image tower         | config.init_from.text |
@@ -17,26 +17,24 @@ With --layout, a file with our names is written for that library instead; the nu
 
 from __future__ import annotations
 
+import functools
 import sys
 
-from absl import app, flags
-
-from detclipv2_jax import convert, interrupts
+from detclipv2_jax import commands
 
 
-@interrupts.in_one_line
-def _main(argv: list[str]) -> None:
-    if len(argv) != 2:
-        raise app.UsageError(f"give one PART of {', '.join(convert.PARTS)}; got {argv[1:]}")
-    values = flags.FLAGS
-    try:
-        print(convert.run(argv[1], source=values.input, output=values.output, layout=values.layout))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def run(part: str, *, input: str, output: str, layout: str = "") -> None:
+    """Converts a checkpoint of the tower, or back.
+
+    Args:
+      input: checkpoint to read
+      output: .safetensors file to write
+      layout: of --output, for the way back: microsoft, timm, torchvision, transformers, …
+    """
+    from detclipv2_jax import convert
+
+    print(convert.run(part, source=input, output=output, layout=layout))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("input", None, "checkpoint to read", required=True)
-    flags.DEFINE_string("output", None, ".safetensors file to write", required=True)
-    flags.DEFINE_string("layout", "", "of --output, for the way back: microsoft, timm, torchvision, transformers, …")
-    app.run(_main)
+    sys.exit(commands.run({part: functools.partial(run, part) for part in ("swin", "clip_text")}, about=__doc__))

@@ -8,9 +8,9 @@ rules are not applied.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,13 +23,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detclipv2_jax import interrupts
+from detclipv2_jax import commands
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import detections as detections_lib
 from detclipv2_jax.eval.detections import Found
 
-MAX_BAD_SHARE_HELP = "share of the annotations that may be left out because they cannot be used, 0 to 1"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AP_KIND = "COCO: pycocotools, IoU 0.50:0.95, 101 recall points, best 100 detections an image and category"
 
@@ -162,71 +161,54 @@ def table(scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = command_line("detclipv2_jax.eval.coco", __doc__)
-    options = parser.parse_args(arguments)
-    return run_command(options, evaluate, ap=AP_KIND, table=table)
-
-
-def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
-    """Returns the parser of the arguments that every evaluation of files has."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO json with the true boxes")
-    parser.add_argument("--detections", required=True, metavar="FILE", help="COCO results json with the found boxes")
-    parser.add_argument("--output", metavar="FILE", help="also write the JSON object to this file")
-    parser.add_argument("--max_bad_share", type=float, default=0.0, metavar="X", help=MAX_BAD_SHARE_HELP)
-    return parser
-
-
-def run_command(
-    options: argparse.Namespace,
-    evaluate: Callable[..., dict[str, float]],
+def score(
     *,
+    annotations: str,
+    detections: str,
+    output: pathlib.Path | None = None,
+    max_bad_share: float = 0.0,
+    evaluate: Callable[..., dict[str, float]],
     ap: str,
     table: Callable[[dict[str, float]], str],
-    rename: Callable[[dict[str, float]], dict[str, float]] = dict,
-) -> int:
-    """Scores `options.detections`, prints counts, table and JSON object; returns the exit status.
+    rename: Callable[[dict[str, float]], dict[str, float]],
+) -> None:
+    """Scores a file of detections; prints counts, a table and one JSON object.
 
     Args:
-      options: of `command_line`.
-      evaluate: (annotations, detections) → scores.
-      ap: what kind of AP it is.
-      table: scores → text.
-      rename: scores → those of the JSON object.
+      annotations: COCO json with the true boxes
+      detections: COCO results json with the found boxes
+      output: also write the JSON object to this file
+      max_bad_share: share of the annotations that may be left out because they cannot be used, 0 to 1
+      evaluate: (annotations, detections) → scores
+      ap: what kind of AP it is
+      table: scores → text
+      rename: scores → those of the JSON object
     """
-    try:
-        truth = truth_lib.read(options.annotations, max_bad_share=options.max_bad_share)
-        found = detections_lib.find(options.detections, truth, truth.places(None))
-        if not len(found.scores):
-            raise ValueError(f"{options.detections} is an empty list: no detections, nothing to score")
-        scores = evaluate(truth, found)
-        protocol = {
-            "ap": ap,
-            "annotations": options.annotations,
-            "annotations_sha256": sha256(options.annotations),
-            "detections": options.detections,
-            "detections_sha256": sha256(options.detections),
-            "images_evaluated": len(truth.images),
-            "images_listed": len(truth.images),
-            "images_with_detections": len(np.unique(found.images)),
-            "num_categories": len(truth.categories),
-            "num_boxes": len(truth.boxes),
-            "num_detections": len(found.scores),
-            "repaired": truth.odd | found.odd,
-            "made_under": _protocol_beside(options.detections),
-        }
-        line = json.dumps(rename(scores) | {"protocol": protocol})
-        if options.output:
-            pathlib.Path(options.output).write_text(line + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for what, num in protocol["repaired"].items():
+    truth = truth_lib.read(annotations, max_bad_share=max_bad_share)
+    found = detections_lib.find(detections, truth, truth.places(None))
+    if not len(found.scores):
+        raise ValueError(f"{detections} is an empty list: no detections, nothing to score")
+    scores = evaluate(truth, found)
+    repaired = truth.odd | found.odd
+    protocol = {
+        "ap": ap,
+        "annotations": annotations,
+        "annotations_sha256": sha256(annotations),
+        "detections": detections,
+        "detections_sha256": sha256(detections),
+        "images_evaluated": len(truth.images),
+        "images_listed": len(truth.images),
+        "images_with_detections": len(np.unique(found.images)),
+        "num_categories": len(truth.categories),
+        "num_boxes": len(truth.boxes),
+        "num_detections": len(found.scores),
+        "repaired": repaired,
+        "made_under": _protocol_beside(detections),
+    }
+    line = json.dumps(rename(scores) | {"protocol": protocol})
+    if output:
+        output.write_text(line + "\n")
+    for what, num in repaired.items():
         print(f"note: {num} × {what}", file=sys.stderr)
     if ap == AP_KIND and truth.federated:
         print("note: an LVIS file scored by COCO's rules; detclipv2_jax.eval.lvis applies LVIS's", file=sys.stderr)
@@ -235,7 +217,6 @@ def run_command(
     print(", ".join(f"{value} {name.removeprefix('num_').replace('_', ' ')}" for name, value in counts.items()))
     print(table(scores))
     print(line)
-    return 0
 
 
 def _protocol_beside(detections: str) -> dict[str, Any] | None:
@@ -246,5 +227,7 @@ def _protocol_beside(detections: str) -> dict[str, Any] | None:
     return None
 
 
+command = functools.partial(score, evaluate=evaluate, ap=AP_KIND, table=table, rename=dict)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(command, about=__doc__))

@@ -15,7 +15,6 @@ A command that was killed continues: until it is done, what it has found lies be
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import itertools
@@ -24,7 +23,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tqdm
@@ -32,7 +31,7 @@ from absl import logging
 from jaxtyping import Float
 from pycocotools import mask as boxes_lib
 
-from detclipv2_jax import interrupts
+from detclipv2_jax import commands
 from detclipv2_jax.data import box_json, truth
 from detclipv2_jax.data.annotations import boxes_of, flags_of, usable_id
 from detclipv2_jax.data.checks import documented, missing_paths, photo_facts, resolve
@@ -42,9 +41,7 @@ from detclipv2_jax.data.spans import oddities_of, phrase_of, problem_of
 from detclipv2_jax.eval import coco
 from detclipv2_jax.eval.result import Parts, Rows
 from detclipv2_jax.files import write_json
-from detclipv2_jax.inference import Predictor, vocabulary
 
-TASKS = ("phrases", "referring")
 RANKS = (1, 5, 10)
 MIN_IOU = 0.5
 
@@ -174,6 +171,8 @@ def run(
     Raises:
       ValueError: a file is missing or another one.
     """
+    from detclipv2_jax.inference import Predictor, vocabulary
+
     if problems := missing_paths({"--annotations": (annotations, "file"), "--images": (images, "folder")}):
         raise ValueError("\n".join(problems))
     odd: collections.Counter[str] = collections.Counter()
@@ -232,40 +231,34 @@ def run(
     return scores | {"protocol": protocol}
 
 
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.eval.grounding",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="MDETR-format json")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder its file names are relative to")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
-    parser.add_argument("--max_bad_share", type=float, default=0.0, metavar="X", help=coco.MAX_BAD_SHARE_HELP)
-    parser.add_argument("--output", metavar="FILE", help="also write the JSON object to this file")
-    options = parser.parse_args(arguments)
-    try:
-        result = run(
-            checkpoint=options.checkpoint,
-            annotations=options.annotations,
-            images=options.images,
-            task=options.task,
-            max_bad_share=options.max_bad_share,
-            folder=pathlib.Path(options.output or f"{options.checkpoint}/eval/{options.task}").parent,
-        )
-        if options.output:
-            write_json(pathlib.Path(options.output), result, indent=2)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(
+    *,
+    checkpoint: str,
+    annotations: str,
+    images: str,
+    task: Literal["phrases", "referring"] = "phrases",
+    max_bad_share: float = 0.0,
+    output: pathlib.Path | None = None,
+) -> None:
+    """Scores a checkpoint; prints the scores and one JSON object.
+
+    Args:
+      checkpoint: workdir of a training run
+      annotations: MDETR-format json
+      images: folder its file names are relative to
+      task: what the texts are
+      max_bad_share: share of the annotations that may be left out because they cannot be used, 0 to 1
+      output: also write the JSON object to this file
+    """
+    folder = output.parent if output else pathlib.Path(checkpoint, "eval")
+    options: dict[str, Any] = {"task": task, "max_bad_share": max_bad_share, "folder": folder}
+    result = run(checkpoint=checkpoint, annotations=annotations, images=images, **options)
+    if output:
+        write_json(output, result, indent=2)
     print(f"{result['protocol']['num_texts']} texts on {result['protocol']['images_evaluated']} images, in %")
     print("   ".join(f"{name} {100 * value:.1f}" for name, value in result.items() if name != "protocol"))
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(main, about=__doc__))

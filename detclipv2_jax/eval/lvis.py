@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
 
-from detclipv2_jax import interrupts
+from detclipv2_jax import commands
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import coco
@@ -260,15 +260,34 @@ def table(scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = coco.command_line("detclipv2_jax.eval.lvis", __doc__)
-    parser.add_argument("--fixed_ap", action="store_true", help="the names without prefix are those of fixed AP")
-    options = parser.parse_args(arguments)
-    ap = f"{AP_KIND}; names without prefix: {'fixed' if options.fixed_ap else 'standard'}"
-    rename = _fixed_first if options.fixed_ap else dict
-    return coco.run_command(options, evaluate, ap=ap, table=table, rename=rename)
+def score(
+    *,
+    annotations: str,
+    detections: str,
+    output: pathlib.Path | None = None,
+    max_bad_share: float = 0.0,
+    fixed_ap: bool = False,
+) -> None:
+    """Scores a file of detections; prints counts, a table and one JSON object.
+
+    Args:
+      annotations: LVIS json with the true boxes
+      detections: COCO results json with the found boxes
+      output: also write the JSON object to this file
+      max_bad_share: share of the annotations that may be left out because they cannot be used, 0 to 1
+      fixed_ap: the names without prefix are those of fixed AP
+    """
+    ap = f"{AP_KIND}; names without prefix: {'fixed' if fixed_ap else 'standard'}"
+    coco.score(
+        annotations=annotations,
+        detections=detections,
+        output=output,
+        max_bad_share=max_bad_share,
+        evaluate=evaluate,
+        ap=ap,
+        table=table,
+        rename=_fixed_first if fixed_ap else dict,
+    )
 
 
 def _fixed_first(scores: dict[str, float]) -> dict[str, float]:
@@ -277,4 +296,4 @@ def _fixed_first(scores: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(score, about=__doc__))

@@ -9,6 +9,7 @@ prints `found` and `top1` (and both for the rare, common and frequent categories
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax import interrupts
+from detclipv2_jax import commands
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import coco
@@ -98,13 +99,7 @@ def _iou(a: Float[np.ndarray, "d 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.n
     return shared / np.maximum(areas, 1e-12)
 
 
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = coco.command_line("detclipv2_jax.eval.names", __doc__)
-    options = parser.parse_args(arguments)
-    return coco.run_command(options, evaluate, ap=KIND, table=table)
-
+command = functools.partial(coco.score, evaluate=evaluate, ap=KIND, table=table, rename=dict)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(command, about=__doc__))

@@ -14,23 +14,22 @@ fractions. A command that was killed continues.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from detclipv2_jax import interrupts
-from detclipv2_jax.data.concepts import Vocabulary
-from detclipv2_jax.data.streams import EvalStream
-from detclipv2_jax.eval import loop
+from detclipv2_jax import commands
+from detclipv2_jax.eval import coco
 from detclipv2_jax.files import write_json
-from detclipv2_jax.runs import checkpoints
+
+if TYPE_CHECKING:
+    from detclipv2_jax.data.streams import EvalStream
+    from detclipv2_jax.eval import loop
 
 FILES = (
     "annotations_without_background.json",
@@ -70,6 +69,11 @@ def prepare(
     Raises:
       ValueError: its files are not what they should be.
     """
+    import jax
+
+    from detclipv2_jax.data.concepts import Vocabulary
+    from detclipv2_jax.eval import loop
+
     config = config.copy_and_resolve_references()
     config.eval.update({"annotations": str(annotations), "images": str(annotations.parent), "dictionary": ""})
     config.eval.update({"definitions": False, "max_examples": 0, "drop_categories": ()})
@@ -91,6 +95,8 @@ def prepare_all(
     Raises:
       ValueError: runs or files of members are not what they should be; all of them are listed.
     """
+    from detclipv2_jax.runs import checkpoints
+
     prepared: dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]] = {}
     problems: list[str] = []
     if checkpoint:
@@ -116,6 +122,8 @@ def evaluate(
     checkpoint: loop.Checkpoint, prepared: tuple[ConfigDict, list[EvalStream]], *, output: pathlib.Path
 ) -> dict[str, float]:
     """Returns the COCO scores of a member, see `coco.evaluate`; writes them to `output`/eval."""
+    from detclipv2_jax.eval import loop
+
     config, streams = prepared
     evaluator = loop.Evaluator(config, checkpoint.detector, streams=streams, workdir=output)
     return evaluator(checkpoint.params, step=checkpoint.step)
@@ -137,6 +145,8 @@ def run(
         )
     if not checkpoint and not finetuned:
         raise ValueError("give --checkpoint, a run scored on all members, or --finetuned, a folder with a run of each")
+    from detclipv2_jax.eval import loop
+
     result = {}
     prepared = prepare_all(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
     for kind, members_of_kind in prepared.items():
@@ -163,45 +173,37 @@ def table(result: dict[str, dict[str, float | None]]) -> str:
     return "\n".join(lines) + (f"\nnot scored ({len(missing)}): {', '.join(missing)}" if missing else "")
 
 
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.eval.odinw",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(
+    *, data: str, checkpoint: str = "", finetuned: str = "", output: str = "runs/odinw", plain_names: bool = False
+) -> None:
+    """Scores the members; prints a table and one JSON object.
+
+    Args:
+      data: folder of the members
+      checkpoint: workdir of a run, scored on all members
+      finetuned: folder with a workdir of each member
+      output: where results go
+      plain_names: category names alone, without GLIP's prompts
+    """
+    result = run(
+        data=pathlib.Path(data),
+        output=pathlib.Path(output),
+        checkpoint=checkpoint,
+        finetuned=finetuned,
+        plain_names=plain_names,
     )
-    parser.add_argument("--checkpoint", default="", metavar="DIR", help="workdir of a run, scored on all members")
-    parser.add_argument("--finetuned", default="", metavar="DIR", help="folder with a workdir of each member")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the members")
-    parser.add_argument("--output", default="runs/odinw", metavar="DIR", help="where results go")
-    parser.add_argument("--plain_names", action="store_true", help="category names alone, without GLIP's prompts")
-    options = parser.parse_args(arguments)
-    output = pathlib.Path(options.output)
-    try:
-        result = run(
-            data=pathlib.Path(options.data),
-            output=output,
-            checkpoint=options.checkpoint,
-            finetuned=options.finetuned,
-            plain_names=options.plain_names,
-        )
-        protocol = {
-            "ap": loop.coco.AP_KIND,
-            "prompts": "category names" if options.plain_names else "GLIP's; of fine-tuned runs category names",
-            "data": options.data,
-            "checkpoint": options.checkpoint,
-            "finetuned": options.finetuned,
-            "of each member": f"{output}/<zero_shot|finetuned>/<name>/eval",
-        }
-        write_json(output / "scores.json", result | {"protocol": protocol}, indent=2)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    protocol = {
+        "ap": coco.AP_KIND,
+        "prompts": "category names" if plain_names else "GLIP's; of fine-tuned runs category names",
+        "data": data,
+        "checkpoint": checkpoint,
+        "finetuned": finetuned,
+        "of each member": f"{output}/<zero_shot|finetuned>/<name>/eval",
+    }
+    write_json(pathlib.Path(output, "scores.json"), result | {"protocol": protocol}, indent=2)
     print(table(result))
     print(json.dumps(result | {"protocol": protocol}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(main, about=__doc__))

@@ -3,5 +3,8 @@
 from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits
 from detclipv2_jax.inference.detector import Detector, Photos
 from detclipv2_jax.inference.predictor import Found, Predictor
+from detclipv2_jax.inference.vocabulary import parse_words
 
-__all__ = ["WORD_CHUNK", "Alignment", "Detections", "Detector", "Found", "Limits", "Photos", "Predictor"]
+__all__ = [
+    "WORD_CHUNK", "Alignment", "Detections", "Detector", "Found", "Limits", "Photos", "Predictor", "parse_words",
+]  # fmt: skip

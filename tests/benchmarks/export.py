@@ -16,7 +16,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "export"))
 import exported
 
 from detclipv2_jax.export import __main__ as export
-from detclipv2_jax.inference import Predictor, vocabulary
+from detclipv2_jax.inference import Predictor, parse_words
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--words", default="person, dog, red car")
     parser.add_argument("--batch_sizes", default="1,4")
-    parser.add_argument("--formats", default=",".join(export.FORMATS))
+    parser.add_argument("--formats", default="safetensors,stablehlo,saved_model")
     options = parser.parse_args()
-    predictor, words = Predictor.from_checkpoint(options.checkpoint), vocabulary.parse_words(options.words)
+    predictor, words = Predictor.from_checkpoint(options.checkpoint), parse_words(options.words)
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     photos = options.images.split(",")[: max(sizes)]
     row = "{:12} {:>9} {:>9} {:>6} {:>8} {:>9} {:>9} {:>14} {:>8}".format
@@ -36,8 +36,9 @@ def main() -> None:
         for file_format in options.formats.split(","):
             folder = pathlib.Path(temporary) / file_format
             start = time.perf_counter()
-            given = words if file_format == "safetensors" else None
-            files = export.run(checkpoint=options.checkpoint, file_format=file_format, output=str(folder), words=given)
+            given = options.words if file_format == "safetensors" else ""
+            export.run(checkpoint=options.checkpoint, format=file_format, output=str(folder), words=given)
+            files = [path for path in folder.rglob("*") if path.is_file()]
             written = f"{time.perf_counter() - start:.1f}", f"{sum(path.stat().st_size for path in files) / 1e6:.1f}"
             if file_format == "safetensors":
                 print(row(file_format, *written, *[""] * 6))

@@ -6,21 +6,21 @@ import pathlib
 import shutil
 import sys
 
+import building
 import numpy as np
 import pytest
 
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind, UnusableError
-from detclipv2_jax.prepare import __main__ as prepare
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     scenes.write(folder, num_detection=6, num_grounding=0, num_image_text=6, num_eval=0, size_px=64)
-    prepare.run("coco_json", source=str(folder / "detection.json"), images=str(folder), output=str(folder / "boxes"))
-    prepare.run("image_text", source=str(folder / "pairs.tsv"), images=str(folder), output=str(folder / "pairs"))
+    building.build("coco_json", input=str(folder / "detection.json"), images=str(folder), output=str(folder / "boxes"))
+    building.build("image_text", input=str(folder / "pairs.tsv"), images=str(folder), output=str(folder / "pairs"))
     return folder
 
 

@@ -86,7 +86,9 @@ if __name__ == "__main__":
         return checked(record)
     record_builder.checked = slow
     try:
-        report = prepare.run("coco_json", source="{folder}/detection.json", images="{folder}", output="{output}")
+        report = prepare.run(
+            "coco_json", input="{folder}/detection.json", images="{folder}", output="{output}", workers=1
+        )
         print(report["examples"])
     except ValueError as error:
         sys.exit("error: %s" % error)
@@ -113,7 +115,7 @@ def test_a_second_build_into_one_folder_is_refused_and_hurts_nothing(world, tmp_
     files = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert not any("building" in str(path) for path in files)
     with start(BUILDING.format(folder=world, output=output, seconds=0)) as again:
-        assert again.communicate(timeout=60)[0].splitlines() == ["64"]
+        assert again.communicate(timeout=60)[0].splitlines()[-1] == "64"
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == files
 
 

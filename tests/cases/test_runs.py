@@ -14,7 +14,7 @@ import pytest
 import test_main
 from micro import micro_config
 
-from detclipv2_jax import config_json, main, train
+from detclipv2_jax import config_json, session, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.runs import checkpoints
@@ -200,18 +200,19 @@ def test_a_disk_that_is_full_at_the_first_write_is_one_error(tmp_path, monkeypat
     def full(path, pieces):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(main, "write_text", full)
+    monkeypatch.setattr(session, "write_text", full)
     with pytest.raises(WorkdirError, match="no room for this run"):
-        main.in_workdir(lambda: {}, small_config(), tmp_path / "run", training=True, data={})
+        session.in_workdir(lambda: {}, small_config(), tmp_path / "run", training=True, data={})
     monkeypatch.setattr(scenes, "_write_part", lambda *_, **__: full("", ""))
     with pytest.raises(WorkdirError, match="no room for the generated scenes"):
-        main.with_scenes(small_config(), tmp_path / "run")
+        session.with_scenes(small_config(), tmp_path / "run")
 
 
 CODE = """
 import sys
-from absl import app
+import functools
 import importlib
+from detclipv2_jax import commands
 command = importlib.import_module("detclipv2_jax.{module}")
 if __name__ == "__main__":
     sys.argv = {argv!r}
@@ -251,7 +252,7 @@ def get_config():
 def test_ctrl_c_saves_the_state_of_a_run_and_the_second_ends_it_at_once(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     argv = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", "--config.input.num_workers=1"]
-    with start("main", argv, run="command.cli()") as process:
+    with start("main", argv, run="sys.exit(command.cli())") as process:
         interrupt_when(process, "step 2:")
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130
@@ -261,7 +262,7 @@ def test_ctrl_c_saves_the_state_of_a_run_and_the_second_ends_it_at_once(tmp_path
     assert f"after step {saved}, which is saved" in rest
     slow = "import time; from detclipv2_jax.runs.checkpoints import Checkpoints; "
     slow += "Checkpoints.save = lambda *_: time.sleep(600)"
-    with start("main", argv, before=slow, run="command.cli()") as process:
+    with start("main", argv, before=slow, run="sys.exit(command.cli())") as process:
         interrupt_when(process, f"step {int(saved) + 2}:")
         time.sleep(2)
         os.killpg(process.pid, signal.SIGINT)
@@ -283,7 +284,7 @@ def test_ctrl_c_ends_other_commands_with_one_line(finished, tmp_path, command):
             before = (
                 f"import time; from detclipv2_jax.eval.loop import Evaluator; Evaluator._predict = lambda *_: {wait}"
             )
-            process = start("main", argv, before=before, run="command.cli()")
+            process = start("main", argv, before=before, run="sys.exit(command.cli())")
         case "predict":
             argv = [
                 f"--checkpoint={folder}",
@@ -293,14 +294,14 @@ def test_ctrl_c_ends_other_commands_with_one_line(finished, tmp_path, command):
             ]
             before = "import time; from detclipv2_jax.inference import Predictor; "
             before += f"Predictor.iterate = lambda *_, **__: {wait}"
-            process = start("predict", argv, before=before, run="command._define_flags(); app.run(command.main)")
+            process = start("predict", argv, before=before, run="sys.exit(commands.run(command.run))")
         case _:
             argv = ["coco_json", f"--input={folder}/data/detection.json", f"--output={tmp_path}/out", "--shard_size=4"]
             argv.append(f"--workers={2 if 'processes' in command else 1}")
             before = "import time; from detclipv2_jax.prepare import shards, record_builder; "
             patched = "generate = lambda *_, **__: " if argv[-1][-1] == "1" else "_tally = lambda *_: "
             before += f"shards.{patched}{wait}"
-            run = "command._define_flags(); app.run(command._main, flags_parser=command.config_lib.parse_flags)"
+            run = "sys.exit(commands.run({'coco_json': functools.partial(command.run, 'coco_json')}))"
             process = start("prepare.__main__", argv, before=before, run=run)
     with process:
         timer = threading.Timer(120, process.kill)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import building
 import numpy as np
 import pytest
 from micro import micro_config
@@ -10,13 +11,12 @@ from PIL import Image
 from test_truth import many_boxes
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import main, validation
+from detclipv2_jax import session, validation
 from detclipv2_jax.data import box_json, identity, mirroring, scenes, sources, spans
 from detclipv2_jax.data.leakage import photo_of
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.selection import Dropped
 from detclipv2_jax.data.streams import eval_streams, train_streams
-from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import inspect
 
 SIZE = (640, 480)
@@ -180,11 +180,11 @@ def test_dropped_categories_are_neither_asked_for_nor_scored(folder, caplog):
 
 def test_built_folders_can_drop_categories(folder):
     (folder / "d.json").write_text(json.dumps(roboflow()))
-    options = {"source": str(folder / "d.json"), "images": str(folder), "drop_categories": ("creatures", "crab")}
-    prepare.run("coco_json", output=str(folder / "built"), **options)
+    options = {"input": str(folder / "d.json"), "images": str(folder), "drop_categories": ("creatures", "crab")}
+    building.build("coco_json", output=str(folder / "built"), **options)
     assert json.loads((folder / "built" / "vocabulary.json").read_text())["names"] == ["fish"]
     with pytest.raises(ValueError, match="--drop_categories chooses by category; grounding_json has none"):
-        prepare.run("grounding_json", output=str(folder / "other"), **options)
+        building.build("grounding_json", output=str(folder / "other"), **options)
 
 
 def drawn(config):
@@ -205,7 +205,7 @@ def test_built_folders_are_read_without_dropped_categories_like_raw_files(folder
     content["annotations"] += [row | {"id": 50 + i, "category_id": i % 3, "bbox": [2 + i, 1, 9, 8]}
                                for i, row in enumerate(content["annotations"] * 2)]  # fmt: skip
     (folder / "d.json").write_text(json.dumps(content))
-    prepare.run("coco_json", source=str(folder / "d.json"), images=str(folder), output=str(folder / "built"))
+    building.build("coco_json", input=str(folder / "d.json"), images=str(folder), output=str(folder / "built"))
     config = small(folder)
     config.detection.drop_categories = dropped
     config.detection.annotations, config.detection.images = str(folder / "d.json"), str(folder)
@@ -225,7 +225,7 @@ def test_a_dropped_category_is_one_of_any_source(folder):
     config = small(folder)
     for name, names in (("a", ("fish", "crab")), ("b", ("fish", "owl"))):
         (folder / f"{name}.json").write_text(json.dumps(detection_json(names=names)))
-        prepare.run("coco_json", source=str(folder / f"{name}.json"), images=str(folder), output=str(folder / name))
+        building.build("coco_json", input=str(folder / f"{name}.json"), images=str(folder), output=str(folder / name))
     config.detection.data = (str(folder / "a"), str(folder / "b"))
     config.detection.drop_categories = ("owl", "crab")
 
@@ -392,33 +392,33 @@ def test_only_photos_of_coco_are_known_by_their_number(name, photo):
 
 def test_a_run_goes_on_with_its_data_only(tmp_path):
     scenes.write(tmp_path / "w", num_detection=8, num_grounding=8, num_image_text=0, num_eval=0, size_px=64)
-    options = {"source": str(tmp_path / "w/detection.json"), "images": str(tmp_path / "w")}
-    prepare.run("coco_json", output=str(tmp_path / "built"), **options)
+    options = {"input": str(tmp_path / "w/detection.json"), "images": str(tmp_path / "w")}
+    building.build("coco_json", output=str(tmp_path / "built"), **options)
     config = small(tmp_path)
     config.grounding.annotations, config.grounding.images = str(tmp_path / "w/grounding.json"), str(tmp_path / "w")
     config.detection.data = (str(tmp_path / "built"),)
     workdir = tmp_path / "run"
     data = identity.of_run(config)
     assert len(data) == 4
-    main.check_data(workdir, data, allowed=False)  # nothing there
+    session.check_data(workdir, data, allowed=False)  # nothing there
     (workdir / "checkpoints/3").mkdir(parents=True)
     (workdir / "data.json").write_text(json.dumps(data))
-    main.check_data(workdir, identity.of_run(config), allowed=False)
+    session.check_data(workdir, identity.of_run(config), allowed=False)
     content = json.loads((tmp_path / "w/grounding.json").read_text())
     content["annotations"][0]["bbox"][0] += 1
     (tmp_path / "w/grounding.json").write_text(json.dumps(content))
     shutil.rmtree(tmp_path / "built")
-    prepare.run("coco_json", output=str(tmp_path / "built"), num_examples=6, **options)
+    building.build("coco_json", output=str(tmp_path / "built"), num_examples=6, **options)
     (tmp_path / "d.tsv").write_text("cup\ta vessel\n")
     config.detection.dictionary = str(tmp_path / "d.tsv")
     changed = identity.of_run(config)
     with pytest.raises(ValueError, match="go on with --changed_data") as error:
-        main.check_data(workdir, changed, allowed=False)
+        session.check_data(workdir, changed, allowed=False)
     lines = str(error.value).splitlines()
     assert "  config.grounding.annotations changed" in lines
     assert "  config.detection.data[0] index.npz changed" in lines
     assert "  config.detection.dictionary is new" in lines
-    main.check_data(workdir, changed, allowed=True)
+    session.check_data(workdir, changed, allowed=True)
     for section in (config.eval, config.forgetting):
         section.annotations, section.dictionary = str(tmp_path / "w/detection.json"), str(tmp_path / "d.tsv")
     began = identity.of_run(config)
@@ -435,4 +435,4 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     )
     config.eval.annotations = config.eval.dictionary = config.forgetting.annotations = config.forgetting.dictionary = ""
     with pytest.raises(ValueError, match=r"config\.grounding\.annotations changed"):
-        main.prepare(config, workdir, training=True)
+        session.prepare(config, workdir, training=True)

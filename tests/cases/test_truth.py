@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_lib
 
+from detclipv2_jax import commands
 from detclipv2_jax.data import annotations, truth
 from detclipv2_jax.eval import coco, lvis
 
@@ -370,8 +371,9 @@ def test_ids_of_another_type_are_counted(change, tmp_path, capsys):
     rows[0] |= change
     for name, value in (("t.json", content), ("found.json", rows)):
         (tmp_path / name).write_text(json.dumps(value))
-    for module in (coco, lvis):
-        assert module.main([f"--annotations={tmp_path}/t.json", f"--detections={tmp_path}/found.json"]) == 0
+    for command in (coco.command, lvis.score):
+        arguments = [f"--annotations={tmp_path}/t.json", f"--detections={tmp_path}/found.json"]
+        assert commands.run(command, arguments=arguments) == 0
         captured = capsys.readouterr()
         printed = json.loads(captured.out.splitlines()[-1])
         assert printed["AP"] == pytest.approx(1.0)

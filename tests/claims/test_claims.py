@@ -16,8 +16,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from detclipv2_jax import commands, session, validation
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import main, validation
 from detclipv2_jax.claims import __main__ as claims
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.visualize import charts
@@ -85,9 +85,9 @@ def test_the_demo_ends_with_its_scores_beside_those_of_boxes_alone(tmp_path):
 
 
 def test_closing_words_on_other_data_are_left_out(capsys):
-    main.print_closing("novel {APr:.1f}", {"AP": 0.5, "APr": 0.25})
-    main.print_closing("novel {APr:.1f}", {"AP": 0.5})  # a COCO json without frequencies
-    main.print_closing("", {})
+    session.print_closing("novel {APr:.1f}", {"AP": 0.5, "APr": 0.25})
+    session.print_closing("novel {APr:.1f}", {"AP": 0.5})  # a COCO json without frequencies
+    session.print_closing("", {})
     assert capsys.readouterr().out == "novel 25.0\n"
 
 
@@ -233,7 +233,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "command", command)
     folders = {name: tmp_path / name for name in ("results", "work", "output")}
     arguments = [f"--{name}={folder}" for name, folder in folders.items()] + ["--jobs=1", f"--config={RECIPE}"]
-    assert claims.main(arguments) == 1
+    assert commands.run(claims.main, arguments=arguments) == 1
     assert "the run bilateral, seed 0, failed" in capsys.readouterr().err
     assert started == ["start", "pairs", "bilateral"]
     assert (folders["work"] / "start_0" / "checkpoints").exists()
@@ -245,7 +245,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert stored["scores"]["base_AP"] > 0
     assert stored["versions"].keys() >= {"jax", "python"}
     fails = ""
-    assert claims.main(arguments) == 0
+    assert commands.run(claims.main, arguments=arguments) == 0
     assert started == ["start", "pairs", "bilateral", "bilateral", "image_to_text"]
     printed = capsys.readouterr().out
     assert f"image_to_text, seed 0, begins: {folders['work']}/image_to_text_0/log.txt" in printed
@@ -255,12 +255,12 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     # a row whose start is gone needs it again
     shutil.rmtree(folders["work"])
     (folders["results"] / "image_to_text_0.json").unlink()
-    assert claims.main(arguments) == 0
+    assert commands.run(claims.main, arguments=arguments) == 0
     assert started[5:] == ["start", "image_to_text"]
 
     # a result of another recipe is not taken for one of this
     monkeypatch.setitem(ablations.ROWS, "pairs", ablations.ROWS["pairs"] | {"loss.temperature": 0.3})
-    assert claims.main(arguments) == 1
+    assert commands.run(claims.main, arguments=arguments) == 1
     assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 
+import building
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ BUILDERS = {"detection": "coco_json", "grounding": "grounding_json", "image_text
 def build(world: pathlib.Path, kind: str, **options) -> str:
     source = world / ("pairs.tsv" if kind == "image_text" else f"{kind}.json")
     output = str(world / "built" / kind)
-    prepare.run(BUILDERS[kind], source=str(source), output=output, shard_size=3, **options)
+    building.build(BUILDERS[kind], input=str(source), output=output, shard_size=3, **options)
     return output
 
 

@@ -1,8 +1,9 @@
 """The plan of a run from its files: steps, tables, and what is found wrong."""
 
+import building
+
 from detclipv2_jax.data.catalog import DATASETS
 from detclipv2_jax.preflight import data_plan
-from detclipv2_jax.prepare import __main__ as prepare
 
 
 def check(config, **changes):
@@ -40,7 +41,7 @@ def test_photos_of_the_evaluation_and_other_problems(config, world):
 def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world):
     name, known = next((name, dataset) for name, dataset in DATASETS.items() if dataset.kind == "detection")
     folder = world / "built" / name
-    prepare.run("coco_json", source=str(world / "detection.json"), output=str(folder))
+    building.build("coco_json", input=str(world / "detection.json"), output=str(folder))
     config.detection.data = (str(folder),)
     config.detection.annotations = config.detection.images = ""
     config.grounding.annotations = config.grounding.images = config.image_text.pairs = config.image_text.images = ""
@@ -48,8 +49,8 @@ def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world):
     assert f"has 7 examples; {known.title} has {known.num_examples:,}" in "".join(plan.problems)
     assert any("was not compared with photos of validation sets" in note for note in plan.notes)
     leaking = world / "built" / "leaking"
-    prepare.run(
-        "coco_json", source=str(world / "detection.json"), output=str(leaking), validation=(config.eval.annotations,)
+    building.build(
+        "coco_json", input=str(world / "detection.json"), output=str(leaking), validation=(config.eval.annotations,)
     )
     config.detection.data = (str(leaking),)
     assert "leaking: 7 photos of the evaluation are among its 7" in "".join(check(config).problems)

@@ -1,13 +1,13 @@
 import json
 import shutil
 
+import building
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
 from detclipv2_jax.data import box_json, scenes, shapes, sources
-from detclipv2_jax.prepare import __main__ as prepare
 
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
 
@@ -77,7 +77,7 @@ def test_files_are_read_as_real_data(folder):
     [("coco_json", "detection.json", 30), ("grounding_json", "grounding.json", 40), ("image_text", "pairs.tsv", 80)],
 )
 def test_files_are_built_as_real_data(folder, tmp_path, kind, file, count):
-    report = prepare.run(kind, source=str(folder / file), output=str(tmp_path))
+    report = building.build(kind, input=str(folder / file), output=str(tmp_path))
     assert (report["examples"], report["dropped"]) == (count, {})
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from detclipv2_jax import commands
 from detclipv2_jax.eval import coco
 
 FIXTURES = ("coco_gt_instances_val2014_100.json", "coco_dt_fakebbox100.json")
@@ -38,7 +39,12 @@ def test_published_numbers(shared_data, tmp_path, capsys):
     expected = json.loads((folder / "expected.json").read_text())["coco_bbox"]
     annotations, detections = (str(folder / name) for name in FIXTURES)
     output = tmp_path / "scores.json"
-    assert coco.main([f"--annotations={annotations}", f"--detections={detections}", f"--output={output}"]) == 0
+    assert (
+        commands.run(
+            coco.command, arguments=[f"--annotations={annotations}", f"--detections={detections}", f"--output={output}"]
+        )
+        == 0
+    )
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(output.read_text())
     for name in coco.METRICS:
@@ -171,7 +177,9 @@ def _command(folder, truth, rows):
     for name, content in (("truth.json", truth), ("found.json", rows)):
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / name).write_text(text)
-    return coco.main([f"--annotations={folder / 'truth.json'}", f"--detections={folder / 'found.json'}"])
+    return commands.run(
+        coco.command, arguments=[f"--annotations={folder / 'truth.json'}", f"--detections={folder / 'found.json'}"]
+    )
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):
@@ -196,7 +204,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
         assert f"error: {tmp_path}" in captured.err
         assert message in captured.err
         assert not captured.out
-    assert coco.main(["--annotations=absent.json", "--detections=absent.json"]) == 1
+    assert commands.run(coco.command, arguments=["--annotations=absent.json", "--detections=absent.json"]) == 1
     assert "cannot read absent.json: No such file" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import planted
 import pytest
 from PIL import Image
 
+from detclipv2_jax import commands
 from detclipv2_jax.eval import grounding, result
 from detclipv2_jax.inference import Predictor
 
@@ -94,7 +95,10 @@ def test_other_files_are_refused(tmp_path, capsys):
         match=r"1 of 1 annotations cannot .*annotations\[0\] bbox is not four numbers in px",
     ):
         grounding.read_queries(str(path), task="phrases")
-    assert grounding.main(["--checkpoint=x", "--annotations=absent.json", f"--images={tmp_path}"]) == 1
+    assert (
+        commands.run(grounding.main, arguments=["--checkpoint=x", "--annotations=absent.json", f"--images={tmp_path}"])
+        == 1
+    )
     assert "error: --annotations" in capsys.readouterr().err
 
 
@@ -114,7 +118,7 @@ def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "g.json").write_text(json.dumps(content))
     output = tmp_path / "scores.json"
     arguments = ["--checkpoint=run", f"--annotations={tmp_path}/g.json", f"--images={tmp_path}", f"--output={output}"]
-    assert grounding.main(arguments) == 0
+    assert commands.run(grounding.main, arguments=arguments) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(output.read_text())
     assert (printed["R@1"], printed["merged_R@10"]) == (0.5, 0.5)

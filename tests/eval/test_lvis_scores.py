@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from detclipv2_jax import commands
 from detclipv2_jax.eval import coco, detections, lvis
 
 FIXTURES = ("lvis_v05_val_100.json", "lvis_dt_generated.json")
@@ -18,7 +19,7 @@ def test_numbers_of_lvis_api(shared_data, tmp_path, capsys):
     expected.pop("source")
     output = tmp_path / "scores.json"
     arguments = [f"--{key}={folder / name}" for key, name in zip(("annotations", "detections"), FIXTURES, strict=True)]
-    assert lvis.main([*arguments, f"--output={output}"]) == 0
+    assert commands.run(lvis.score, arguments=[*arguments, f"--output={output}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     printed = json.loads(lines[-1])
     assert printed == json.loads(output.read_text())
@@ -28,7 +29,7 @@ def test_numbers_of_lvis_api(shared_data, tmp_path, capsys):
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (100, 100)
     assert "10000 a category" in protocol["ap"]
     assert protocol["annotations_sha256"] == coco.sha256(folder / FIXTURES[0])
-    assert lvis.main([*arguments, "--fixed_ap"]) == 0
+    assert commands.run(lvis.score, arguments=[*arguments, "--fixed_ap"]) == 0
     fixed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert fixed["AP"] == printed["fixed_AP"]
     assert fixed["standard_AR@300"] == printed["AR@300"]
@@ -261,10 +262,10 @@ def test_command_carries_the_protocol_that_lies_beside(tmp_path, capsys):
     (tmp_path / "step_3_detections.json").write_text(json.dumps([_row(1, [0, 0, 50, 50], 0.5)]))
     (tmp_path / "step_3_scores.json").write_text(json.dumps({"AP": 1, "protocol": {"checkpoint_step": 3}}))
     arguments = [f"--annotations={tmp_path}/truth.json", f"--detections={tmp_path}/step_3_detections.json"]
-    assert lvis.main(arguments) == 0
+    assert commands.run(lvis.score, arguments=arguments) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]["made_under"] == {"checkpoint_step": 3}
     (tmp_path / "found.json").write_text((tmp_path / "step_3_detections.json").read_text())
-    assert lvis.main([arguments[0], f"--detections={tmp_path}/found.json"]) == 0
+    assert commands.run(lvis.score, arguments=[arguments[0], f"--detections={tmp_path}/found.json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]["made_under"] is None
-    assert lvis.main([arguments[0], "--detections=absent.json"]) == 1
+    assert commands.run(lvis.score, arguments=[arguments[0], "--detections=absent.json"]) == 1
     assert "error: cannot read absent.json" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from detclipv2_jax import commands
 from detclipv2_jax.eval import names
 
 TRUTH = {
@@ -85,7 +86,7 @@ def test_the_command_prints_them_last(tmp_path, capsys):
     for name, content in (("truth", TRUTH), ("found", FOUND)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     files = [f"--annotations={tmp_path}/truth.json", f"--detections={tmp_path}/found.json"]
-    assert names.main(files) == 0
+    assert commands.run(names.command, arguments=files) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(1 / 2)
-    assert names.main([*files, f"--annotations={tmp_path}/found.json"]) == 1
+    assert commands.run(names.command, arguments=[*files, f"--annotations={tmp_path}/found.json"]) == 1
     assert "no COCO annotation file" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import jax
 import planted
 import pytest
 
-from detclipv2_jax import config_json
+from detclipv2_jax import commands, config_json
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.runs import sharding
@@ -43,7 +43,7 @@ def test_the_real_members(shared_data):
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
-    assert odinw.main([f"--data={tmp_path}", "--checkpoint=run"]) == 1
+    assert commands.run(odinw.main, arguments=[f"--data={tmp_path}", "--checkpoint=run"]) == 1
     assert "holds no member of ODinW" in capsys.readouterr().err
 
 
@@ -71,7 +71,7 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
         run.mkdir(parents=True)
         (run / "config.json").write_text(config_json.to_json(config))
     arguments = [f"--data={tmp_path}/data", f"--output={tmp_path}/out", f"--checkpoint={runs[0]}"]
-    assert odinw.main([*arguments, f"--finetuned={tmp_path}/tuned"]) == 0
+    assert commands.run(odinw.main, arguments=[*arguments, f"--finetuned={tmp_path}/tuned"]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result == json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -86,7 +86,7 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert protocol["prompts"] == ["blue", "red"]
     assert any(line.startswith("not scored (33)") for line in lines)
     assert jax.device_count() == 8  # a batch of 3 was made one of 8
-    assert odinw.main([*arguments, "--plain_names"]) == 0
+    assert commands.run(odinw.main, arguments=[*arguments, "--plain_names"]) == 0
     assert (
         json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
     )

@@ -18,13 +18,14 @@ from safetensors.numpy import save_file
 
 from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.export import __main__ as export
-from detclipv2_jax.export import scripts
+from detclipv2_jax.export import programs, scripts
 from detclipv2_jax.export.scripts import weights as loader
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.models import detclip
 
 WORDS = {"person": "a human being", "red car": "", "café": "", "dog's bowl": "", "東京": ""}
 NUM_PHOTOS = 3
+TEXT = ", ".join(f"{name}: {definition}" for name, definition in WORDS.items())
 LIMITS = {"max_detections": 50, "nms_iou": 0.5}
 
 
@@ -42,14 +43,14 @@ def predictor(micro_session):
 
 @pytest.fixture(scope="module", autouse=True)
 def _modules_are_traced_once():
-    made, make = [], export.make_modules
+    made, make = [], programs.make_modules
 
     def make_once(*arguments):
         made.extend([] if made else [make(*arguments)])
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "make_modules", make_once)
+        patch.setattr(programs, "make_modules", make_once)
         yield
 
 
@@ -78,7 +79,7 @@ def expected(predictor, photos):
 
 def _export(predictor, monkeypatch, folder, file_format, **options):
     monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
-    export.run(checkpoint="run", file_format=file_format, output=str(folder), **options)
+    export.run(checkpoint="run", format=file_format, output=str(folder), **options)
     return folder
 
 
@@ -92,7 +93,7 @@ def _check(found, expected):
 
 @pytest.mark.slow
 def test_weights_and_vocabulary(predictor, monkeypatch, expected, tmp_path):
-    folder = _export(predictor, monkeypatch, tmp_path / "out", "safetensors", words=WORDS)
+    folder = _export(predictor, monkeypatch, tmp_path / "out", "safetensors", words=TEXT)
     found = exported.run("safetensors", folder, {}, tmp_path)
     assert found.pop("words").tolist() == list(WORDS)
     assert found.pop("definitions").tolist() == list(WORDS.values())
@@ -179,12 +180,12 @@ def test_wrong_arguments(predictor, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"--output: .*used holds something already; give a new folder"):
         _export(predictor, monkeypatch, tmp_path / "used", "safetensors")
     with pytest.raises(ValueError, match="--words: a SavedModel takes its words when it runs"):
-        _export(predictor, monkeypatch, tmp_path / "new", "saved_model", words=WORDS)
+        _export(predictor, monkeypatch, tmp_path / "new", "saved_model", words=TEXT)
     with pytest.raises(ValueError, match=r"nms_iou is 2\.0; it must lie between 0 and 1"):
         _export(predictor, monkeypatch, tmp_path / "new", "stablehlo", nms_iou=2.0)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is no workdir: it has no config"):
-        export.run(checkpoint=str(tmp_path), file_format="safetensors", output=str(tmp_path / "new"))
+        export.run(checkpoint=str(tmp_path), format="safetensors", output=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 

@@ -311,7 +311,12 @@ def test_config_overrides():
             overrides.append(f"--config.{key}={rng.choice(values)}")
         try:
             config = parsed(overrides)
-        except (AttributeError, KeyError, TypeError, flags.Error) as error:  # which `parse_flags` puts into one line
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            flags.Error,
+        ) as error:  # put into one line by `commands`
             raise ValueError(str(error)) from error
         validation.validate(config, num_devices=8)
         assert config_json.to_json(config_json.from_json(config_json.to_json(config))) == config_json.to_json(config)

@@ -9,6 +9,7 @@ import lzma
 import re
 import shutil
 
+import building
 import numpy as np
 import pytest
 import test_fuzzing
@@ -21,7 +22,6 @@ from detclipv2_jax import config_json, files
 from detclipv2_jax.data import scenes, transforms
 from detclipv2_jax.data.built import check_metadata, read_built
 from detclipv2_jax.data.schema import Kind, UnusableError
-from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import image_text
 from detclipv2_jax.prepare.record_builder import Tally
 
@@ -73,7 +73,7 @@ def test_photos():
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     scenes.write(folder, num_detection=4, num_grounding=0, num_image_text=0, num_eval=0, size_px=64)
-    prepare.run("coco_json", source=str(folder / "detection.json"), images=str(folder), output=str(folder / "built"))
+    building.build("coco_json", input=str(folder / "detection.json"), images=str(folder), output=str(folder / "built"))
     return folder / "built"
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import building
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from micro import micro_config
 from tensorflow_datasets.proto import tf_example_pb2
 
-from detclipv2_jax import main, train, train_step
+from detclipv2_jax import session, train, train_step
 from detclipv2_jax.data import scenes
-from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.runs import checkpoints, sharding
 from detclipv2_jax.runs.state import TrainState
 
@@ -44,8 +44,8 @@ def config(tmp_path_factory):
     """Three steps of detection, one of which meets the poisoned example."""
     folder = tmp_path_factory.mktemp("world")
     scenes.write(folder, num_detection=24, num_grounding=0, num_image_text=0, num_eval=0, size_px=64)
-    options = {"source": str(folder / "detection.json"), "images": str(folder), "shard_size": 100}
-    prepare.run("coco_json", output=str(folder / "poisoned"), **options)
+    options = {"input": str(folder / "detection.json"), "images": str(folder), "shard_size": 100}
+    building.build("coco_json", output=str(folder / "poisoned"), **options)
     (shard,) = (folder / "poisoned").glob("*array_record*")
     poison(shard, POISONED)
     c = micro_config()
@@ -103,7 +103,7 @@ def test_replay_runs_the_step_again_and_changes_nothing(config, stopped, capsys)
     workdir, message = stopped
     step = step_of(message)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    metrics = main.prepare(config, workdir, training=True, replayed=step)()
+    metrics = session.prepare(config, workdir, training=True, replayed=step)()
     printed = capsys.readouterr().out
     assert f"step {step}, batch {step - 1} of detection/64x64:" in printed
     for name in ("loss_alignment", "loss_box nan", "grad_norm_swin nan", "grad_norm_head", "grad_norm_text_encoder"):
@@ -114,7 +114,7 @@ def test_replay_runs_the_step_again_and_changes_nothing(config, stopped, capsys)
     assert metrics["detection/loss_alignment"] == terms["detection/loss_alignment"]  # bit for bit
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     with pytest.raises(ValueError, match=r"--replay=9: the run has 3 steps"):
-        main.prepare(config, workdir, training=True, replayed=9)()
+        session.prepare(config, workdir, training=True, replayed=9)()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 
+import building
 import numpy as np
 import pytest
 import test_main
@@ -16,7 +17,6 @@ from micro import micro_config
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.data.streams import train_streams
-from detclipv2_jax.prepare import __main__ as prepare
 
 NUM_IMAGES = 200
 EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
@@ -28,8 +28,8 @@ def world(tmp_path_factory):
     """A folder of generated scenes and, in built/, shards of ten of its images each."""
     folder = tmp_path_factory.mktemp("world")
     scenes.write(folder, num_detection=30, num_grounding=0, num_image_text=NUM_IMAGES, num_eval=0, size_px=64)
-    options = {"source": str(folder / "detection.json"), "images": str(folder), "shard_size": 10}
-    prepare.run("coco_json", output=str(folder / "built"), **options)
+    options = {"input": str(folder / "detection.json"), "images": str(folder), "shard_size": 10}
+    building.build("coco_json", output=str(folder / "built"), **options)
     return folder
 
 

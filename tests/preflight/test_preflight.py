@@ -12,8 +12,8 @@ from configs import swin_t
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.chips import GIB
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.preflight import __main__ as preflight
 from detclipv2_jax.preflight import compile_step, data_plan
+from detclipv2_jax.preflight import report as preflight
 from detclipv2_jax.preflight.compile_step import Topology
 from detclipv2_jax.runs import sharding
 
@@ -140,8 +140,8 @@ def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
     [
         ("Ran out of memory in memory space hbm. Used 23.57G of 15.75G hbm. Exceeded by 7.82G.", 23.57),
         (
-            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (15.84G) "
-            "exceeds available HBM (15.75G). HLO module: jit_step.",
+            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(15.84G) exceeds available HBM (15.75G). HLO module: jit_step.",
             15.84,
         ),
         ("Ran out of memory on HBM, the total memory required for HLO temporaries (1536M) exceeds it", 1.5),

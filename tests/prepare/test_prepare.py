@@ -3,11 +3,11 @@ import pathlib
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent))
+import building
 from raw_files import jpeg, write_coco
 
 from detclipv2_jax.prepare import __main__ as prepare
@@ -29,8 +29,7 @@ def test_command_builds_and_says_what_to_put_in_the_config(tmp_path):
 
 
 def test_scenes_are_a_data_set_to_build_from(tmp_path, capsys):
-    values = types.SimpleNamespace(output=str(tmp_path), num_examples=3, size_px=48, seed=1)
-    prepare._OTHERS["scenes"](values)
+    prepare.scenes(output=str(tmp_path), num_examples=3, size_px=48, seed=1)
     assert str(tmp_path) in capsys.readouterr().out
     counts = [len(list((tmp_path / "images" / kind).iterdir())) for kind in ("detection", "image_text", "eval")]
     assert counts == [3, 3, 3]
@@ -38,16 +37,20 @@ def test_scenes_are_a_data_set_to_build_from(tmp_path, capsys):
 
 
 def test_help_lists_kinds_and_flags():
-    done = subprocess.run(command("--help"), capture_output=True, text=True, check=False)
-    for word in ("coco_json", "lvis", "grounding_json", "image_text", "--input", "--output", "--pipeline"):
-        assert word in done.stdout
+    for options, words in (
+        (["--help"], ("coco_json", "lvis", "grounding_json", "image_text", "inspect", "dictionary", "scenes")),
+        (["image_text", "--help"], ("--input", "--output", "--pipeline")),
+    ):
+        done = subprocess.run(command(*options), capture_output=True, text=True, check=False)
+        for word in words:
+            assert word in done.stdout
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("coco", {}, "KIND is 'coco'; allowed are coco_json"),
-        ("coco_json", {"source": "nowhere.json"}, "--input=nowhere.json does not exist"),
+        ("coco_json", {"input": "nowhere.json"}, "--input=nowhere.json does not exist"),
         ("grounding_json", {"num_examples": 3}, "grounding_json has none"),
         ("coco_json", {"shard_size": 0}, "--shard_size=0"),
         ("grounding_json", {}, "belongs in config.detection.annotations"),
@@ -57,8 +60,8 @@ def test_help_lists_kinds_and_flags():
 def test_wrong_arguments(tmp_path, kind, options, message):
     path = write_coco(tmp_path / "raw")
     with pytest.raises(ValueError, match=message):
-        prepare.run(
-            kind, **{"source": str(path), "output": str(tmp_path / "out"), "images": str(path.parent)} | options
+        building.build(
+            kind, **{"input": str(path), "output": str(tmp_path / "out"), "images": str(path.parent)} | options
         )
 
 
@@ -70,11 +73,11 @@ def test_images_are_found_beside_the_input_or_asked_for(tmp_path):
     for name, folder in (("photos/0.jpg", tmp_path), ("0.jpg", None)):
         pairs.write_text(f"{name}\ta dog\n")
         if folder:
-            report = prepare.run("image_text", source=str(pairs), output=str(tmp_path / "out"))
+            report = building.build("image_text", input=str(pairs), output=str(tmp_path / "out"))
             assert report["plan"]["images"] == str(folder)
         else:
             with pytest.raises(ValueError, match=r"--images: no image of .* \(the first is 0.jpg\)"):
-                prepare.run("image_text", source=str(pairs), output=str(tmp_path / "out2"))
+                building.build("image_text", input=str(pairs), output=str(tmp_path / "out2"))
 
 
 @pytest.mark.slow

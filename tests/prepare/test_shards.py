@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 
+import building
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -14,7 +15,7 @@ from detclipv2_jax.prepare import coco_json, shards
 
 
 def build(source, output, **options):
-    return prepare.run("coco_json", source=str(source), output=str(output), **{"shard_size": 2} | options)
+    return building.build("coco_json", input=str(source), output=str(output), **{"shard_size": 2} | options)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -147,5 +148,5 @@ def test_a_shard_without_usable_examples_is_left_out(tmp_path):
 def test_processes_write_the_same_files(tmp_path):
     source = write_coco(tmp_path / "raw")
     build(source, tmp_path / "one")
-    build(source, tmp_path / "two", num_workers=2)
+    build(source, tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

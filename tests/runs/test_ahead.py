@@ -7,7 +7,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from detclipv2_jax import main, train
+from detclipv2_jax import session, train
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs.ahead import Ahead
 
@@ -42,7 +42,7 @@ def test_what_waits_is_left_when_the_run_ends():
 @pytest.mark.slow
 def test_a_step_compiled_ahead_is_not_compiled_when_called(micro, tmp_path):
     micro.scenes.num_grounding = micro.scenes.num_image_text = 0
-    run = train.prepare_run(main.with_scenes(micro, tmp_path), tmp_path)
+    run = train.prepare_run(session.with_scenes(micro, tmp_path), tmp_path)
     (stream,) = run.streams
     key = stream.kind, stream.canvas
     step = train.jitted_step(run, *key)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from detclipv2_jax import convert, main, train, validation
+from detclipv2_jax import convert, session, train, validation
 from detclipv2_jax.convert import layouts
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, pretrained
@@ -166,7 +166,7 @@ def test_a_run_starts_from_a_checkpoint_of_timm_and_one_of_transformers(micro, t
 def state_at_start(config, workdir):
     """Returns the parameters of a run before its first step, by name."""
     workdir.mkdir()
-    run = train.prepare_run(main.with_scenes(config, workdir), workdir)
+    run = train.prepare_run(session.with_scenes(config, workdir), workdir)
     manager = checkpoints.Checkpoints(workdir, keep=1)
     state = train.initial_state(run, manager)
     manager.close()

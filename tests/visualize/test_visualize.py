@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detclipv2_jax.data import tokenizer
+from detclipv2_jax import commands
+from detclipv2_jax.data import phrases, tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.inference import Predictor
 from detclipv2_jax.visualize import __main__ as command
-from detclipv2_jax.visualize import charts, drawing, figures
+from detclipv2_jax.visualize import alignment, charts, drawing, figures
 
 NAMES = ("cat", "dog", "a very long name of a thing")
 
@@ -237,7 +239,8 @@ def test_curves_of_something_else(tmp_path, content):
 
 
 def _command(*arguments):
-    return command.main(list(map(str, arguments)))
+    kinds = {"detections": command.detections, "alignment": command.alignment, "curves": command.curves}
+    return commands.run(kinds, arguments=list(map(str, arguments)))
 
 
 def test_detections_are_drawn_from_files(tmp_path, capsys):
@@ -298,7 +301,7 @@ def test_predicted_rows_meet_annotations_by_file_and_word(tmp_path, monkeypatch)
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     drawn = {}
     monkeypatch.setattr(
-        command.figures, "detections",
+        figures, "detections",
         lambda image, boxes, labels, names, *, title, **options: drawn.update({title: [names[i] for i in labels]}),
     )  # fmt: skip
     options = (
@@ -318,10 +321,8 @@ def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
     for name in "abc":
         Image.fromarray(_photo()).save(tmp_path / f"{name}.png")
     drawn = {}
-    monkeypatch.setattr(command.Predictor, "from_checkpoint", lambda workdir: f"predictor of {workdir}")
-    monkeypatch.setattr(
-        command.alignment, "draw", lambda *arguments, **options: drawn.update(options, arguments=arguments)
-    )
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: f"predictor of {workdir}")
+    monkeypatch.setattr(alignment, "draw", lambda *arguments, **options: drawn.update(options, arguments=arguments))
     options = ("alignment", "--checkpoint=run", "--image", tmp_path / "b.png", "--caption", "a cat on a red car")
     options += ("--others", tmp_path / "*.png", "--output", tmp_path / "out.png")
     assert _command(*options, "--phrases", "a cat, red car,") == 0
@@ -329,8 +330,8 @@ def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
     assert drawn["arguments"] == ("predictor of run", photos, ["a cat on a red car", "a cat", "red car"])
     assert drawn["caption"] == "a cat on a red car"
     assert drawn["path"] == str(tmp_path / "out.png")
-    monkeypatch.setattr(command.phrases_lib, "check_pipeline", lambda name: None)
-    monkeypatch.setattr(command.phrases_lib, "noun_phrases", lambda captions, **options: [["cat"] for _ in captions])
+    monkeypatch.setattr(phrases, "check_pipeline", lambda name: None)
+    monkeypatch.setattr(phrases, "noun_phrases", lambda captions, **options: [["cat"] for _ in captions])
     assert _command(*options) == 0
     assert drawn["arguments"][2] == ["a cat on a red car", "cat"]
 

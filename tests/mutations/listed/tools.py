@@ -80,7 +80,7 @@ FAULTS = [
     ),
     *plant(
         "export/__main__.py", "export/test_export.py::test_wrong_arguments",
-        ("if file_format == \"saved_model\" and words:", "if False:"),
+        ("if format == \"saved_model\" and asked:", "if False:"),
         ("not folder.is_dir() or any(folder.iterdir())", "not folder.is_dir()"),
         slow=True,
     ),

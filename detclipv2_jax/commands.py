@@ -1,0 +1,171 @@
+"""Command lines: the options of a command are the parameters of a function, their help is what its docstring says.
+
+A command's module ends with `run`. What takes long to import is imported by its function, so that --help is quick.
+Ctrl-C ends a command with one line and status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import inspect
+import os
+import re
+import signal
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
+Command = Callable[..., Any]
+
+
+def run(
+    command: Command | Mapping[str, Command], *, about: str | None = None, arguments: Sequence[str] | None = None
+) -> int:
+    """Calls a function with the options of the command line; returns what it does if that is a number, 0 otherwise.
+
+    An option is a keyword of the function (see `_add_options`); what is wrong with a value is a ValueError, which ends
+    the command with one line and status 1, as an OSError does.
+
+    Args:
+      command: the function, or several of which the first argument names one.
+      about: what --help says of the whole.
+      arguments: in place of those that the program was started with.
+    """
+    if arguments is None:
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # no stderr
+            faulthandler.enable()
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.WARNING)
+        flags.FLAGS.mark_as_parsed()  # absl's own, which libraries read
+        # a process beside the workers removes what an interrupted command leaves of them, and would warn of it
+        given = os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker")))
+    try:
+        function, options = parse(command, about=about, arguments=sys.argv[1:] if arguments is None else arguments)
+        result = function(**options)
+    except KeyboardInterrupt:
+        end("stopped by Ctrl-C")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def end(message: str) -> NoReturn:
+    """Ends the process with one line; neither threads nor worker processes are waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def parse(
+    command: Command | Mapping[str, Command], *, about: str | None, arguments: Sequence[str]
+) -> tuple[Command, dict[str, Any]]:
+    """Returns the function that the arguments choose and its options; ends the process if they are wrong."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    name = program.name.removesuffix(".__main__") if program else "detclipv2_jax"
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=about, **style)
+    if isinstance(command, Mapping):
+        kinds = parser.add_subparsers(metavar="KIND", required=True)
+        for kind, function in command.items():
+            text = (inspect.getdoc(getattr(function, "func", function)) or "").partition("\nArgs:")[0].strip()
+            _add_options(kinds.add_parser(kind, help=text.partition("\n")[0], description=text, **style), function)
+    else:
+        _add_options(parser, command)
+    known, rest = parser.parse_known_args(arguments)
+    options = vars(known)
+    function = options.pop("function")
+    if unknown := [argument for argument in rest if not argument.startswith(("--config.", "--noconfig."))]:
+        parser.error(f"unexpected argument {unknown[0]!r}; quote words and patterns that hold spaces")
+    if isinstance(options.get("config"), _ConfigFile):
+        options["config"] = configuration([f"--config={options['config']}", *rest])
+    elif rest:
+        parser.error(f"{rest[0]} needs a configuration: --config=FILE")
+    return function, options
+
+
+def _add_options(parser: argparse.ArgumentParser, function: Command) -> None:
+    """Adds an option for every keyword of a function that nobody bound yet.
+
+    One without default must be given. A bool is --NAME or --noNAME, a tuple a list with commas, a list an option that
+    may be given several times, a configuration a file, whose values --config.KEY=VALUE replaces.
+    """
+    parser.set_defaults(function=function)
+    described = inspect.getdoc(getattr(function, "func", function)) or ""
+    arguments = re.split(r"\n\w+:\n", described.partition("\nArgs:\n")[2])[0]
+    texts = {name: " ".join(text.split()) for name, text in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", arguments, re.M)}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if name in getattr(function, "keywords", {}):
+            continue
+        required, default = parameter.default is parameter.empty, parameter.default
+        kind = parameter.annotation
+        if get_origin(kind) is types.UnionType:  # X | None
+            kind = get_args(kind)[0]
+        text = texts.get(name, "").replace("%", "%%")
+        if not required and default not in (None, "", False, (), []):
+            text += f" (default: {default})"
+        options: dict[str, Any] = {"help": text, "required": required, "default": None if required else default}
+        if kind is bool:
+            parser.add_argument(f"--{name}", f"--no{name}", action=_Switch, nargs=0, **options)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(f"--{name}", choices=get_args(kind), **options)
+        elif get_origin(kind) is list:
+            parser.add_argument(f"--{name}", action="append", metavar="TEXT", **options)
+        elif get_origin(kind) is tuple:
+            parser.add_argument(f"--{name}", type=_listed, metavar="A,B,…", **options)
+        elif kind is ConfigDict:
+            parser.add_argument(f"--{name}", type=_ConfigFile, metavar="FILE[:VARIANT]", **options)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")
+            parser.add_argument(f"--{name}", type=kind, metavar=metavar, **options)
+
+
+class _Switch(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, _: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+class _ConfigFile(str):
+    """The file of a configuration that is still to be read."""
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def configuration(arguments: Sequence[str]) -> ConfigDict:
+    """Returns the configuration of --config=FILE with the values of --config.key=value.
+
+    They win over those of `config.chips`. A wrong key or a missing file ends in one line, not in a traceback.
+    """
+    values = flags.FlagValues()
+    try:
+        given = ["program", *arguments]
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=given)
+        values(given)
+        config = values.config
+        overridden = config_flags.get_override_values(values["config"])
+        # a file that could not be loaded shows only now, when something is read from it
+        for chip in config.chips:
+            config.chips[chip] = tuple(pair for pair in config.chips[chip] if pair[0] not in overridden)
+        return config
+    except (AttributeError, KeyError) as error:
+        # it may hold another error's repr
+        words = str(error.args[0]).strip("'").replace("\\n", " ").replace("\\'", "'")
+        sys.exit(f"error: unknown configuration key: {' '.join(words.split())}")
+    except (flags.Error, OSError, ValueError, TypeError) as error:
+        # ml_collections puts a whole traceback into the message; its last line says what was wrong
+        sys.exit(f"error: the configuration cannot be loaded: {str(error).strip().splitlines()[-1]}")

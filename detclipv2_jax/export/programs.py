@@ -1,0 +1,116 @@
+"""What an export consists of: weights, programs, and the scripts that read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.export import Exported, export, symbolic_shape
+from safetensors.numpy import save_file
+
+from detclipv2_jax import config_json
+from detclipv2_jax.export import scripts
+from detclipv2_jax.inference import WORD_CHUNK, Limits, Photos, Predictor
+from detclipv2_jax.models import detclip
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+
+
+def portable(predictor: Predictor, *, dtype: str = "") -> Predictor:
+    """Returns the predictor without kernels, which would tie a program to this version of jaxlib; `dtype` as given."""
+    config = predictor.config.copy_and_resolve_references()
+    with config.unlocked():  # configurations of old runs have no such key
+        config.model.swin.attention_impl = "xla"
+        if config.model.head.deform_impl in ("auto", "pallas"):
+            config.model.head.deform_impl = "xla"
+    config.model.dtype = dtype or config.model.dtype
+    return Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
+
+
+def write(
+    folder: pathlib.Path, predictor: Predictor, form: str, *, limits: Limits, words: Mapping[str, str] | None
+) -> None:
+    """Writes an export: "safetensors", "stablehlo" or "saved_model"; ValueError if a library is missing."""
+    flat = flax.traverse_util.flatten_dict(predictor.params, sep="/")
+    weights = {name: np.asarray(flat[name]) for name in sorted(flat)}
+    if form == "saved_model":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets
+        try:
+            from detclipv2_jax.export import saved_model  # takes seconds
+        except ImportError as error:
+            raise ValueError(
+                f"--format=saved_model needs tensorflow-text: pip install 'detclipv2_jax[export]' ({error})"
+            ) from None
+        saved_model.save(folder, make_modules(predictor, weights, limits), weights)
+        return
+    write_weights(folder, predictor, weights, words)
+    if form == "stablehlo":
+        for name, module in make_modules(predictor, weights, limits).items():
+            (folder / f"{name}.stablehlo").write_bytes(module.serialize())
+        _copy_script("detector.py", folder)
+
+
+def write_weights(
+    folder: pathlib.Path, predictor: Predictor, weights: dict[str, np.ndarray], words: Mapping[str, str] | None
+) -> None:
+    """Writes weights.safetensors, config.json, the vocabulary if there are words, and weights.py, which reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"layout": "detclipv2_jax", "step": str(predictor.step)}
+    save_file(weights, folder / "weights.safetensors", metadata=about)
+    (folder / "config.json").write_text(config_json.to_json(predictor.config))
+    if words:
+        names, text, mask = predictor.vocabulary(words)
+        listed = {"words": names, "definitions": [words[name] for name in names]}
+        (folder / "vocabulary.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
+        save_file({"embeddings": text[mask]}, folder / "vocabulary.safetensors", metadata=about)
+    _copy_script("weights.py", folder)
+
+
+def _copy_script(name: str, folder: pathlib.Path) -> None:
+    shutil.copyfile(pathlib.Path(scripts.__path__[0]) / name, folder / name)
+
+
+def make_modules(predictor: Predictor, weights: Mapping[str, np.ndarray], limits: Limits) -> dict[str, Exported]:
+    """Returns the exported functions, whose first argument is all weights by name.
+
+    encode_text(weights, tokens) → float32[w, d], L2-normalised; detect_HxW(weights, image, extent, original_size, text)
+    → dict for each canvas H x W of the configuration. Rows of text that are zero are no words.
+    """
+    model, config = predictor.detector.model, predictor.config
+    b, w = symbolic_shape("b, w")
+    shape = jax.ShapeDtypeStruct
+    shapes = {name: shape(value.shape, value.dtype) for name, value in weights.items()}
+
+    def nested(weights: Mapping[str, Any]) -> dict[str, Any]:
+        return flax.traverse_util.unflatten_dict(weights, sep="/")
+
+    def encode_text(weights: Mapping[str, Any], tokens: Array) -> Any:
+        return model.apply({"params": nested(weights)}, tokens, method="encode_text")
+
+    def detect(
+        weights: Mapping[str, Any], image: Array, extent: Array, original_size: Array, text: Array
+    ) -> dict[str, Array]:
+        photos = Photos(image, extent, (extent / original_size).astype(jnp.float32), original_size)
+        padding = -(-w // WORD_CHUNK) * WORD_CHUNK - w
+        mask = jnp.pad(jnp.any(text != 0.0, axis=1), (0, padding))
+        found = predictor.detector.predict(nested(weights), photos, jnp.pad(text, ((0, padding), (0, 0))), mask, limits)
+        return vars(found)
+
+    tokens = shape((w, config.model.text.context_length), jnp.int32)
+    modules = {"encode_text": export(jax.jit(encode_text), platforms=PLATFORMS)(shapes, tokens)}
+    sizes, text = shape((b, 2), jnp.int32), shape((w, modules["encode_text"].out_avals[0].shape[1]), jnp.float32)
+    for height, width in config.eval.canvases:
+        image = shape((b, height, width, 3), jnp.uint8)
+        modules[f"detect_{height}x{width}"] = export(jax.jit(detect), platforms=PLATFORMS)(
+            shapes, image, sizes, sizes, text
+        )
+    return modules
