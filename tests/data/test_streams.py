@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import pathlib
@@ -208,6 +209,14 @@ def test_boxes_carry_their_names_and_places(config):
             np.testing.assert_allclose(widths, np.array([20, 30]) * batch.scale[i, 1], rtol=1e-4)
 
 
+def test_ids_of_concepts_are_both_halves_of_a_hash_of_their_tokens(config):
+    for stream in train_streams(config):
+        batch = stream.batch(0)
+        for tokens, (high, low) in zip(batch.concept_tokens[batch.concept_mask], batch.concept_ids, strict=False):
+            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+            assert (int(high) << 32) + int(low) == int.from_bytes(digest, "big")
+
+
 def test_num_concepts_bounds_positives_and_negatives_of_an_image(config):
     config.detection.batch_size, config.detection.num_concepts = 1, 4
     batches = [train_streams(config)[0].batch(n) for n in range(6)]
@@ -250,6 +259,10 @@ def test_definitions_join_the_names(config, tmp_path):
     streams = train_streams(config)
     tokens = {tuple(row) for row in streams[0].batch(0).concept_tokens.tolist()}
     assert set(text_ids(["cat, a small animal", "dog"])) <= tokens
+    batch = streams[0].batch(0)
+    positives = {tuple(batch.concept_tokens[row].tolist()) for row in np.unique(batch.box_concepts[batch.box_mask])}
+    assert set(text_ids(["cat, a small animal"])) <= positives
+    assert not set(text_ids(["cat"])) & tokens
     # grounding draws its negatives from the dictionary, never what the caption names
     batch = streams[2].batch(0)
     tokens = {tuple(row) for row in batch.concept_tokens.tolist()}

@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 
 import make_golden_tokenizer as golden
 import numpy as np
@@ -92,15 +91,6 @@ def test_importing_reads_nothing():
         "import detclipv2_jax.data.tokenizer as t; assert t._bpe.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_speed_of_short_phrases():
-    phrases = [f"{color} thing number {i}" for i in range(5000) for color in ("red", "blue")]
-    tokenizer.tokenize(phrases[:10])
-    start = time.process_time()
-    tokenizer.tokenize(phrases)
-    # 50,000 a second is the aim (benchmarks); a busy machine may be several times slower
-    assert len(phrases) / (time.process_time() - start) > 8_000
 
 
 ASCII = st.text(st.characters(max_codepoint=127) | st.sampled_from("'!? 09stremvld"), max_size=40)

@@ -144,6 +144,14 @@ def test_few_survivors_leave_places_unused():
     assert_selected(result, arrays, scores_of(arrays, "text_batch", lambda i: everything))
     np.testing.assert_array_equal(result.mask[:9].sum(axis=1), [1] * 8 + [0])
     np.testing.assert_array_equal(result.indices[8], 0)
+    np.testing.assert_array_equal(result.indices[:8, 1:], 0)  # not the best one again
+    assert result.indices[:8, 0].any()
+
+
+def test_what_may_not_be_chosen_takes_no_place_before_suppression():
+    arrays = example()
+    arrays["objectness"][~arrays["anchor_mask"]] += 10.0
+    assert_selected(run(arrays, selection="iou", pre_nms=6), arrays, arrays["objectness"], pre_nms=6)
 
 
 def test_of_equal_scores_the_lower_anchor_comes_first():
@@ -186,6 +194,7 @@ def test_gradient_of_the_choice_is_zero_and_of_the_taken_embeddings_is_local():
         ({"selection": "best"}, "selection='best' is unknown; allowed are classification, iou"),
         ({"scope": "host"}, "scope='host' is unknown; allowed are device, global"),
         ({"pre_nms": 5}, "need 1 <= num_proposals <= pre_nms, not num_proposals=6, pre_nms=5"),
+        ({"num_proposals": 0}, "need 1 <= num_proposals <= pre_nms, not num_proposals=0, pre_nms=20"),
     ],
 )
 def test_wrong_settings_are_named(change, message):

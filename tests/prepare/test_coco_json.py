@@ -34,6 +34,23 @@ def test_subset_is_balanced_seeded_and_exact(tmp_path):
         balanced_subset(source, 29, seed=0)
 
 
+def test_few_images_show_the_rarest_categories(tmp_path):
+    path = write_coco(tmp_path / "raw", labels=[(1,)] * 6 + [(2,)] * 3 + [(3,)])
+    source = read_detection(str(path), str(path.parent / "images"))
+    for number, names in ((1, {"thing 3"}), (2, {"thing 3", "thing 2"})):
+        assert counts(source, balanced_subset(source, number, seed=0)).keys() == names
+
+
+def test_a_photo_that_is_a_link_out_of_its_folder_is_counted(tmp_path):
+    path = write_coco(tmp_path / "raw")
+    photo = path.parent / "images" / "000000000003.jpg"
+    photo.rename(tmp_path / "elsewhere.jpg")
+    photo.symlink_to(tmp_path / "elsewhere.jpg")
+    report = prepare.run("coco_json", source=str(path), output=str(tmp_path / "out"), max_bad_share=0.5)
+    assert report["examples"] == 5
+    assert list(report["dropped"].values()) == [1]
+
+
 def test_subset_takes_images_without_boxes_last(tmp_path):
     path = write_coco(tmp_path / "raw", labels=[(), (1,), (), (1,)])
     source = read_detection(str(path), str(path.parent / "images"))

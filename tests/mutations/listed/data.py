@@ -34,7 +34,7 @@ FAULTS = [
         ("f\"{self.seed} {self.name}\"", "f\"{self.name}\"", "data/test_batches.py::test_negatives_differ_between_positions_epochs_seeds_and_images_of_a_batch"),
         ("np.argsort(-areas, kind=\"stable\")[: self.max_boxes]", "np.argsort(areas, kind=\"stable\")[: self.max_boxes]", "::test_too_many_boxes_lose_the_smallest"),
         ("first.setdefault(ids[k], k)", "first.setdefault(k, k)", "::test_phrases_are_unique_and_capped"),
-        ("table.ids >> np.uint64(32)", "table.ids >> np.uint64(64 - 1)", "::test_streams_in_order_with_static_shapes ::test_boxes_carry_their_names_and_places"),
+        ("table.ids >> np.uint64(32)", "table.ids >> np.uint64(64 - 1)", "::test_ids_of_concepts_are_both_halves_of_a_hash_of_their_tokens"),
         ("self.num_concepts - len(record.concepts),", "self.num_concepts,", "::test_num_concepts_bounds_positives_and_negatives_of_an_image"),
         ("never=record.not_negatives", "never=()", "::test_detection_negatives_respect_the_federated_lists"),
         ("first=record.negatives", "first=()", "::test_detection_negatives_respect_the_federated_lists"),
