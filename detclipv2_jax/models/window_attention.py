@@ -228,7 +228,7 @@ def _write(ref: Any, window: Array, first: Array, x: Float32[Array, "64 d"]) -> 
 
 
 def _rows(window: Array) -> Any:
-    """Returns the slice of a whole tile; jax >= 0.12 refuses one beyond the tokens, mask or not, if it knows the start."""
+    """Returns the slice of a whole tile; where JAX 0.12 knows its start, it refuses one beyond the tokens."""
     return pl.ds(0 * window, TILE)
 
 

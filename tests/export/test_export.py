@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.export import __main__ as export
 from detclipv2_jax.export import programs, scripts
+from detclipv2_jax.export.scripts import detector
 from detclipv2_jax.export.scripts import weights as loader
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.models import detclip
@@ -163,6 +164,14 @@ def test_stablehlo(predictor, monkeypatch, expected, tmp_path):
     assert str(image.shape) == "(b, 64, 96, 3)"
     assert str(text.shape) == "(w, 16)"
     _check(exported.run("stablehlo", folder, expected[1], tmp_path), expected)
+
+
+@pytest.mark.parametrize(("words", "rows"), [(1, 128), (127, 128), (128, 128), (129, 256)])
+def test_numbers_of_words_share_a_program(words, rows):
+    found = object.__new__(detector.Detector)
+    found._weights, found._call = None, {"detect_8x4": lambda *arguments: {"text": arguments[-1]}}
+    text = found(np.zeros((1, 8, 4, 3)), [[8, 4]], [[8, 4]], np.ones((words, 2)))["text"]
+    np.testing.assert_array_equal(text, (np.arange(rows) < words)[:, None].repeat(2, axis=1))
 
 
 @pytest.mark.slow
