@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 
 from detclipv2_jax import files
@@ -139,3 +140,26 @@ def test_a_lock_keeps_other_processes_out_until_its_process_is_gone(tmp_path):
         first.kill()
     with files.locked(tmp_path / "lock"):
         pass
+
+
+def test_arrays_are_read_by_name_and_nothing_else_is(tmp_path):
+    arrays = {"a": np.arange(6).reshape(2, 3), "b": np.array(["x", "yz"]), "c": np.zeros(0)}
+    path = tmp_path / "arrays.npz"
+    np.savez(path, **arrays)
+    data = path.read_bytes()
+    for found in (files.read_arrays(path, ("b", "a")), files.read_arrays("x", ("b", "a"), data=data)):
+        assert list(found) == ["b", "a"]
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, arrays[name], strict=True)
+    with pytest.raises(ValueError, match=r"arrays\.npz cannot be read \(KeyError: .*d is not a file"):
+        files.read_arrays(path, ("a", "d"))
+    with pytest.raises(ValueError, match=r"^x cannot be read \(BadZipFile"):
+        files.read_arrays("x", ("a",), data=data[:-30])
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(ValueError, match="its arrays are compressed"):
+        files.read_arrays(path, ("a",))
+    np.savez(path, a=np.array([None, {}]))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        files.read_arrays(path, ("a",))
+    with pytest.raises(FileNotFoundError):
+        files.read_arrays(tmp_path / "absent.npz", ("a",))

@@ -58,6 +58,9 @@ FAULTS = [
         ("if _RESERVED.fullmatch(safe) or not safe:", "if not safe:"),
         ("unicodedata.normalize(\"NFC\", text)", "text"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ("allow_pickle=False", "allow_pickle=True"),
+        ("if any(entry.compress_type for", "if all(entry.compress_type > 99 for"),
+        ("{name: stored[name] for name in names}", "dict(stored)"),
         ("except (ValueError, RecursionError) as error:  # ValueError: also", "except ValueError as error:  # ValueError: also"),
     ),
     *plant(
