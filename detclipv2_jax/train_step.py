@@ -268,7 +268,7 @@ def objectness_loss(
     its target on positive anchors (Table 2a names the heads, not their losses; these are ATSS's and IoU-Net's usual).
     """
     if target == "classification":
-        loss = focal_loss(regions.objectness, targets.anchors.positive, alpha=0.25, gamma=2.0)
+        loss = focal_loss(jnp.asarray(regions.objectness), targets.anchors.positive, alpha=0.25, gamma=2.0)
         return jnp.sum(jnp.where(targets.anchors.mask, loss, 0.0))
     predicted = box_lib.decode_deltas(jnp.broadcast_to(anchors[None], targets.boxes.shape), regions.box_deltas)
     iou = jax.lax.stop_gradient(box_lib.iou(predicted, targets.boxes))

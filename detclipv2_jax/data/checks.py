@@ -15,7 +15,8 @@ from typing import ParamSpec, TypeVar
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _NUM_PROBED_FILES = 64
-_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -65,7 +65,7 @@ class Vocabulary:
 
     names: tuple[str, ...]
     definitions: tuple[str, ...]
-    category_ids: tuple[int, ...] = ()
+    category_ids: tuple[int | str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)

@@ -346,7 +346,7 @@ def write(
         raise ValueError(f"size_px is {size_px}; shapes cannot be told apart below 32")
     folder = Path(folder)
     counts = dict(zip(_PARTS, (num_detection, num_grounding, num_image_text, num_eval), strict=True))
-    options = {"size_px": size_px, "seed": seed, "novel_captions": novel_captions}
+    options: dict[str, Any] = {"size_px": size_px, "seed": seed, "novel_captions": novel_captions}
     parameters = {"format": FORMAT, **counts, **options}
     marker = folder / "scenes.json"
     if marker.is_file():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8, UInt32
@@ -56,25 +56,25 @@ class Record:
 
 
 class Batch(NamedTuple):
-    """One host's rows of a global batch, NumPy arrays; every padded axis has its mask.
+    """One host's rows of a global batch, NumPy arrays (JAX's within a step); every padded axis has its mask.
 
     b images, h w canvas, n boxes, t rows of the concept table, l tokens, m concepts of a caption.
     """
 
-    image: UInt8[np.ndarray, "b h w 3"]  # RGB, zero at the bottom right outside `extent`
-    extent: Int32[np.ndarray, "b 2"]  # valid (height, width) px of the canvas
-    scale: Float32[np.ndarray, "b 2"]  # (y, x) canvas px per px of the photo
-    original_size: Int32[np.ndarray, "b 2"]  # (height, width) px of the photo as displayed
-    image_mask: Bool[np.ndarray, " b"]  # False: padding image of the last evaluation batch
-    example_id: Int32[np.ndarray, " b"]  # position of the example in its source
-    boxes: Float32[np.ndarray, "b n 4"]  # n = 0 for image-text
-    box_mask: Bool[np.ndarray, "b n"]
-    box_concepts: Int32[np.ndarray, "b n"]  # row of the concept table
-    concept_tokens: Int32[np.ndarray, "t l"]
-    concept_mask: Bool[np.ndarray, " t"]
-    concept_ids: UInt32[np.ndarray, "t 2"]  # 64-bit id of the encoded text (high, low word), equal on all hosts
-    caption_concepts: Int32[np.ndarray, "b m"]  # rows of the table, the caption first; m = 0 without captions
-    caption_mask: Bool[np.ndarray, "b m"]
+    image: UInt8[Any, "b h w 3"]  # RGB, zero at the bottom right outside `extent`
+    extent: Int32[Any, "b 2"]  # valid (height, width) px of the canvas
+    scale: Float32[Any, "b 2"]  # (y, x) canvas px per px of the photo
+    original_size: Int32[Any, "b 2"]  # (height, width) px of the photo as displayed
+    image_mask: Bool[Any, " b"]  # False: padding image of the last evaluation batch
+    example_id: Int32[Any, " b"]  # position of the example in its source
+    boxes: Float32[Any, "b n 4"]  # n = 0 for image-text
+    box_mask: Bool[Any, "b n"]
+    box_concepts: Int32[Any, "b n"]  # row of the concept table
+    concept_tokens: Int32[Any, "t l"]
+    concept_mask: Bool[Any, " t"]
+    concept_ids: UInt32[Any, "t 2"]  # 64-bit id of the encoded text (high, low word), equal on all hosts
+    caption_concepts: Int32[Any, "b m"]  # rows of the table, the caption first; m = 0 without captions
+    caption_mask: Bool[Any, "b m"]
 
 
 class DataError(ValueError):

@@ -151,8 +151,13 @@ def read_pairs(
     path = Path(pairs)
     if is_json(path):
         raise ValueError(f"{path} is a json; config.image_text.pairs takes a TSV `image <tab> caption`")
-    limits = {"max_examples": max_examples, "max_bad_share": max_bad_share, "follow_links": follow_links}
-    return PairSource(path, os.path.realpath(images), **limits)
+    return PairSource(
+        path,
+        os.path.realpath(images),
+        max_examples=max_examples,
+        max_bad_share=max_bad_share,
+        follow_links=follow_links,
+    )
 
 
 def is_json(path: Path) -> bool:

@@ -325,8 +325,10 @@ def train_streams(
             "no training data: set config.detection.annotations, config.grounding.annotations or "
             "config.image_text.pairs, each with its images"
         )
-    options = {"process_index": process_index, "process_count": process_count, "table_multiple": table_multiple}
-    return [stream for group in opened for stream in _kind_streams(config, **group, **options)]
+    hosts: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
+    return [
+        stream for group in opened for stream in _kind_streams(config, **group, **hosts, table_multiple=table_multiple)
+    ]
 
 
 def eval_streams(

@@ -219,10 +219,11 @@ def run(
         if image >= parts.done:
             path = resolve(folder_of_photos, file)
             found = predictor.ground(path, embeddings[numbers], max_detections=max(RANKS))
-            boxes = found.boxes.astype(np.float64)
+            boxes = np.asarray(found.boxes, np.float64)
             boxes[..., 2:] -= boxes[..., :2]
             labels = np.broadcast_to(numbers[:, None], found.mask.shape)[found.mask]
-            rows = Rows(np.full(len(labels), image), labels, boxes[found.mask], found.scores[found.mask])
+            scores = np.asarray(found.scores)[found.mask]
+            rows = Rows(np.full(len(labels), image), labels, boxes[found.mask], scores)
             parts.add(rows)
         return [rows.boxes[(rows.image_ids == image) & (rows.category_ids == number)] for number in numbers]
 

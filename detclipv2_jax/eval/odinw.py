@@ -156,8 +156,8 @@ def run(
             own = loaded or loop.Checkpoint.load(pathlib.Path(finetuned) / member.name)
             scores[member.name] = evaluate(own, of_member, output=output / kind / member.name)["AP"]
         for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
-            values = [scores.get(member.name) for member in group]
-            scores[name] = None if None in values else float(np.mean(values))
+            values = [score for member in group if (score := scores.get(member.name)) is not None]
+            scores[name] = float(np.mean(values)) if len(values) == len(group) else None
         result[kind] = scores
     return result
 

@@ -24,7 +24,7 @@ class Assignment(NamedTuple):
 
 
 def assign(
-    anchors: Float[Array, "a 4"],
+    anchors: Float[Array | np.ndarray, "a 4"],
     level_counts: tuple[int, ...],
     boxes: Float[Array, "n 4"],
     box_mask: Bool[Array, " n"],

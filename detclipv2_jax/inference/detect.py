@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
 WORD_CHUNK = 128
 AnyArray = Array | np.ndarray
+Pairs = tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]  # minus scores, anchors, words
 
 
 @flax.struct.dataclass
@@ -159,7 +160,7 @@ def _best_pairs(
         jnp.arange(0, text.shape[0], word_chunk),
     )
 
-    def merge(best: tuple[Array, ...], chunk: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+    def merge(best: Pairs, chunk: tuple[AnyArray, AnyArray, Array]) -> tuple[Pairs, None]:
         words, mask, first_word = chunk
         words = words.astype(embeddings.dtype)  # here, not outside the loop: no second copy of a large vocabulary
         similarity = jnp.einsum("bad,wd->baw", embeddings, words, preferred_element_type=jnp.float32)
@@ -170,7 +171,8 @@ def _best_pairs(
         scores, position = jax.lax.top_k(scores, min(num, scores.shape[1]))
         found = (-scores, jnp.take_along_axis(rows, position // word_chunk, axis=1), position % word_chunk + first_word)
         both = [jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True)]
-        return tuple(x[:, :num] for x in jax.lax.sort(both, dimension=1, num_keys=3)), None
+        first, second, third = (x[:, :num] for x in jax.lax.sort(both, dimension=1, num_keys=3))
+        return (first, second, third), None
 
     nothing = jnp.zeros((num_images, num), jnp.int32)
     start = (jnp.zeros((num_images, num), jnp.float32), nothing, nothing)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.data import concepts, transforms
@@ -153,7 +153,8 @@ class Predictor:
           ValueError: an image cannot be read, no words, or a limit out of range.
         """
         is_one = isinstance(images, (str, os.PathLike)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-        found = dict(self.iterate([images] if is_one else images, words, **settings))
+        listed: Any = [images] if is_one else images
+        found = dict(self.iterate(listed, words, **settings))
         return found[0] if is_one else [found[i] for i in range(len(found))]
 
     def iterate(
@@ -176,7 +177,16 @@ class Predictor:
         for batch in filter(None, waiting.values()):
             yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
 
-    def _find(self, batch, names, text, mask, *, limits: Limits, batch_size: int) -> Iterator[tuple[int, Found]]:
+    def _find(
+        self,
+        batch: list[tuple[int, Photos]],
+        names: tuple[str, ...],
+        text: vocabulary.Embeddings,
+        mask: Bool[np.ndarray, " v"],
+        *,
+        limits: Limits,
+        batch_size: int,
+    ) -> Iterator[tuple[int, Found]]:
         photos = [photo for _, photo in batch]
         photos += photos[-1:] * (batch_size - len(photos))  # the compiled size; the copies' results are not read
         found = self.detector.predict(self.params, _stack(photos), text, mask, limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +199,8 @@ def _of_device(
 def _backward(settings: FocalSettings, residuals: tuple[Array, ...], total_bar: Float[Array, ""]) -> tuple:
     bars = jax.tree.map(lambda bar: (total_bar * bar).astype(bar.dtype), residuals)
     embeddings_bar, scale_bar, bias_bar, text_bar = bars
-    return embeddings_bar, scale_bar, bias_bar, None, None, _Columns(text_bar, None, None)
+    none: Any = None  # the gradient of what is no number
+    return embeddings_bar, scale_bar, bias_bar, none, none, _Columns(text_bar, none, none)
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -145,8 +145,8 @@ def _local_loss(
     """
     regions, region_mask, caption_mask = arrays.regions, arrays.proposed.mask, arrays.captions.mask
     num_proposals = jnp.sum(region_mask, axis=1)
-    if settings.matching == "max_size":
-        largest = jnp.argmax(jnp.where(region_mask, arrays.proposed.areas, -1.0), axis=1)
+    if settings.matching == "max_size" and (areas := arrays.proposed.areas) is not None:
+        largest = jnp.argmax(jnp.where(region_mask, areas, -1.0), axis=1)
         regions = jnp.take_along_axis(regions, largest[:, None, None], axis=1)
         region_mask = jnp.any(region_mask, axis=1, keepdims=True)
         caption_mask = caption_mask & (jnp.arange(caption_mask.shape[1]) == 0)[None]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
+
+_Tree = TypeVar("_Tree")
 
 SPLIT, WHOLE = "split", "whole"  # how an array lies on the devices: by rows, or the same on all
 
@@ -73,7 +75,7 @@ def reduce_scatter(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.psum_scatter(x, axes, tiled=True) if axes else x
 
 
-def vary(x: Array, axes: tuple[str, ...]) -> Array:
+def vary(x: _Tree, axes: tuple[str, ...]) -> _Tree:
     """Returns x marked as different on each device, as loop carries inside `shard_map` must be."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 

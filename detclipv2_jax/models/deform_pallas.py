@@ -9,6 +9,7 @@ Kernels for the backward pass, with atomic additions, took 23 ms against the gat
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -111,7 +112,7 @@ def _corners(
     return corners
 
 
-def _sample(features_ref: Any, corners: list[tuple[Array, ...]], channels: Any) -> Float[Array, "p c"]:
+def _sample(features_ref: Any, corners: Sequence[tuple[Array, ...]], channels: Any) -> Float[Array, "p c"]:
     parts = [weight[:, None] * features_ref[row, channels].astype(jnp.float32) for row, weight in corners]
     return functools.reduce(jnp.add, parts).astype(features_ref.dtype)
 

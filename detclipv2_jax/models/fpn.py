@@ -32,7 +32,7 @@ class FPN(nn.Module):
         return levels
 
 
-def _upsample(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+def _upsample(x: Float[Array, "b h w c"], size: tuple[int, ...]) -> Float[Array, "b h2 w2 c"]:
     """Returns nearest-neighbour 2x upsampling cut to `size`.
 
     For sizes n -> 2n and n -> 2n - 1 this is the same as interpolation to that size.

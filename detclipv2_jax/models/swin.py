@@ -162,7 +162,7 @@ class WindowAttention(nn.Module):
         x = _pad_to_multiple(x, window)
         rows, columns = x.shape[1] // window, x.shape[2] // window
         # an axis that one window covers has nothing to shift
-        shifts = tuple(self.shift if count > 1 else 0 for count in (rows, columns))
+        shifts = (self.shift if rows > 1 else 0, self.shift if columns > 1 else 0)
         if any(shifts):
             x = _roll((-shifts[0], -shifts[1]), x)
         x = x.reshape(b, rows, window, columns, window, c).transpose(0, 1, 3, 2, 4, 5)

@@ -156,7 +156,8 @@ def assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
 def program(config: ConfigDict, name: str, mesh: jax.sharding.Mesh, platform: str, sizes: Sizes) -> Program:
     """Returns the program of a step."""
     kind, canvas = name.split("/")
-    size = tuple(map(int, canvas.split("x")))
+    height, width = map(int, canvas.split("x"))
+    size = (height, width)
     if kind == "prediction":
         return _prediction(config, size, mesh, platform, sizes)
     return _training(config, Kind(kind), size, mesh, platform, sizes)
@@ -211,7 +212,8 @@ def _prediction(
     b, embed_dim = config.eval.batch_size, config.model.embed_dim
     pairs = jax.ShapeDtypeStruct((b, 2), jnp.int32, sharding=place)
     image = jax.ShapeDtypeStruct((b, *canvas, 3), jnp.uint8, sharding=place)
-    photos = inference.Photos(image, pairs, jax.ShapeDtypeStruct((b, 2), jnp.float32, sharding=place), pairs)
+    shapes: list[Any] = [image, pairs, jax.ShapeDtypeStruct((b, 2), jnp.float32, sharding=place), pairs]
+    photos = inference.Photos(*shapes)
     num_words = -(-sizes.num_words // inference.WORD_CHUNK) * inference.WORD_CHUNK
     text = jax.ShapeDtypeStruct((num_words, embed_dim), jnp.float32, sharding=whole)
     mask = jax.ShapeDtypeStruct((num_words,), bool, sharding=whole)

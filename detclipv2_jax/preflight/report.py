@@ -265,11 +265,12 @@ def module_report(row: Row) -> str:
 def by_formula(config: ConfigDict, topology: Topology, step: str, plan: data_plan.Plan) -> float:
     """Returns the model FLOPs of a training step that was not compiled."""
     kind, canvas = step.split("/")
+    height, width = map(int, canvas.split("x"))
     sizes = sizes_of(plan, step)
     return flops.formula(
         config,
         Kind(kind),
-        tuple(map(int, canvas.split("x"))),
+        (height, width),
         table_rows=sizes.table_rows,
         num_devices=topology.num_devices,
         num_concepts=sizes.num_concepts,

@@ -110,7 +110,7 @@ def run(
     builder: type[RecordBuilder]
     chosen: dict[str, Any] = {"num_examples": num_examples, "seed": seed}
     chosen["dropped"] = Dropped(drop_categories, "--drop_categories")
-    limits = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
+    limits: dict[str, Any] = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
     match kind:
         case "coco_json":
             reader = coco_json.open_reader(input, images, **chosen, **limits)
@@ -121,7 +121,7 @@ def run(
         case "grounding_json":
             reader, builder = grounding_json.open_reader(input, images, **limits), grounding_json.GroundingJson
         case _:
-            options = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
+            options: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
             reader = image_text.open_reader(input, images, shard_size=shard_size, **options)
             builder = image_text.ImageText
     held_out = held_out_photos(validation)
@@ -237,12 +237,13 @@ def scenes(*, output: str, num_examples: int = 1000, size_px: int = 128, seed: i
     from detclipv2_jax.data import scenes
 
     counts = {f"num_{part}": num_examples for part in ("detection", "grounding", "image_text", "eval")}
-    scenes.write(output, **counts, size_px=size_px, seed=seed)
+    options: dict[str, Any] = {"size_px": size_px, "seed": seed, **counts}
+    scenes.write(output, **options)
     print(f"detection.json, grounding.json, pairs.tsv, eval.json and images/ are in {output}")
 
 
 if __name__ == "__main__":
     typed = f"python -m detclipv2_jax.prepare {shlex.join(sys.argv[1:])}"
-    kinds = {kind: functools.partial(run, kind, command=typed) for kind in KINDS}
-    others = {"inspect": inspect, "dictionary": dictionary, "scenes": scenes}
-    sys.exit(commands.run(kinds | others, about=__doc__))
+    kinds: dict[str, Any] = {kind: functools.partial(run, kind, command=typed) for kind in KINDS}
+    kinds |= {"inspect": inspect, "dictionary": dictionary, "scenes": scenes}
+    sys.exit(commands.run(kinds, about=__doc__))

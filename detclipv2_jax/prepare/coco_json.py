@@ -45,7 +45,7 @@ class BoxReader:
             except UnusableError as error:
                 tally.dropped[error.reason] += 1
                 continue
-            yield os.path.relpath(os.fspath(record.image), self._folder), record
+            yield os.path.relpath(str(record.image), self._folder), record
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def join(mode: str, *, timeout_s: int) -> None:
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
     cluster = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in hosts
     if mode == "on" or (mode == "auto" and (address or cluster)):
-        numbers: dict[str, int] = {}
+        numbers: dict[str, Any] = {}
         if "JAX_NUM_PROCESSES" in os.environ:
             numbers = {
                 "num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])

@@ -40,7 +40,7 @@ def param_shapes(model: DetCLIP, *, context_length: int) -> Any:
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: Any, *, ema: bool) -> TrainState:
     """Returns the sharding of every array of the state: moments and average like their parameter, others replicated."""
-    replicated = NamedSharding(mesh, REPLICATED)
+    replicated: Any = NamedSharding(mesh, REPLICATED)
     shardings = param_shardings(mesh, shapes)
 
     def frozen(moment: Any) -> bool:  # there is none

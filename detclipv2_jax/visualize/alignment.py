@@ -40,11 +40,11 @@ def draw(
     return figures.alignment(
         photo,
         phrases,
-        found.boxes,
-        scores=found.scores,
-        ranks=found.ranks,
+        np.asarray(found.boxes),
+        scores=np.asarray(found.scores),
+        ranks=np.asarray(found.ranks),
         num_images=len(images),
-        maps=found.maps,
+        maps=np.asarray(found.maps),
         caption=caption,
         path=path,
     )

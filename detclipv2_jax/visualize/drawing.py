@@ -143,12 +143,12 @@ def place_label(
         for x in (x1, x2 - width, (x1 + x2 - width) / 2, x2, x1 - width)
     ]
 
-    def inside(place):
+    def inside(place: tuple[float, float]) -> tuple[float, float, float, float]:
         x = min(max(place[0], 0), max(size[0] - width - 1, 0))
         y = min(max(place[1], 0), max(size[1] - height - 1, 0))
         return x, y, x + width, y + height
 
-    def covered(place):
+    def covered(place: tuple[float, float, float, float]) -> float:
         return sum(
             max(0, min(place[2], other[2]) - max(place[0], other[0]))
             * max(0, min(place[3], other[3]) - max(place[1], other[1]))

@@ -65,7 +65,7 @@ def detections(
     colors = drawing.colors_of(present)
     note = _count_note(num_shown=len(shown), num_boxes=len(boxes), scores=scores, min_score=min_score)
 
-    def panel(boxes, labels, scores, heading):
+    def panel(boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray | None, heading: str) -> drawing.Picture:
         texts = [
             names[label] if scores is None else f"{names[label]} {scores[i]:.2f}" for i, label in enumerate(labels)
         ]

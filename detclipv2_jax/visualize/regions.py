@@ -50,15 +50,14 @@ def look(detector: Detector, params: Any, photos: Photos) -> Anchors:
         steering = jnp.concatenate([x.reshape(len(x), -1, 3 * len(TAPS)).astype(jnp.float32) for x in levels], axis=1)
     _, height, width, _ = photos.image.shape
     anchors = jnp.asarray(anchor_lib.grid((height, width)).boxes)
-    scale, bias = model.apply(variables, method="logit_parameters")
+    logit: Any = model.apply(variables, method="logit_parameters")
     return Anchors(
         regions,
         box_lib.decode_deltas(jnp.broadcast_to(anchors[None], regions.box_deltas.shape), regions.box_deltas),
         steering[..., : 2 * len(TAPS)].reshape(*steering.shape[:2], -1, 2),
         jax.nn.sigmoid(steering[..., 2 * len(TAPS) :]),
         anchor_lib.on_photo(anchors, photos.extent),
-        scale,
-        bias,
+        *logit,
     )
 
 
@@ -146,7 +145,8 @@ def draw_sampling(
     found = jax.tree.map(np.asarray, look(predictor.detector, predictor.params, photos))
     similarity = found.regions.embeddings[0].astype(np.float32) @ embedded[: len(phrases)].T
     best = np.where(found.on_photo[0][:, None], similarity, -np.inf).argmax(axis=0)
-    grid = anchor_lib.grid(photos.image.shape[1:3])
+    _, height, width, _ = photos.image.shape
+    grid = anchor_lib.grid((height, width))
     strides = np.repeat(anchor_lib.STRIDES, grid.levels)[best].astype(np.float32)
     centers = np.asarray(box_lib.centers(jnp.asarray(grid.boxes[best])))[:, None]
     to_photo = (1 / photos.scale[0])[::-1]

@@ -47,7 +47,7 @@ FAULTS = [
         ("(gradient.T @ x).T if tall else x.T @ gradient", "(gradient.T @ x).T if tall else 0.5 * (x.T @ gradient)"),
         ("(gradient.T @ x).T if tall else x.T @ gradient", "(gradient.T @ x).T / 2 if tall else x.T @ gradient"),
         ("LAYER_NORM_EPSILON = 1e-5", "LAYER_NORM_EPSILON = 1e-3"),
-        ("self.shift if count > 1 else 0", "self.shift"),
+        ("self.shift if rows > 1 else 0", "self.shift"),
         ("for shift in (0, self.window_size // 2)[:depth]", "for shift in (self.window_size // 2, 0)[:depth]"),
         ("transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)", "transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)"),
         ("relative[..., 0] * (2 * window - 1) + relative[..., 1]", "relative[..., 1] * (2 * window - 1) + relative[..., 0]"),
