@@ -1,0 +1,156 @@
+"""What is read from the entries of annotation jsons, each function on values made by hand."""
+
+import collections
+import gc
+import json
+
+import numpy as np
+import pytest
+
+from detclipv2_jax.data import annotations, truth
+from detclipv2_jax.data.schema import DataError
+
+
+def test_a_json_is_read_without_the_outlines_of_boxes(tmp_path):
+    path = tmp_path / "a.json"
+    outline = [[0, 0, 4, 0, 4, 4]]
+    rows = [{"bbox": [1, 2, 3, 4.5], "segmentation": outline}, {"bbox": None, "segmentation": outline}]
+    path.write_text(json.dumps({"annotations": rows}))
+    assert annotations.load_json(path) == {"annotations": [{"bbox": [1, 2, 3, 4.5]}, rows[1]]}
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match=r"cannot read .*absent\.json: No such file"):
+        annotations.load_json(tmp_path / "absent.json")
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json"):
+        annotations.load_json(path)
+    assert gc.isenabled()
+
+
+def test_ids_are_whole_numbers_and_texts():
+    given = [2, 2.0, "2", 2.5, True, None, [2], float("nan")]
+    assert [annotations.usable_id(value) for value in given] == [2, 2, "2", None, None, None, None, None]
+    assert annotations.listed_ids([{"id": 3}, {"id": 1.0}, {"id": "x"}], where="w") == ([3, 1, "x"], 1)
+    for entries, message in (
+        ([{"id": 1}, 5], r"w\[1\] is 5, not an object"),
+        ([{"id": None}], r"w\[0\] \(.*\) has the id null, neither a whole number nor a text"),
+        ([{}], r"w\[0\] \(.*\) has no id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            annotations.listed_ids(entries, where="w")
+
+
+def test_boxes_are_numbers_outlines_or_nothing():
+    nan = float("nan")
+    assert annotations.boxes_of([])[0].shape == (0, 4)
+    plain, num = annotations.boxes_of([{"bbox": [1, 2, 3, 4]}, {"bbox": [5, 6.5, 7, 8]}])
+    assert (plain.tolist(), plain.dtype, num) == ([[1, 2, 3, 4], [5, 6.5, 7, 8]], np.float64, 0)
+    rows = [
+        {"bbox": [1, 2, 3, 4]},
+        {"segmentation": [[2, 3, 6, 3, 6, 9]]},
+        {"bbox": ["1", 2, 3, 4]},
+        {"bbox": [1, 2, 3]},
+        {},
+    ]
+    boxes, num = annotations.boxes_of(rows)
+    np.testing.assert_array_equal(boxes, [[1, 2, 3, 4], [2, 3, 4, 6], *[[nan] * 4] * 3])
+    assert num == 1
+    assert annotations.boxes_of([{"bbox": [1e9, 1.1e9, -2e9, 1]}])[0].tolist() == [[1e9, np.inf, np.inf, 1]]
+
+
+def test_flags():
+    odd = collections.Counter()
+    rows = [{"iscrowd": value} for value in (0, 1, "1", "False", None, 0.0, 1.0)] + [{}]
+    flags = annotations.flags_of(rows, "iscrowd", odd, where="f")
+    assert flags.tolist() == [False, True, True, False, False, False, True, False]
+    assert odd == {"iscrowd that is no whole number": 5}
+    for value in ("maybe", 0.5, [1]):
+        with pytest.raises(DataError, match=r"f: annotations\[1\] has ignore .*; 0 and 1 have a meaning"):
+            annotations.flags_of([{}, {"ignore": value}], "ignore", collections.Counter(), where="f")
+
+
+def test_areas_are_those_of_the_boxes_where_none_are_given():
+    boxes, odd = np.array([[0, 0, 2.0, 3.0]] * 6), collections.Counter()
+    rows = [{"area": 5}, {}, {"area": None}, {"area": 0}, {"area": -1.0}, {"area": "4"}]
+    assert annotations.areas_of(rows, boxes, odd).tolist() == [5, 6, 6, 6, 6, 4]
+    assert odd == {"area that is no number": 2, "area of 0 or less of a box that has one": 2}
+
+
+def test_boxes_of_another_form_are_told():
+    sizes = np.full((4, 2), (100, 200))
+    boxes = np.array([[0, 0, 50, 50], [190, 10, 20, 20], [190, 10, 12, 20], [5, 5, 0.5, 9]])
+    cut, below, look = annotations.suspicious(boxes, sizes)
+    assert cut.tolist() == [False, True, False, False]  # the third leaves by 2 px
+    assert below.tolist() == [False, False, False, True]
+    assert look == ""
+    assert not annotations.suspicious(boxes, np.zeros((4, 2)))[0].any()
+    assert "0 to 1" in annotations.suspicious(np.full((4, 4), 0.5), sizes)[2]
+    corners = np.array([[10, 10, 150, 90], [100, 50, 160, 80], [120, 60, 190, 95], [5, 5, 100, 50]])
+    assert "x1, y1, x2, y2" in annotations.suspicious(corners, sizes)[2]
+    assert annotations.suspicious(np.zeros((0, 4)), np.zeros((0, 2)))[2] == ""
+
+
+def test_sizes_of_images():
+    largest = annotations.MAX_SIDE
+    known = [((4, 5), (4, 5)), ((4.0, largest), (4, largest)), ((0, 5), (0, 0)), ((4, largest + 1), (0, 0))]
+    for (height, width), size in known:
+        assert annotations.size_of({"height": height, "width": width}) == size
+    assert annotations.size_of({"height": 4}) == annotations.size_of({"height": "4", "width": 5}) == (0, 0)
+
+
+def content(**changes):
+    """Returns a COCO json of two images, two categories and two boxes."""
+    return {
+        "images": [{"id": 7, "height": 50, "width": 60}, {"id": 3, "height": 50, "width": 60}],
+        "categories": [{"id": 2, "name": "b"}, {"id": 1, "name": "a"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [1, 2, 30, 40], "iscrowd": 1},
+            {"image_id": 3, "category_id": 2, "bbox": [5, 6, 7, 8]},
+        ],
+    } | changes
+
+
+def test_the_truth_is_in_the_order_of_ids():
+    found = truth.from_content("name", content())
+    assert [image["id"] for image in found.images] == [3, 7]
+    assert [category["name"] for category in found.categories] == ["a", "b"]
+    assert (found.image.tolist(), found.category.tolist()) == ([1, 0], [0, 1])
+    assert (found.areas.tolist(), found.crowd.tolist()) == ([1200, 56], [True, False])
+    with pytest.raises(DataError, match="name has no images"):
+        truth.from_content("name", content(images=[]))
+    with pytest.raises(DataError, match="a JSON list, not the lists"):
+        truth.from_content("name", [])
+
+
+def test_entries_in_the_order_of_their_ids():
+    odd = collections.Counter()
+    entries = [{"id": "b"}, {"id": 10}, {"id": "9"}, {"id": 2.0}, {"id": 10}]
+    ordered, ids = truth.in_order(entries, "w", odd)
+    assert [entry["id"] for entry in ordered] == [2.0, "9", 10, "b"]
+    assert ids.ids == [2, "9", 10, "b"]
+    assert odd == {"id with a decimal point": 1, "entry listed twice": 1}
+    with pytest.raises(DataError, match=r"w\[1\] has the id \"2\" of \[0\], which is another one"):
+        truth.in_order([{"id": 2}, {"id": "2", "name": "x"}], "w", odd)
+
+
+def test_what_json_calls_a_value():
+    assert [truth.json_kind(x) for x in ({}, [], 3, None)] == ["JSON object", "JSON list", "JSON value", "JSON value"]
+
+
+def test_unusable_annotations_are_counted_once_and_refused_above_a_share():
+    odd, entries = collections.Counter(), [{"n": i} for i in range(4)]
+    unusable = {"is red": np.array([1, 0, 0, 1], bool), "is big": np.array([1, 1, 0, 0], bool)}
+    bad = truth.refuse(unusable, entries, "f", max_bad_share=0.75, odd=odd)
+    assert bad.tolist() == [True, True, False, True]
+    assert odd == {"annotation left out: is red": 2, "annotation left out: is big": 1}
+    with pytest.raises(DataError, match=r"f: 3 of 4 .*annotations\[0\] is red: {\"n\": 0}.*allows 74\.00%"):
+        truth.refuse(unusable, entries, "f", max_bad_share=0.74, odd=odd)
+
+
+def test_boxes_of_another_form_are_refused_unless_all_may_be_bad():
+    odd, images, boxes = collections.Counter(), [{"height": 90, "width": 90}], np.full((3, 4), 0.5)
+    options = {"images": images, "image": np.zeros(3, int), "name": "f", "odd": odd}
+    with pytest.raises(DataError, match="f: its 3 boxes look relative"):
+        truth.check_form(boxes, **options, max_bad_share=0.99)
+    truth.check_form(boxes, **options, max_bad_share=1)
+    assert odd["box below a pixel"] == 3
+    assert [num for what, num in odd.items() if "look relative" in what] == [3]

@@ -1,0 +1,157 @@
+"""Files that annotations name, ids that fit each other, and workers that ignore Ctrl-C."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from detclipv2_jax.data import checks, leakage, selection, workers
+from detclipv2_jax.data.schema import DataError
+
+
+def test_a_share_may_be_bad_and_not_more():
+    bad = {"torn": 1, "burnt": 3}
+    checks.refuse_above_share(bad, 8, 0.5, what="photos", where="here")
+    with pytest.raises(DataError, match=r"here: 4 of 8 photos cannot be used \(3 burnt, 1 torn\); .* allows 49\.00%"):
+        checks.refuse_above_share(bad, 8, 0.49, what="photos", where="here")
+
+
+def test_names_that_leave_their_folder():
+    for name in ("", "/a.jpg", "../a.jpg", "b/../../a.jpg", "b\\..\\a.jpg", "a\0.jpg"):
+        assert checks.unsafe_path(name)
+    for name in ("a.jpg", "b/a.jpg", "b/..a.jpg", "a b.jpg"):
+        assert not checks.unsafe_path(name)
+
+
+def test_missing_paths_are_named_by_their_keys(tmp_path):
+    (tmp_path / "file").write_text("")
+    here, file, absent = str(tmp_path), str(tmp_path / "file"), str(tmp_path / "absent")
+    assert checks.missing_paths({"a": (file, "file"), "b": (here, "folder")}) == []
+    assert checks.missing_paths(
+        {"a": (here, "file"), "b": (file, "folder"), "c": ("", "file"), "d": (absent, "file")}
+    ) == [
+        f"a: the file {here} does not exist",
+        f"b: the folder {file} does not exist",
+        "c is empty; it must name a file",
+        f"d: the file {absent} does not exist",
+    ]
+
+
+def test_facts_of_photos_change_with_them(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path in paths:
+        with open(path, "w") as file:
+            file.write("x")
+        os.utime(path, (1, 1))
+    first = checks.photo_facts(paths, where="w")
+    assert first == checks.photo_facts(paths, where="elsewhere")
+    os.utime(paths[1], (1, 2))
+    assert checks.photo_facts(paths, where="w") != first
+    with pytest.raises(DataError, match=r"(?s)w: 2 of 4 photos do not exist:.*/c.*/d"):
+        checks.photo_facts([*paths, str(tmp_path / "c"), str(tmp_path / "d")], where="w")
+
+
+def test_one_of_the_first_images_is_enough(tmp_path):
+    names = [f"{i}.jpg" for i in range(200)]
+    checks.probe_images(str(tmp_path), [], "a.json")
+    (tmp_path / "100.jpg").write_text("")
+    with pytest.raises(ValueError, match=r"none of the first 64 images of a\.json exists .* \(the first is 0\.jpg\)"):
+        checks.probe_images(str(tmp_path), names, "a.json")
+    (tmp_path / "63.jpg").write_text("")
+    checks.probe_images(str(tmp_path), names, "a.json")
+
+
+def test_photos_of_other_sets_by_the_number_of_coco(tmp_path):
+    images = [{"file_name": "x/COCO_val2014_000000000042.jpg"}, {"coco_url": "http://x/val2017/000000000007.JPG"}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "b.json").write_text(json.dumps({"images": [{"file_name": "own/42.jpg"}]}))
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    assert leakage.held_out_photos(paths) == {"000000000042", "000000000007", "42.jpg"}
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"--validation: .*b\.json is no COCO-format json"):
+        leakage.held_out_photos(paths)
+
+
+def test_ids_of_annotations_are_those_that_are_listed():
+    content = {
+        "images": [{"id": 1}, {"id": "x"}],
+        "categories": [{"id": "3"}],
+        "annotations": [
+            {"image_id": "1", "category_id": 3},
+            {"image_id": "x", "category_id": "3"},
+            {"image_id": 1.5, "category_id": 9},
+            5,
+        ],
+    }
+    found, repaired = selection.with_fitting_ids(content)
+    assert found["annotations"] == [
+        {"image_id": 1, "category_id": "3"},
+        {"image_id": "x", "category_id": "3"},
+        {"image_id": None, "category_id": 9},
+        {},
+    ]
+    assert repaired == {
+        "annotation that is no object": 1,
+        "image_id of another type than the id it names": 1,
+        "category_id of another type than the id it names": 1,
+    }
+
+
+def test_images_that_are_read(tmp_path):
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    images = [
+        {"id": 1, "file_name": "a.png"}, {"id": 1.0, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"},
+        {"file_name": "c.png"}, {"id": 3, "file_name": "../c.png"}, {"id": 4, "file_name": "b.png"},
+        {"id": "4", "file_name": "c.png"},
+    ]  # fmt: skip
+    options = {"folder": str(tmp_path), "path": "p", "max_bad_share": 1.0}
+    kept, counts = selection.select_images({"images": images}, max_examples=0, **options)
+    assert [image["id"] for image in kept] == [1, 2]
+    assert counts == {
+        "image listed twice": 1, "without id": 1, "with a file name outside the folder": 1,
+        "sharing their id with another image": 2,
+    }  # fmt: skip
+    kept, counts = selection.select_images({"images": images}, max_examples=2, **options)
+    assert ([image["id"] for image in kept], counts) == ([1], {"image listed twice": 1})
+    with pytest.raises(DataError, match="p: 4 of 7 images cannot be used"):
+        selection.select_images({"images": images}, max_examples=0, **options | {"max_bad_share": 0.5})
+
+
+def test_dropped_names_are_known_ones():
+    assert selection.dropped_names(["stop_sign", "cat"], ["stop sign", "cat", "dog"], "f") == {"stop sign", "cat"}
+    with pytest.raises(DataError, match="f has no category 'cta', which drop_categories names; did you mean cat"):
+        selection.dropped_names(["cta"], ["cat"], "f")
+
+
+def test_categories_without_a_box_are_said(caplog):
+    parent = [
+        {"id": 0, "name": "animals"},
+        *({"id": i, "name": n, "supercategory": "animals"} for i, n in ((1, "cat"), (2, "dog"))),
+    ]
+    with caplog.at_level(logging.WARNING):
+        selection.say_unused(parent, {0, 1, 2}, "f", option="drop")
+        assert not caplog.records
+        selection.say_unused(parent, {1, 2}, "f", option="drop")
+    assert (
+        "f: 1 of 3 categories have no box anywhere: 'animals'; 'animals' is the supercategory of all others"
+        in caplog.text
+    )
+
+
+def test_workers_do_not_get_ctrl_c_while_they_start():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with workers.starting():
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_worker_ends_when_its_parent_does():
+    code = "import time\nfrom detclipv2_jax.data import workers\nworkers.end_with_parent()\ntime.sleep(60)"
+    # without a parent there is nobody to wait for: it ends at once
+    assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == 1
