@@ -163,3 +163,12 @@ def test_arrays_are_read_by_name_and_nothing_else_is(tmp_path):
         files.read_arrays(path, ("a",))
     with pytest.raises(FileNotFoundError):
         files.read_arrays(tmp_path / "absent.npz", ("a",))
+
+
+def test_marks_are_taken_off_and_wide_characters_refused():
+    assert files.without_mark(b"\xef\xbb\xbfa\xef\xbb\xbf", where="w") == b"a\xef\xbb\xbf"
+    assert files.without_mark(b"", where="w") == b""
+    assert files.without_mark(b"a\0bcd", where="w") == b"a\0bcd"
+    for data in ("ab".encode("utf-16"), "ab".encode("utf-16-le"), "ab".encode("utf-32")):
+        with pytest.raises(ValueError, match=r"^w is UTF-(16|32).*; save it as UTF-8"):
+            files.without_mark(data, where="w")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax.data import built
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.catalog import DATASETS, command_of
 from detclipv2_jax.data.schema import Batch, Kind
@@ -144,3 +145,14 @@ def test_a_report_without_its_kind_of_vocabulary_is_json(world):
     source = read_built(str(folder), Kind.IMAGE_TEXT)
     assert (len(source), source.most_concepts) == (7, 3)
     assert config_lib.base().image_text.max_phrases >= source.most_concepts - 1
+
+
+def test_folders_that_are_not_built_are_listed_with_the_command(tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / built.REPORT).write_text("{}")
+    folders = tuple(str(tmp_path / name) for name in ("half", "whole", "none"))
+    half, none = built.missing_folders(folders, Kind.DETECTION, prefix="config.detection")
+    assert half.startswith(f"config.detection.data: {folders[0]}: its build is not finished; build it with")
+    assert none.startswith(f"config.detection.data: {folders[2]}: it does not exist; build it with")
+    assert "python -m detclipv2_jax.prepare" in none

@@ -101,3 +101,16 @@ ASCII = st.text(st.characters(max_codepoint=127) | st.sampled_from("'!? 09stremv
 def test_words_of_ascii_are_those_of_the_whole_text(text):
     """The short way (words one by one) against the library's own splitting of the text."""
     assert ids_of(text) == tokenizer._bpe().encode(tokenizer.clean(text)).ids
+
+
+def test_bytes_and_merges_are_those_of_the_vocabulary():
+    ids = tokenizer.byte_ids()
+    assert sorted(ids.tolist()) == list(range(256))
+    for character in "aZ!~":  # a word of one byte ends at once: 256 more
+        (token,) = tokenizer.tokenize([character.lower()])[0, 1:2]
+        assert token == ids[ord(character.lower())] + 256
+    merges = tokenizer.merges()
+    assert merges.shape == (tokenizer.VOCABULARY_SIZE - 512 - 2, 2)
+    assert (merges < 512 + np.arange(len(merges))[:, None]).all()  # of what is there already
+    # "in" is the first merge of CLIP's file, "th" the second
+    assert merges[:2].tolist() == [[ids[ord(a)], ids[ord(b)]] for a, b in ("in", "th")]

@@ -239,3 +239,12 @@ def test_shrinking_averages_over_all_pixels(factor):
     assert extent == (24, 40)
     expected = image.reshape(24, factor, 40, factor, 3).mean((1, 3))
     assert np.abs(out - expected).max() <= 1.0
+
+
+def test_the_frame_of_an_annotation_is_upright_unless_it_fits_the_stored_pixels_only():
+    header = transforms.read_header(encode(Image.new("RGB", (30, 20)), "JPEG", exif=exif(6)))
+    assert (header.size, header.displayed_size) == ((20, 30), (30, 20))
+    assert transforms.frame(header, (0, 0)) == transforms.frame(header, (30, 20)) == ((30, 20), 6)
+    assert transforms.frame(header, (20, 30)) == ((20, 30), 1)
+    with pytest.raises(UnusableError, match="size differs from the annotation's"):
+        transforms.frame(header, (20, 20))

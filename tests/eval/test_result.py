@@ -86,3 +86,9 @@ def test_scores_stand_beside_their_protocol(tmp_path, monkeypatch):
         "protocol": {"ap": "COCO", "detections": "step_3_detections.json"},
     }
     assert len(list((tmp_path / "eval").iterdir())) == 2
+
+
+def test_boxes_are_written_in_thousandths_of_a_pixel():
+    row = Rows(np.array([1]), np.array([1]), np.array([[0.0004, 1, 3.0016, 5]], np.float32), np.ones(1, np.float32))
+    assert row.xywh().tolist() == [[0.0, 1.0, 3.001, 4.0]]
+    assert row.xywh().dtype == np.float64

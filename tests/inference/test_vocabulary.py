@@ -147,3 +147,17 @@ def test_vocabularies_by_name(shared_data):
     assert len(vocabulary.named("objects365")) == 365
     with pytest.raises(ValueError, match=r"'LVS'; there are lvis, coco, objects365; did you mean lvis\?"):
         vocabulary.parse_words("", vocabulary="LVS")
+
+
+def test_the_key_of_weights_tells_names_shapes_types_and_values():
+    kernel = np.arange(6, dtype=np.float32)
+    others = [
+        {"b": kernel},
+        {"a": kernel.reshape(2, 3)},
+        {"a": kernel.astype(np.int32)},
+        {"a": np.maximum(kernel, 1)},
+    ]
+    keys = {vocabulary.weights_key(tree) for tree in ({"a": kernel}, *others)}
+    assert len(keys) == 5
+    assert vocabulary.weights_key({"a": kernel.reshape(2, 3).T}) != vocabulary.weights_key({"a": kernel.reshape(3, 2)})
+    assert vocabulary.weights_key({"a": kernel.copy()}) in keys

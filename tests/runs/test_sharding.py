@@ -46,3 +46,11 @@ def test_parameters_and_moments_shrink_with_fsdp(micro):
     whole, half, eighth = bytes_per_device(1), bytes_per_device(2), bytes_per_device(8)
     assert half < 0.52 * whole  # what is too small to split stays whole
     assert eighth < 0.16 * whole
+
+
+def test_every_parameter_has_its_place_and_counts_of_one_process_stay():
+    mesh = sharding.make_mesh(fsdp=4)
+    placed = sharding.param_shardings(mesh, {"a": jax.ShapeDtypeStruct((8, 3), np.float32), "b": np.zeros(())})
+    assert {name: place.spec for name, place in placed.items()} == {"a": P("fsdp", None), "b": P()}
+    assert all(place.mesh == mesh for place in placed.values())
+    assert sharding.summed({"x": 3}, mesh) == {"x": 3}

@@ -361,3 +361,14 @@ def test_bars_are_ordered_and_one_is_marked():
     assert place[0].min() < place[1].min() < place[1].max() < place[0].max()  # b, c, a from the top
     widths = [_has(picture, drawing.PALETTE[i]).any(axis=0).sum() for i in (0, 1)]
     assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=3)
+
+
+def test_colors_frames_and_charts_as_arrays(tmp_path):
+    assert charts.hex_color((1, 160, 255)) == "#01a0ff"
+    picture = drawing.frame(np.zeros((2, 3, 3), np.uint8))
+    assert picture.shape == (2 + 2 * drawing.MARGIN_PX, 3 + 2 * drawing.MARGIN_PX, 3)
+    assert (picture == 0).all(-1).sum() == 6
+    assert (picture[0] == 255).all()
+    drawn = charts.render(charts.Figure(figsize=(2, 1), dpi=50), tmp_path / "new" / "chart.png")
+    assert (drawn.shape, drawn.dtype) == ((50, 100, 3), np.uint8)
+    np.testing.assert_array_equal(Image.open(tmp_path / "new" / "chart.png"), drawn)
