@@ -81,11 +81,16 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return io.StringIO(decode(read_bytes(path), where=path), newline=None).read().split("\n")
 
 
-def read_json(path: str | os.PathLike[str], *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Returns the content of a json file; ValueError, which names the file, where it is none."""
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """Returns the content of a json file; ValueError, which names the file, where it is none. Hooks as of `json`."""
     text = decode(read_bytes(path), where=path)
     try:
-        return json.loads(text, object_hook=object_hook)
+        return json.loads(text, object_hook=object_hook, object_pairs_hook=object_pairs_hook)
     except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise ValueError(f"{os.fspath(path)} is no valid json: {error}") from None
 

@@ -100,6 +100,24 @@ def test_names_that_a_file_system_may_take_for_one_are_told_apart(tmp_path):
     assert files.safe_names(["b", "a"]) == ["b", "a"]
 
 
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_arrays_of_objects_run_no_code(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.array([Trap(tmp_path / "sprung")], object), b=np.arange(3))
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read \(ValueError: Object arrays"):
+        files.read_arrays(tmp_path / "a.npz", ("b", "a"))
+    assert not (tmp_path / "sprung").exists()
+    assert files.read_arrays(tmp_path / "a.npz", ["b"])["b"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read \(KeyError"):
+        files.read_arrays(tmp_path / "a.npz", ["c"])
+
+
 def test_names_of_devices_and_marks_apart_from_their_letters():
     for name in ("con", "Nul.png", "com1.tar"):
         assert files.safe_name(name).startswith(f"_{name}-")

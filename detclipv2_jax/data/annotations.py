@@ -115,7 +115,10 @@ def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], 
     try:
         boxes = np.array([row["bbox"] for row in rows])
         if boxes.shape == (len(rows), 4) and boxes.dtype.kind in "if":
-            return _bounded(boxes.astype(np.float64, copy=False)), 0
+            # NumPy takes true for 1
+            may_be_true = np.flatnonzero(((boxes == 0) | (boxes == 1)).any(axis=1))
+            if all(_four_numbers(rows[i]["bbox"]) for i in may_be_true):
+                return _bounded(boxes.astype(np.float64, copy=False)), 0
     except (KeyError, TypeError, ValueError):
         pass
     boxes, num_outlined = np.full((len(rows), 4), np.nan), 0
@@ -223,10 +226,9 @@ def areas_of(
         areas = np.array(values, np.float64)
     else:
         areas = np.array([_number(value) for value in values])
-        odd["area that is no number"] += sum(value is None or type(value) not in _NUMBERS for value in values) - sum(
-            "area" not in row for row in rows
-        )
+        odd["area that is no number"] += sum(type(value) not in _NUMBERS for value in values if value != "")
     given = np.isfinite(areas)
+    odd["area that is NaN or infinite"] += sum(type(values[i]) is float for i in np.flatnonzero(~given))
     odd["area of 0 or less of a box that has one"] += int((given & (areas <= 0) & (whole > 0)).sum())
     return np.where(given & ((areas > 0) | ~(whole > 0)), areas, whole)
 

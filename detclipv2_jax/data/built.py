@@ -183,6 +183,14 @@ def missing_folders(folders: tuple[str, ...], kind: Kind, *, prefix: str) -> lis
     return problems
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a json object; ValueError for a key that it has twice, of which another reader may take the other one."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"an object has a key twice: {sorted(key for key, _ in pairs)}")
+    return content
+
+
 def check_metadata(folder: Path) -> None:
     """Checks the files of TFDS in a built folder, which may come from a stranger, before TFDS reads them.
 
@@ -202,7 +210,7 @@ def check_metadata(folder: Path) -> None:
         elif key == "pythonClassName" and value not in _CLASSES:
             raise ValueError(f"{folder / FEATURES} names the class {value!r}, which is none of `prepare`'s features")
 
-    features, info = (files.read_json(folder / name) for name in (FEATURES, INFO))
+    features, info = (files.read_json(folder / name, object_pairs_hook=_once) for name in (FEATURES, INFO))
     if not isinstance(features, dict) or not isinstance(info, dict):
         raise ValueError(f"{folder}: {FEATURES} and {INFO} must be json objects; build the folder again")
     check(features)

@@ -35,6 +35,8 @@ _DAMAGED = (  # what Pillow raises for damaged headers
 )  # fmt: skip
 _XMP_ORIENTATION = re.compile(r'tiff:Orientation(?:="|>)([1-8])')
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
+# with the bytes of the version in both orders: Pillow, which warns of much in a TIFF, takes all of them
+_TIFF_MARKS = {order + version for order in (b"II", b"MM") for version in (b"*\0", b"\0*", b"+\0", b"\0+")}
 _TIFF_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # whole numbers
 _PARAMETERLESS = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # one that ends a scan
@@ -155,8 +157,7 @@ def read_header(data: bytes) -> Header:
         raise UnusableError(f"more than {MAX_PIXELS} pixels")  # Pillow would warn of it
     else:
         try:
-            is_tiff = data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-            header = _tiff_header(data) if is_tiff else _other_header(data)
+            header = _tiff_header(data) if data[:4] in _TIFF_MARKS else _other_header(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise UnusableError(f"more than {MAX_PIXELS} pixels") from None
         except _DAMAGED:

@@ -77,6 +77,16 @@ def test_a_built_folder_imports_nothing(folder, monkeypatch, trap):
     assert "trap_module" not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+def test_a_key_that_stands_twice_is_an_error(folder, name):
+    text = (folder / name).read_text()
+    (folder / name).write_text(
+        "{" + '"pythonClassName": "trap_module.Feature", "fileFormat": "tfrecord",' + text.lstrip()[1:]
+    )
+    with pytest.raises(ValueError, match=rf"{name} is no valid json: an object has a key twice"):
+        read_built(str(folder), Kind.DETECTION)
+
+
 def test_the_trap_works(folder, monkeypatch):
     import tensorflow_datasets as tfds
 

@@ -1,5 +1,6 @@
 """Photos of every format, orientation and size: read once, turned once, bounded before they are decoded."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -80,6 +81,13 @@ def test_orientations_that_are_written_in_other_ways():
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 def test_a_broken_block_of_exif_spoils_no_pixels_and_warns_of_nothing(file_format, block):
     assert transforms.read_header(encoded(file_format, exif=block))[:2] == ((40, 60), 1)
+
+
+@pytest.mark.parametrize("mark", [b"II\0*", b"MM*\0", b"II\0+", b"MM+\0"])
+def test_a_tiff_whose_mark_is_swapped_warns_of_nothing(mark):
+    for data in (encoded("TIFF"), encoded("TIFF")[:30]):
+        with contextlib.suppress(UnusableError):
+            transforms.read_header(mark + data[4:])
 
 
 def test_the_orientation_of_a_png_may_stand_behind_its_pixels(monkeypatch):

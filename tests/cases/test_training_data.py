@@ -330,6 +330,7 @@ def test_what_speaks_of_sides_is_not_mirrored(folder, kind, text, words, mirrore
     ("caption", "given", "problem"),
     [
         ("red toy cars", [[5, 10]], spans.WITHIN_A_WORD),
+        ("red toy cars 😀", [[5, 10]], spans.WITHIN_A_WORD),  # what comes later shifts nothing
         ("café red toy car", [[6, 17]], spans.OTHER_UNITS),  # bytes
         ("😀 red toy car", [[3, 14]], spans.OTHER_UNITS),  # UTF-16
         ("😀 a b", [[3, 5]], spans.OTHER_UNITS),  # at the space
@@ -354,6 +355,7 @@ def test_spans_that_give_no_phrase(caption, given, problem):
         ("red toy car", [[8, 99]], "car", ["span that ends after the caption"]),
         ("red toy cars", [[8, 11]], "car", ["span that ends within a word"]),
         ("red toy car", [[0, 7], [4, 11]], "red toy car", ["spans that overlap or cover nothing"]),
+        ("red toy car", [[4, 7], [0, 11]], "red toy car", ["spans that overlap or cover nothing"]),
         ("red toy car", [["0", 3]], "red", ["span that is not two whole numbers"]),
         ("red toy car", [[0.0, 3.0]], "red", ["span that is not two whole numbers"]),
         ("red\ntoy\tcar here", [[0, 11]], "red toy car", []),

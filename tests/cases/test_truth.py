@@ -10,7 +10,7 @@ from pycocotools import mask as mask_lib
 
 from detclipv2_jax import commands
 from detclipv2_jax.data import annotations, truth
-from detclipv2_jax.eval import coco, lvis
+from detclipv2_jax.eval import coco, detections, lvis
 
 IDS = "annotation id missing, 0, repeated or no number, which changes nothing"
 
@@ -71,6 +71,7 @@ def rename_ids(new):
     return change
 
 
+NOT_FINITE = "area that is NaN or infinite"
 REPAIRED = {
     "annotation ids from 0": (set_all("id", range(6)), {IDS: 1}),
     "annotation ids all 0": (set_all("id", [0] * 6), {IDS: 6}),
@@ -81,7 +82,8 @@ REPAIRED = {
     "annotation ids as text": (set_all("id", ["a0", "a1", "a2", "a3", "a4", "a5"]), {}),
     "area null": (set_all("area", [None, 1.0]), {"area that is no number": 1}),
     "area text": (set_all("area", ["800", "x", "1e3"]), {"area that is no number": 3}),
-    "area NaN": (set_all("area", [math.nan]), {}),
+    "area NaN": (set_all("area", [math.nan, math.inf, None]), {"area that is no number": 1, NOT_FINITE: 2}),
+    "area true": (set_all("area", [True, [1]]), {"area that is no number": 2}),
     "area 0": (set_all("area", [0, -3]), {"area of 0 or less of a box that has one": 2}),
     "iscrowd null": (set_all("iscrowd", [None] * 4), {"iscrowd that is no whole number": 4}),
     "iscrowd text": (set_all("iscrowd", ["0", "false", "", "No"]), {"iscrowd that is no whole number": 4}),
@@ -109,6 +111,54 @@ def test_what_is_repaired_changes_no_score_and_is_counted(name):
     ap, odd = scored(content, perfect(content))
     assert ap == pytest.approx(1.0, abs=1e-9)
     assert {what: num for what, num in odd.items() if "image_id" not in what or what in counts} == counts
+    plain, read = truth.read(make_truth()), truth.read(content)
+    np.testing.assert_array_equal(read.boxes, plain.boxes)
+    assert not (read.crowd | read.ignored).any()
+    given = {"area null": {1: 1.0}, "area text": {0: 800.0, 2: 1000.0}}.get(name, {})
+    assert read.areas.tolist() == [given.get(i, area) for i, area in enumerate(plain.areas.tolist())]
+    assert [read.category_ids.ids[i] for i in read.category] == [1, 2, 2, 1, 1, 2]
+    ids = {image["file_name"]: key for image, key in zip(read.images, read.image_ids.ids, strict=True)}
+    assert [read.image_ids.ids[i] for i in read.image] == [ids[f"{i // 2}.jpg"] for i in range(6)]
+
+
+def test_what_is_left_out_takes_its_own_area_and_flags():
+    content = make_truth()
+    for i, row in enumerate(content["annotations"]):
+        row |= {"area": 100.0 + i, "iscrowd": int(i == 3), "ignore": int(i == 4)}
+    content["annotations"][1]["bbox"] = None
+    content["annotations"][2]["bbox"] = [1, 2, 0, 9]
+    read = truth.read(content, max_bad_share=0.2)
+    assert read.areas.tolist() == [100.0, 103.0, 104.0, 105.0]
+    assert read.crowd.tolist() == [False, True, False, False]
+    assert read.ignored.tolist() == [False, False, True, False]
+    for row in content["annotations"]:
+        row["bbox"] = None
+    with pytest.raises(ValueError, match="has no usable box: there is nothing to score against"):
+        truth.read(content, max_bad_share=1)
+
+
+def test_images_stand_in_the_order_of_their_ids_numbers_first():
+    content = make_truth(num_images=7)
+    for image, row, key in zip(
+        content["images"], content["annotations"], ["10", 9, "b", 100, "-1", "a", 11], strict=False
+    ):
+        image["id"], row["image_id"] = key, key
+    read = truth.read(content, max_bad_share=1)
+    assert read.image_ids.ids == [9, "10", 11, 100, "-1", "a", "b"]
+    assert read.places(["a", 9, 100, "100", 9]).tolist() == [0, 3, 5]
+    with pytest.raises(ValueError, match=r"2 of 3 evaluated images are unknown: 12, \"c\""):
+        read.places([12, 9, "c"])
+
+
+def test_lists_of_lvis_belong_to_their_image():
+    content = make_truth()
+    content["images"][2] |= {"neg_category_ids": [2, "1"], "not_exhaustive_category_ids": [1, 99]}
+    content["images"][0] |= {"neg_category_ids": None, "not_exhaustive_category_ids": [2]}
+    read = truth.read(content)
+    assert read.absent.tolist() == [[2, 1], [2, 0]]
+    assert read.incomplete.tolist() == [[0, 1], [2, 0]]
+    assert read.odd["not_exhaustive_category_ids that are not listed"] == 1
+    assert read.odd["neg_category_ids of another type than the category's id"] == 1
 
 
 def test_an_image_listed_twice_is_one():
@@ -136,6 +186,9 @@ BAD = {
     "bbox NaN": ({"bbox": [1, 2, math.nan, 4]}, "bbox is not four numbers"),
     "bbox infinite": ({"bbox": [1, 2, math.inf, 4]}, "bbox is not four numbers"),
     "bbox enormous": ({"bbox": [1, 2, 1e308, 1e308]}, "bbox is not four numbers"),
+    "bbox of a thousand kilometres": ({"bbox": [1, 2, 1e10, 9]}, "bbox is not four numbers"),
+    "bbox with true": ({"bbox": [True, 2, 30, 40]}, "bbox is not four numbers"),
+    "bbox with false": ({"bbox": [0.5, False, 30, 40]}, "bbox is not four numbers"),
     "negative width": ({"bbox": [50, 50, -20, 10]}, "bbox has a negative size"),
 }
 
@@ -207,6 +260,19 @@ def test_ignored_boxes_need_not_be_found_and_are_not_wrong_to_find(flag):
     assert scored(content, rows + found * 2)[0] == pytest.approx(expected)  # a crowd holds many
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_rows_of_detections_are_counted_through_all_parts(part):
+    content = make_truth()
+    parts = [perfect(content)[:3] for _ in range(3)]
+    parts[part][1] = parts[part][1] | {"score": None}
+    with pytest.raises(ValueError, match=rf"row {3 * part + 1} is "):
+        list(detections.read(iter(parts)))
+    parts[part][1] |= {"score": 0.5, "image_id": 77}
+    read = truth.read(content)
+    with pytest.raises(ValueError, match=rf"row {3 * part + 1}: 1 of "):
+        detections.find(iter(parts), read, read.places(None))
+
+
 # --- outlines
 
 
@@ -218,6 +284,9 @@ def outline_cases():
         mask[y : y + rng.integers(1, 30), x : x + rng.integers(1, 40)] = 1
         mask[rng.random(mask.shape) < 0.2] = 0
         mask[y, x] = 1
+        if rng.random() < 0.3:  # a run that begins low in one column, fills others and ends high in the last one
+            mask.T[:] = (np.arange(1200) >= rng.integers(20, 29)).reshape(40, 30)
+            mask[:, rng.integers(1, 6) :] = 0
         packed = mask_lib.encode(np.asfortranarray(mask))
         flat = mask.T.ravel().tolist()
         runs, value = [0], 0

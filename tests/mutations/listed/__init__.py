@@ -1,5 +1,5 @@
 """All faults, room by room."""
 
-from tests.mutations.listed import data, geometry, inference, losses, models, runs, tools
+from tests.mutations.listed import data, geometry, inference, losses, models, reading, runs, tools
 
-FAULTS = [fault for room in (geometry, models, losses, data, runs, inference, tools) for fault in room.FAULTS]
+FAULTS = [fault for room in (geometry, models, losses, data, reading, runs, inference, tools) for fault in room.FAULTS]

@@ -56,6 +56,7 @@ FAULTS = [
         ("_MAX_NAME_BYTES = 120", "_MAX_NAME_BYTES = 300"),
         ("return f\"{short}-{digest}\"", "return short"),
         ("if _RESERVED.fullmatch(safe) or not safe:", "if not safe:"),
+        ("while name.casefold() in last:", "while name in last:"),
         ("unicodedata.normalize(\"NFC\", text)", "text"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
         ("allow_pickle=False", "allow_pickle=True"),
