@@ -116,7 +116,7 @@ def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], 
         boxes = np.array([row["bbox"] for row in rows])
         if boxes.shape == (len(rows), 4) and boxes.dtype.kind in "if":
             # NumPy takes true for 1
-            may_be_true = np.flatnonzero(((boxes == 0) | (boxes == 1)).any(axis=1))
+            may_be_true = np.flatnonzero(((boxes == 0) | (boxes == 1)).any(axis=1)).tolist()
             if all(_four_numbers(rows[i]["bbox"]) for i in may_be_true):
                 return _bounded(boxes.astype(np.float64, copy=False)), 0
     except (KeyError, TypeError, ValueError):
