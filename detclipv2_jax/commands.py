@@ -1,7 +1,7 @@
 """Command lines: the options of a command are the parameters of a function, their help is what its docstring says.
 
 A command's module ends with `run`. What takes long to import is imported by its function, so that --help is quick.
-Ctrl-C ends a command with one line and status 130.
+Ctrl-C ends a command with one line and status 130, a second one at once, whatever the command is doing.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ import faulthandler
 import inspect
 import os
 import re
+import select
 import signal
 import sys
+import threading
+import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
+GRACE_S = 5.0  # after Ctrl-C, for a command to end by itself
+_ENDING = threading.Lock()
 Command = Callable[..., Any]
 
 
@@ -49,7 +54,8 @@ def run(
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker")))
     try:
         function, options = parse(command, about=about, arguments=sys.argv[1:] if arguments is None else arguments)
-        result = function(**options)
+        with _watched():
+            result = function(**options)
     except KeyboardInterrupt:
         end("stopped by Ctrl-C")
     except (ValueError, OSError) as error:
@@ -60,12 +66,49 @@ def run(
 
 def end(message: str) -> NoReturn:
     """Ends the process with one line; neither threads nor worker processes are waited for."""
+    if not _ENDING.acquire(blocking=False):
+        time.sleep(1)  # another thread does it
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
     os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Ends the process where its main thread does not hear of Ctrl-C: in a compiler, or waiting for another process.
+
+    After the first one it has `GRACE_S`, unless it handles the signal itself; a second one ends it at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    except ValueError:  # not the main thread, which gets the signals
+        before = None
+
+    def watch() -> None:
+        num, wait_s = 0, None
+        while True:
+            if not select.select([reader], [], [], wait_s)[0]:
+                end("stopped by Ctrl-C")
+            if not (received := os.read(reader, 1)):
+                return os.close(reader)
+            num += received[0] == signal.SIGINT
+            if num > 1:
+                end("stopped by Ctrl-C at once")
+            handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            wait_s = None if handled or not num else GRACE_S
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 def parse(

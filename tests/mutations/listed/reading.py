@@ -78,7 +78,6 @@ FAULTS = [
     *plant(
         "files.py", "cases/test_built_folders.py",
         ("if any(entry.compress_type for entry in stored.zip.infolist()):", "if False:"),
-        ("allow_pickle=False", "allow_pickle=True", "test_files.py"),
     ),
     *plant(
         "eval/detections.py", "cases/test_truth.py",
