@@ -25,8 +25,9 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
-GRACE_S = 5.0  # after Ctrl-C, for a command to end by itself
+GRACE_S = 3.0  # after Ctrl-C, for a command to end by itself
 _ENDING = threading.Lock()
+_IS_NEEDED = threading.Event()
 Command = Callable[..., Any]
 
 
@@ -64,15 +65,22 @@ def run(
     return result if isinstance(result, int) else 0
 
 
-def end(message: str) -> NoReturn:
+def end_last() -> None:
+    """Lets this process, which others cannot do without, end after them when all get Ctrl-C."""
+    _IS_NEEDED.set()
+
+
+def end(message: str, *, at_once: bool = False) -> NoReturn:
     """Ends the process with one line; neither threads nor worker processes are waited for."""
-    if not _ENDING.acquire(blocking=False):
-        time.sleep(1)  # another thread does it
+    if not _ENDING.acquire(blocking=False) and not at_once:
+        time.sleep(3 * GRACE_S)  # another thread does it
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
+    if _IS_NEEDED.is_set() and not at_once:
+        time.sleep(GRACE_S + 1)
     os._exit(INTERRUPTED)
 
 
@@ -98,7 +106,7 @@ def _watched() -> Iterator[None]:
                 return os.close(reader)
             num += received[0] == signal.SIGINT
             if num > 1:
-                end("stopped by Ctrl-C at once")
+                end("stopped by Ctrl-C at once", at_once=True)
             handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
             wait_s = None if handled or not num else GRACE_S
 

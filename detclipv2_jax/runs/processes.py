@@ -60,6 +60,8 @@ def join(mode: str, *, timeout_s: int) -> None:
                 shutdown_timeout_seconds=timeout_s,
                 **numbers,
             )
+        if jax.process_index() == 0:  # jax ends the others, with pages of its own, when the coordinator is gone
+            commands.end_last()
         _client().key_value_set(f"host of process {jax.process_index()}", socket.gethostname())
     elif jax.process_count() > 1:  # a TPU pod's hosts know of each other without having joined
         raise ValueError(
@@ -155,7 +157,7 @@ def stop_signal() -> Iterator[Callable[[int], int]]:
     def remember(number: int, _: Any) -> None:
         if number == signal.SIGINT:
             if number in received:
-                commands.end("stopped by Ctrl-C at once; the steps after the last checkpoint are lost")
+                commands.end("stopped by Ctrl-C at once; the steps after the last checkpoint are lost", at_once=True)
             os.write(2, b"\nCtrl-C: saving after this step; once more to stop at once\n")
             if not alone:
                 os.kill(os.getpid(), signal.SIGTERM)  # jax, which took that over, tells the others
