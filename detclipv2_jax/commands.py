@@ -34,7 +34,9 @@ Command = Callable[..., Any]
 def run(
     command: Command | Mapping[str, Command], *, about: str | None = None, arguments: Sequence[str] | None = None
 ) -> int:
-    """Calls a function with the options of the command line; returns what it does if that is a number, 0 otherwise.
+    """Calls a function with the options of the command line, and prints what it returns if that is text.
+
+    Returns the exit status: what the function returns if that is a number, 0 otherwise.
 
     An option is a keyword of the function (see `_add_options`); what is wrong with a value is a ValueError, which ends
     the command with one line and status 1, as an OSError does.
@@ -62,6 +64,8 @@ def run(
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if isinstance(result, str):
+        print(result)
     return result if isinstance(result, int) else 0
 
 

@@ -17,24 +17,23 @@ from detclipv2_jax.runs.pretrained import FRESH, KEYS, ROOTS
 PARTS = tuple(layouts.LAYOUTS)
 
 
-def run(part: str, *, source: str | Path, output: str | Path, layout: str = "") -> str:
-    """Returns what was done, in lines for the user, after writing `output`.
+def run(part: str, *, input: str, output: str, layout: str = "") -> str:
+    """Converts the checkpoint of a tower, or back; returns what was done, in lines for the user.
 
     Args:
-      part: "swin" or "clip_text".
-      source: a public checkpoint; with `layout`, a file with our names.
-      output: the .safetensors file to write.
-      layout: "" recognises that of the source; else the layout to write.
+      input: a public checkpoint; with --layout, a file with our names
+      output: .safetensors file to write
+      layout: for the way back: microsoft, timm, torchvision, transformers, …; else it is recognised
 
     Raises:
       ValueError: wrong arguments, or a source that is not one whole tower of a known layout.
     """
     if part not in PARTS:
         raise ValueError(f"PART is {part!r}; allowed are {', '.join(PARTS)}")
-    source, output = Path(source), Path(output)
+    source, target = Path(input), Path(output)
     if not source.is_file():
         raise ValueError(f"--input={source} is no file")
-    if output.suffix != ".safetensors":
+    if target.suffix != ".safetensors":
         raise ValueError(f"--output={output}: only .safetensors files are written, with that ending")
     weights = read(source)
     ours = any(name.startswith(f"{ROOTS[part]}/") for name in weights)
@@ -53,9 +52,9 @@ def run(part: str, *, source: str | Path, output: str | Path, layout: str = "") 
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {"layout": found.layout, "source": source.name, "source_sha256": digest}
     metadata |= {"source_bytes": str(source.stat().st_size), "format": "pt" if ours else "detclipv2_jax"}
-    with files.whole(output) as partial:
+    with files.whole(target) as partial:
         save_file(found.params, partial, metadata=metadata)
-    return _report(part, found, output, back=ours)
+    return _report(part, found, target, back=ours)
 
 
 def _report(part: str, found: layouts.Found, output: Path, *, back: bool) -> str:
@@ -66,7 +65,7 @@ def _report(part: str, found: layouts.Found, output: Path, *, back: bool) -> str
         kinds = collections.Counter(re.sub(r"\d+", "*", name) for name in found.left_out)
         lines.append("left out: " + ", ".join(f"{kind} ({num})" for kind, num in kinds.items()))
     if not back:
-        key = next(key for key, its in KEYS.items() if its == part)
+        key = next(key for key, tower in KEYS.items() if tower == part)
         fresh = [name for name in FRESH if name.startswith(f"{ROOTS[part]}/")]
         lines += [f"not in such checkpoints, they start fresh: {', '.join(fresh)}"] if fresh else []
         lines.append(f'put in the config: config.init_from.{key} = "{output}"')

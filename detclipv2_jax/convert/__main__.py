@@ -20,21 +20,8 @@ from __future__ import annotations
 import functools
 import sys
 
-from detclipv2_jax import commands
-
-
-def run(part: str, *, input: str, output: str, layout: str = "") -> None:
-    """Converts a checkpoint of the tower, or back.
-
-    Args:
-      input: checkpoint to read
-      output: .safetensors file to write
-      layout: of --output, for the way back: microsoft, timm, torchvision, transformers, …
-    """
-    from detclipv2_jax import convert
-
-    print(convert.run(part, source=input, output=output, layout=layout))
-
+from detclipv2_jax import commands, convert
 
 if __name__ == "__main__":
-    sys.exit(commands.run({part: functools.partial(run, part) for part in ("swin", "clip_text")}, about=__doc__))
+    towers = {part: functools.partial(convert.run, part) for part in convert.PARTS}
+    sys.exit(commands.run(towers, about=__doc__))

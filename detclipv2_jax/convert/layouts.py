@@ -140,7 +140,9 @@ def from_checkpoint(part: str, weights: Mapping[str, np.ndarray], *, what: str) 
         twice = min(weights.keys() - names.values())
         raise ValueError(f"{what} holds several models: {twice} is there under another prefix too; save one of them")
     tables = {(key, layout): _table(key, layout) for key in LAYOUTS for layout in LAYOUTS[key]}
-    num_known = {place: sum(name in names for its in table.values() for name in its) for place, table in tables.items()}
+    num_known = {
+        place: sum(name in names for theirs in table.values() for name in theirs) for place, table in tables.items()
+    }
     nearest, layout = max(num_known, key=lambda place: num_known[place])
     if not num_known[nearest, layout]:
         known = "; ".join(f"{key}: {', '.join(LAYOUTS[key])}" for key in LAYOUTS)
@@ -148,11 +150,11 @@ def from_checkpoint(part: str, weights: Mapping[str, np.ndarray], *, what: str) 
     if nearest != part:
         raise ValueError(f"{what} holds no {part} but {nearest} in the layout {layout}: convert {nearest}")
 
-    table = {name: its for name, its in tables[part, layout].items() if any(short in names for short in its)}
+    table = {name: theirs for name, theirs in tables[part, layout].items() if any(short in names for short in theirs)}
     sizes = {
-        name: _turn(weights[names[its[0]]], name, its[0], _TO_OURS).shape
-        for name, its in table.items()
-        if len(its) == 1
+        name: _turn(weights[names[theirs[0]]], name, theirs[0], _TO_OURS).shape
+        for name, theirs in table.items()
+        if len(theirs) == 1
     }
     blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in _expected(part, table, sizes).items()}
     want = {_short(name): value.shape for name, value in _renamed(part, blank, layout).items()}
@@ -258,7 +260,7 @@ def _table(part: str, layout: str) -> dict[str, list[str]]:
         deepest = swin_shapes(1, [_DEEPEST] * 4, [()] * 4)
     else:
         deepest = text_shapes(1, _DEEPEST, positions=1, embed_dim=1)
-    return {name: [_short(its) for its in _names(part, layout, name)] for name in deepest}
+    return {name: [_short(theirs) for theirs in _names(part, layout, name)] for name in deepest}
 
 
 def _short(name: str) -> str:
@@ -293,8 +295,8 @@ def _renamed(part: str, params: Mapping[str, np.ndarray], layout: str) -> dict[s
     return renamed
 
 
-def _turn(value: np.ndarray, name: str, its: str, axes: tuple[int, ...]) -> np.ndarray:
+def _turn(value: np.ndarray, name: str, theirs: str, axes: tuple[int, ...]) -> np.ndarray:
     """Returns a kernel with its axes as the other side has them."""
-    if not name.endswith("/kernel") or not its.endswith("weight"):
+    if not name.endswith("/kernel") or not theirs.endswith("weight"):
         return value
     return value.transpose(axes) if value.ndim == 4 else value.T

@@ -99,7 +99,7 @@ class BatchMaker:
 
     def _member(self, position: int) -> int:
         """Returns which member stands at a position of the endless stream."""
-        epoch, at = divmod(position, len(self.members))
+        epoch, place = divmod(position, len(self.members))
         order = self._orders.get(epoch)
         if order is None:
             order = np.arange(len(self.members), dtype=np.int32)
@@ -107,7 +107,7 @@ class BatchMaker:
             for old in sorted(tuple(self._orders))[:-1]:  # two epochs stay: a batch may cross from one to the next
                 self._orders.pop(old, None)
             self._orders[epoch] = order
-        return int(order[at])
+        return int(order[place])
 
     @functools.cached_property
     def _offsets(self) -> np.ndarray:
@@ -119,9 +119,9 @@ class BatchMaker:
         rows = self.batch_size // self.process_count
         positions = self.positions(n)
         image = np.zeros((rows, *self.canvas, 3), np.uint8)
-        rng, own = np.random.default_rng((self._tag, n)), slice(self.process_index * rows, None)
-        short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[own].tolist()
-        flips = (rng.random(self.batch_size) < self.flip_prob)[own].tolist()
+        rng, of_this_host = np.random.default_rng((self._tag, n)), slice(self.process_index * rows, None)
+        short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[of_this_host].tolist()
+        flips = (rng.random(self.batch_size) < self.flip_prob)[of_this_host].tolist()
         examples = [
             self._read(position, out, notes, short_side=short_side, flip=flip)
             for position, out, short_side, flip in zip(positions, image, short_sides, flips, strict=False)
@@ -139,9 +139,9 @@ class BatchMaker:
         caption_concepts = np.zeros((rows, self.num_captions), np.int32)
         caption_mask = np.zeros((rows, self.num_captions), bool)
         if self.num_captions:
-            for row, of_caption in enumerate(concepts):
-                caption_concepts[row, : len(of_caption)] = of_caption
-                caption_mask[row, : len(of_caption)] = True
+            for row, texts in enumerate(concepts):
+                caption_concepts[row, : len(texts)] = texts
+                caption_mask[row, : len(texts)] = True
         batch = Batch(
             image=image,
             extent=extent,

@@ -205,7 +205,7 @@ class Pool:
             return np.zeros(0, np.int32)
         taken = np.zeros(len(self), bool)
         taken[self._find(present)] = taken[self._find(never)] = True
-        at = np.empty(len(self), np.int32)
+        first_places = np.empty(len(self), np.int32)
         if caption:
             text = tokenizer.clean(caption)
             text = f"{text}\n{_WORD.sub(lambda match: _singular(match[0]), text)}"
@@ -213,15 +213,15 @@ class Pool:
         def take(indices: np.ndarray) -> np.ndarray:
             indices = indices[~taken[indices]]
             places = np.arange(len(indices), dtype=np.int32)
-            at[indices[::-1]] = places[::-1]  # the first place of an index is written last
-            indices = indices[at[indices] == places]
+            first_places[indices[::-1]] = places[::-1]  # the first place of an index is written last
+            indices = indices[first_places[indices] == places]
             if caption:
                 indices = np.array([i for i in indices.tolist() if self._keys[i] not in text], np.int64)
             taken[indices] = True
             return indices
 
-        def permutation(of: int | Sequence[int]) -> np.ndarray:
-            return np.random.default_rng(uniform.view(np.uint64)).permutation(of)
+        def permutation(indices: int | Sequence[int]) -> np.ndarray:
+            return np.random.default_rng(uniform.view(np.uint64)).permutation(indices)
 
         drawn = take(permutation(sorted(set(self._find(first))))) if first else np.zeros(0, np.int64)
         if len(drawn) < num:

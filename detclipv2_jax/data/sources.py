@@ -196,11 +196,11 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
     drop = section.drop_categories if kind is Kind.DETECTION else ()
     sources: list[Source] = []
     try:
-        of_folders = [name for folder in folders for name in read_names(folder)] if drop else []
+        built_names = [name for folder in folders for name in read_names(folder)] if drop else []
         if _names_raw_files(kind, section):
             match kind:
                 case Kind.DETECTION:
-                    dropped = Dropped(drop, f"{prefix}.drop_categories", of_folders)
+                    dropped = Dropped(drop, f"{prefix}.drop_categories", built_names)
                     more = limits | {"dictionary": section.dictionary, "dropped": dropped}
                     more |= {"num_shots": section.num_shots, "few_shot_seed": section.few_shot_seed}
                     sources.append(read_detection(section.annotations, section.images, **more))
@@ -210,8 +210,8 @@ def open_sources(kind: Kind, section: Any, *, prefix: str) -> list[Source]:
                     sources.append(read_pairs(section.pairs, section.images, **limits))
         dictionary = read_dictionary(section.dictionary) if folders and section.dictionary else None
         options = {"dictionary": dictionary, "max_examples": section.max_examples, "dropped": drop}
-        if of_folders and not sources:
-            dropped_names(drop, of_folders, " ".join(folders))
+        if built_names and not sources:
+            dropped_names(drop, built_names, " ".join(folders))
         sources.extend(read_built(folder, kind, **options) for folder in folders)
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None

@@ -64,6 +64,6 @@ def _joined(spans: Any) -> list[tuple[int, int]]:
     return joined
 
 
-def _goes_on(text: str, at: int) -> bool:
+def _goes_on(text: str, position: int) -> bool:
     """Returns whether a word goes on at a position; scripts without upper case may write words without spaces."""
-    return all(character.lower() != character.upper() for character in text[at - 1 : at + 1])
+    return all(character.lower() != character.upper() for character in text[position - 1 : position + 1])

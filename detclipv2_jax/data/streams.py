@@ -169,7 +169,7 @@ class Stream:
         ids = collections.defaultdict(list)
         for source, index in examples:
             ids[self.sources[source].name].append(str(index))
-        return "; ".join(f"{name}: {', '.join(of_source)}" for name, of_source in ids.items())
+        return "; ".join(f"{name}: {', '.join(indices)}" for name, indices in ids.items())
 
 
 class EvalStream(Stream):

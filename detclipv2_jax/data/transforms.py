@@ -67,43 +67,43 @@ def _exif_orientation(exif: bytes) -> int:
         return 1
 
 
-def _num_scans(data: bytes, at: int) -> int:
-    """Returns the scans of a JPEG from its first one at `at` on; other images may follow it in the file."""
-    if data.count(b"\xff\xda", at) == 1:
+def _num_scans(data: bytes, offset: int) -> int:
+    """Returns the scans of a JPEG from its first one at `offset` on; other images may follow it in the file."""
+    if data.count(b"\xff\xda", offset) == 1:
         return 1
     num_scans = 0
-    while at + 4 <= len(data) and data[at + 1] != 0xD9:
-        num_scans += data[at + 1] == 0xDA
-        found = _MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
-        at = found.start() if found else len(data)
+    while offset + 4 <= len(data) and data[offset + 1] != 0xD9:
+        num_scans += data[offset + 1] == 0xDA
+        found = _MARKER.search(data, offset + 2 + int.from_bytes(data[offset + 2 : offset + 4], "big"))
+        offset = found.start() if found else len(data)
     return num_scans
 
 
 def _jpeg_header(data: bytes) -> Header:
-    size, orientation, at = None, 1, 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    size, orientation, offset = None, 1, 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker == 0xFF:  # fill byte
-            at += 1
+            offset += 1
             continue
         if marker in _PARAMETERLESS:
-            at += 2
+            offset += 2
             continue
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        if marker in _FRAMES and at + 9 <= len(data):
-            size = struct.unpack_from(">HH", data, at + 5)
-        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(data[at + 4 : at + 2 + length])
+        (length,) = struct.unpack_from(">H", data, offset + 2)
+        if marker in _FRAMES and offset + 9 <= len(data):
+            size = struct.unpack_from(">HH", data, offset + 5)
+        elif marker == 0xE1 and data[offset + 4 : offset + 10] == b"Exif\0\0":
+            orientation = _exif_orientation(data[offset + 4 : offset + 2 + length])
         elif marker == 0xDA:  # the scan: inside it FF D9 can only be the end of the image
-            if size is None or data.rfind(b"\xff\xd9", at) < 0:
+            if size is None or data.rfind(b"\xff\xd9", offset) < 0:
                 break
-            num_scans = _num_scans(data, at)
+            num_scans = _num_scans(data, offset)
             if size[0] * size[1] * num_scans > MAX_SCANNED:
                 raise UnusableError("too many scans")
             if num_scans > 1 and size[0] * size[1] > MAX_PIXELS:  # a decoder would hold all coefficients
                 raise UnusableError(f"more than {MAX_PIXELS} pixels in several scans")
             return Header(size, orientation, is_jpeg=True)
-        at += 2 + length
+        offset += 2 + length
     raise UnusableError("truncated image")
 
 
@@ -114,10 +114,10 @@ def _tiff_header(data: bytes) -> Header:
     start, length = (start + 8, 20) if big else (start + 2, 12)
     values: dict[int, list[int]] = {_TIFF_WIDTH: [0], _TIFF_HEIGHT: [0], _TIFF_ORIENTATION: []}
     places = []
-    for at in range(start, min(start + num_entries * length, len(data)), length):
-        tag, number_format = struct.unpack_from(f"{order}HH", data, at)
+    for offset in range(start, min(start + num_entries * length, len(data)), length):
+        tag, number_format = struct.unpack_from(f"{order}HH", data, offset)
         if tag in values and number_format in _TIFF_FORMATS:
-            place = at + (12 if big else 8), order + _TIFF_FORMATS[number_format]
+            place = offset + (12 if big else 8), order + _TIFF_FORMATS[number_format]
             values[tag] += struct.unpack_from(place[1], data, place[0])
             if tag == _TIFF_ORIENTATION:
                 places.append(place)
@@ -131,10 +131,10 @@ def _other_header(data: bytes) -> Header:
     exif = image.info.get("exif") or b""
     if image.format == "PNG" and not exif:
         # it may stand behind the pixels, which Pillow's own search decodes
-        at = 8
-        while at + 12 <= len(data) and data[at + 4 : at + 8] != b"eXIf":
-            at += 12 + int.from_bytes(data[at : at + 4], "big")
-        exif = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")]
+        offset = 8
+        while offset + 12 <= len(data) and data[offset + 4 : offset + 8] != b"eXIf":
+            offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
+        exif = data[offset + 8 : offset + 8 + int.from_bytes(data[offset : offset + 4], "big")]
     if not exif and (profile := image.info.get("Raw profile type exif")):  # ImageMagick's, before PNG had EXIF
         with contextlib.suppress(*_DAMAGED):
             exif = bytes.fromhex("".join(profile.split("\n")[3:]))
@@ -246,8 +246,8 @@ def decode(data: bytes, header: Header, *, size: tuple[int, int]) -> UInt8[np.nd
     array = np.frombuffer(data, np.uint8)
     if header.tiff_orientation and header.orientation > 1:
         turned = bytearray(data)
-        for at, number_format in header.tiff_orientation:
-            struct.pack_into(number_format, turned, at, 1)
+        for offset, number_format in header.tiff_orientation:
+            struct.pack_into(number_format, turned, offset, 1)
         array = np.frombuffer(turned, np.uint8)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[scale]
     try:

@@ -98,7 +98,7 @@ def read_queries(
     truth.check_form(xywh[kept], images, places, annotations, max_bad_share=max_bad_share, odd=odd)
     names = {image_id: file_name(image) for image_id, image in by_id.items()}
     odd.update(repaired)
-    return [Query(names[key[0]], texts[key], np.array(of_text, np.float64)) for key, of_text in boxes.items()]
+    return [Query(names[key[0]], texts[key], np.array(text_boxes, np.float64)) for key, text_boxes in boxes.items()]
 
 
 def _problem(image: dict[str, Any], box: np.ndarray, spans: Any, *, task: str) -> str:
@@ -142,10 +142,10 @@ def evaluate(
     for query in queries:
         files[query.file].append(query)
     counts: collections.Counter[str] = collections.Counter()
-    for file, own in tqdm.tqdm(files.items(), desc="grounding", unit="image", disable=None, leave=False):
-        texts = list(dict.fromkeys(query.text for query in own))
+    for file, file_queries in tqdm.tqdm(files.items(), desc="grounding", unit="image", disable=None, leave=False):
+        texts = list(dict.fromkeys(query.text for query in file_queries))
         found = dict(zip(texts, find(file, texts), strict=True))
-        for query in own:
+        for query in file_queries:
             for kind, boxes in (("", query.boxes), ("merged_", merged(query.boxes))):
                 rank = first_hit(found[query.text], boxes)
                 counts.update({f"{kind}R@{k}": int(rank <= k) for k in RANKS})
@@ -207,8 +207,8 @@ def run(
         "long_side": config.eval.long_side,
     }
     weights = vocabulary.weights_key(predictor.params)
-    of_truth = {"annotations", "annotations_sha256", "repaired"}  # boxes may be repaired: nothing is found anew
-    fingerprint = {key: value for key, value in protocol.items() if key not in of_truth}
+    changeable = {"annotations", "annotations_sha256", "repaired"}  # boxes may be repaired: nothing is found anew
+    fingerprint = {key: value for key, value in protocol.items() if key not in changeable}
     fingerprint |= {"photos": photos, "weights": weights, "asked": [(query.file, query.text) for query in queries]}
     parts = Parts(pathlib.Path(folder), fingerprint=fingerprint)
     known, files = parts.all_rows(), itertools.count()

@@ -112,9 +112,9 @@ class Evaluator:
                 "images_listed": len(self._truth.truth.images),
             }
             write_scores(self._workdir / "eval", name=name, scores=scores, protocol=protocol)
-            of_names = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
-            table = self._scorer.table({name: scores[name] for name in scores if name not in of_names})
-            logging.info("step %d: %s; in %%:\n%s\n%s", step, self._scorer.AP_KIND, table, names.table(of_names))
+            name_scores = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
+            table = self._scorer.table({name: scores[name] for name in scores if name not in name_scores})
+            logging.info("step %d: %s; in %%:\n%s\n%s", step, self._scorer.AP_KIND, table, names.table(name_scores))
             ids = [self._truth.truth.image_ids.ids[self._truth.images[sample.example_id]] for sample in samples]
             for sample, image_id in zip(samples, files.safe_names(ids), strict=True):
                 self._draw(sample, path=self._workdir / "pictures" / f"{name}_found_{image_id}.jpg", step=step)
@@ -186,8 +186,8 @@ class Evaluator:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""
         truth, image = self._truth.truth, int(self._truth.images[sample.example_id])
         image_id = truth.image_ids.ids[image]
-        own = np.flatnonzero(truth.image == image)
-        boxes = np.concatenate([truth.boxes[own, :2], truth.boxes[own, :2] + truth.boxes[own, 2:]], axis=1)
+        rows = np.flatnonzero(truth.image == image)
+        boxes = np.concatenate([truth.boxes[rows, :2], truth.boxes[rows, :2] + truth.boxes[rows, 2:]], axis=1)
         label_of = np.argsort(self._truth.categories)
         figures.detections(
             sample.image,
@@ -195,8 +195,8 @@ class Evaluator:
             sample.labels,
             self._truth.vocabulary.names,
             scores=sample.scores,
-            max_drawn=min(20, max(3, len(own))),
-            truth=(boxes * sample.scale, label_of[truth.category[own]].astype(np.int32)),
+            max_drawn=min(20, max(3, len(rows))),
+            truth=(boxes * sample.scale, label_of[truth.category[rows]].astype(np.int32)),
             title=f"image {image_id} after {step} steps",
             path=path,
         )
@@ -290,8 +290,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str,
     Raises:
       ValueError: no checkpoint, or nothing to evaluate on.
     """
-    own = (workdir / "checkpoints").is_dir() or not config.init_from.checkpoint
-    checkpoint = Checkpoint.load(workdir if own else config.init_from.checkpoint, fsdp=config.mesh.fsdp)
+    from_workdir = (workdir / "checkpoints").is_dir() or not config.init_from.checkpoint
+    checkpoint = Checkpoint.load(workdir if from_workdir else config.init_from.checkpoint, fsdp=config.mesh.fsdp)
     if (size := config.eval.short_side) != (usual := checkpoint.config.eval.short_side):
         logging.warning(
             "photos are evaluated at a short side of %d px, the run did so at %d px: --config.eval.short_side, "

@@ -58,11 +58,11 @@ def evaluate(
     order = np.lexsort((-found.scores, found.images))
     num_images = len(truth.images)
     ends = np.searchsorted(found.images[order], np.arange(num_images + 1))
-    own_order = np.argsort(truth.image, kind="stable")
-    own_ends = np.searchsorted(truth.image[own_order], np.arange(num_images + 1))
-    for (start, end), (first, last) in zip(itertools.pairwise(ends), itertools.pairwise(own_ends), strict=True):
-        own = own_order[first:last][counted[own_order[first:last]]]
-        names[own] = _best_names(truth.boxes[own], found.take(order[start:end]))
+    box_order = np.argsort(truth.image, kind="stable")
+    box_ends = np.searchsorted(truth.image[box_order], np.arange(num_images + 1))
+    for (start, end), (first, last) in zip(itertools.pairwise(ends), itertools.pairwise(box_ends), strict=True):
+        image_boxes = box_order[first:last][counted[box_order[first:last]]]
+        names[image_boxes] = _best_names(truth.boxes[image_boxes], found.take(order[start:end]))
     named, category = names[counted], truth.category[counted]
     scores: dict[str, float] = {}
     for lead in ("", *(name for name in FREQUENCIES if name in truth.frequencies)):

@@ -103,14 +103,14 @@ def prepare_all(
         config, prepared["zero_shot"] = checkpoints.read_config(checkpoint), {}
     if finetuned:
         prepared["finetuned"] = {}
-    for kind, own in prepared.items():
+    for kind, by_member in prepared.items():
         for member, path in found.items():
             workdir = pathlib.Path(finetuned) / member.name
             if kind == "finetuned" and not workdir.is_dir():
                 continue
             try:
-                of_run = config if kind == "zero_shot" else checkpoints.read_config(workdir)
-                own[member] = prepare(of_run, member, path, plain_names=plain_names or kind == "finetuned")
+                run_config = config if kind == "zero_shot" else checkpoints.read_config(workdir)
+                by_member[member] = prepare(run_config, member, path, plain_names=plain_names or kind == "finetuned")
             except ValueError as error:
                 problems.append(f"{member.name}: {error}")
     if problems:
@@ -152,9 +152,9 @@ def run(
     for kind, members_of_kind in prepared.items():
         loaded = loop.Checkpoint.load(checkpoint) if kind == "zero_shot" else None
         scores: dict[str, float | None] = {}
-        for member, of_member in members_of_kind.items():
-            own = loaded or loop.Checkpoint.load(pathlib.Path(finetuned) / member.name)
-            scores[member.name] = evaluate(own, of_member, output=output / kind / member.name)["AP"]
+        for member, scored in members_of_kind.items():
+            trained = loaded or loop.Checkpoint.load(pathlib.Path(finetuned) / member.name)
+            scores[member.name] = evaluate(trained, scored, output=output / kind / member.name)["AP"]
         for name, group in (("mean_13", [m for m in members() if m.odinw13]), ("mean_35", members())):
             values = [score for member in group if (score := scores.get(member.name)) is not None]
             scores[name] = float(np.mean(values)) if len(values) == len(group) else None

@@ -149,12 +149,12 @@ def _forward(
     columns: _Columns,
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
     axes, per_device = on_each_device(embeddings.shape[0])
-    of_device = per_device(
+    split = per_device(
         functools.partial(_of_device, settings, axes),
         arguments=(SPLIT, WHOLE, WHOLE, SPLIT, SPLIT, WHOLE),
         results=(SPLIT, WHOLE, WHOLE),
     )
-    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = of_device(
+    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = split(
         embeddings, scale, bias, anchor_mask, labels, columns
     )
     return total, (embeddings_bar, scale_bar.astype(scale.dtype), bias_bar.astype(bias.dtype), text_bar)

@@ -244,6 +244,6 @@ def _num_chosen(
     m, k = slots.shape[1], votes.shape[1]
     earlier = (jnp.arange(m)[:, None] > jnp.arange(m)[None])[None] & mask[:, None, :]
     repeated = jnp.any((slots[:, :, None] == slots[:, None, :]) & earlier, axis=2)
-    own = (chosen[:, :, None] == jnp.arange(k)[None, None]) & (mask & ~repeated)[:, :, None]
-    own_votes = jnp.sum(own, axis=1, dtype=votes.dtype)
+    is_choice = (chosen[:, :, None] == jnp.arange(k)[None, None]) & (mask & ~repeated)[:, :, None]
+    own_votes = jnp.sum(is_choice, axis=1, dtype=votes.dtype)
     return jnp.sum(own_votes > 0, axis=1), jnp.sum(votes > own_votes, axis=1)

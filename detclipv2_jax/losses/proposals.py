@@ -154,8 +154,8 @@ def _text_score(arrays: dict[str, Any], axes: tuple[str, ...], *, settings: Sele
     table = gather(arrays["text"].astype(embeddings.dtype), axes)
     captions, in_batch = arrays["captions"], arrays["batch_captions"]
     if settings.selection == "text_sample":
-        own = table[captions.concepts]
-        similarity = jnp.einsum("bad,bmd->bam", embeddings, own, preferred_element_type=jnp.float32)
+        image_text = table[captions.concepts]
+        similarity = jnp.einsum("bad,bmd->bam", embeddings, image_text, preferred_element_type=jnp.float32)
         return jnp.max(jnp.where(captions.mask[:, None], similarity, LOW), axis=2)
     if settings.scope == "device":
         used = in_batch.mask.reshape(-1)

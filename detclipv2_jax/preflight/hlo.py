@@ -124,8 +124,8 @@ def traffic(text: str) -> Traffic:
             elif opcode == "conditional":
                 names = [part for found in _BRANCHES.findall(instruction.attributes) for part in found if part]
                 branches = [cost(branch) for branch in re.findall(r"[\w.\-]+", " ".join(names))]
-                sent = {kind: max(branch.network.get(kind, 0.0) for branch in branches) for kind in COLLECTIVES}
-                add(max(branches, key=lambda branch: branch.memory)._replace(network=sent))
+                most = {kind: max(branch.network.get(kind, 0.0) for branch in branches) for kind in COLLECTIVES}
+                add(max(branches, key=lambda branch: branch.memory)._replace(network=most))
             elif opcode in ("call", "async-start"):
                 for called in _CALLED.findall(instruction.attributes):
                     add(cost(called))

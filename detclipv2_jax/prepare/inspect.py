@@ -101,7 +101,7 @@ def measure(batch: Batch, kind: Kind) -> dict[str, np.ndarray]:
         if kind is Kind.IMAGE_TEXT
         else (batch.box_concepts, batch.box_mask)
     )
-    distinct = [np.unique(of_image[used]) for of_image, used in zip(rows, mask, strict=True)]
+    distinct = [np.unique(image_rows[used]) for image_rows, used in zip(rows, mask, strict=True)]
     lengths = (batch.concept_tokens > 0).sum(axis=1)
     boxes = {} if kind is Kind.IMAGE_TEXT else {"boxes an image": mask.sum(axis=1)}
     return boxes | {

@@ -41,7 +41,7 @@ def checkpoint(part, layout):
 def converted(part, content, folder):
     """Returns (report, path) of a converted checkpoint."""
     save_file(content, folder / "theirs.safetensors")
-    report = convert.run(part, source=folder / "theirs.safetensors", output=folder / "ours.safetensors")
+    report = convert.run(part, input=folder / "theirs.safetensors", output=folder / "ours.safetensors")
     return report, folder / "ours.safetensors"
 
 
@@ -90,7 +90,7 @@ def test_the_way_back_is_exact(part, layout, tmp_path):
     theirs = checkpoint(part, layout)
     report, ours = converted(part, theirs, tmp_path)
     output = tmp_path / "back.safetensors"
-    convert.run(part, source=ours, output=output, layout=layout.removesuffix("_custom"))
+    convert.run(part, input=ours, output=output, layout=layout.removesuffix("_custom"))
     theirs = {re.sub(r"^(text|swin)\.", "", name): value for name, value in theirs.items()}
     back = load_file(output)
     for name, value in back.items():
@@ -204,21 +204,21 @@ def test_wrong_arguments(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     for part, options, message in (
         ("text", {}, "PART is 'text'; allowed are swin, clip_text"),
-        ("swin", {"source": tmp_path / "nowhere.pth"}, "is no file"),
+        ("swin", {"input": tmp_path / "nowhere.pth"}, "is no file"),
         ("swin", {"output": tmp_path / "out.npz"}, "only .safetensors files are written"),
-        ("swin", {"source": tmp_path / "broken.safetensors"}, "cannot be read"),
-        ("swin", {"source": tmp_path / "model.onnx"}, "allowed are .safetensors, .pth, .pt and .bin"),
-        ("swin", {"source": ours}, "has our names already; --layout"),
+        ("swin", {"input": tmp_path / "broken.safetensors"}, "cannot be read"),
+        ("swin", {"input": tmp_path / "model.onnx"}, "allowed are .safetensors, .pth, .pt and .bin"),
+        ("swin", {"input": ours}, "has our names already; --layout"),
         ("swin", {"layout": "timm"}, "for the way back, but .* has no parameter named swin/"),
-        ("swin", {"source": ours, "layout": "tim"}, "'tim' is unknown; allowed for swin: microsoft, timm"),
+        ("swin", {"input": ours, "layout": "tim"}, "'tim' is unknown; allowed for swin: microsoft, timm"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert.run(part, **{"source": theirs, "output": output} | options)
+            convert.run(part, **{"input": theirs, "output": output} | options)
     content = load_file(ours)
     del content["swin/patch_norm/bias"]
     save_file(content, ours)
     with pytest.raises(ValueError, match=r"missing \(1\): swin/patch_norm/bias"):
-        convert.run("swin", source=ours, output=output, layout="timm")
+        convert.run("swin", input=ours, output=output, layout="timm")
 
 
 # --- pickles
@@ -284,7 +284,7 @@ def test_code_in_a_pickle_is_never_run(torch, ending, tmp_path, monkeypatch):
         pytest.importorskip("torch", reason="needs PyTorch, which neither the project nor its tests install")
     message = "pip install torch.*it was not opened" if torch == "absent" else "nothing in it was run"
     with pytest.raises(ValueError, match=message):
-        convert.run("swin", source=path, output=tmp_path / "ours.safetensors")
+        convert.run("swin", input=path, output=tmp_path / "ours.safetensors")
     assert not trap.exists()
     with zipfile.ZipFile(path) as archive:  # the trap works
         pickle.loads(archive.read("archive/data.pkl"))
@@ -300,7 +300,7 @@ def test_weights_of_a_pickle(wrappers, tmp_path, monkeypatch):
         content = {wrapper: content, "epoch": 300}
     fake_torch(monkeypatch, content)
     (tmp_path / "swin.pth").write_bytes(b"")
-    convert.run("swin", source=tmp_path / "swin.pth", output=tmp_path / "a.safetensors")
+    convert.run("swin", input=tmp_path / "swin.pth", output=tmp_path / "a.safetensors")
     _, path = converted("swin", plain, tmp_path)
     for name, value in load_file(path).items():
         np.testing.assert_array_equal(load_file(tmp_path / "a.safetensors")[name], value)
@@ -314,7 +314,7 @@ def test_pickles_without_weights(content, message, tmp_path, monkeypatch):
     fake_torch(monkeypatch, content)
     (tmp_path / "swin.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=message):
-        convert.run("swin", source=tmp_path / "swin.pth", output=tmp_path / "a.safetensors")
+        convert.run("swin", input=tmp_path / "swin.pth", output=tmp_path / "a.safetensors")
 
 
 # --- the command
@@ -353,7 +353,7 @@ def test_real_clip_embeds_names_as_clip_does(shared_data, tmp_path):
     source = os.environ.get("DETCLIP_CLIP_CHECKPOINT")
     if not source:
         pytest.skip("needs CLIP ViT-B/32, in any known layout: set DETCLIP_CLIP_CHECKPOINT to its path")
-    convert.run("clip_text", source=source, output=tmp_path / "ours.safetensors")
+    convert.run("clip_text", input=source, output=tmp_path / "ours.safetensors")
     model = TextEncoder(512, 12, 8, context_length=16, embed_dim=512)
     variables = load(tmp_path / "ours.safetensors", "clip_text", model, cases.text_tokens())
     embed = jax.jit(model.apply)

@@ -153,7 +153,7 @@ def test_a_run_starts_from_a_checkpoint_of_timm_and_one_of_transformers(micro, t
         theirs = layouts.to_checkpoint(part, params, layout=layout, what="the test").params
         save_file(theirs, tmp_path / f"{layout}.safetensors")
         output = tmp_path / f"{part}.safetensors"
-        convert.run(part, source=tmp_path / f"{layout}.safetensors", output=output)
+        convert.run(part, input=tmp_path / f"{layout}.safetensors", output=output)
     fresh = state_at_start(micro, tmp_path / "fresh")
     start_files(micro, swin=tmp_path / "swin.safetensors", text=tmp_path / "clip_text.safetensors")
     started = state_at_start(micro, tmp_path / "started")

@@ -22,7 +22,7 @@ FAULTS = [
         "data/batches.py", "data/test_batches.py",
         ("np.random.default_rng((self._tag, n)), slice", "np.random.default_rng((self._tag, 0)), slice"),
         ("self.batch_size, endpoint=True)", "self.batch_size)"),
-        ("short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[own].tolist()", "short_sides = [self.short_side[1]] * rows"),
+        ("short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[of_this_host].tolist()", "short_sides = [self.short_side[1]] * rows"),
         ("(rng.random(self.batch_size) < self.flip_prob)", "(rng.random(self.batch_size) < 2 * self.flip_prob)"),
         ("flip and not speaks_of_sides(texts, self.unflippable)", "flip"),
         ("counter=examples[0].position * (wide // 4)", "counter=0"),
@@ -52,7 +52,7 @@ FAULTS = [
         ("taken[self._find(present)] = taken[self._find(never)] = True", "taken[self._find(never)] = True"),
         ("taken[self._find(present)] = taken[self._find(never)] = True", "taken[self._find(present)] = True"),
         ("if self._keys[i] not in text]", "]"),
-        ("indices = indices[at[indices] == places]", "indices = indices"),
+        ("indices = indices[first_places[indices] == places]", "indices = indices"),
         ("(uniform * len(self)).astype(np.int64)", "(uniform * len(self) / 2).astype(np.int64)"),
     ),
     *plant(

@@ -59,7 +59,7 @@ FAULTS = [
     *plant(
         "losses/contrastive.py", CHUNKED,
         ("_Arrays(regions, text * scale,", "_Arrays(regions, text,"),
-        ("jnp.argmax(jnp.where(region_mask, arrays.proposed.areas, -1.0), axis=1)", "jnp.argmax(arrays.proposed.areas, axis=1)"),
+        ("jnp.argmax(jnp.where(region_mask, areas, -1.0), axis=1)", "jnp.argmax(areas, axis=1)"),
         ("(jnp.arange(caption_mask.shape[1]) == 0)[None]", "(jnp.arange(caption_mask.shape[1]) == 1)[None]"),
         ("arrays.image_mask & jnp.any(region_mask, axis=1)", "jnp.any(region_mask, axis=1)"),
         slow=True,
