@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
             )
         normal = nn.initializers.normal
         # looked up in float32: [SOS], [EOS] and padding have the gradients of thousands of rows, which a bfloat16 sum
-        # loses, and which an H200 adds 20 times slower
+        # loses; and an H200 took 44 ms for it instead of 0.8 (6,912 rows of 16)
         x = nn.Embed(
             VOCABULARY_SIZE, self.width, dtype=jnp.float32, embedding_init=normal(0.02), name="token_embedding"
         )(tokens).astype(self.dtype)
