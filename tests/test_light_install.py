@@ -1,6 +1,7 @@
 """Models, losses, steps and inference need few packages: the others are taken away here."""
 
 import importlib.metadata
+import os
 import pathlib
 import re
 import subprocess
@@ -74,6 +75,31 @@ def test_rooms_of_arrays_and_inference_import_with_few_packages():
         print("imported")
     """)
     assert done.stdout.strip() == "imported", done.stderr
+
+
+def test_only_saved_models_need_tensorflow(tmp_path):
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name for name, lines in asked["optional-dependencies"].items() if "tensorflow" in " ".join(lines)}
+    assert "tensorflow" not in {re.match(r"[\w-]+", line)[0] for line in asked["dependencies"]}
+    assert extras == {"export", "test"}
+    for module in ("tensorflow", "tensorflow_text"):
+        (tmp_path / f"{module}.py").write_text('raise ModuleNotFoundError("absent")')
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_PLATFORMS": "cpu"}
+
+    def run(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    run("-c", textwrap.dedent("""
+        import importlib, pkgutil, detclipv2_jax
+        names = [module.name for module in pkgutil.walk_packages(detclipv2_jax.__path__, "detclipv2_jax.")]
+        for name in names:
+            if name != "detclipv2_jax.export.saved_model":
+                importlib.import_module(name)
+    """))  # fmt: skip
+    scenes = tmp_path / "scenes"
+    run("-m", "detclipv2_jax.prepare", "scenes", f"--output={scenes}", "--num_examples=4")
+    run("-m", "detclipv2_jax.prepare", "coco_json", f"--input={scenes}/detection.json", f"--output={tmp_path}/built")
 
 
 def test_what_is_absent_cannot_be_imported():
