@@ -1,7 +1,7 @@
 """From regions and words to boxes, for arrays (`detect`), compiled models (`Detector`) and any image (`Predictor`)."""
 
-from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits
-from detclipv2_jax.inference.detector import Detector, Photos
+from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos
+from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.predictor import Found, Predictor
 from detclipv2_jax.inference.vocabulary import parse_words
 

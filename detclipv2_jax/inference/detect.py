@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import boxes as box_lib
@@ -25,6 +25,15 @@ AnyArray = Array | np.ndarray
 Pairs = tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]  # minus scores, anchors, words
 
 
+class Photos(NamedTuple):
+    """A batch of photos on one canvas; the fields are those of `data.schema.Batch`."""
+
+    image: UInt8[AnyArray, "b h w 3"]
+    extent: Int[AnyArray, "b 2"]
+    scale: Float[AnyArray, "b 2"]
+    original_size: Int[AnyArray, "b 2"]
+
+
 @flax.struct.dataclass
 class Detections:
     """Boxes found on a batch of images, best first, in pixels of the original images; zero where not `mask`."""
@@ -37,12 +46,13 @@ class Detections:
 
 @flax.struct.dataclass
 class Limits:
-    """What counts as a detection; see `detect`. A new value of the integers compiles anew."""
+    """What counts as a detection. A new value of one that is no float compiles anew."""
 
-    score_threshold: float
-    nms_iou: float
-    pre_nms: int = flax.struct.field(pytree_node=False)
-    max_detections: int = flax.struct.field(pytree_node=False)
+    score_threshold: float  # in [0, 1); only scores above it count
+    nms_iou: float  # a box is removed by a better one if their IoU is above it
+    pre_nms: int = flax.struct.field(pytree_node=False)  # pairs an image that enter NMS
+    max_detections: int = flax.struct.field(pytree_node=False)  # boxes an image
+    # boxes of different words remove each other too
     class_agnostic: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -71,19 +81,13 @@ def detect(
     regions: Regions,
     text: Float[AnyArray, "w d"],
     text_mask: Bool[AnyArray, " w"],
+    photos: Photos,
     *,
     anchors: Float[AnyArray, "a 4"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-    extent: Int[AnyArray, "b 2"],
-    image_scale: Float[AnyArray, "b 2"],
-    original_size: Int[AnyArray, "b 2"],
-    score_threshold: float,
-    nms_iou: float,
-    pre_nms: int,
-    max_detections: int,
+    limits: Limits,
     word_chunk: int = WORD_CHUNK,
-    class_agnostic: bool = False,
 ) -> Detections:
     """Returns the best boxes of every image (docs/decisions.md: score and limits at test).
 
@@ -91,40 +95,41 @@ def detect(
        centre lies on the padding;
     2. the best `pre_nms` (anchor, word) pairs; of equal scores the lower anchor comes first, then the lower word;
     3. their boxes in the original image, cut at its border; those without area or not above the threshold are left out;
-    4. NMS within each word (over all words if `class_agnostic`), the best `max_detections`.
+    4. NMS within each word (over all words if they are `class_agnostic`), the best `max_detections`.
 
     Args:
       regions: of a canvas (padded network image) whose `anchors` are given.
       text: L2-normalised word embeddings; w must be a multiple of `word_chunk`, see `vocabulary.pad`.
       text_mask: which rows are words.
+      photos: where they lie on the canvas; their pixels are not read.
       anchors: of the canvas, all levels.
       scale, bias: of the logit.
-      extent: valid (height, width) px of the canvas.
-      image_scale: (y, x) canvas px per original px.
-      original_size: (height, width) px.
-      score_threshold: in [0, 1); only scores above it count.
-      nms_iou: a box is removed by a better one if their IoU is above it.
-      pre_nms: pairs an image that enter NMS.
-      max_detections: boxes an image.
+      limits: what counts.
       word_chunk: words scored at once; changes memory and speed only.
-      class_agnostic: boxes of different words remove each other too.
     """
     anchors = jnp.asarray(anchors)
     # 1
-    centerness = jnp.where(anchor_lib.on_photo(anchors, extent), jax.nn.sigmoid(regions.centerness), 0.0)
+    centerness = jnp.where(anchor_lib.on_photo(anchors, photos.extent), jax.nn.sigmoid(regions.centerness), 0.0)
     # 2
     scores, anchor_of, words = _best_pairs(
-        regions.embeddings, text, text_mask, centerness, scale=scale, bias=bias, num=pre_nms, word_chunk=word_chunk
+        regions.embeddings,
+        text,
+        text_mask,
+        centerness,
+        scale=scale,
+        bias=bias,
+        num=limits.pre_nms,
+        word_chunk=word_chunk,
     )
     # 3
     deltas = jnp.take_along_axis(regions.box_deltas, anchor_of[..., None], axis=1)
     boxes = box_lib.decode_deltas(anchors[anchor_of], deltas)
-    boxes = box_lib.scale(boxes, 1.0 / jnp.asarray(image_scale)[:, None])
-    boxes = box_lib.clip(boxes, jnp.asarray(original_size)[:, None])
-    mask = (scores > score_threshold) & (box_lib.area(boxes) > 0.0)
+    boxes = box_lib.scale(boxes, 1.0 / jnp.asarray(photos.scale)[:, None])
+    boxes = box_lib.clip(boxes, jnp.asarray(photos.original_size)[:, None])
+    mask = (scores > limits.score_threshold) & (box_lib.area(boxes) > 0.0)
     # 4
-    keep = functools.partial(nms_lib.nms, iou_threshold=nms_iou, max_outputs=max_detections)
-    classes = jnp.zeros_like(words) if class_agnostic else words
+    keep = functools.partial(nms_lib.nms, iou_threshold=limits.nms_iou, max_outputs=limits.max_detections)
+    classes = jnp.zeros_like(words) if limits.class_agnostic else words
     kept, used = jax.vmap(lambda b, s, m, c: keep(b, s, mask=m, classes=c))(boxes, scores, mask, classes)
     return Detections(
         boxes=jnp.take_along_axis(boxes, kept[..., None], axis=1) * used[..., None],
@@ -198,27 +203,25 @@ class Alignment:
 def align(
     regions: Regions,
     phrases: Float[AnyArray, "m d"],
+    photos: Photos,
     *,
     index: int | Int[Array, ""],
     canvas: tuple[int, int],
     scale: Float[Array, ""],
-    extent: Int[AnyArray, "b 2"],
-    image_scale: Float[AnyArray, "b 2"],
-    original_size: Int[AnyArray, "b 2"],
 ) -> Alignment:
     """Returns the best region on image `index` of the batch for every phrase, and what it means among the batch.
 
     Similarity is scale * region . phrase, as in the contrastive loss, over all anchors whose centre lies on the photo.
     """
     grid = anchor_lib.grid(canvas)
-    on_image = anchor_lib.on_photo(grid.boxes, extent)
+    on_image = anchor_lib.on_photo(grid.boxes, photos.extent)
     words = phrases.astype(regions.embeddings.dtype)
     similarity = scale * jnp.einsum("bad,md->bma", regions.embeddings, words, preferred_element_type=jnp.float32)
     similarity = jnp.where(on_image[:, None], similarity, -jnp.inf)
     best = jnp.max(similarity, axis=-1)  # [b, m]
     anchor_of = jnp.argmax(similarity[index], axis=-1)
     boxes = box_lib.decode_deltas(jnp.asarray(grid.boxes)[anchor_of], regions.box_deltas[index][anchor_of])
-    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / image_scale[index])[None]), original_size[index][None])
+    boxes = box_lib.clip(box_lib.scale(boxes, (1.0 / photos.scale[index])[None]), photos.original_size[index][None])
     (height, width), *_ = sizes = anchor_lib.level_sizes(canvas)
     maps, start = jnp.full((len(phrases), height, width), -jnp.inf), 0
     for level_height, level_width in sizes:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, AnyArray, Detections, Limits, align, detect
+from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, AnyArray, Detections, Limits, Photos, align, detect
 from detclipv2_jax.models.detclip import DetCLIP, Regions
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED
 
 TEXT_BATCH = 256  # texts encoded at once
-
-
-class Photos(NamedTuple):
-    """A batch of photos on one canvas; the fields are those of `data.schema.Batch`."""
-
-    image: UInt8[AnyArray, "b h w 3"]
-    extent: Int[AnyArray, "b 2"]
-    scale: Float[AnyArray, "b 2"]
-    original_size: Int[AnyArray, "b 2"]
 
 
 class Detector:
@@ -135,22 +126,17 @@ class Detector:
     ) -> Detections:
         scale, bias = self._apply(params, method="logit_parameters")
         _, height, width, _ = photos.image.shape
+        anchors = anchor_lib.grid((height, width)).boxes
         return detect(
             regions,
             text,
             text_mask,
-            anchors=anchor_lib.grid((height, width)).boxes,
+            photos,
+            anchors=anchors,
             scale=scale,
             bias=bias,
-            extent=photos.extent,
-            image_scale=photos.scale,
-            original_size=photos.original_size,
-            score_threshold=limits.score_threshold,
-            nms_iou=limits.nms_iou,
-            pre_nms=limits.pre_nms,
-            max_detections=limits.max_detections,
+            limits=limits,
             word_chunk=word_chunk,
-            class_agnostic=limits.class_agnostic,
         )
 
     def _align(self, params: Any, photos: Photos, phrases: Float[Array, "p m d"], index: Int[Array, " p"]) -> Alignment:
@@ -159,15 +145,6 @@ class Detector:
         _, height, width, _ = photos.image.shape
 
         def align_one(pair: tuple[Array, Array]) -> Alignment:
-            return align(
-                regions,
-                pair[0],
-                index=pair[1],
-                canvas=(height, width),
-                scale=scale,
-                extent=photos.extent,
-                image_scale=photos.scale,
-                original_size=photos.original_size,
-            )
+            return align(regions, pair[0], photos, index=pair[1], canvas=(height, width), scale=scale)
 
         return jax.lax.map(align_one, (phrases, index))

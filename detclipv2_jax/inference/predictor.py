@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import vocabulary
-from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits
-from detclipv2_jax.inference.detector import Detector, Photos
+from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos
+from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.runs import checkpoints, state

@@ -16,6 +16,7 @@ def ours():
 
     from detclipv2_jax import config, inference
     from detclipv2_jax.geometry import anchors
+    from detclipv2_jax.inference.detect import detect as find
     from detclipv2_jax.models import detclip
 
     model_config = config.model("swin_t")
@@ -30,11 +31,9 @@ def ours():
     def detect(variables, image, text, text_mask):
         regions = model.apply(variables, image, extent, train=False, method="encode_image")
         scale, bias = model.apply(variables, method="logit_parameters")
-        return inference.detect(
-            regions, text, text_mask, anchors=grid, scale=scale, bias=bias, extent=extent,
-            image_scale=np.ones((1, 2), np.float32), original_size=extent, score_threshold=0.0, nms_iou=0.6,
-            pre_nms=1000, max_detections=300,
-        )  # fmt: skip
+        photos = inference.Photos(image, extent, np.ones((1, 2), np.float32), extent)
+        limits = inference.Limits(score_threshold=0.0, nms_iou=0.6, pre_nms=1000, max_detections=300)
+        return find(regions, text, text_mask, photos, anchors=grid, scale=scale, bias=bias, limits=limits)
 
     for words in (80, 1203):
         padded = -(-words // inference.WORD_CHUNK) * inference.WORD_CHUNK

@@ -39,13 +39,14 @@ def _case(*, ties: bool, num_images: int = 3, num_words: int = 12):
     regions = Regions(*(jnp.asarray(x, jnp.float32) for x in (embeddings, deltas, centerness)), None)
     extent = jnp.array([[48, 64], [30, 64], [48, 40]][:num_images], jnp.int32)
     original = jnp.array([[96, 128], [15, 32], [144, 120]][:num_images], jnp.int32)
-    photos = {"extent": extent, "image_scale": extent / original, "original_size": original}
+    photos = Photos(None, extent, extent / original, original)
     return regions, jnp.asarray(text, jnp.float32), photos
 
 
 @functools.partial(jax.jit, static_argnames=("word_chunk", "pre_nms", "max_detections", "class_agnostic"))
-def _detect(regions, text, text_mask, photos, **options):
-    return detect(regions, text, text_mask, anchors=ANCHORS, scale=SCALE, bias=BIAS, **photos, **options)
+def _detect(regions, text, text_mask, photos, word_chunk, **options):
+    options = {"limits": Limits(**options), "word_chunk": word_chunk}
+    return detect(regions, text, text_mask, photos, anchors=ANCHORS, scale=SCALE, bias=BIAS, **options)
 
 
 def _oracle(regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_nms, max_detections, class_agnostic):
@@ -55,7 +56,7 @@ def _oracle(regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_n
         logits = SCALE * jnp.asarray(regions.embeddings[i]) @ text.T + BIAS
         scores = np.array(jax.nn.sigmoid(logits) * jax.nn.sigmoid(regions.centerness[i])[:, None])
         center_x, center_y = (ANCHORS[:, 0] + ANCHORS[:, 2]) / 2, (ANCHORS[:, 1] + ANCHORS[:, 3]) / 2
-        height, width = np.asarray(photos["extent"][i])
+        height, width = np.asarray(photos.extent[i])
         scores[(center_x >= width) | (center_y >= height)] = 0
         scores[:, ~np.asarray(text_mask)] = 0
         order = np.argsort(-scores.reshape(-1), kind="stable")[:pre_nms]
@@ -68,8 +69,8 @@ def _oracle(regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_n
             w, h = (x2 - x1) * np.exp(dw), (y2 - y1) * np.exp(dh)
             x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
             box = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
-            box /= np.asarray(photos["image_scale"][i])[[1, 0, 1, 0]]
-            box = np.clip(box, 0, np.asarray(photos["original_size"][i])[[1, 0, 1, 0]])
+            box /= np.asarray(photos.scale[i])[[1, 0, 1, 0]]
+            box = np.clip(box, 0, np.asarray(photos.original_size[i])[[1, 0, 1, 0]])
             if (box[2] - box[0]) * (box[3] - box[1]) <= 0:
                 continue
             if all(_iou(box, b) <= nms_iou for b, _, c in kept if class_agnostic or c == word):
@@ -144,13 +145,13 @@ def test_memory_does_not_grow_with_the_vocabulary():
     embeddings, deltas = shape((1, len(grid), dim), jnp.bfloat16), shape((1, len(grid), 4), jnp.float32)
     regions = Regions(embeddings, deltas, shape((1, len(grid)), jnp.float32), None)
     sizes, scales = shape((1, 2), jnp.int32), shape((1, 2), jnp.float32)
-    options = {"score_threshold": 0.0, "nms_iou": 0.6, "pre_nms": 1000, "max_detections": 300}
-    run = jax.jit(functools.partial(detect, anchors=grid, scale=1.0, bias=-4.6, **options))
+    limits = Limits(score_threshold=0.0, nms_iou=0.6, pre_nms=1000, max_detections=300)
+    run = jax.jit(functools.partial(detect, anchors=grid, scale=1.0, bias=-4.6, limits=limits))
     temporary = {}
     for num_words in (1203, 21_000):
         rows = -(-num_words // 128) * 128
         text, mask = shape((rows, dim), jnp.float32), shape((rows,), bool)
-        compiled = run.lower(regions, text, mask, extent=sizes, image_scale=scales, original_size=sizes).compile()
+        compiled = run.lower(regions, text, mask, Photos(None, sizes, scales, sizes)).compile()
         temporary[num_words] = compiled.memory_analysis().temp_size_in_bytes
     assert temporary[21_000] <= 1.2 * temporary[1203]
     assert temporary[21_000] < len(grid) * 21_000 * 4 / 20  # a 20th of the scores that are never held
@@ -178,10 +179,10 @@ def test_panorama_lands_on_its_object():
     below = int(np.flatnonzero((grid[:, 1] + grid[:, 3]) / 2 >= extent[0])[0])
     embeddings[0, below, 1] = 2.0  # a better score, on the padding: must not count
     regions = Regions(*map(jnp.asarray, (embeddings, deltas, np.zeros((1, len(grid)), np.float32))), None)
-    options = {"score_threshold": 0.4, "nms_iou": 0.6, "pre_nms": 100, "max_detections": 5, "word_chunk": 2}
-    run = jax.jit(functools.partial(detect, anchors=grid, scale=8.0, bias=-4.0, **options))
-    sizes = {"extent": np.array([extent]), "original_size": np.array([original])}
-    found = run(regions, jnp.eye(2), jnp.ones(2, bool), image_scale=np.float32(scale[None]), **sizes)
+    limits = Limits(score_threshold=0.4, nms_iou=0.6, pre_nms=100, max_detections=5)
+    run = jax.jit(functools.partial(detect, anchors=grid, scale=8.0, bias=-4.0, limits=limits, word_chunk=2))
+    photos = Photos(None, np.array([extent]), np.float32(scale[None]), np.array([original]))
+    found = run(regions, jnp.eye(2), jnp.ones(2, bool), photos)
     assert found.mask[0].tolist() == [True, False, False, False, False]
     assert found.labels[0, 0] == 1
     np.testing.assert_allclose(found.boxes[0, 0], truth, atol=0.05)

@@ -10,7 +10,7 @@ from PIL import Image
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference import Detector
+from detclipv2_jax.inference import Detector, Photos
 from detclipv2_jax.inference.detect import align
 from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.runs import sharding
@@ -33,12 +33,12 @@ def test_align_equals_brute_force():
     regions = Regions(*(value.astype(np.float32) for value in values), None)
     extent = np.array([[48, 64], [30, 64], [48, 40]], np.int32)
     original = np.array([[96, 128], [15, 32], [144, 120]], np.int32)
-    photos = {"extent": extent, "image_scale": (extent / original).astype(np.float32), "original_size": original}
+    photos = Photos(None, extent, (extent / original).astype(np.float32), original)
     phrases, index = rng.normal(size=(3, 4)).astype(np.float32), 1
-    found = jax.jit(functools.partial(align, canvas=CANVAS, scale=SCALE))(regions, phrases, index=index, **photos)
+    found = jax.jit(functools.partial(align, canvas=CANVAS, scale=SCALE))(regions, phrases, photos, index=index)
     similarity = SCALE * np.einsum("bad,md->bma", regions.embeddings, phrases)
     center = (ANCHORS[:, :2] + ANCHORS[:, 2:]) / 2
-    outside = (center[None, :, ::-1] >= np.asarray(photos["extent"])[:, None]).any(-1)
+    outside = (center[None, :, ::-1] >= np.asarray(photos.extent)[:, None]).any(-1)
     similarity = np.where(outside[:, None], -np.inf, similarity)
     best = similarity.max(-1)
     np.testing.assert_allclose(found.scores, best[index], rtol=1e-5)
@@ -48,7 +48,7 @@ def test_align_equals_brute_force():
         expected = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2]) * (original / extent)[index][[1, 0, 1, 0]]
         np.testing.assert_allclose(box, np.clip(expected, 0, original[index][[1, 0, 1, 0]]), atol=1e-3)
     np.testing.assert_array_equal(found.ranks, 1 + (best > best[index]).sum(0))
-    maps = found.photo_maps(photos["extent"][index])
+    maps = found.photo_maps(photos.extent[index])
     assert maps.shape == (3, 4, 8)  # 30 x 64 px of P3, whose cells are 8 px
     assert np.isfinite(maps).all()
     np.testing.assert_allclose(maps.max((1, 2)), best[index], rtol=1e-5)
