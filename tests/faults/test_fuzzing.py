@@ -190,7 +190,7 @@ def test_truth_and_detections(tmp_path, federated):
     assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 10
 
 
-@pytest.mark.parametrize("task", ("phrases", "referring"))
+@pytest.mark.parametrize("task", ["phrases", "referring"])
 def test_grounding_queries(tmp_path, task):
     path = tmp_path / "grounding.json"
 
