@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import inspect
 import os
+import pathlib
 import re
 import select
 import signal
@@ -144,7 +145,7 @@ def parse(
     if unknown := [argument for argument in rest if not argument.startswith(("--config.", "--noconfig."))]:
         parser.error(f"unexpected argument {unknown[0]!r}; quote words and patterns that hold spaces")
     if isinstance(options.get("config"), _ConfigFile):
-        options["config"] = configuration([f"--config={options['config']}", *rest])
+        options["config"] = configuration([f"--config={config_file(options['config'])}", *rest])
     elif rest:
         parser.error(f"{rest[0]} needs a configuration: --config=FILE")
     return function, options
@@ -195,6 +196,21 @@ class _Switch(argparse.Action):
 
 class _ConfigFile(str):
     """The file of a configuration that is still to be read."""
+
+
+def config_file(given: str) -> str:
+    """Returns FILE[:VARIANT], where FILE may be the name of a configuration that comes with the package."""
+    name, colon, variant = given.partition(":")
+    package = pathlib.Path(__file__).parent
+    if not re.fullmatch(r"\w+", name) or pathlib.Path(name).exists():
+        return given
+    folders = (package / "configs", package.parent / "configs")  # of a wheel, of a checkout
+    names = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.py")}
+    if name not in names:
+        raise ValueError(
+            f"--config={given}: there is no such file, and no configuration {name}: {', '.join(sorted(names))}"
+        )
+    return f"{names[name]}{colon}{variant}"
 
 
 def _listed(text: str) -> tuple[str, ...]:

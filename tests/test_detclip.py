@@ -1,0 +1,90 @@
+"""One command with all others, and the configurations that come with the package."""
+
+import importlib.metadata
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import detclipv2_jax
+from detclipv2_jax import __main__ as detclip
+from detclipv2_jax import commands
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "detclipv2_jax", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_names_every_command_and_each_is_a_program():
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout == run().stdout
+    for name, (module, text) in detclip.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert text in done.stdout
+        assert importlib.util.find_spec(f"detclipv2_jax.{module}")
+        path = ROOT / "detclipv2_jax" / module.replace(".", "/")
+        program = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert 'if __name__ == "__main__"' in program.read_text()
+
+
+def test_options_reach_the_command():
+    done = run("eval.names", "--help")
+    assert done.returncode == 0
+    assert "usage: python -m detclipv2_jax.eval.names" in done.stdout
+    assert "--workdir" in run("train", "--help").stdout
+    done = run("predict", "--checkpoint=x")
+    assert done.returncode == 2
+    assert "the following arguments are required: --images, --output" in done.stderr
+
+
+def test_eval_is_the_other_mode(monkeypatch):
+    ran = []
+    monkeypatch.setattr(detclip.runpy, "run_module", lambda name, **_: ran.append((name, sys.argv[1:])))
+    for arguments in (["eval", "--config=x"], ["train", "--config=x"], ["eval.coco", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["detclip", *arguments])
+        detclip.main()
+    assert ran == [
+        ("detclipv2_jax.main", ["--mode=eval", "--config=x"]),
+        ("detclipv2_jax.main", ["--config=x"]),
+        ("detclipv2_jax.eval.coco", ["--help"]),
+    ]
+
+
+def test_an_unknown_command_is_named():
+    done = run("trian")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no command 'trian'; there are train, eval, predict,")
+
+
+def test_the_version():
+    assert run("--version").stdout.strip() == detclipv2_jax.__version__ == importlib.metadata.version("detclipv2_jax")
+
+
+def test_configurations_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (ROOT / "configs").glob("*.py"):
+        assert commands.config_file(path.stem) == str(path)
+        assert commands.config_file(f"{path.stem}:some") == f"{path}:some"
+    assert commands.config_file("configs/demo.py") == "configs/demo.py"
+    (tmp_path / "demo").write_text("")
+    assert commands.config_file("demo") == "demo"  # the user's own file
+    with pytest.raises(
+        ValueError, match=r"--config=nope: there is no such file, and no configuration nope: coco_json, "
+    ):
+        commands.config_file("nope")
+
+
+def test_a_wheel_s_configurations_come_before_a_checkout_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "site" / "detclipv2_jax"
+    for folder in (package / "configs", package.parent / "configs"):
+        folder.mkdir(parents=True)
+        (folder / "demo.py").write_text("")
+    monkeypatch.setattr(commands, "__file__", str(package / "commands.py"))
+    assert commands.config_file("demo") == str(package / "configs" / "demo.py")
