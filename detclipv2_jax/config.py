@@ -96,7 +96,7 @@ def init_from() -> ConfigDict:
     return c
 
 
-def data_section(kind: str) -> ConfigDict:
+def _data_section(kind: str) -> ConfigDict:
     """Returns the keys of one kind of data. A kind without files is left out of the run."""
     c = ConfigDict()
     c.data = ()  # folders built by `python -m detclipv2_jax.prepare`
@@ -159,7 +159,7 @@ def scenes() -> ConfigDict:
     return c
 
 
-def input_section() -> ConfigDict:
+def _input_section() -> ConfigDict:
     """Returns the keys of `config.input`: how the host reads, which changes no value."""
     c = ConfigDict()
     c.num_workers = 0  # processes a stream; 0: threads of the main process
@@ -223,7 +223,7 @@ def optimizer() -> ConfigDict:
     return c
 
 
-def eval_section() -> ConfigDict:
+def _eval_section() -> ConfigDict:
     """Returns the keys of `config.eval`: evaluation and prediction (docs/decisions.md)."""
     c = ConfigDict()
     c.annotations = ""  # COCO json; "" trains without evaluation
@@ -284,9 +284,9 @@ def base() -> ConfigDict:
     c.model = model("swin_t")
     c.init_from = init_from()
     for kind in KINDS:
-        c[kind] = data_section(kind)
+        c[kind] = _data_section(kind)
     c.scenes = scenes()
-    c.input = input_section()
+    c.input = _input_section()
     c.loss = loss()
     c.optimizer = optimizer()
     c.mesh = ConfigDict()
@@ -304,7 +304,7 @@ def base() -> ConfigDict:
         # command line. `python -m detclipv2_jax.preflight` finds them
         c.chips[chip] = ()
 
-    c.eval = eval_section()
+    c.eval = _eval_section()
     c.forgetting = forgetting()
     c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied

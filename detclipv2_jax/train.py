@@ -174,7 +174,7 @@ def train(run: Run) -> dict[str, float]:
         scores = {step: values for step, values in recorded(writer, "eval").items() if evaluation_due(run, step)}
         before = recorded(writer, "forgetting").get(0)
         if run.second and before is None and start == 0:
-            before = evaluate_state(run.second, state, writer, kind="forgetting")
+            before = _evaluate_state(run.second, state, writer, kind="forgetting")
 
         # --- the loop
         rate = learning_rate(config.optimizer, order.total_steps)
@@ -186,9 +186,9 @@ def train(run: Run) -> dict[str, float]:
         finish_last: Callable[[], None] | None = None
         for step in range(start, order.num_steps):
             if run.evaluator and evaluation_due(run, step) and step not in scores:
-                scores[step] = evaluate_state(run.evaluator, state, writer)
+                scores[step] = _evaluate_state(run.evaluator, state, writer)
             if step == start or evaluation_due(run, step):
-                state, decision = conclude(run, state, scores, checkpoints, step=step)
+                state, decision = _conclude(run, state, scores, checkpoints, step=step)
             if decision.over:
                 best, monitor = best_step(run, scores), config.eval.monitor
                 waited = f"{monitor} was not better for {config.optimizer.stop_patience} evaluations"
@@ -252,14 +252,14 @@ def train(run: Run) -> dict[str, float]:
         checkpoints.save(done, state)  # where scores ended the run
         if run.evaluator and not decision.over:
             found = run.evaluator.recorded(done) if start == done else None
-            scores[done] = found or evaluate_state(run.evaluator, state, writer)
-            conclude(run, state, scores, checkpoints, step=done)
+            scores[done] = found or _evaluate_state(run.evaluator, state, writer)
+            _conclude(run, state, scores, checkpoints, step=done)
         if scores and config.checkpoint.keep_best and (best := best_step(run, scores)) != done:
-            done, state = best, checkpoints.restore(abstract_state(run), step=best)
+            done, state = best, checkpoints.restore(_abstract_state(run), step=best)
         result = scores.get(done, {})
         if run.second and before is not None:
             after = run.second.recorded(done) if start == order.num_steps else None
-            after = after or evaluate_state(run.second, state, writer, kind="forgetting")
+            after = after or _evaluate_state(run.second, state, writer, kind="forgetting")
             result = result | prefix("forgetting/before", before) | prefix("forgetting/after", after)
         if first_process and order.num_steps > start:
             charts.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
@@ -294,7 +294,7 @@ def best_step(run: Run, scores: dict[int, dict[str, float]]) -> int:
     return max(sorted(scores), key=lambda step: scores[step][run.config.eval.monitor])
 
 
-def conclude(
+def _conclude(
     run: Run,
     state: TrainState,
     scores: dict[int, dict[str, float]],
@@ -367,7 +367,7 @@ def draw_batch(
         alignment.draw_batch(run.detector, state.params, batch, num_pictures=4, folder=folder, name=f"alignment_{name}")
 
 
-def evaluate_state(
+def _evaluate_state(
     evaluator: evaluation.Evaluator, state: TrainState, writer: MetricsWriter, *, kind: str = "eval"
 ) -> dict[str, float]:
     """Returns the scores of a state, of its averaged parameters if they are kept; writes them under `kind`/…."""
@@ -393,7 +393,7 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints, *, before:
 
     items = ["params", "optimizer", "ema"] if config.optimizer.ema_decay > 0 else ["params", "optimizer"]
     if (newest := checkpoints.intact_step(items, before=before, set_aside=before is None)) is not None:
-        return checkpoints.restore(abstract_state(run), step=newest)
+        return checkpoints.restore(_abstract_state(run), step=newest)
     if config.init_from.checkpoint:
         _, params, step = checkpoints_lib.load_for_inference(config.init_from.checkpoint)
         logging.info("parameters from step %d of %s", step, config.init_from.checkpoint)
@@ -404,7 +404,7 @@ def initial_state(run: Run, checkpoints: checkpoints_lib.Checkpoints, *, before:
     return jax.jit(create, out_shardings=run.shardings)(jax.random.key(config.seed), pretrained)
 
 
-def abstract_state(run: Run) -> TrainState:
+def _abstract_state(run: Run) -> TrainState:
     """Returns shapes and shardings of the state."""
     new = functools.partial(train_state.create, tx=run.tx, ema=run.config.optimizer.ema_decay > 0)
     return jax.tree.map(

@@ -6,6 +6,7 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train
+from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.runs.order import StepOrder
 
 
@@ -58,3 +59,23 @@ def test_only_whole_checkpoints_are_continued_from(tmp_path):
     assert not train.has_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "7").mkdir()
     assert train.has_checkpoint(tmp_path)
+
+
+def test_the_order_of_a_run_follows_its_configuration():
+    config = config_lib.base()
+    config.epochs, config.num_steps, config.grounding.from_epoch = 5, 7, 1
+    kinds = (Kind.DETECTION, Kind.GROUNDING)
+    streams = [
+        types.SimpleNamespace(num_batches=n, weight=w, kind=k)
+        for n, w, k in zip((4, 3), (1.0, 2.0), kinds, strict=True)
+    ]
+    order = train.make_order(config, streams)
+    assert (order.total_steps, order.num_steps) == (5 * 4 + 4 * 6, 7)
+    config.seed += 1
+    other = train.make_order(config, streams)
+    assert [order.draw(step) for step in range(44)] != [other.draw(step) for step in range(44)]
+
+
+def test_a_step_beyond_the_run_is_not_replayed():
+    with pytest.raises(ValueError, match="--replay=24: the run has 23 steps"):
+        train.replay_step(run_of(), 24)

@@ -68,7 +68,9 @@ def stored(folder: pathlib.Path, row: str, seed: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def subset_scores(truth: dict[str, Any], detections: Any, counts: Callable[[dict[str, Any]], bool]) -> dict[str, float]:
+def _subset_scores(
+    truth: dict[str, Any], detections: Any, counts: Callable[[dict[str, Any]], bool]
+) -> dict[str, float]:
     """Returns LVIS's scores (in %) of the boxes that count; finding any of the others is neither right nor wrong."""
     boxes = [row | {"ignore": int(not counts(row))} for row in truth["annotations"]]
     scores = lvis.evaluate(truth | {"annotations": boxes}, detections)
@@ -89,7 +91,7 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     }
     scores: dict[str, float] = {}
     for lead, counts in parts.items():
-        subset = subset_scores(truth, rows, counts)
+        subset = _subset_scores(truth, rows, counts)
         scores |= {f"{lead}{name}": subset[name] for name in ("AP", "AP50")}
     best: dict[Any, dict[str, Any]] = {}  # rows of an image stand best first
     for row in rows:
@@ -99,11 +101,11 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
         "categories": [{"id": 1, "name": "object"}],
         "annotations": [box | {"category_id": 1, "of": box["category_id"]} for box in truth["annotations"]],
     }
-    found = subset_scores(agnostic, list(best.values()), lambda box: frequency[box["of"]] == "r")
+    found = _subset_scores(agnostic, list(best.values()), lambda box: frequency[box["of"]] == "r")
     return scores | {"novel_AR": found["AR@300"]}
 
 
-def result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     """Returns what is stored of a finished run beside its name and times."""
     last = max((workdir / "eval").glob("step_*_detections.json"))
     truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
@@ -144,15 +146,15 @@ def pending_runs(recipe: str, results: pathlib.Path, work: pathlib.Path) -> list
             changed = sorted(set(result["recipe"]) ^ set(now))
             raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
     starts = dict.fromkeys((ablations.start_of(row), seed) for row, seed in pending if row in ablations.ROWS)
-    return [run for run in ablations.queue() if run in pending or (run in starts and not is_done(work, *run))]
+    return [run for run in ablations.queue() if run in pending or (run in starts and not _is_done(work, *run))]
 
 
-def is_done(work: pathlib.Path, row: str, seed: int) -> bool:
+def _is_done(work: pathlib.Path, row: str, seed: int) -> bool:
     """Returns whether the weights of a finished run are there."""
     return (work / f"{row}_{seed}" / "done").exists()
 
 
-def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: int) -> None:
+def _run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: int) -> None:
     """Runs what has no result yet, `jobs` at a time, each on one core; says after each how long the rest will take.
 
     Raises:
@@ -169,7 +171,7 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                 ready = (
                     (row, seed)
                     for row, seed in pending
-                    if row in ablations.STARTS or is_done(work, ablations.start_of(row), seed)
+                    if row in ablations.STARTS or _is_done(work, ablations.start_of(row), seed)
                 )
                 if (run := next(ready, None)) is None:
                     break
@@ -193,7 +195,7 @@ def run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: i
                 result = {
                     "row": row,
                     "seed": seed,
-                    **result_of(workdir, config),
+                    **_result_of(workdir, config),
                     "recipe": recipe_of(recipe, row, seed),
                     **spent,
                 }
@@ -306,7 +308,7 @@ def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> No
         for (other, seed), result in found.items():
             before = found.get((ablations.start_of(row), seed))
             if other == row and before:
-                steps, values = zip(novel_curve(recipe, before), novel_curve(recipe, result), strict=True)
+                steps, values = zip(_novel_curve(recipe, before), _novel_curve(recipe, result), strict=True)
                 steps = (steps[0], steps[0][-1] + steps[1])
                 lines.setdefault(name, []).append((np.concatenate(steps), np.concatenate(values)))
     if lines:
@@ -314,7 +316,7 @@ def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> No
         charts.lines(lines, x=x, y="AP of novel shapes (%)", path=output / "claims.png")
 
 
-def novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the AP of novel shapes in % over the detection steps of a run."""
     config = configuration(recipe, result["row"], result["seed"])
     num_steps = config.epochs * round(
@@ -344,7 +346,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs are stopped, too
     try:
         if jobs:
-            run_table(config, results=results, work=work, jobs=jobs)
+            _run_table(config, results=results, work=work, jobs=jobs)
     finally:
         write_report(config, results, output)
     print("".join(markdown(all_results(results))))

@@ -87,7 +87,7 @@ def prepare(
     return config, streams
 
 
-def prepare_all(
+def _prepare_all(
     found: dict[Member, pathlib.Path], *, checkpoint: str, finetuned: str, plain_names: bool
 ) -> dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]]:
     """Returns what is scored, by kind and member, all of it checked before the first photo is looked at.
@@ -148,7 +148,7 @@ def run(
     from detclipv2_jax.eval import loop
 
     result = {}
-    prepared = prepare_all(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
+    prepared = _prepare_all(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
     for kind, members_of_kind in prepared.items():
         loaded = loop.Checkpoint.load(checkpoint) if kind == "zero_shot" else None
         scores: dict[str, float | None] = {}

@@ -52,14 +52,14 @@ def write(
             ) from None
         saved_model.save(folder, make_modules(predictor, weights, limits), weights)
         return
-    write_weights(folder, predictor, weights, words)
+    _write_weights(folder, predictor, weights, words)
     if form == "stablehlo":
         for name, module in make_modules(predictor, weights, limits).items():
             (folder / f"{name}.stablehlo").write_bytes(module.serialize())
         _copy_script("detector.py", folder)
 
 
-def write_weights(
+def _write_weights(
     folder: pathlib.Path, predictor: Predictor, weights: dict[str, np.ndarray], words: Mapping[str, str] | None
 ) -> None:
     """Writes weights.safetensors, config.json, the vocabulary if there are words, and weights.py, which reads them."""

@@ -131,7 +131,7 @@ class Program(NamedTuple):
     flops: Callable[[], dict[str, float]]
 
 
-def assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
+def _assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
     """Returns the run of a configuration on a mesh, without files and data."""
     total_steps = 100_000  # a number in the formula of the learning rate
     model = detclip.from_config(config.model)
@@ -166,7 +166,7 @@ def program(config: ConfigDict, name: str, mesh: jax.sharding.Mesh, platform: st
 def _training(
     config: ConfigDict, kind: Kind, canvas: tuple[int, int], mesh: jax.sharding.Mesh, platform: str, sizes: Sizes
 ) -> Program:
-    run = assemble(config, mesh)
+    run = _assemble(config, mesh)
     params = train_state.param_shapes(run.model, context_length=config.model.text.context_length)
     state = jax.eval_shape(lambda p: train_state.create(p, run.tx, ema=run.shardings.ema is not None), params)
     state = jax.tree.map(_placed, state, run.shardings)
@@ -177,7 +177,7 @@ def _training(
         by_trace = flops.of_step(config, kind, canvas, **counts)
         whole = _with_deform(config, platform)
         whole.loss.chunk_bytes = MAX_CHUNK_BYTES
-        step = train.jitted_step(assemble(whole, mesh), kind, canvas)
+        step = train.jitted_step(_assemble(whole, mesh), kind, canvas)
         with jax.set_mesh(mesh):
             executed = flops.of(step, state, batch)
         executed -= by_trace(sizes.table_rows) - by_trace(sizes.num_concepts)  # chunks without concepts are skipped
@@ -205,7 +205,7 @@ def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
 def _prediction(
     config: ConfigDict, canvas: tuple[int, int], mesh: jax.sharding.Mesh, platform: str, sizes: Sizes
 ) -> Program:
-    run = assemble(config, mesh)
+    run = _assemble(config, mesh)
     params = train_state.param_shapes(run.model, context_length=config.model.text.context_length)
     params = jax.tree.map(_placed, params, run.shardings.params)
     place, whole = (NamedSharding(mesh, spec) for spec in (sharding.BATCH, sharding.REPLICATED))
@@ -221,7 +221,7 @@ def _prediction(
 
     def count() -> dict[str, float]:
         per_image = flops.formula_image(config.model, canvas) + flops.num_anchors(canvas) * num_words * embed_dim
-        detectors = {name: assemble(_with_deform(config, name), mesh).detector for name in ("cpu", platform)}
+        detectors = {name: _assemble(_with_deform(config, name), mesh).detector for name in ("cpu", platform)}
         model, executed = (
             flops.of(detectors[name].compiled_predict, params, photos, text, mask, limits) for name in ("cpu", platform)
         )

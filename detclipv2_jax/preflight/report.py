@@ -110,7 +110,7 @@ def alternatives(config: ConfigDict, step: str, num_devices: int) -> Iterator[di
     yield from (chunk | remat for chunk in chunks) if kind == Kind.IMAGE_TEXT or remat else []
 
 
-def with_values(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+def _with_values(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
     """Returns the configuration with some of its values replaced, by dotted name."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(values)
@@ -150,33 +150,33 @@ def run(
     for i, topology in enumerate(parsed):
         plan = make_plan(config, num_hosts=topology.num_hosts, num_devices=topology.num_devices)
         if i == 0:
-            sections.append(data_report(plan))
+            sections.append(_data_report(plan))
             well = not plan.problems
         rows, chip_config = [], config_lib.for_chip(config, topology.chip)
         for step in steps:
-            rows.append(measured_row(chip_config, topology, step, plan, cache))
+            rows.append(_measured_row(chip_config, topology, step, plan, cache))
             print(f"{topology.name} {step}: {status(rows[-1])}", file=sys.stderr, flush=True)
-        sections.append(topology_report(chip_config, topology, rows, plan))
-        sections += [module_report(row) for row in rows if by_module and "modules" in row.result]
+        sections.append(_topology_report(chip_config, topology, rows, plan))
+        sections += [_module_report(row) for row in rows if by_module and "modules" in row.result]
         well = well and all(row.fits for row in rows)
     return "\n\n".join(sections), well
 
 
-def sizes_of(plan: data_plan.Plan, step: str) -> Sizes:
+def _sizes_of(plan: data_plan.Plan, step: str) -> Sizes:
     """Returns the sizes of a step; a kind without data has the smallest table."""
     kind = step.split("/")[0]
     return Sizes(plan.table_rows.get(kind, 0), plan.num_concepts.get(kind, 0), plan.num_words)
 
 
-def measured_row(config: ConfigDict, topology: Topology, step: str, plan: data_plan.Plan, cache: pathlib.Path) -> Row:
+def _measured_row(config: ConfigDict, topology: Topology, step: str, plan: data_plan.Plan, cache: pathlib.Path) -> Row:
     """Returns a measured step and, if it does not fit, the first of the alternatives that does."""
-    sizes = sizes_of(plan, step)
+    sizes = _sizes_of(plan, step)
     row = Row(topology, step, measure(config, topology, step, sizes, cache))
     if row.fits or "error" in row.result:
         return row
     tried = []
-    for values in likely(row, list(alternatives(config, step, topology.num_devices))):
-        other = Row(topology, step, measure(with_values(config, values), topology, step, sizes, cache))
+    for values in _likely(row, list(alternatives(config, step, topology.num_devices))):
+        other = Row(topology, step, measure(_with_values(config, values), topology, step, sizes, cache))
         flags_of = " ".join(f"--config.{key}={value}" for key, value in values.items())
         if other.fits:
             more = other.result["flops"]["executed"] / row.result["flops"]["executed"] - 1
@@ -187,7 +187,7 @@ def measured_row(config: ConfigDict, topology: Topology, step: str, plan: data_p
     )
 
 
-def likely(row: Row, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _likely(row: Row, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the alternatives to compile: those that cut a batch by less than the excess cannot be enough."""
     excess = row.needed / CHIPS[row.topology.chip].memory
     unknown = math.isinf(excess)
@@ -206,13 +206,13 @@ def status(row: Row) -> str:
     return f"{row.needed / GIB:.1f} of {memory / GIB:.1f} GiB, {fits}"
 
 
-def data_report(plan: data_plan.Plan) -> str:
+def _data_report(plan: data_plan.Plan) -> str:
     """Returns what was found in the data."""
     lines = [*(f"- {note}" for note in plan.notes), *(f"- **{problem}**" for problem in plan.problems)]
     return "### Data\n\n" + "\n".join(lines)
 
 
-def topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row], plan: data_plan.Plan) -> str:
+def _topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row], plan: data_plan.Plan) -> str:
     """Returns the table of the steps of a topology, what does not fit, and the least chip-hours of the run."""
     chip = CHIPS[topology.chip]
     measured = [row for row in rows if "error" not in row.result]
@@ -235,7 +235,7 @@ def topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row],
     if trained:
         rate = topology.num_devices * chip.peak
         seconds = sum(
-            num * (least[step] if step in least else by_formula(config, topology, step, plan) / rate)
+            num * (least[step] if step in least else _by_formula(config, topology, step, plan) / rate)
             for step, num in trained.items()
         )
         steps = ", ".join(f"{step} {num:,.0f}" for step, num in trained.items())
@@ -248,7 +248,7 @@ def topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row],
     return "\n".join(lines)
 
 
-def module_report(row: Row) -> str:
+def _module_report(row: Row) -> str:
     """Returns the table of what each module moves in a step, forward, computed again and backward."""
     bandwidth = CHIPS[row.topology.chip].bandwidth
     lines = [
@@ -262,11 +262,11 @@ def module_report(row: Row) -> str:
     return "\n".join(lines)
 
 
-def by_formula(config: ConfigDict, topology: Topology, step: str, plan: data_plan.Plan) -> float:
+def _by_formula(config: ConfigDict, topology: Topology, step: str, plan: data_plan.Plan) -> float:
     """Returns the model FLOPs of a training step that was not compiled."""
     kind, canvas = step.split("/")
     height, width = map(int, canvas.split("x"))
-    sizes = sizes_of(plan, step)
+    sizes = _sizes_of(plan, step)
     return flops.formula(
         config,
         Kind(kind),

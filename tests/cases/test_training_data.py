@@ -356,6 +356,7 @@ def test_spans_that_give_no_phrase(caption, given, problem):
         ("red toy cars", [[8, 11]], "car", ["span that ends within a word"]),
         ("red toy car", [[0, 7], [4, 11]], "red toy car", ["spans that overlap or cover nothing"]),
         ("red toy car", [[4, 7], [0, 11]], "red toy car", ["spans that overlap or cover nothing"]),
+        ("red toy car", [[0, 7], [4, 5]], "red toy", ["spans that overlap or cover nothing"]),
         ("red toy car", [["0", 3]], "red", ["span that is not two whole numbers"]),
         ("red toy car", [[0.0, 3.0]], "red", ["span that is not two whole numbers"]),
         ("red\ntoy\tcar here", [[0, 11]], "red toy car", []),

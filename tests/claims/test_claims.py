@@ -314,3 +314,10 @@ def test_lines_are_drawn_with_their_mean(tmp_path):
     colors = {tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}
     assert len(colors) > 10
     assert not np.array_equal(picture, charts.lines({"with": series["with"]}, x="share", y="AP"))
+
+
+def test_seeds_that_all_rows_have():
+    finding = ablations.Finding("", {"a": "x", "b": "y", "not run": "z"}, (), num_seeds=2)
+    results = {(row, seed): {} for row, seed in (("x", 0), ("x", 1), ("y", 1), ("y", 2), ("x", 2))}
+    assert ablations.common_seeds(finding, results) == [1]
+    assert ablations.common_seeds(finding, {}) == [0, 1]

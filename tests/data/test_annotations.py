@@ -115,6 +115,10 @@ def test_the_truth_is_in_the_order_of_ids():
     assert [category["name"] for category in found.categories] == ["a", "b"]
     assert (found.image.tolist(), found.category.tolist()) == ([1, 0], [0, 1])
     assert (found.areas.tolist(), found.crowd.tolist()) == ([1200, 56], [True, False])
+    images = [{"id": 7, "neg_category_ids": [2, 99]}, {"id": 3, "not_exhaustive_category_ids": ["1"]}]
+    found = truth.from_content("name", content(images=images))
+    assert (found.absent.tolist(), found.incomplete.tolist()) == ([[1, 1]], [[0, 0]])  # 99 is not listed
+    assert found.odd["neg_category_ids that are not listed"] == 1
     with pytest.raises(DataError, match="name has no images"):
         truth.from_content("name", content(images=[]))
     with pytest.raises(DataError, match="a JSON list, not the lists"):

@@ -1,5 +1,6 @@
 """What is drawn for an example: scale, flip and negatives, over many draws; sizes of the concept table."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,8 +9,8 @@ import pytest
 from conftest import grounding_json
 from ml_collections import ConfigDict
 
-from detclipv2_jax.data.batches import table_capacity
-from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.batches import pixels_of, table_capacity
+from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.data.streams import train_streams
 
 
@@ -134,3 +135,16 @@ def test_rows_of_the_concept_table(options, num_rows):
         assert table_capacity(section, Kind.IMAGE_TEXT, **options) == num_rows
     section.max_concepts = 9
     assert table_capacity(section, Kind.DETECTION, **options) == {16: 16, 12: 24}.get(options["table_multiple"], 16)
+
+
+def test_pixels_are_those_of_the_record_or_of_its_file(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"data")
+    record = Record(
+        kind=Kind.DETECTION, source="s", example_id=0, image=str(tmp_path / "a.jpg"), size=(0, 0),
+        boxes=np.zeros((0, 4)), concepts=(), box_concepts=np.zeros(0, int),
+    )  # fmt: skip
+    assert pixels_of(record) == b"data"
+    for image in (b"encoded", np.zeros((2, 2, 3), np.uint8)):
+        assert pixels_of(dataclasses.replace(record, image=image)) is image
+    with pytest.raises(FileNotFoundError):
+        pixels_of(dataclasses.replace(record, image=str(tmp_path / "b.jpg")))

@@ -44,6 +44,19 @@ def test_writing_is_deterministic_and_scenes_do_not_depend_on_their_number(folde
     assert (tmp_path / "pairs.tsv").read_bytes() != (folder / "pairs.tsv").read_bytes()
 
 
+def test_parts_have_scenes_of_their_own_and_captions_the_side_that_is_seen(folder):
+    photos = [path.read_bytes() for path in sorted(folder.glob("images/*/*.jpg"))]
+    assert len(set(photos)) == len(photos) == sum(COUNTS.values())
+    content, told = load(folder, "grounding"), 0
+    for image in content["images"]:
+        first, *second = (row["bbox"] for row in content["annotations"] if row["image_id"] == image["id"])
+        for side, sign in ((" left of ", 1), (" right of ", -1)):
+            if side in image["caption"]:
+                told += 1
+                assert sign * (second[0][0] + second[0][2] / 2 - first[0] - first[2] / 2) > 0
+    assert told >= 2
+
+
 def test_writing_again_does_nothing_and_another_world_is_refused(folder):
     (folder / "pairs.tsv").touch()
     before = (folder / "pairs.tsv").stat().st_mtime_ns

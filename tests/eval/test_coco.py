@@ -213,3 +213,10 @@ def test_command_notes_lvis_files(tmp_path, capsys):
     truth["images"][0]["neg_category_ids"] = []
     assert _command(tmp_path, truth, _perfect(truth)) == 0
     assert "scored by COCO's rules" in capsys.readouterr().err
+
+
+def test_shares_of_categories_are_apart_and_whole():
+    shares = [coco.Share(i, 3, np.asarray) for i in range(3)]
+    owned = np.array([share.owns(np.arange(10)) for share in shares])
+    assert (owned.sum(axis=0) == 1).all()
+    assert coco.WHOLE.owns(np.arange(10)).all()

@@ -161,3 +161,11 @@ def test_a_killed_command_continues(tmp_path, monkeypatch):
     assert grounding.run(**arguments) == expected
     assert [name.rpartition("/")[2] for name in seen] == [f"{i}.png" for i in range(4)]
     assert not list((tmp_path / "scores").iterdir())
+
+
+def test_the_first_box_that_overlaps_any_is_a_hit():
+    boxes = np.array([[0, 0, 10, 10.0], [50, 50, 10, 10]])
+    found = np.array([[0, 0, 10, 4.9], [20, 0, 10, 10.0], [50, 50, 10, 5], [0, 0, 10, 10]])
+    assert grounding.first_hit(found, boxes) == 3  # an IoU of exactly 1/2 is enough
+    assert grounding.first_hit(found[:2], boxes) == np.inf
+    assert grounding.first_hit(found[:0], boxes) == np.inf

@@ -140,3 +140,22 @@ def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplo
         config.eval.short_side = 320
         loop.prepare(config, tmp_path)
     assert "at a short side of 320 px, the run did so at 64 px" in caplog.text
+
+
+def test_the_second_evaluation_has_its_own_files_and_folder(dataset, tmp_path):
+    config, model, _ = planted.make()
+    detector = Detector(model, mesh=sharding.make_mesh())
+    assert loop.make_second(config, detector, tmp_path) is None
+    config.forgetting.annotations, config.forgetting.images = str(dataset), str(dataset.parent / "images")
+    second = loop.make_second(config, detector, tmp_path)
+    config.eval.update(config.forgetting)
+    assert sum(stream.num_examples for stream in loop.make_streams(config)) == NUM_IMAGES
+    assert second._workdir == tmp_path / "forgetting"
+    config.forgetting.images += "_absent"
+    with pytest.raises(ValueError, match=r"config\.forgetting\.images: the folder .*_absent does not exist"):
+        loop.make_second(config, detector, tmp_path)
+
+
+def test_one_process_has_its_own_value():
+    value = {"a": (1, 2)}
+    assert loop.from_first_process(value) is value

@@ -205,3 +205,15 @@ def test_command_line(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is no workdir: it has no config.json")
+
+
+@pytest.mark.parametrize(("given", "kept"), [("auto", "xla"), ("pallas", "xla"), ("gather", "gather")])
+def test_what_is_exported_has_no_kernels(predictor, given, kept):
+    config = predictor.config.copy_and_resolve_references()
+    config.model.head.deform_impl = given
+    found = programs.portable(Predictor(config, predictor.detector.model, predictor.params, step=7), dtype="bfloat16")
+    values = found.config.model
+    assert (values.head.deform_impl, values.swin.attention_impl, values.dtype) == (kept, "xla", "bfloat16")
+    assert found.detector.model.head["deform_impl"] == kept
+    assert config.model.head.deform_impl == given
+    assert found.step == 7

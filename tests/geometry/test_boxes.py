@@ -168,3 +168,9 @@ def test_anchors_of_a_mirrored_image_are_mirrored():
 def test_number_of_anchors_of_the_paper():
     assert sum(anchors.grid((800, 1344)).levels) == 22_400
     assert sum(anchors.grid((320, 320)).levels) == 2_134
+
+
+def test_a_centre_on_the_edge_of_a_photo_is_not_on_it():
+    boxes = np.array([[0, 0, 24, 40], [0, 0, 23.9, 39.9]], np.float32)  # centres at (12, 20) and before it
+    found = anchors.on_photo(boxes, np.array([[20, 13], [21, 12], [21, 13], [20, 12]], np.int32))
+    np.testing.assert_array_equal(found, [[False, True], [False, True], [True, True], [False, True]])

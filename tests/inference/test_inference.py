@@ -301,3 +301,17 @@ def test_limits_take_the_given_values_only():
     assert Limits.from_config(config, max_detections=1).max_detections == 1
     with pytest.raises(ValueError, match="max_detections is 0; it must be at least 1"):
         Limits.from_config(config, max_detections=0)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [8]), (9, [16]), (256, [256]), (257, [256, 256])])
+def test_texts_are_encoded_in_batches_of_few_sizes(count, sizes):
+    detector, seen = Detector(planted.make()[1]), []
+
+    def encode(params, tokens):
+        seen.append(len(tokens))
+        return tokens[:, :1] * params
+
+    detector._compiled_encode = encode
+    tokens = np.arange(2 * count).reshape(count, 2)
+    np.testing.assert_array_equal(detector.encode_tokens(3, tokens), 3 * tokens[:, :1])
+    assert seen == sizes

@@ -40,3 +40,13 @@ def test_a_fresh_head_samples_where_a_plain_convolution_does():
     for kernel in (head["box_tower"]["conv0"]["kernel"], head["deformable"]["kernel"], head["embedding"]["kernel"]):
         assert np.std(kernel) == pytest.approx(0.01, rel=0.15)
     np.testing.assert_array_equal(head["level_scales"], np.ones(5))
+
+
+def test_parameters_and_what_is_not_an_embedding_are_float32():
+    case = cases.PARTS["iou"]
+    model, feature = AtssHead(**case.head._asdict(), dtype="bfloat16"), case.levels()[1]
+    output, variables = jax.eval_shape(lambda key: model.init_with_output(key, feature, 1), jax.random.key(0))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+    types = {field.name: getattr(output, field.name).dtype.name for field in dataclasses.fields(output)}
+    assert types.pop("embeddings") == "bfloat16"
+    assert set(types.values()) == {"float32"}

@@ -259,3 +259,13 @@ def test_every_parameter_is_in_the_group_its_name_says():
             assert factor == (0.1 if path.startswith("text_encoder") else 1.0), path
             assert decay == path.endswith("kernel"), path
             assert decay == (leaf.ndim > 1 and not re.search("embedding$|table$", path)), path
+
+
+def test_lengths_are_of_float32_whatever_comes_in():
+    x = np.random.default_rng(0).normal(size=(64, 512)) * 30
+    for dtype in (jnp.bfloat16, jnp.float32):
+        found = detclip.l2_normalize(jnp.asarray(x, dtype))
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
+    assert not np.any(detclip.l2_normalize(jnp.zeros((1, 4))))
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(detclip.l2_normalize(x)))(jnp.zeros((1, 4)))).all()

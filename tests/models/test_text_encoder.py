@@ -3,6 +3,7 @@
 import pathlib
 import sys
 
+import flax
 import golden_gradients
 import jax
 import jax.numpy as jnp
@@ -80,3 +81,19 @@ def test_the_gradient_of_words_in_every_row_is_not_lost_in_bfloat16():
     for token in (49406, 5, 49407):
         exact, rounded = grads[jnp.float32][token], grads[jnp.bfloat16][token]
         assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_initial_values_have_the_sizes_of_clip():
+    width, layers = 64, 3
+    model = TextEncoder(width, layers, 2, context_length=16, embed_dim=128)
+    params = jax.jit(model.init)(jax.random.key(0), cases.text_tokens())["params"]
+    sizes = {
+        "token_embedding/embedding": 0.02, "position_embedding": 0.01, "projection/kernel": width**-0.5,
+        "block1/qkv/kernel": width**-0.5, "block1/mlp_in/kernel": (2 * width) ** -0.5,
+        "block1/projection/kernel": width**-0.5 * (2 * layers) ** -0.5,
+        "block1/mlp_out/kernel": width**-0.5 * (2 * layers) ** -0.5,
+    }  # fmt: skip
+    found = flax.traverse_util.flatten_dict(params, sep="/")
+    assert all(x.dtype == np.float32 for x in found.values())
+    for name, size in sizes.items():
+        assert np.std(found[name]) == pytest.approx(size, rel=0.08), name  # of 1,024 values or more

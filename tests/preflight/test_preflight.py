@@ -202,3 +202,11 @@ def test_a_tiny_step_compiles_for_tpus(micro, tmp_path):
     again = preflight.measure(config, Topology.parse("v5e:2x2"), "detection/64x64", sizes, tmp_path)
     assert again == measured
     assert len(list(pathlib.Path(tmp_path).glob("*.json"))) == 1
+
+
+def test_a_step_takes_its_arithmetic_its_memory_or_its_network():
+    result = {"flops": {"executed": 64 * 197e12}, "bytes": 1e12, "network": {"a": 1e9, "b": 2e9}}
+    compute, memory, network = preflight.Row(V5E, "detection/8x8", result).least_seconds
+    assert compute == pytest.approx(2.0)  # of 32 chips
+    assert memory == pytest.approx(1e12 / preflight.CHIPS["v5e"].bandwidth)
+    assert network == pytest.approx(3e9 / preflight.CHIPS["v5e"].network)

@@ -1,16 +1,20 @@
+import hashlib
 import json
 import pathlib
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent))
 import building
 from raw_files import jpeg, write_coco
 
+from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.prepare import __main__ as prepare
+from detclipv2_jax.prepare import coco_json, record_builder
 
 
 def command(*arguments):
@@ -113,3 +117,20 @@ def test_inspect_draws_what_a_configuration_or_a_folder_names(tmp_path):
     mistyped = command("inspect", "--config=configs/coco_json.py", "--config.detection.batchsize=3", "--output=x")
     done = subprocess.run(mistyped, capture_output=True, text=True, check=False)
     assert 'Did you mean "batch_size" instead of "batchsize"?' in done.stderr.splitlines()[-1]
+
+
+def test_what_is_stored_of_files_and_records(tmp_path):
+    (tmp_path / "a").write_bytes(b"data")
+    digest = hashlib.sha256(b"data").hexdigest()
+    assert coco_json.describe_file(tmp_path / "a") == {"bytes": 4, "sha256": digest}
+    record = Record(
+        kind=Kind.DETECTION, source="s", example_id=0, image=b"i", size=(3, 4), boxes=np.ones((1, 4)), concepts=("c",),
+        box_concepts=np.zeros(1, int), caption="t", negatives=("n",), not_negatives=("m",),
+    )  # fmt: skip
+    example = record_builder.to_example("name", record)
+    assert example.pop("size").tolist() == [3, 4]
+    assert example.pop("boxes") is record.boxes
+    assert example.pop("box_concepts") is record.box_concepts
+    assert example == {
+        "image": b"i", "name": "name", "concepts": ("c",), "caption": "t", "negatives": ("n",), "not_negatives": ("m",)
+    }  # fmt: skip

@@ -1,5 +1,6 @@
 """Scalars as TensorBoard reads them."""
 
+import json
 import math
 import subprocess
 import sys
@@ -36,3 +37,35 @@ def test_writing_them_loads_no_tensorflow(tmp_path):
         "sys.exit('tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_rates_and_waiting(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    progress = metrics.Progress(0, 10, peak_flops=50.0)
+    for _ in range(4):
+        with progress.waiting():
+            now += 0.5
+        now += 1.5
+        progress.step(3)
+        progress.flops += 40.0
+    expected = {
+        "timing/images_per_second": 12 / 8, "timing/step_seconds": 2.0, "timing/data_wait_share": 0.25,
+        "timing/flop_utilization": 160 / (8 * 50),
+    }  # fmt: skip
+    assert progress.rates() == expected
+    now += 1.0
+    assert progress.rates()["timing/images_per_second"] == 0.0  # counted since the last call
+    progress.close()
+
+
+def test_lines_after_the_start_are_removed_and_the_start_stays(tmp_path):
+    lines = [{"step": step, "eval/AP": 0.1 * step, "loss": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "e')
+    writer = metrics.MetricsWriter(tmp_path, 2)
+    assert writer.recorded("eval") == [(1, {"AP": 0.1}), (2, {"AP": 0.2})]
+    assert writer.recorded("forgetting") == []
+    writer.write(3, {"loss": float("nan")})
+    writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [*lines[:2], {"step": 3, "loss": None}]

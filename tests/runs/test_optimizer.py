@@ -10,6 +10,7 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import (
     assign_groups,
+    frozen_mask,
     learning_rate,
     make_optimizer,
     param_name,
@@ -183,3 +184,13 @@ def test_update_is_adamw_with_factors_masked_decay_schedule_and_clipping(micro, 
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         wanted = expected[path[0].key][path[1].key]
         np.testing.assert_allclose(value, wanted, rtol=1e-5, err_msg=param_name(path))
+
+
+def test_what_a_regex_freezes():
+    params = {"text_encoder": {"a": 1, "b": 2}, "head": {"text_encoder": 3}}
+    assert frozen_mask(params, "") == {"text_encoder": {"a": False, "b": False}, "head": {"text_encoder": False}}
+    found = frozen_mask(params, "text_encoder/.*")
+    assert found == {"text_encoder": {"a": True, "b": True}, "head": {"text_encoder": False}}
+    for regex, which in ((".*", "all parameters"), ("text_encoder", "no parameter")):
+        with pytest.raises(ValueError, match=f"matches {which}"):
+            frozen_mask(params, regex)
