@@ -206,7 +206,7 @@ def save(folder: pathlib.Path, modules: Mapping[str, Exported], weights: Mapping
 
     Args:
       folder: where to.
-      modules: of `export.make_modules`.
+      modules: of `programs.make_modules`.
       weights: their first argument.
     """
     tf.config.set_visible_devices([], "GPU")  # it would take the memory of all of them

@@ -166,12 +166,12 @@ def _scaled(similarity: Array, region_mask: Array, temperature: float) -> Float3
 
 def _best(settings: Settings, regions: Array, region_mask: Array, text: Array) -> tuple[Array, Array]:
     """Returns (value of each concept for each image, index of its most similar region), each [b, c]."""
-    if settings.matching == "one_to_many":
-        similarity = _similarity(regions, region_mask, text)
-        weight = jax.nn.softmax(_scaled(similarity, region_mask, settings.temperature), axis=1)
-        return jnp.sum(weight * similarity, axis=1), _first_max(similarity)
     similarity = _similarity(regions, region_mask, text)
-    return jnp.max(similarity, axis=1), _first_max(similarity)
+    best = jnp.max(similarity, axis=1)
+    if settings.matching == "one_to_many":
+        weight = jax.nn.softmax(_scaled(similarity, region_mask, settings.temperature), axis=1)
+        best = jnp.sum(weight * similarity, axis=1)
+    return best, _first_max(similarity)
 
 
 def _first_max(similarity: Float32[Array, "b k c"]) -> Int32[Array, "b c"]:

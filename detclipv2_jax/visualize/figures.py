@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -206,15 +207,8 @@ def targets(
     grid = anchors.grid((height, width))
     strides = np.repeat(anchors.STRIDES, grid.levels)
     centers = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
-    columns = min(num_images, 4)
-    shape = (math.ceil(num_images / columns), columns)
-    figure = Figure(
-        figsize=(4.2 * columns, (4.2 * height / width + 0.5) * shape[0] + 0.6), dpi=100, layout="constrained"
-    )
-    panels = list(figure.subplots(*shape, squeeze=False).flat)
-    for axes in panels:
-        axes.set_axis_off()
-    for i, axes in zip(range(num_images), panels, strict=False):
+    figure, panels = _panels(num_images, height / width)
+    for i, axes in enumerate(panels):
         mask = batch.box_mask[i]
         found = atss.assign(grid.boxes, grid.levels, batch.boxes[i], mask, top_k=top_k)
         positive, box_of = np.asarray(found.positive), np.asarray(found.box_index)
@@ -253,15 +247,8 @@ def sampling(
       path: where to write the picture.
     """
     height, width, _ = image.shape
-    columns = min(len(phrases), 4)
-    shape = (math.ceil(len(phrases) / columns), columns)
-    figure = Figure(
-        figsize=(4.2 * columns, (4.2 * height / width + 0.5) * shape[0] + 0.6), dpi=100, layout="constrained"
-    )
-    panels = list(figure.subplots(*shape, squeeze=False).flat)
-    for axes in panels:
-        axes.set_axis_off()
-    for i, (axes, phrase) in enumerate(zip(panels, phrases, strict=False)):
+    figure, panels = _panels(len(phrases), height / width)
+    for i, (axes, phrase) in enumerate(zip(panels, phrases, strict=True)):
         color = charts.hex_color(drawing.nth_color(i))
         axes.imshow(image, extent=(0, width, height, 0))
         _outline(axes, boxes[i], color, "")
@@ -272,6 +259,17 @@ def sampling(
     note = "square: what a plain convolution would sample; dot: what the deformable layer samples, larger: more weight"
     figure.supxlabel(note, fontsize=10)
     return charts.render(figure, path)
+
+
+def _panels(num: int, aspect: float) -> tuple[Figure, list[Any]]:
+    """Returns a figure of `num` panels without axes, four in a row, each `aspect` times as high as it is wide."""
+    columns = min(num, 4)
+    rows = math.ceil(num / columns)
+    figure = Figure(figsize=(4.2 * columns, (4.2 * aspect + 0.5) * rows + 0.6), dpi=100, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    return figure, panels[:num]
 
 
 def _outline(axes: Axes, box: np.ndarray, color: str, text: str) -> None:
