@@ -12,6 +12,7 @@ import faulthandler
 import inspect
 import os
 import pathlib
+import platform
 import re
 import select
 import signal
@@ -19,11 +20,14 @@ import sys
 import threading
 import time
 import types
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from detclipv2_jax import files
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
 GRACE_S = 3.0  # after Ctrl-C, for a command to end by itself
@@ -142,6 +146,11 @@ def parse(
     known, rest = parser.parse_known_args(arguments)
     options = vars(known)
     function = options.pop("function")
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option != "--words":
+            files.check_here(value if equals else argument, where=option if equals else "argument")
+    keep_compiled(options.pop("compilation_cache", None))
     if unknown := [argument for argument in rest if not argument.startswith(("--config.", "--noconfig."))]:
         parser.error(f"unexpected argument {unknown[0]!r}; quote words and patterns that hold spaces")
     if isinstance(options.get("config"), _ConfigFile):
@@ -158,6 +167,10 @@ def _add_options(parser: argparse.ArgumentParser, function: Command) -> None:
     may be given several times, a configuration a file, whose values --config.KEY=VALUE replaces.
     """
     parser.set_defaults(function=function)
+    if {"config", "checkpoint"} & inspect.signature(function).parameters.keys():
+        text = "folder of compiled programs, which are not compiled again; none: no folder (default: the variable "
+        text += "JAX_COMPILATION_CACHE_DIR, or one in ~/.cache/detclipv2_jax)"
+        parser.add_argument("--compilation_cache", metavar="PATH", help=text)
     described = inspect.getdoc(getattr(function, "func", function)) or ""
     arguments = re.split(r"\n\w+:\n", described.partition("\nArgs:\n")[2])[0]
     texts = {name: " ".join(text.split()) for name, text in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", arguments, re.M)}
@@ -185,6 +198,20 @@ def _add_options(parser: argparse.ArgumentParser, function: Command) -> None:
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")
             parser.add_argument(f"--{name}", type=kind, metavar=metavar, **options)
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Chooses the folder of compiled programs for JAX, which is not imported yet.
+
+    By default each kind of processor has its own: a program for one may not run on another that shares the home.
+    """
+    if folder is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = "" if folder == "none" else os.path.abspath(folder)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        with contextlib.suppress(OSError, IndexError):
+            flags_of = pathlib.Path("/proc/cpuinfo").read_text().partition("flags")[2].splitlines()[0]
+            kind = f"{platform.machine()}-{zlib.crc32(flags_of.encode()):08x}"
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path.home() / ".cache/detclipv2_jax/compiled" / kind)
 
 
 class _Switch(argparse.Action):

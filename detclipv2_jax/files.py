@@ -31,12 +31,24 @@ _UNSAFE = re.compile(r"[^\w .,()+=@-]|^[ .-]|[ .]$")
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 
 
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
 class NotRegularError(OSError):
     """A path names a folder, a pipe, a socket or a device, where a file is needed."""
 
 
 class LockedError(RuntimeError):
     """Another process holds a lock; the message is what it wrote of itself."""
+
+
+def check_here(place: str, *, where: str) -> None:
+    """Raises a ValueError for gs://, s3:// and the like, which would become a folder of that name on this machine."""
+    if _ELSEWHERE.match(place):
+        raise ValueError(
+            f"{where}={place} is not on this machine, and only its files can be read and written; mount the bucket "
+            "(gcsfuse, mount-s3) or copy what you need, and name the folder"
+        )
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -98,6 +98,10 @@ def prepare(
         are not those that the run of the workdir began with.
       MissingProcessError: another process did not get this far.
     """
+    warn_of_unused_accelerator()
+    logging.info(
+        "compiled programs are kept in %s (--compilation_cache)", jax.config.jax_compilation_cache_dir or "no folder"
+    )
     known = chip_of(jax.devices()[0].device_kind)
     chip = known.name if known else None
     if chip and config.chips[chip]:
@@ -122,6 +126,18 @@ def prepare(
     # only after all processes have checked everything: a run that fails before must not take the workdir
     processes.barrier("all is checked", timeout_s=config.timeout_s)
     return functools.partial(in_workdir, work, config, workdir, training=training, data=data)
+
+
+def warn_of_unused_accelerator() -> None:
+    """Says in the log how to install JAX for a GPU or TPU that the machine has and JAX does not use."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":  # as it was asked to
+        return
+    for extra, what, places in (
+        ("cuda13", "an NVIDIA GPU", ("/dev/nvidia0",)), ("tpu", "a TPU", ("/dev/accel0", "/dev/vfio/0")),
+    ):  # fmt: skip
+        if any(map(os.path.exists, places)):
+            install = f"pip install 'detclipv2_jax[{extra}]'"
+            logging.warning("this machine has %s that JAX does not see, and runs on its CPUs: %s", what, install)
 
 
 def in_workdir(

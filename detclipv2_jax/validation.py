@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from detclipv2_jax import files
 from detclipv2_jax.config import KINDS, base, flat, for_chip
 from detclipv2_jax.eval import result
 from detclipv2_jax.losses import contrastive, proposals
@@ -122,7 +123,13 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
         for rule in (*RULES, *_rules_of(config))
         if not rule.holds(value := functools.reduce(lambda part, name: part[name], rule.key.split("."), config))
     ]
-    problems += [*_of_chips(config), *_of_model(config), *_of_scores(config), *_of_sizes(config, num_devices)]
+    problems += [
+        *_of_places(config),
+        *_of_chips(config),
+        *_of_model(config),
+        *_of_scores(config),
+        *_of_sizes(config, num_devices),
+    ]
     if problems:
         raise ValueError(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))
 
@@ -141,6 +148,16 @@ def _rules_of(config: ConfigDict) -> Iterator[Rule]:
     if optimizer.schedule == "plateau":
         allowed = "above 0 with optimizer.schedule plateau, e.g. 1e-8"
         yield Rule("optimizer.min_learning_rate", lambda value: value > 0, allowed)
+
+
+def _of_places(config: ConfigDict) -> Iterator[str]:
+    for key, value in flat(config).items():
+        for text in value if isinstance(value, tuple | list) else (value,):
+            try:
+                if isinstance(text, str) and key not in ("closing", "name"):
+                    files.check_here(text, where=f"config.{key}")
+            except ValueError as error:
+                yield str(error)
 
 
 def _of_chips(config: ConfigDict) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,8 @@ import pytest
 
 import detclipv2_jax
 from detclipv2_jax import __main__ as detclip
-from detclipv2_jax import commands
+from detclipv2_jax import commands, session, validation
+from detclipv2_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -60,6 +63,83 @@ def test_an_unknown_command_is_named():
     done = run("trian")
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no command 'trian'; there are train, eval, predict,")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=demo", "--workdir=gs://bucket/run"],
+        ["train", "--config=demo", "--workdir", "s3://bucket/run"],
+        ["train", "--config=demo", "--config.image_text.data=hf://set"],
+        ["predict", "--checkpoint=gs://bucket/run", "--images=x", "--output=y", "--words=x"],
+        ["prepare", "coco_json", "--input=https://host/a.json", "--output=x"],
+    ],
+)
+def test_what_is_not_on_this_machine_is_refused_by_name(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    place = next(part for part in arguments if "://" in part)
+    assert done.stderr.startswith("error: ")
+    assert f"{place.partition('=')[2] or place} is not on this machine" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_elsewhere_in_a_configuration_is_refused():
+    config = config_lib.base()
+    config.detection.data = ("data/a", "gs://bucket/b")
+    with pytest.raises(ValueError, match=r"config.detection.data=gs://bucket/b is not on this machine"):
+        validation.validate(config, num_devices=1)
+
+
+def test_words_may_look_like_places():
+    def command(*, words: str, output: str):
+        """Does nothing."""
+
+    _, options = commands.parse(command, about="", arguments=["--words=http://x", "--output=a:b//c"])
+    assert options == {"words": "http://x", "output": "a:b//c"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "expected"),
+    [
+        ([], None, "~/.cache/detclipv2_jax/compiled/"),
+        ([], "/mine", "/mine"),
+        (["--compilation_cache=there"], "/mine", "{cwd}/there"),
+        (["--compilation_cache=none"], "/mine", ""),
+    ],
+)
+def test_where_compiled_programs_are_kept(arguments, variable, expected, monkeypatch):
+    def command(*, checkpoint: str = ""):
+        """Does nothing."""
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    if variable:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    _, options = commands.parse(command, about="", arguments=arguments)
+    assert options == {"checkpoint": ""}
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    expected = expected.replace("~", str(pathlib.Path.home())).format(cwd=os.getcwd())
+    assert folder == expected or (expected.endswith("/") and re.fullmatch(rf"{expected}\w+-[0-9a-f]{{8}}", folder))
+
+
+@pytest.mark.parametrize(
+    ("present", "platforms", "said"),
+    [
+        ("/dev/nvidia0", None, ["pip install 'detclipv2_jax[cuda13]'"]),
+        ("/dev/accel0", None, ["pip install 'detclipv2_jax[tpu]'"]),
+        ("/dev/nvidia0", "cpu", []),  # as it was asked to
+        ("", None, []),
+    ],
+)
+def test_an_accelerator_that_jax_does_not_see_is_said(present, platforms, said, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(session.os.path, "exists", lambda path: path == present)
+    warned = []
+    monkeypatch.setattr(session.logging, "warning", lambda text, what, install: warned.append(install))
+    session.warn_of_unused_accelerator()
+    assert warned == said
 
 
 def test_the_version():
