@@ -18,15 +18,16 @@ RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
 
 
 def closing(num_steps: int) -> str:
-    """Returns what the scores mean, beside those of `num_steps` on boxes alone where the table of claims has them."""
+    """Returns what the scores mean, beside those of boxes alone after at most `num_steps`, from the table of claims."""
     text = (
         "What this means: base shapes had boxes, AP {APf:.1f}; of those found, {top1f:.1f} % get the right one "
         "of 240 names. Novel shapes had none, captions alone name them: AP {APr:.1f}, right names {top1r:.1f} %; their "
         "colours, which base shapes have too, are part of it (4 % of names are right by chance if the colour is)."
     )
     starts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("start_[0-9].json"))]
-    alone = [[start[f"{name}_AP_by_step"][str(num_steps)] for start in starts] for name in ("base", "novel")]
     if starts:
+        num_steps = max(steps for steps in map(int, starts[0]["base_AP_by_step"]) if steps <= num_steps)
+        alone = [[start[f"{name}_AP_by_step"][str(num_steps)] for start in starts] for name in ("base", "novel")]
         base, novel = (sum(scores) / len(scores) for scores in alone)
         text += f" {num_steps} steps on boxes alone end at {base:.1f} and {novel:.1f} (python -m detclipv2_jax.claims)."
     return text
@@ -43,9 +44,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.scenes.num_image_text = 1600
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
-    c.epochs = 12
-    # when boxes have taught what words mean, and at half the rate: pairs from the first step on make all words alike
-    c.grounding.from_epoch = c.image_text.from_epoch = 9
+    c.epochs = 16
+    # when boxes have taught what words mean and the rate has come down: pairs from the first step on make all words alike
+    c.grounding.from_epoch = c.image_text.from_epoch = 11
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96
