@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
     c.epochs = 16
-    # when boxes have taught what words mean and the rate has come down: pairs from the first step on make all words alike
+    # when boxes have taught what words mean, and the rate is low: pairs from the first step on make all words alike
     c.grounding.from_epoch = c.image_text.from_epoch = 11
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
