@@ -266,4 +266,4 @@ def size_of(image: dict[str, Any]) -> tuple[int, int]:
     height, width = image.get("height"), image.get("width")
     if not (isinstance(height, int | float) and isinstance(width, int | float)):
         return 0, 0
-    return (int(height), int(width)) if min(height, width) >= 1 and max(height, width) <= MAX_SIDE else (0, 0)
+    return (int(height), int(width)) if 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE else (0, 0)

@@ -27,7 +27,7 @@ from detclipv2_jax.data import transforms
 from detclipv2_jax.data.annotations import shown, size_of, usable_id
 from detclipv2_jax.data.checks import documented, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
-from detclipv2_jax.data.schema import Kind, Record, UnusableError
+from detclipv2_jax.data.schema import DataError, Kind, Record, UnusableError
 from detclipv2_jax.data.selection import (
     NOTHING,
     Dropped,
@@ -70,8 +70,12 @@ class BoxSource:
         self._folder, self._follow_links = folder, follow_links
         self._files = [file_name(image) for image in images]
         self._captions = [image.get("caption", "") for image in images] if kind is Kind.GROUNDING else None
-        index_of = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
-        self._federated = {i: lists for i, image in enumerate(images) if any(lists := _federated(image, index_of))}
+        index_of: dict[Any, int] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
+        index_of = {str(category_id): i for category_id, i in index_of.items()} | index_of  # "2" is 2
+        self._federated = {}
+        for i, image in enumerate(images):
+            if any(lists := _federated(image, index_of, where=path)):
+                self._federated[i] = lists
         order = np.argsort(image_of_box, kind="stable")
         self._boxes, self._labels = boxes[order], labels[order]
         self._starts = np.searchsorted(image_of_box[order], np.arange(len(images) + 1))
@@ -117,11 +121,15 @@ class BoxSource:
                 continue  # it is reported when it is read
 
 
-def _federated(image: dict[str, Any], index_of: dict[Any, int]) -> tuple[list[int], list[int]]:
+def _federated(image: dict[str, Any], index_of: dict[Any, int], *, where: Path) -> tuple[list[int], list[int]]:
     """Returns the vocabulary indices verified to be absent and those not annotated exhaustively (LVIS)."""
-    keys = ("neg_category_ids", "not_exhaustive_category_ids")
-    absent, incomplete = ([index_of[i] for i in image.get(key) or () if i in index_of] for key in keys)
-    return absent, incomplete
+    found = []
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        listed = image.get(key) or ()
+        if not isinstance(listed, list | tuple):
+            raise DataError(f"{where}: image {shown(image['id'])} has {key} {shown(listed)}, not a list of ids")
+        found.append([index_of[i] for i in listed if isinstance(i, int | float | str) and i in index_of])
+    return found[0], found[1]
 
 
 @documented

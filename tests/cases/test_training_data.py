@@ -139,6 +139,18 @@ def test_boxes_of_outlines(folder):
     assert source[2].boxes.tolist() == [[3, 4, 23, 24]]
 
 
+def test_lists_of_lvis_may_name_categories_as_text_and_hold_nothing_else(folder):
+    content = detection_json()
+    content["images"][0]["neg_category_ids"] = ["1", 0.0, [1], None, 7, "x"]
+    content["images"][1]["not_exhaustive_category_ids"] = [True, 0]
+    source = read(folder, content)
+    assert source[0].negatives == ("fork", "cup")
+    assert source[1].not_negatives == ("fork", "cup")
+    content["images"][2]["neg_category_ids"] = 5
+    with pytest.raises(ValueError, match=r"d\.json: image 2 has neg_category_ids 5, not a list of ids"):
+        read(folder, content)
+
+
 # --- categories without a box
 
 

@@ -150,6 +150,15 @@ def test_images_stand_in_the_order_of_their_ids_numbers_first():
         read.places([12, 9, "c"])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -3, 0, 0.5, None, "200", [200], 1 << 70, 70_000])
+@pytest.mark.parametrize("key", ["width", "height"])
+def test_sizes_of_images_that_say_nothing_are_unknown(key, value):
+    content = make_truth()
+    content["images"][1][key] = value
+    assert annotations.size_of(content["images"][1]) == (0, 0)
+    assert scored(content, perfect(content)) == (pytest.approx(1.0), {})
+
+
 def test_lists_of_lvis_belong_to_their_image():
     content = make_truth()
     content["images"][2] |= {"neg_category_ids": [2, "1"], "not_exhaustive_category_ids": [1, 99]}
