@@ -126,15 +126,26 @@ def _tiff_header(data: bytes) -> Header:
     return Header(size, orientation, is_jpeg=False, tiff_orientation=tuple(places))
 
 
+def _exif_of_png(data: bytes) -> bytes:
+    """Returns the EXIF block of a PNG; it may stand behind the pixels, which Pillow's own search decodes.
+
+    Raises:
+      UnusableError: a chunk goes on after the file. OpenCV would make room for it first, up to 2 GB.
+    """
+    exif, offset, name = b"", 8, b""
+    while name != b"IEND" and offset + 12 <= len(data):
+        name, end = data[offset + 4 : offset + 8], offset + 12 + int.from_bytes(data[offset : offset + 4])
+        if end > len(data):
+            raise UnusableError("truncated image")
+        if name == b"eXIf":
+            exif = data[offset + 8 : end - 4]
+        offset = end
+    return exif
+
+
 def _other_header(data: bytes) -> Header:
     image = Image.open(io.BytesIO(data))
-    exif = image.info.get("exif") or b""
-    if image.format == "PNG" and not exif:
-        # it may stand behind the pixels, which Pillow's own search decodes
-        offset = 8
-        while offset + 12 <= len(data) and data[offset + 4 : offset + 8] != b"eXIf":
-            offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
-        exif = data[offset + 8 : offset + 8 + int.from_bytes(data[offset : offset + 4], "big")]
+    exif = (_exif_of_png(data) if image.format == "PNG" else image.info.get("exif")) or b""
     if not exif and (profile := image.info.get("Raw profile type exif")):  # ImageMagick's, before PNG had EXIF
         with contextlib.suppress(*_DAMAGED):
             exif = bytes.fromhex("".join(profile.split("\n")[3:]))
@@ -149,7 +160,7 @@ def read_header(data: bytes) -> Header:
     """Returns size and orientation of an encoded image, without decoding it.
 
     Raises:
-      UnusableError: not an image, truncated (JPEG only; others show when decoded), or more pixels than are decoded.
+      UnusableError: not an image, truncated (JPEG and PNG; others show when decoded), or more pixels than are decoded.
     """
     if data[:2] == b"\xff\xd8":
         header = _jpeg_header(data)
@@ -158,6 +169,8 @@ def read_header(data: bytes) -> Header:
     else:
         try:
             header = _tiff_header(data) if data[:4] in _TIFF_MARKS else _other_header(data)
+        except UnusableError:
+            raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise UnusableError(f"more than {MAX_PIXELS} pixels") from None
         except _DAMAGED:

@@ -83,6 +83,19 @@ def test_a_broken_block_of_exif_spoils_no_pixels_and_warns_of_nothing(file_forma
     assert transforms.read_header(encoded(file_format, exif=block))[:2] == ((40, 60), 1)
 
 
+@pytest.mark.parametrize("part", [b"IDAT", b"tEXt", b"IEND"])
+def test_a_part_of_a_png_that_is_longer_than_the_file_gets_no_memory(monkeypatch, part):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b")
+    data = encoded("PNG", pnginfo=text)
+    at = data.index(part) - 4
+    changed = data[:at] + struct.pack(">I", 0x7FFFFF00) + data[at + 4 :]
+    monkeypatch.setattr(transforms.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UnusableError, match=r"truncated image|not an image"):
+        transforms.read_header(changed)
+    assert transforms.read_header(data + b"behind its end").size == (40, 60)
+
+
 @pytest.mark.parametrize("mark", [b"II\0*", b"MM*\0", b"II\0+", b"MM+\0"])
 def test_a_tiff_whose_mark_is_swapped_warns_of_nothing(mark):
     for data in (encoded("TIFF"), encoded("TIFF")[:30]):
