@@ -72,10 +72,8 @@ class BoxSource:
         self._captions = [image.get("caption", "") for image in images] if kind is Kind.GROUNDING else None
         index_of: dict[Any, int] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
         index_of = {str(category_id): i for category_id, i in index_of.items()} | index_of  # "2" is 2
-        self._federated = {}
-        for i, image in enumerate(images):
-            if any(lists := _federated(image, index_of, where=path)):
-                self._federated[i] = lists
+        lists_of = (_federated(image, index_of, where=path) for image in images)
+        self._federated = {i: lists for i, lists in enumerate(lists_of) if any(lists)}
         order = np.argsort(image_of_box, kind="stable")
         self._boxes, self._labels = boxes[order], labels[order]
         self._starts = np.searchsorted(image_of_box[order], np.arange(len(images) + 1))
