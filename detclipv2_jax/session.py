@@ -100,7 +100,8 @@ def prepare(
     """
     warn_of_unused_accelerator()
     logging.info(
-        "compiled programs are kept in %s (--compilation_cache)", jax.config.jax_compilation_cache_dir or "no folder"
+        "compiled programs are kept in %s (--compilation_cache)",
+        jax.config.values["jax_compilation_cache_dir"] or "no folder",
     )
     known = chip_of(jax.devices()[0].device_kind)
     chip = known.name if known else None
