@@ -27,8 +27,5 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     c = config_lib.base()
     c.name = f"eval_lvis_{variant}"
-    c.eval.annotations = f"data/lvis/{ANNOTATIONS[variant]}"
-    c.eval.images = "data/coco"
-    c.eval.pre_nms = 2000
-    c.eval.max_detections = 1000  # fixed AP counts them all, standard AP the best 300 of them
+    config_lib.lvis(c.eval, ANNOTATIONS[variant])
     return c

@@ -32,8 +32,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.detection.data = ("data/lvis",)
     c.detection.batch_size = 64
     c.optimizer.learning_rate = 4e-5
-    c.eval.annotations = "data/lvis/lvis_v1_minival_inserted_image_name.json"
-    c.eval.images = "data/coco"
-    c.eval.pre_nms = 2000
-    c.eval.max_detections = 1000  # fixed AP counts them all, standard AP the best 300 of them
+    c.detection.dictionary = config_lib.DICTIONARY
+    config_lib.lvis(c.eval)
     return c

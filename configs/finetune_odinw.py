@@ -4,11 +4,11 @@
     --workdir=runs/odinw/$name --config.init_from.checkpoint=runs/swin_t_full; done
   python -m detclipv2_jax.eval.odinw --finetuned=runs/odinw --data=data/odinw
 
-The variant is the member (Packages by default); data/odinw/<member> holds train/ and valid/, each with an
-annotations.json among its photos. The rate falls to a tenth when AP on valid/ was not better for 5 epochs, and the run
-ends when that does not help any more; the checkpoint with the best AP is the one that is scored. 8 V100 in the paper.
-An epoch of the smallest sets is a step a canvas: 250 of them are over before the warmup (500 steps) is. The paper does
-not say what it did; --config.detection.weight=10 passes the set ten times an epoch.
+The variant is the member (Packages by default), with `:swin_l` behind it for Swin-L. data/odinw/<member> has train/ and
+valid/, each with an annotations.json among its photos. The rate falls to a tenth when AP on valid/ was not better for 5
+epochs, and the run ends when that does not help any more; the checkpoint with the best AP is the one that is scored. 8
+V100 in the paper. An epoch of the smallest sets is a step a canvas: 250 of them are over before the warmup (500 steps)
+is. The paper does not say what it did; --config.detection.weight=10 passes the set ten times an epoch.
 
 * Few shots, as GLIP: --config.detection.num_shots=1|3|5|10 --config.detection.few_shot_seed=3|30|300; GLIP passes such
   a set 8, 4, 2 or 1 times an epoch: --config.detection.weight=8 …
@@ -33,17 +33,19 @@ MEMBERS = (
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    variant = variant or "Packages"
-    if variant not in MEMBERS:
+    member, _, size = (variant or "Packages").partition(":")
+    if member not in MEMBERS or size not in ("", "swin_t", "swin_l"):
         raise ValueError(
-            f"variant {variant!r} of configs/finetune_odinw.py is unknown; allowed are {', '.join(MEMBERS)}"
+            f"variant {variant!r} of configs/finetune_odinw.py is unknown; allowed are {', '.join(MEMBERS)}, each also "
+            "with :swin_l behind it"
         )
     c = config_lib.base()
-    c.name = f"finetune_odinw_{variant}"
+    c.model = config_lib.model(size or "swin_t")
+    c.name = f"finetune_odinw_{member}" + "_swin_l" * (size == "swin_l")
     c.epochs = 250
     for section, split in ((c.detection, "train"), (c.eval, "valid")):
-        section.annotations = f"data/odinw/{variant}/{split}/annotations.json"
-        section.images = f"data/odinw/{variant}/{split}"
+        section.annotations = f"data/odinw/{member}/{split}/annotations.json"
+        section.images = f"data/odinw/{member}/{split}"
         section.definitions = False  # a COCO json has none
     c.detection.batch_size = 32
     c.optimizer.learning_rate = 4e-5

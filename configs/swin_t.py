@@ -9,7 +9,7 @@
 | o365_goldg_cc3m    | Objects365, GoldG, CC3M     | 38.4                                    | not run |
 | full (the default) | Objects365, GoldG, CC15M    | 40.4                                    | not run |
 
-Hardware and time of the paper: 32 V100, about 2,100 V100-hours for `full`. Data folders are made by
+Hardware and time of the paper: 32 V100, about 2,100 V100-hours for `full`. Data folders and the dictionary are made by
 `python -m detclipv2_jax.prepare`; the run says which are missing and the command that builds each.
 
 It starts from two public checkpoints, converted by `python -m detclipv2_jax.convert`:
@@ -25,30 +25,13 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
 
-VARIANTS = {
-    "o365": ((), ()),
-    "o365_cc3m": ((), ("data/cc3m",)),
-    "o365_goldg_cc3m": (("data/gqa", "data/flickr30k"), ("data/cc3m",)),
-    "full": (("data/gqa", "data/flickr30k"), ("data/cc3m", "data/cc12m")),
-}
-
 
 def get_config(variant: str = "") -> ConfigDict:
-    variant = variant or "full"
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} of configs/swin_t.py is unknown; allowed are {', '.join(VARIANTS)}")
     c = config_lib.base()  # the defaults are the paper's Swin-T values
-    c.name = f"swin_t_{variant}"
+    c.name = "swin_t"
     c.init_from.swin = "weights/swin_tiny.safetensors"
-    c.init_from.text = "weights/clip_text_vit_b32.safetensors"
-    c.detection.data = ("data/objects365",)
-    c.grounding.data, c.image_text.data = VARIANTS[variant]
-    c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
-    c.eval.annotations = "data/lvis/lvis_v1_minival_inserted_image_name.json"
-    c.eval.images = "data/coco"
+    config_lib.pretraining(c, variant)
     # 6,144 pairs at once take 16.5 GiB on each of 32 v5e; on a GPU with 80 GB they fit (37 GiB on an H200 with 768)
     for chip in ("v5e", "v6e"):
         c.chips[chip] = (("optimizer.accumulate.image_text", 2),)
-    # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
-    c.chips.h100 = (("loss.chunk_bytes", 1 << 30),)
     return c

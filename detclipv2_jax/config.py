@@ -18,6 +18,14 @@ from detclipv2_jax.chips import CHIPS
 
 LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
 KINDS = ("detection", "grounding", "image_text")
+DICTIONARY = "data/dictionary.tsv"  # of the paper's configurations; `prepare dictionary` writes it
+# folders of grounding and of pairs beside Objects365
+PRETRAINING = {
+    "o365": ((), ()),
+    "o365_cc3m": ((), ("data/cc3m",)),
+    "o365_goldg_cc3m": (("data/gqa", "data/flickr30k"), ("data/cc3m",)),
+    "full": (("data/gqa", "data/flickr30k"), ("data/cc3m", "data/cc12m")),
+}
 
 
 def model(size: str) -> ConfigDict:
@@ -249,6 +257,15 @@ def _eval_section() -> ConfigDict:
     return c
 
 
+def lvis(section: ConfigDict, annotations: str = "lvis_v1_minival_inserted_image_name.json") -> None:
+    """Sets an evaluation to LVIS, minival by default, by one protocol for all configurations (docs/decisions.md)."""
+    section.annotations = f"data/lvis/{annotations}"
+    section.images = "data/coco"
+    section.dictionary = DICTIONARY
+    section.pre_nms = 2000
+    section.max_detections = 1000  # fixed AP counts them all, standard AP the best 300 of them
+
+
 def forgetting() -> ConfigDict:
     """Returns the keys of `config.forgetting`: a second set, evaluated before the first step and after the last.
 
@@ -272,6 +289,22 @@ def checkpoint() -> ConfigDict:
     # also save and keep the one with the best eval.monitor; then it is what the workdir predicts and is scored with
     c.keep_best = False
     return c
+
+
+def pretraining(c: ConfigDict, variant: str = "") -> None:
+    """Sets data of the paper's pretraining (Tables 1, 4) and its evaluation; ValueError for an unknown variant."""
+    variant = variant or "full"
+    if variant not in PRETRAINING:
+        raise ValueError(f"variant {variant!r} of configs/{c.name}.py is unknown; allowed are {', '.join(PRETRAINING)}")
+    c.name = f"{c.name}_{variant}"
+    c.init_from.text = "weights/clip_text_vit_b32.safetensors"
+    c.detection.data = ("data/objects365",)
+    c.grounding.data, c.image_text.data = PRETRAINING[variant]
+    c.detection.dictionary = c.grounding.dictionary = DICTIONARY  # definitions and negatives (section 3.1)
+    c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
+    # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
+    c.chips.h100 = (("loss.chunk_bytes", 1 << 30),)
+    lvis(c.eval)
 
 
 def base() -> ConfigDict:

@@ -8,14 +8,16 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, validation
+from detclipv2_jax.data import checks
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
     "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"),
+    "swin_l": ("o365", "full"),
     "coco_json": ("nano", "overfit", "swin_t"),
     "eval_lvis": ("val",),
     "finetune_lvis": ("swin_l",),
-    "finetune_odinw": ("Raccoon",),
+    "finetune_odinw": ("Raccoon", "Raccoon:swin_l"),
 }
 EVERY = [(path.stem, variant) for path in FILES for variant in ("", *VARIANTS.get(path.stem, ()))]
 
@@ -45,6 +47,38 @@ def test_swin_t_has_the_values_of_table_9():
     assert c.detection.canvases == ((800, 1344), (1344, 800))
     large = load("swin_l")
     assert (large.optimizer.learning_rate, large.detection.batch_size, large.image_text.batch_size) == (4e-4, 256, 6144)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_l"])
+def test_pretraining_uses_one_dictionary_and_is_scored_as_eval_lvis_does(name):
+    for variant, grounding, pairs in (
+        ("", ("data/gqa", "data/flickr30k"), ("data/cc3m", "data/cc12m")),
+        ("o365_cc3m", (), ("data/cc3m",)),
+    ):
+        c, protocol = load(name, variant), load("eval_lvis")
+        assert (c.detection.data, c.grounding.data, c.image_text.data) == (("data/objects365",), grounding, pairs)
+        dictionaries = {
+            section.dictionary for section in (c.detection, c.grounding, c.eval, load("finetune_lvis").eval)
+        }
+        assert dictionaries == {"data/dictionary.tsv"}
+        assert (c.detection.definitions, c.grounding.definitions, c.eval.definitions) == (True, False, True)
+        for key in protocol.eval:
+            assert c.eval[key] == protocol.eval[key] or key == "batch_size"
+        assert (c.eval.pre_nms, c.eval.max_detections) == (2000, 1000)
+    assert load(name).name == {"swin_t": "swin_t_full", "swin_l": "swin_l"}[name]
+    with pytest.raises(ValueError, match=f"'o366' of configs/{name}.py is unknown; allowed are o365, o365_cc3m, "):
+        load(name, "o366")
+
+
+def test_a_missing_dictionary_is_listed_with_the_command_that_builds_it():
+    [problem] = checks.missing_paths({"config.eval.dictionary": ("no/d.tsv", "file")})
+    assert problem.startswith(
+        "config.eval.dictionary: the file no/d.tsv does not exist; python -m detclipv2_jax.prepare "
+    )
+    assert problem.endswith("--output=no/d.tsv builds one")
+    assert checks.missing_paths({"config.eval.images": ("no", "folder")}) == [
+        "config.eval.images: the folder no does not exist"
+    ]
 
 
 def test_fine_tuning_has_the_values_of_tables_10_and_11():

@@ -87,7 +87,8 @@ def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
         if not path:
             problems.append(f"{key} is empty; it must name a {what}")
         elif not (Path(path).is_file() if what == "file" else Path(path).is_dir()):
-            problems.append(f"{key}: the {what} {path} does not exist")
+            build = f"; python -m detclipv2_jax.prepare dictionary --input=… --output={path} builds one"
+            problems.append(f"{key}: the {what} {path} does not exist{build * key.endswith('.dictionary')}")
     return problems
 
 

@@ -96,7 +96,10 @@ def read_dictionary(path: str | Path) -> Vocabulary:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"the dictionary {path} does not exist; it is a TSV `name <tab> definition`")
+        raise ValueError(
+            f"the dictionary {path} does not exist; it is a TSV `name <tab> definition`, and "
+            f"python -m detclipv2_jax.prepare dictionary --input=… --output={path} builds one"
+        )
     rows = {i: line.split("\t") for i, line in enumerate(files.read_lines(path), 1) if line.strip()}
     if rows and next(iter(rows.values()))[0].strip().lower() == "name":
         del rows[next(iter(rows))]

@@ -38,8 +38,8 @@ class AtssHead(nn.Module):
     offsets and masks come from the last feature of the box tower, without stop_gradient: so image-text pairs, which
     have no boxes, train the box tower too.
 
-    objectness: "none", or an extra output from the class tower ("classification": is this an object?) or from the
-    box tower ("iou": how well does its box fit?).
+    objectness: "none", or an extra output of the box tower, as centerness is ("classification": is this an object?,
+    "iou": how well does its box fit?; Table 2a hangs both on the regression branch).
     """
 
     embed_dim: int
@@ -70,8 +70,7 @@ class AtssHead(nn.Module):
         scales = self.param("level_scales", nn.initializers.ones, (self.num_levels,), jnp.float32)
         objectness = None
         if self.objectness != "none":
-            source = {"classification": class_feature, "iou": box_feature}[self.objectness]
-            objectness = _flatten(conv(1, name="objectness")(source).astype(jnp.float32))[..., 0]
+            objectness = _flatten(conv(1, name="objectness")(box_feature).astype(jnp.float32))[..., 0]
         return LevelOutput(
             embeddings=_flatten(conv(self.embed_dim, name="embedding")(class_feature)),
             box_deltas=_flatten(box_outputs * scales[level]),

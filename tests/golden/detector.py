@@ -133,8 +133,7 @@ class Head(nn.Module):
             "centerness": self.outputs["centerness"](boxes),
         }
         if self.size.objectness != "none":
-            source = {"classification": classes, "iou": boxes}[self.size.objectness]
-            found["objectness"] = self.outputs["objectness"](source)
+            found["objectness"] = self.outputs["objectness"](boxes)
         found = {name: x.flatten(2).transpose(1, 2) for name, x in found.items()}
         return found | {name: found[name][..., 0] for name in ("centerness", "objectness") if name in found}
 

@@ -23,7 +23,7 @@ FAULTS = [
         ("name=\"box_deltas\")(box_feature)", "name=\"box_deltas\")(class_feature)"),
         ("name=\"centerness\")(box_feature)", "name=\"centerness\")(class_feature)"),
         ("name=\"embedding\")(class_feature)", "name=\"embedding\")(box_feature)"),
-        ("{\"classification\": class_feature, \"iou\": box_feature}", "{\"classification\": box_feature, \"iou\": class_feature}"),
+        ("name=\"objectness\")(box_feature)", "name=\"objectness\")(class_feature)"),
         ("return nn.relu(_group_norm(self.num_groups, self.dtype, \"norm\")(x))", "return _group_norm(self.num_groups, self.dtype, \"norm\")(x)"),
         ("GROUP_NORM_EPSILON = 1e-5", "GROUP_NORM_EPSILON = 1e-2"),
         ("use_bias=False,", "use_bias=True,"),
