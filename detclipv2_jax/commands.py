@@ -31,7 +31,7 @@ from detclipv2_jax import files
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
 GRACE_S = 3.0  # after Ctrl-C, for a command to end by itself
-_ENDING = threading.Lock()
+_ENDING = {at_once: threading.Lock() for at_once in (False, True)}
 _IS_NEEDED = threading.Event()
 Command = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def end_last() -> None:
 
 def end(message: str, *, at_once: bool = False) -> NoReturn:
     """Ends the process with one line; neither threads nor worker processes are waited for."""
-    if not _ENDING.acquire(blocking=False) and not at_once:
+    if not _ENDING[at_once].acquire(blocking=False):
         time.sleep(3 * GRACE_S)  # another thread does it
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):

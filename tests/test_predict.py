@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -66,6 +67,23 @@ def test_everything_is_written(photos, capsys):
     for path in pictures:
         with Image.open(path) as picture:
             assert max(picture.size) > 900
+
+
+def test_photos_whose_names_are_not_utf_8_lose_no_prediction(photos, caplog):
+    names = [b"\xff\xe9.png", b"A.png", b"\xe9/\xff.png", b"line\nend.png", "\u202ea.png".encode()]
+    for name in names:
+        path = pathlib.Path(os.fsdecode(os.fsencode(photos) + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((photos / "a.png").read_bytes())
+    (pathlib.Path(os.fsdecode(os.fsencode(photos) + b"/\xfe.png"))).write_bytes(b"no photo")
+    status, rows, output = _run(photos)
+    assert status == 1  # the one that is no photo
+    written = {os.fsencode(row["file_name"]).removeprefix(os.fsencode(photos) + b"/") for row in rows}
+    assert written == {*names, b"a.png", b"b.jpg", b"c.png"}
+    pictures = [path.name.casefold() for path in (output / "pictures").iterdir()]
+    assert len(set(pictures)) == len(pictures) == 8
+    assert all(name.isprintable() and name.encode() for name in pictures)
+    assert len({row["image_id"] for row in rows}) == 8
 
 
 def test_an_image_that_cannot_be_read_stops_nothing(photos, caplog):
