@@ -49,7 +49,7 @@ def interrupted(processes, *, times=1, limit_s=200):
     for _ in range(times):
         for process in processes:
             os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(1)  # two that wait at once are one
     for process, lines in zip(processes, said, strict=True):
         lines += process.stderr
         process.wait(timeout=limit_s)
