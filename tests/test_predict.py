@@ -18,7 +18,7 @@ from PIL import Image
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import predict
-from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.inference import Predictor, vocabulary
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, state
@@ -222,3 +222,10 @@ def test_a_checkpoint_of_a_run_is_read(tmp_path, monkeypatch):
     (stored,) = (tmp_path / "vocabularies").iterdir()
     key = predictor._embed.key(["cat, a pet", "red car"])
     np.testing.assert_array_equal(vocabulary.load(stored, key=key), text[:2])
+
+
+def test_boxes_of_a_photo_that_is_read_at_half_size_are_of_the_whole(photos, monkeypatch):
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 20_000)  # it has 30,000
+    _, rows, _ = _run(photos, images=str(photos / "b.jpg"))
+    assert rows[0]["name"] == "red"
+    np.testing.assert_allclose(rows[0]["bbox"], [20, 200, 60, 60], atol=8)

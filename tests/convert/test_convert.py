@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from detclipv2_jax import convert
+from detclipv2_jax.convert import reading
 from detclipv2_jax.data.tokenizer import num_tokens, tokenize
 from detclipv2_jax.models.swin import Swin
 from detclipv2_jax.models.text_encoder import TextEncoder
@@ -249,7 +250,7 @@ class FakeTensor:
         self.array, self.dtype = array, dtype
 
     def float(self):
-        return FakeTensor(self.array)
+        return FakeTensor(np.float32(self.array))
 
     def numpy(self):
         assert self.dtype != "bfloat16", "NumPy has no bfloat16"
@@ -304,6 +305,14 @@ def test_weights_of_a_pickle(wrappers, tmp_path, monkeypatch):
     _, path = converted("swin", plain, tmp_path)
     for name, value in load_file(path).items():
         np.testing.assert_array_equal(load_file(tmp_path / "a.safetensors")[name], value)
+
+
+def test_types_that_numpy_has_stay(tmp_path, monkeypatch):
+    given = {"half": FakeTensor(np.ones(2, np.float16), "float16"), "brain": FakeTensor(np.ones(2), "bfloat16")}
+    fake_torch(monkeypatch, given)
+    (tmp_path / "a.pth").write_bytes(b"")
+    found = reading.read(tmp_path / "a.pth")
+    assert {name: array.dtype.name for name, array in found.items()} == {"half": "float16", "brain": "float32"}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_photos_of_the_evaluation_and_other_problems(config, world):
     assert "config.num_steps=5 ends the run early" in plan.notes
 
 
-def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world):
+def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world, monkeypatch):
     name, known = next((name, dataset) for name, dataset in DATASETS.items() if dataset.kind == "detection")
     folder = world / "built" / name
     building.build("coco_json", input=str(world / "detection.json"), output=str(folder))
@@ -48,6 +48,9 @@ def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world):
     plan = check(config)
     assert f"has 7 examples; {known.title} has {known.num_examples:,}" in "".join(plan.problems)
     assert any("was not compared with photos of validation sets" in note for note in plan.notes)
+    for published, enough in ((8, False), (7, True)):  # seven of eight are less than nine tenths
+        monkeypatch.setitem(DATASETS, name, known._replace(num_examples=published))
+        assert ("has 7 examples" not in "".join(check(config).problems)) == enough
     leaking = world / "built" / "leaking"
     building.build(
         "coco_json", input=str(world / "detection.json"), output=str(leaking), validation=(config.eval.annotations,)

@@ -90,3 +90,16 @@ def test_the_command_prints_them_last(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(1 / 2)
     assert commands.run(names.command, arguments=[*files, f"--annotations={tmp_path}/found.json"]) == 1
     assert "no COCO annotation file" in capsys.readouterr().err
+
+
+def test_boxes_that_are_to_be_ignored_are_left_out():
+    box = [0, 0, 10, 10]
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": [20 * i, 0, 10, 10], **flag}
+            for i, flag in enumerate(({}, {"ignore": 1}, {"iscrowd": 1}))
+        ],
+    }
+    assert names.evaluate(truth, [row(1, 1, box, 0.5)]) == {"found": 1.0, "top1": 1.0}

@@ -10,7 +10,7 @@ import pytest
 from detclipv2_jax import commands, config_json
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
-from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import checkpoints, sharding
 
 
 def test_members():
@@ -97,3 +97,18 @@ def test_means_need_every_member():
     text = odinw.table({"zero_shot": scores | {"mean_13": 0.5, "mean_35": 0.5}})
     assert "not scored" not in text
     assert text.splitlines()[-1].split() == ["mean_35", "50.0"]
+
+
+def test_a_fine_tuned_run_is_asked_with_the_names_it_was_trained_with(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(odinw, "prepare", lambda config, member, path, *, plain_names: asked.append(plain_names))
+    monkeypatch.setattr(checkpoints, "read_config", lambda workdir: None)
+    first, second, *_ = odinw.members()
+    (tmp_path / first.name).mkdir()
+    found = dict.fromkeys((first, second), tmp_path)
+    for plain_names in (False, True):
+        prepared = odinw._prepare_all(found, checkpoint="c", finetuned=str(tmp_path), plain_names=plain_names)
+        assert {kind: list(of_kind) for kind, of_kind in prepared.items()} == {
+            "zero_shot": [first, second], "finetuned": [first]
+        }  # fmt: skip
+    assert asked == [False, False, True, True, True, True]

@@ -54,6 +54,16 @@ def test_steps_and_sizes_of_the_paper_s_run():
     assert set(plan.num_steps) | {"prediction/800x1344", "prediction/1344x800"} == set(compile_step.step_names(config))
 
 
+def test_a_kind_that_begins_later_has_fewer_steps():
+    config = swin_t.get_config()
+    whole = data_plan.expected(config, num_hosts=8, num_devices=32).num_steps
+    config.grounding.from_epoch = 9
+    later = data_plan.expected(config, num_hosts=8, num_devices=32).num_steps
+    assert {name: later[name] / num for name, num in whole.items()} == {
+        name: pytest.approx(0.25 if name.startswith("grounding") else 1.0) for name in whole
+    }
+
+
 @pytest.mark.slow
 def test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more(micro):
     micro.eval.canvases = ((320, 320),)

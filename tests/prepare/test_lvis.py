@@ -17,7 +17,7 @@ def lvis_json(tmp_path):
         (path.parent / "images" / name).rename(path.parent / "train2017" / name)
         image["coco_url"] = f"http://images.cocodataset.org/train2017/{name}"
         image["neg_category_ids"], image["not_exhaustive_category_ids"] = [3], [2]
-    for category, frequency in zip(content["categories"], "rcf", strict=True):
+    for category, frequency in zip(content["categories"], "rrc", strict=True):
         category["frequency"], category["def"] = frequency, f"definition {category['id']}"
     path.write_text(json.dumps(content))
     return path, content
@@ -26,7 +26,7 @@ def lvis_json(tmp_path):
 def test_federated_lists_definitions_and_frequencies(tmp_path):
     path, _ = lvis_json(tmp_path)
     report = building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))
-    assert report["categories by frequency"] == {"rare": 1, "common": 1, "frequent": 1}
+    assert report["categories by frequency"] == {"rare": 2, "common": 1}
     built = read_built(str(tmp_path / "out"), Kind.DETECTION)
     assert (built[0].negatives, built[0].not_negatives) == (("thing 3",), ("thing 2",))
     assert built.vocabulary.definitions == ("definition 1", "definition 2", "definition 3")

@@ -54,3 +54,12 @@ def test_a_start_from_another_model_says_which_values_differ(tmp_path, monkeypat
         ValueError, match=r"(?s)init_from.checkpoint .*missing \(1\): a/kernel.*config.model.embed_dim.*7"
     ):
         checkpoints.check_start(tmp_path, ours.model, SHAPES)
+
+
+@pytest.mark.parametrize(("best", "kept"), [(None, [3, 4]), (1, [1, 3, 4]), (4, [3, 4])])
+def test_the_newest_and_the_best_stay(best, kept):
+    policy = checkpoints._NewestAndBest(2)
+    policy.best = best
+    stored = [types.SimpleNamespace(step=step) for step in (1, 2, 3, 4)]
+    stays = policy.should_preserve(stored, context=None)
+    assert [checkpoint.step for checkpoint, stay in zip(stored, stays, strict=True) if stay] == kept

@@ -90,3 +90,8 @@ def test_upcoming_streams_are_those_drawn_from_that_steps_first():
     assert order.upcoming(order.num_steps) == []
     capped = StepOrder([3, 5], epochs=3, seed=1, num_steps=4, from_epochs=[0, 2])
     assert capped.upcoming(0) == [0]
+
+
+def test_a_weight_gives_the_nearest_whole_number_of_steps():
+    order = StepOrder([3, 5], epochs=2, seed=0, weights=[0.9, 0.3])  # 2.7 and 1.5, to the even number
+    assert np.bincount([order.draw(step).stream for step in range(order.num_steps)]).tolist() == [2 * 3, 2 * 2]

@@ -1,13 +1,17 @@
 """The regions that a batch's texts choose, and the points that a steered deformable layer samples."""
 
+import types
+
 import jax
 import numpy as np
 import planted
 import pytest
 from micro import micro_config
 
-from detclipv2_jax.inference import Predictor
+from detclipv2_jax.geometry import anchors as anchor_lib
+from detclipv2_jax.inference import Photos, Predictor
 from detclipv2_jax.models import detclip
+from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.visualize import figures, regions
 
@@ -67,3 +71,30 @@ def test_sampling_shows_the_offsets(drawn):
     config.model.head.deformable = False
     with pytest.raises(ValueError, match="has no deformable layer"):
         regions.draw_sampling(Predictor(config, model, params), photo, ["cat"])
+
+
+def test_points_are_of_the_best_region_on_the_photo_and_in_its_pixels(drawn, monkeypatch):
+    """The photo was scaled by 1/2 in y and by 1/4 in x, and the best anchor of all lies on the padding."""
+    canvas, place, padding = (64, 96), 9, 8 * 12 - 1  # anchors of P3: the 10th of the first row, the last
+    grid = anchor_lib.grid(canvas)
+    embeddings = np.zeros((1, len(grid.boxes), 2), np.float32)
+    embeddings[0, place, 0], embeddings[0, padding, 0] = 1.0, 2.0
+    on_photo = np.ones(embeddings.shape[:2], bool)
+    on_photo[0, padding] = False
+    nothing = np.zeros((*embeddings.shape[:2], 9, 2), np.float32)
+    found = regions.Anchors(
+        Regions(embeddings, None, None, None), grid.boxes[None], nothing, nothing[..., 0], on_photo, 1.0, 0.0
+    )
+    monkeypatch.setattr(regions, "look", lambda *arguments: found)
+    photos = Photos(np.zeros((1, *canvas, 3), np.uint8), [[56, 96]], np.array([[0.5, 0.25]]), np.array([[112, 384]]))
+    predictor = types.SimpleNamespace(
+        config=micro_config(), detector=None, params=None, photos=lambda images: photos,
+        vocabulary=lambda phrases: (phrases, np.array([[1.0, 0.0]]), None),
+    )  # fmt: skip
+    regions.draw_sampling(predictor, np.zeros((112, 384, 3), np.uint8), ["cat"])
+    options = drawn["sampling"][1]
+    # its centre is at (76, 4) px of the canvas, its cells are 8 px: 16 and 32 px of the photo
+    np.testing.assert_allclose(options["regular"][0, 4], [76 * 4, 4 * 2])
+    np.testing.assert_allclose(np.ptp(options["regular"][0], axis=0), [2 * 32, 2 * 16])
+    np.testing.assert_array_equal(options["points"], options["regular"])
+    assert options["strides"].tolist() == [8]

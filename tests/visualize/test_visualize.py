@@ -359,6 +359,8 @@ def test_bars_are_ordered_and_one_is_marked():
     picture = charts.bars(["a", "b", "c"], np.array([1.0, 3.0, 2.0]), x="similarity", marked=2)
     place = {i: np.nonzero(_has(picture, drawing.PALETTE[i]))[0] for i in (0, 1)}
     assert place[0].min() < place[1].min() < place[1].max() < place[0].max()  # b, c, a from the top
+    rows = _has(picture, drawing.PALETTE[0]).sum(axis=1)
+    assert rows.argmax() < place[1].min()  # the longest is on top
     widths = [_has(picture, drawing.PALETTE[i]).any(axis=0).sum() for i in (0, 1)]
     assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=3)
 
@@ -372,3 +374,17 @@ def test_colors_frames_and_charts_as_arrays(tmp_path):
     drawn = charts.render(charts.Figure(figsize=(2, 1), dpi=50), tmp_path / "new" / "chart.png")
     assert (drawn.shape, drawn.dtype) == ((50, 100, 3), np.uint8)
     np.testing.assert_array_equal(Image.open(tmp_path / "new" / "chart.png"), drawn)
+
+
+def test_metrics_are_in_the_order_of_their_steps_and_the_last_line_of_a_step_counts(tmp_path):
+    rows = [{"step": 9, "a": 1.0}, {"step": 4, "a": 2.0, "b": None}, {"step": 9, "a": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ((name, (steps, values)),) = charts.read_metrics(tmp_path / "metrics.jsonl").items()
+    assert (name, steps.tolist(), values.tolist()) == ("a", [4, 9], [2.0, 3.0])
+
+
+@pytest.mark.parametrize(("bottom", "top"), [(False, 0), (True, 6)])
+def test_cells_of_a_row_are_aligned(bottom, top):
+    low, high = np.zeros((4, 5, 3), np.uint8), np.full((10, 5, 3), 7, np.uint8)
+    picture = drawing.grid([low, high], columns=2, bottom=bottom)
+    assert np.nonzero((picture[:, :5] == 0).all(-1).all(-1))[0].tolist() == list(range(top, top + 4))

@@ -1,5 +1,6 @@
 """All faults, room by room."""
 
-from tests.mutations.listed import data, geometry, inference, losses, models, reading, runs, tools
+from tests.mutations.listed import data, geometry, inference, kinds, losses, models, reading, runs, tools
 
-FAULTS = [fault for room in (geometry, models, losses, data, reading, runs, inference, tools) for fault in room.FAULTS]
+ROOMS = (geometry, models, losses, data, reading, runs, inference, tools, kinds)
+FAULTS = [fault for room in ROOMS for fault in room.FAULTS]
