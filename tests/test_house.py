@@ -3,8 +3,10 @@
 import ast
 import collections
 import functools
+import itertools
 import json
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -134,6 +136,20 @@ def test_help_is_quick():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.stdout.startswith("usage: python -m detclipv2_jax."), command
         assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5, command
+
+
+def test_every_public_function_is_named_by_a_test():
+    tests = pathlib.Path(__file__).parent
+    files = [path for path in tests.rglob("*.py") if "mutations" not in path.parts]
+    named = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
+    unnamed = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        for node in itertools.chain(tree.body, *(node.body for node in classes)):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name not in named:
+                unnamed.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    assert not unnamed
 
 
 def test_data_workers_stay_light():
