@@ -146,9 +146,9 @@ def test_every_public_function_is_named_by_a_test():
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-        for node in itertools.chain(tree.body, *(node.body for node in classes)):
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name not in named:
-                unnamed.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+        nodes = itertools.chain(tree.body, *(node.body for node in classes))
+        names = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+        unnamed += [f"{path.name}: {name}" for name in names if not name.startswith("_") and name not in named]
     assert not unnamed
 
 

@@ -25,7 +25,7 @@ FAULTS = [
     *plant(
         "models/text_encoder.py", "models/test_text_encoder.py::test_initial_values_have_the_sizes_of_clip",
         ("output_std = (width * 2 * self.num_layers) ** -0.5", "output_std = (width * self.num_layers) ** -0.5"),
-        ("jnp.argmax(tokens, axis=-1)[:, None, None]", "jnp.sum(tokens > 0, axis=-1)[:, None, None] - 1", "::test_gradients_equal_open_clip"),
+        ("jnp.argmax(tokens, axis=-1)[:, None, None]", "jnp.sum(tokens > 0, axis=-1)[:, None, None] - 1", "::test_nothing_after_the_end_matters"),
     ),
     *plant(
         "models/atss_head.py", "models/test_atss_head.py::test_parameters_and_what_is_not_an_embedding_are_float32",
