@@ -22,3 +22,20 @@ def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):
     end()
     assert slept[1:] == [commands.GRACE_S + 1, f"exit {commands.INTERRUPTED}"]
     assert capfd.readouterr().err == "over\nover\n"
+
+
+def test_compiled_programs_have_a_folder_for_each_kind_of_processor(monkeypatch, tmp_path):
+    name = "JAX_COMPILATION_CACHE_DIR"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "given")
+    commands.keep_compiled(None)
+    assert os.environ[name] == "given"
+    commands.keep_compiled("none")
+    assert os.environ[name] == ""
+    monkeypatch.chdir(tmp_path)
+    commands.keep_compiled("own")
+    assert os.environ[name] == str(tmp_path / "own")
+    monkeypatch.delenv(name)
+    commands.keep_compiled(None)
+    if name in os.environ:  # where processors are described
+        assert os.environ[name].startswith(str(tmp_path / ".cache/detclipv2_jax/compiled"))

@@ -190,3 +190,11 @@ def test_marks_are_taken_off_and_wide_characters_refused():
     for data in ("ab".encode("utf-16"), "ab".encode("utf-16-le"), "ab".encode("utf-32")):
         with pytest.raises(ValueError, match=r"^w is UTF-(16|32).*; save it as UTF-8"):
             files.without_mark(data, where="w")
+
+
+def test_buckets_are_not_here():
+    for place in ("runs/demo", "/data/a", "gs", "a b", ""):
+        files.check_here(place, where="--workdir")
+    for place in ("gs://bucket/run", "s3://bucket"):
+        with pytest.raises(ValueError, match=f"^--workdir={place} is not on this machine.*mount the bucket"):
+            files.check_here(place, where="--workdir")
