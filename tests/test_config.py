@@ -194,3 +194,13 @@ def test_a_section_that_was_emptied_is_named():
         ValueError, match=r"lacks config.detection.annotations, config.detection.batch_size, .*one by one"
     ):
         validation.validate(config, num_devices=1)
+
+
+def test_pretraining_takes_a_known_variant_of_the_data():
+    config = config_lib.base()
+    config.name = "x"
+    config_lib.pretraining(config)
+    assert config.name == "x_full"
+    assert (config.grounding.data, config.image_text.data) == config_lib.PRETRAINING["full"]
+    with pytest.raises(ValueError, match=r"variant 'all' of configs/x_full\.py is unknown; allowed are .*full"):
+        config_lib.pretraining(config, "all")

@@ -72,20 +72,20 @@ def test_areas_are_those_of_the_boxes_where_none_are_given():
     boxes, odd = np.array([[0, 0, 2.0, 3.0]] * 6), collections.Counter()
     rows = [{"area": 5}, {}, {"area": None}, {"area": 0}, {"area": -1.0}, {"area": "4"}]
     assert annotations.areas_of(rows, boxes, odd).tolist() == [5, 6, 6, 6, 6, 4]
-    assert odd == {"area that is no number": 2, "area of 0 or less of a box that has one": 2}
+    assert +odd == {"area that is no number": 2, "area of 0 or less of a box that has one": 2}
 
 
 def test_boxes_of_another_form_are_told():
-    sizes = np.full((4, 2), (100, 200))
-    boxes = np.array([[0, 0, 50, 50], [190, 10, 20, 20], [190, 10, 12, 20], [5, 5, 0.5, 9]])
+    sizes = np.full((5, 2), (100, 200))
+    boxes = np.array([[0, 0, 50, 50], [190, 10, 20, 20], [190, 10, 12, 20], [5, 5, 0.5, 9], [150, 9, 53, 9]])
     cut, below, look = annotations.suspicious(boxes, sizes)
-    assert cut.tolist() == [False, True, False, False]  # the third leaves by 2 px
-    assert below.tolist() == [False, False, False, True]
+    assert cut.tolist() == [False, True, False, False, False]  # the third leaves by 2 px, the last by 3 of 53
+    assert below.tolist() == [False, False, False, True, False]
     assert look == ""
-    assert not annotations.suspicious(boxes, np.zeros((4, 2)))[0].any()
-    assert "0 to 1" in annotations.suspicious(np.full((4, 4), 0.5), sizes)[2]
+    assert not annotations.suspicious(boxes, np.zeros((5, 2)))[0].any()
+    assert "0 to 1" in annotations.suspicious(np.full((5, 4), 0.5), sizes)[2]
     corners = np.array([[10, 10, 150, 90], [100, 50, 160, 80], [120, 60, 190, 95], [5, 5, 100, 50]])
-    assert "x1, y1, x2, y2" in annotations.suspicious(corners, sizes)[2]
+    assert "x1, y1, x2, y2" in annotations.suspicious(corners, sizes[:4])[2]
     assert annotations.suspicious(np.zeros((0, 4)), np.zeros((0, 2)))[2] == ""
 
 
