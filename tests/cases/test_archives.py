@@ -116,7 +116,15 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path, file_format):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"x", b"x" * 2000, gzip.compress(b"", mtime=0), b"\x1f\x8b", tar(samples(range(2))) + b"garbage" * 100, bytes(600)],
+    [
+        b"",
+        b"x",
+        b"x" * 2000,
+        gzip.compress(b"", mtime=0),
+        b"\x1f\x8b",
+        tar(samples(range(2))) + b"garbage" * 100,
+        bytes(600),
+    ],
 )
 def test_what_is_no_archive_is_counted(tmp_path, data):
     pairs, tally = read(tmp_path, data)
