@@ -1,8 +1,10 @@
 """Strict test settings: 8 simulated CPU devices, warnings are errors, rank promotion raises, one compilation cache."""
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 # before jax is imported anywhere
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,6 +25,11 @@ from micro import micro_config
 from ml_collections import ConfigDict
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# a process that was started in the background ignores Ctrl-C, and so would all that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
