@@ -150,7 +150,7 @@ def parse(
         option, equals, value = argument.partition("=")
         if option != "--words":
             files.check_here(value if equals else argument, where=option if equals else "argument")
-    keep_compiled(options.pop("compilation_cache", None))
+    _keep_compiled(options.pop("compilation_cache", None))
     if unknown := [argument for argument in rest if not argument.startswith(("--config.", "--noconfig."))]:
         parser.error(f"unexpected argument {unknown[0]!r}; quote words and patterns that hold spaces")
     if isinstance(options.get("config"), _ConfigFile):
@@ -200,7 +200,7 @@ def _add_options(parser: argparse.ArgumentParser, function: Command) -> None:
             parser.add_argument(f"--{name}", type=kind, metavar=metavar, **options)
 
 
-def keep_compiled(folder: str | None) -> None:
+def _keep_compiled(folder: str | None) -> None:
     """Chooses the folder of compiled programs for JAX, which is not imported yet.
 
     By default each kind of processor has its own: a program for one may not run on another that shares the home.

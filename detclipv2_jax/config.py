@@ -324,9 +324,6 @@ def base() -> ConfigDict:
     c.optimizer = optimizer()
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
-    # devices that a processor counts as where there is no accelerator: one thread after the other leaves cores idle in
-    # small steps, two devices share a batch. 0: one, or what JAX is told
-    c.mesh.cpu_devices = 0
     # s that all processes wait for one that is late, then the run ends and names it. It must be longer than the time by
     # which compiling takes longer on one host than on another
     c.timeout_s = 600

@@ -16,6 +16,7 @@ RETIRED = {
     "loss.alignment_weight": 1.0,
     "loss.contrastive_impl": "xla",
     "model.logit.learnable_scale": True,
+    "mesh.cpu_devices": 0,
 }
 
 

@@ -48,10 +48,7 @@ def run(
 ) -> int:
     """Trains, evaluates or runs a step again, and says what came of it; returns the exit status."""
     started = time.monotonic()
-    # before JAX looks for devices
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(CUDA_SHARE))
-    if config.mesh.cpu_devices > 0:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(CUDA_SHARE))  # before JAX looks for devices
     try:
         processes.join(distributed, timeout_s=config.timeout_s)
         work = prepare(config, workdir, training=training, replayed=replayed, changed_data=changed_data)

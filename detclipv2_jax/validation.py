@@ -87,7 +87,6 @@ RULES = (
     *_at_least(1, "optimizer.patience", "timeout_s", "input.timeout_s", "model.text.num_heads"),
     *_at_least(1, "model.head.num_groups"),
     *_at_least(0, "detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"),
-    *_at_least(0, "mesh.cpu_devices"),
     *_above_zero("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"),
     _share("loss.label_smoothing", lowest=True),
     _share("optimizer.ema_decay", lowest=True),

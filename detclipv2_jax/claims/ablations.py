@@ -14,7 +14,6 @@ GOING_ON: dict[str, Any] = {
     "grounding.from_epoch": 0,
     "image_text.from_epoch": 0,
     "image_text.weight": 1.0,
-    "mesh.cpu_devices": 0,  # a run has one core
     "optimizer.learning_rate": 5e-4,
     "eval.every_epochs": 1,
     "eval.num_pictures": 0,
