@@ -1,9 +1,174 @@
-"""How commands end; what their options are is tested with each of them."""
+"""One command with all others, what all of them do with their options, and how they end."""
 
+import importlib.metadata
+import importlib.util
 import os
+import pathlib
+import re
+import subprocess
+import sys
 import threading
 
-from detclipv2_jax import commands
+import pytest
+
+import detclipv2_jax
+from detclipv2_jax import __main__ as detclip
+from detclipv2_jax import commands, session, validation
+from detclipv2_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "detclipv2_jax", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_names_every_command_and_each_is_a_program():
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout == run().stdout
+    for name, (module, text) in detclip.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert text in done.stdout
+        assert importlib.util.find_spec(f"detclipv2_jax.{module}")
+        path = ROOT / "detclipv2_jax" / module.replace(".", "/")
+        program = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert 'if __name__ == "__main__"' in program.read_text()
+
+
+def test_options_reach_the_command():
+    done = run("eval.names", "--help")
+    assert done.returncode == 0
+    assert "usage: python -m detclipv2_jax.eval.names" in done.stdout
+    assert "--workdir" in run("train", "--help").stdout
+    done = run("predict", "--checkpoint=x")
+    assert done.returncode == 2
+    assert "the following arguments are required: --images, --output" in done.stderr
+
+
+def test_eval_is_the_other_mode(monkeypatch):
+    ran = []
+    monkeypatch.setattr(detclip.runpy, "run_module", lambda name, **_: ran.append((name, sys.argv[1:])))
+    for arguments in (["eval", "--config=x"], ["train", "--config=x"], ["eval.coco", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["detclip", *arguments])
+        detclip.main()
+    assert ran == [
+        ("detclipv2_jax.main", ["--mode=eval", "--config=x"]),
+        ("detclipv2_jax.main", ["--config=x"]),
+        ("detclipv2_jax.eval.coco", ["--help"]),
+    ]
+
+
+def test_an_unknown_command_is_named():
+    done = run("trian")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no command 'trian'; there are train, eval, predict,")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=demo", "--workdir=gs://bucket/run"],
+        ["train", "--config=demo", "--workdir", "s3://bucket/run"],
+        ["train", "--config=demo", "--config.image_text.data=hf://set"],
+        ["predict", "--checkpoint=gs://bucket/run", "--images=x", "--output=y", "--words=x"],
+        ["prepare", "coco_json", "--input=https://host/a.json", "--output=x"],
+    ],
+)
+def test_what_is_not_on_this_machine_is_refused_by_name(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    place = next(part for part in arguments if "://" in part)
+    assert done.stderr.startswith("error: ")
+    assert f"{place.partition('=')[2] or place} is not on this machine" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_elsewhere_in_a_configuration_is_refused():
+    config = config_lib.base()
+    config.detection.data = ("data/a", "gs://bucket/b")
+    with pytest.raises(ValueError, match=r"config.detection.data=gs://bucket/b is not on this machine"):
+        validation.validate(config, num_devices=1)
+
+
+def test_words_may_look_like_places():
+    def command(*, words: str, output: str):
+        """Does nothing."""
+
+    _, options = commands.parse(command, about="", arguments=["--words=http://x", "--output=a:b//c"])
+    assert options == {"words": "http://x", "output": "a:b//c"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "expected"),
+    [
+        ([], None, "~/.cache/detclipv2_jax/compiled/"),
+        ([], "/mine", "/mine"),
+        (["--compilation_cache=there"], "/mine", "{cwd}/there"),
+        (["--compilation_cache=none"], "/mine", ""),
+    ],
+)
+def test_where_compiled_programs_are_kept(arguments, variable, expected, monkeypatch):
+    def command(*, checkpoint: str = ""):
+        """Does nothing."""
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    if variable:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    _, options = commands.parse(command, about="", arguments=arguments)
+    assert options == {"checkpoint": ""}
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    expected = expected.replace("~", str(pathlib.Path.home())).format(cwd=os.getcwd())
+    assert folder == expected or (expected.endswith("/") and re.fullmatch(rf"{expected}\w+-[0-9a-f]{{8}}", folder))
+
+
+@pytest.mark.parametrize(
+    ("present", "platforms", "said"),
+    [
+        ("/dev/nvidia0", None, ["pip install 'detclipv2_jax[cuda13]'"]),
+        ("/dev/accel0", None, ["pip install 'detclipv2_jax[tpu]'"]),
+        ("/dev/nvidia0", "cpu", []),  # as it was asked to
+        ("", None, []),
+    ],
+)
+def test_an_accelerator_that_jax_does_not_see_is_said(present, platforms, said, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(session.os.path, "exists", lambda path: path == present)
+    warned = []
+    monkeypatch.setattr(session.logging, "warning", lambda text, what, install: warned.append(install))
+    session.warn_of_unused_accelerator()
+    assert warned == said
+
+
+def test_the_version():
+    assert run("--version").stdout.strip() == detclipv2_jax.__version__ == importlib.metadata.version("detclipv2_jax")
+
+
+def test_configurations_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (ROOT / "configs").glob("*.py"):
+        assert commands.config_file(path.stem) == str(path)
+        assert commands.config_file(f"{path.stem}:some") == f"{path}:some"
+    assert commands.config_file("configs/demo.py") == "configs/demo.py"
+    (tmp_path / "demo").write_text("")
+    assert commands.config_file("demo") == "demo"  # the user's own file
+    with pytest.raises(
+        ValueError, match=r"--config=nope: there is no such file, and no configuration nope: coco_json, "
+    ):
+        commands.config_file("nope")
+
+
+def test_a_wheel_s_configurations_come_before_a_checkout_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "site" / "detclipv2_jax"
+    for folder in (package / "configs", package.parent / "configs"):
+        folder.mkdir(parents=True)
+        (folder / "demo.py").write_text("")
+    monkeypatch.setattr(commands, "__file__", str(package / "commands.py"))
+    assert commands.config_file("demo") == str(package / "configs" / "demo.py")
 
 
 def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):
@@ -22,20 +187,3 @@ def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):
     end()
     assert slept[1:] == [commands.GRACE_S + 1, f"exit {commands.INTERRUPTED}"]
     assert capfd.readouterr().err == "over\nover\n"
-
-
-def test_compiled_programs_have_a_folder_for_each_kind_of_processor(monkeypatch, tmp_path):
-    name = "JAX_COMPILATION_CACHE_DIR"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv(name, "given")
-    commands.keep_compiled(None)
-    assert os.environ[name] == "given"
-    commands.keep_compiled("none")
-    assert os.environ[name] == ""
-    monkeypatch.chdir(tmp_path)
-    commands.keep_compiled("own")
-    assert os.environ[name] == str(tmp_path / "own")
-    monkeypatch.delenv(name)
-    commands.keep_compiled(None)
-    if name in os.environ:  # where processors are described
-        assert os.environ[name].startswith(str(tmp_path / ".cache/detclipv2_jax/compiled"))
