@@ -178,7 +178,7 @@ def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", lambda status: slept.append(f"exit {status}"))
 
     def end():
-        monkeypatch.setattr(commands, "_ENDING", threading.Lock())
+        monkeypatch.setattr(commands, "_ENDING", (threading.Lock(), threading.Lock()))
         commands.end("over")
 
     end()

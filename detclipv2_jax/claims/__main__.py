@@ -38,7 +38,6 @@ from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import detections, lvis
 from detclipv2_jax.files import write_json, write_text
-from detclipv2_jax.visualize import charts
 
 # glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_ARENA_MAX": "1"}
@@ -313,6 +312,8 @@ def write_report(recipe: str, results: pathlib.Path, output: pathlib.Path) -> No
                 lines.setdefault(name, []).append((np.concatenate(steps), np.concatenate(values)))
     if lines:
         x = "detection steps (steps of other kinds lie between them)"
+        from detclipv2_jax.visualize import charts  # takes a second: only where there is a plot
+
         charts.lines(lines, x=x, y="AP of novel shapes (%)", path=output / "claims.png")
 
 

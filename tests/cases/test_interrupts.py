@@ -139,7 +139,7 @@ sys.exit(commands.run(main))
     ("handler", "times", "line"),
     [
         ("pass", 1, "stopped by Ctrl-C"),
-        ("pass", 2, "stopped by Ctrl-C at once"),
+        ("pass", 2, "stopped by Ctrl-C"),  # on a busy machine the first one may have ended it
         ("signal.signal(signal.SIGINT, lambda *_: None)", 2, "stopped by Ctrl-C at once"),
     ],
 )
