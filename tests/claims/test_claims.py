@@ -284,7 +284,7 @@ def test_the_plot_counts_detection_steps(tmp_path, monkeypatch):
         result = {"row": row, "seed": 0, "novel_AP_by_step": {str(steps // 2): 1.0, str(steps): 2.0}, "cpu_seconds": 60}
         (tmp_path / f"{row}_0.json").write_text(json.dumps(result | {"scores": dict.fromkeys(claims.COLUMNS, 1.0)}))
     drawn = {}
-    monkeypatch.setattr(claims.charts, "lines", lambda series, **_: drawn.update(series))
+    monkeypatch.setattr(charts, "lines", lambda series, **_: drawn.update(series))
     claims.write_report(RECIPE, tmp_path, tmp_path)
     ends = {name: line[0][0].tolist() for name, line in drawn.items()}
     start = number.pop("start")

@@ -46,7 +46,7 @@ def test_a_photo_that_is_a_link_out_of_its_folder_is_counted(tmp_path):
     photo = path.parent / "images" / "000000000003.jpg"
     photo.rename(tmp_path / "elsewhere.jpg")
     photo.symlink_to(tmp_path / "elsewhere.jpg")
-    report = prepare.run("coco_json", source=str(path), output=str(tmp_path / "out"), max_bad_share=0.5)
+    report = building.build("coco_json", input=str(path), output=str(tmp_path / "out"), max_bad_share=0.5)
     assert report["examples"] == 5
     assert list(report["dropped"].values()) == [1]
 
