@@ -125,4 +125,14 @@ def test_command(only, num_rows, tmp_path):
         assert row["name"].startswith(only)
         assert row["median_s"] > 0
         assert row["name"] in done.stdout
-        assert only == "nms 8" or row["metrics"]["finite"] == 1.0
+        if only == "nms 8":
+            continue
+        assert row["metrics"]["finite"] == 1.0
+        profile = row["profile"]
+        assert sum(seconds for *_, seconds, _ in profile["modules"]) == pytest.approx(profile["seconds"])
+        assert sum(moved for *_, moved in profile["modules"]) <= 1.001 * row["bytes"]
+        modules = {(module, direction): seconds for module, direction, seconds, _ in profile["modules"]}
+        assert {("optimizer", "forward"), ("swin/stage1/mlp_in", "backward")} <= modules.keys()
+        slowest = [seconds for _, _, _, seconds, _ in profile["instructions"]]
+        assert slowest == sorted(slowest, reverse=True)
+        assert f"{row['name']}: " in done.stdout

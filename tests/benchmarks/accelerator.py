@@ -192,9 +192,9 @@ def profile(call: Callable[[], Any], moved: list[hlo.Moved]) -> dict[str, Any]:
             for instruction, duration in _events(jax.profiler.ProfileData.from_file(str(path))):
                 seconds[instruction] += duration
     rows = {_kernel(row.instruction): row for row in moved}  # the last of several of one name, which XLA does not write
-    unknown = hlo.Moved("", "", 0.0, 0.0)
+    unknown = hlo.Moved("", "unnamed/kernel", 0.0, 0.0)  # within a CUDA graph, or of another program
     timed = sorted(((time, name, rows.get(_kernel(name), unknown)) for name, time in seconds.items()), reverse=True)
-    by_time = hlo.by_module((row.place or f"{name}/", time) for time, name, row in timed)
+    by_time = hlo.by_module((row.place, time) for time, _, row in timed)
     by_bytes = hlo.by_module((row.place, row.memory) for row in moved)
     return {
         "modules": [[*key, time, by_bytes.get(key, 0.0)] for key, time in by_time.items()],
@@ -319,7 +319,10 @@ class Bench:
         row |= self._compared_with_bound(row)
         if program.donates:
             row["metrics"] = {name: float(value) for name, value in results.items()}
-            row["profile"] = profile(call, compiled.moved)
+            try:
+                row["profile"] = profile(call, compiled.moved)
+            except Exception as error:  # a machine may have no profiler; times are worth more
+                row["profile_error"] = f"{type(error).__name__}: {error}"
         if program.reference in self.kept:
             row["differences"] = _differences(results, self.kept[program.reference])
         if keep:
