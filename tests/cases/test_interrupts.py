@@ -121,7 +121,7 @@ def test_claims_stop_their_runs(tmp_path):
     with start("claims", argv, before=before) as process:
         ends_with_a_line(interrupted([process])[0])
     status = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    with contextlib.suppress(FileNotFoundError):  # it is gone, or only waits for init to take note
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is gone, or only waits for init to take note
         assert status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
