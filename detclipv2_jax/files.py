@@ -193,6 +193,12 @@ def safe_names(names: Iterable[object]) -> list[str]:
     return safe
 
 
+def printable(name: object) -> str:
+    """Returns a name for a line of a log: as it is, or escaped where it holds line ends or bytes that are no text."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)  # half of a surrogate pair is not printable either
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of a file, which is made if need be; the system forgets the lock of a killed process.

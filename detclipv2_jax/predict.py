@@ -23,7 +23,7 @@ import tqdm
 from absl import logging
 
 from detclipv2_jax import commands
-from detclipv2_jax.files import safe_names, write_json
+from detclipv2_jax.files import printable, safe_names, write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 
@@ -82,7 +82,7 @@ def run(
             try:
                 photo = transforms.read(path)
             except (OSError, ValueError) as error:
-                logging.error("cannot read %s: %s", path, getattr(error, "strerror", None) or error)
+                logging.error("cannot read %s: %s", printable(path), getattr(error, "strerror", None) or error)
                 progress.update()
                 continue
             loaded[len(readable)] = photo

@@ -100,6 +100,14 @@ def test_names_that_a_file_system_may_take_for_one_are_told_apart(tmp_path):
     assert files.safe_names(["b", "a"]) == ["b", "a"]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a b/é.png", "a b/é.png"), ("\udcfe", r"'\udcfe'"), ("a\nb", r"'a\nb'"), ("\x1b[2J", r"'\x1b[2J'"), (7, "7")],
+)
+def test_a_name_in_a_line_of_a_log(name, expected):
+    assert files.printable(name) == expected
+
+
 class Trap:
     def __init__(self, path):
         self.path = path

@@ -78,6 +78,7 @@ def test_photos_whose_names_are_not_utf_8_lose_no_prediction(photos, caplog):
     (pathlib.Path(os.fsdecode(os.fsencode(photos) + b"/\xfe.png"))).write_bytes(b"no photo")
     status, rows, output = _run(photos)
     assert status == 1  # the one that is no photo
+    assert caplog.messages[-1] == rf"cannot read '{photos}/\udcfe.png': not an image"
     written = {os.fsencode(row["file_name"]).removeprefix(os.fsencode(photos) + b"/") for row in rows}
     assert written == {*names, b"a.png", b"b.jpg", b"c.png"}
     pictures = [path.name.casefold() for path in (output / "pictures").iterdir()]

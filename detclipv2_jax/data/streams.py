@@ -26,6 +26,7 @@ from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictiona
 from detclipv2_jax.data.evaluation_set import GroundTruth
 from detclipv2_jax.data.schema import Batch, DataError, Kind, StalledError, UnusableError
 from detclipv2_jax.data.sources import Source, open_evaluation, open_sources
+from detclipv2_jax.files import printable
 
 _FOREVER = 1 << 60
 
@@ -66,7 +67,7 @@ class Stream:
         self.examples = notes.examples
         new = {member: skipped for member, skipped in notes.skipped.items() if member not in self._skipped}
         for skipped in new.values():
-            logging.warning("%s: skipped %s: %s", self.name, skipped.example, skipped.reason)
+            logging.warning("%s: skipped %s: %s", self.name, printable(skipped.example), skipped.reason)
             self.counters[f"image of {skipped.source} skipped: {skipped.reason}"] += 1
         self._skipped |= new
         self.overflow["num_images_skipped"] = len(new)
