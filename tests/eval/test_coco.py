@@ -208,6 +208,31 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     assert "cannot read absent.json: No such file" in capsys.readouterr().err
 
 
+def test_the_report_tells_what_was_scored(tmp_path, capsys):
+    truth = _truth(frequencies=("c", None))
+    truth["annotations"].append(truth["annotations"][0] | {"id": 9, "bbox": [1, 1, 0.5, 9]})
+    rows = [row | {"image_id": str(row["image_id"])} for row in _perfect(truth)[:2]]
+    assert _command(tmp_path, truth, rows) == 0
+    captured = capsys.readouterr()
+    *_, counts, first, _, frequencies, line = captured.out.splitlines()
+    printed = json.loads(line)
+    assert counts.startswith("3 images evaluated, 3 images listed, 1 images with detections, 2 categories, 5 boxes, 2")
+    expected = {
+        "category without a frequency": 1,
+        "box below a pixel": 1,
+        "image_id of a detection of another type than the image's": 2,
+    }
+    assert printed["protocol"]["repaired"] == expected
+    assert captured.err.splitlines() == [f"note: {num} × {what}" for what, num in expected.items()]
+    for name in ("truth", "found"):
+        key = {"truth": "annotations", "found": "detections"}[name]
+        assert printed["protocol"][key] == str(tmp_path / f"{name}.json")
+        assert printed["protocol"][f"{key}_sha256"] == coco.sha256(tmp_path / f"{name}.json")
+    assert f"AP {100 * printed['AP']:5.1f}" in first
+    assert frequencies == f"   APr     -   APc {100 * printed['APc']:5.1f}   APf     -"
+    assert coco.table({"AP": 0.0, "AR1": -1.0}) == "    AP   0.0\n   AR1     -"
+
+
 def test_command_notes_lvis_files(tmp_path, capsys):
     truth = _truth()
     truth["images"][0]["neg_category_ids"] = []

@@ -1,6 +1,8 @@
 """Recall of phrases and accuracy of expressions with planted answers; the command with a planted model."""
 
+import collections
 import json
+import os
 
 import numpy as np
 import planted
@@ -87,6 +89,30 @@ def test_expressions_are_whole_captions(tmp_path):
     assert calls == ["same.png"]  # the photo is looked at once
 
 
+def test_what_cannot_be_found_is_left_out_and_counted(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "caption": c} for i, c in enumerate((CAPTION, "  ", None), start=7)]
+    good = {"image_id": 7, "tokens_positive": [[2, 5]], "bbox": [1, 1, 9, 9]}
+    changes = [
+        {}, {"image_id": 99}, {"bbox": [1, 1, 0, 5]}, {"bbox": [1, 1, 5, 0]}, {"bbox": [1, 1, 9]}, {"image_id": 8},
+        {"image_id": 9}, {"tokens_positive": []}, {"iscrowd": 1}, {"image_id": "7"},
+    ]  # fmt: skip
+    path = tmp_path / "g.json"
+    path.write_text(json.dumps({"images": images, "annotations": [good | change for change in changes]}))
+    odd = collections.Counter()
+    (query,) = grounding.read_queries(str(path), task="phrases", max_bad_share=1, odd=odd)
+    assert (query.file, query.text, len(query.boxes)) == ("7.png", "dog", 2)
+    left_out = {what.removeprefix("annotation left out: "): num for what, num in odd.items() if num}
+    (spans,) = (what for what in left_out if what.startswith("tokens_positive: "))
+    assert left_out.pop(spans) == 1
+    assert left_out == {
+        "image_id is not listed": 1, "bbox has no area": 2, "bbox is not four numbers in px": 1,
+        "crowd box left out": 1, "caption of its image is no text": 2,
+        "image_id of another type than the id it names": 1,
+    }  # fmt: skip
+    (query,) = grounding.read_queries(str(path), task="referring", max_bad_share=1)
+    assert (query.text, len(query.boxes)) == (CAPTION, 3)  # without spans too
+
+
 def test_other_files_are_refused(tmp_path, capsys):
     path = tmp_path / "coco.json"
     path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 3, "image_id": 1}]}))
@@ -147,20 +173,27 @@ def test_a_killed_command_continues(tmp_path, monkeypatch):
     ground, seen = predictor.ground, []
 
     def killed_at_third(image, *rest, **limits):
+        assert limits == {"max_detections": 10}
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(image)
         return ground(image, *rest, **limits)
 
     monkeypatch.setattr(predictor, "ground", killed_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        grounding.run(**arguments)
+    # with other parameters or photos it begins anew
+    for weight, day in ((1, 1), (2, 1), (2, 2)):
+        predictor.params["more"] = np.full(1, weight)
+        os.utime(tmp_path / "3.png", (day, day))
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            grounding.run(**arguments)
+        assert [name.rpartition("/")[2] for name in seen] == ["0.png", "1.png"]
     monkeypatch.setattr(
         predictor, "ground", lambda image, *rest, **limits: seen.append(image) or ground(image, *rest, **limits)
     )
     assert grounding.run(**arguments) == expected
     assert [name.rpartition("/")[2] for name in seen] == [f"{i}.png" for i in range(4)]
-    assert not list((tmp_path / "scores").iterdir())
+    assert len(list((tmp_path / "scores").iterdir())) == 2  # of the two others
 
 
 def test_the_first_box_that_overlaps_any_is_a_hit():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.eval import coco, loop, lvis, names, result
-from detclipv2_jax.inference import Detector
+from detclipv2_jax.inference import Detections, Detector
 from detclipv2_jax.runs import sharding
 
 NUM_IMAGES = 19  # no multiple of a batch
@@ -112,13 +114,69 @@ def test_a_killed_evaluation_continues(dataset, tmp_path, monkeypatch):
     assert not list((tmp_path / "killed" / "eval").glob(".partial*"))
 
 
-def test_part_of_the_images(dataset, tmp_path):
-    evaluate, params = _evaluator(dataset, tmp_path, max_examples=4, num_pictures=0)
+def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(loop.figures, "detections", lambda *given, **options: drawn.append((given, options)))
+    evaluate, params = _evaluator(dataset, tmp_path, max_examples=4, num_pictures=3)
     scores = evaluate(params, step=0)
     assert scores["AP50"] > 0.95  # the others do not count as missed
     protocol = json.loads((tmp_path / "eval" / "step_00000000_scores.json").read_text())["protocol"]
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (4, NUM_IMAGES)
-    assert not (tmp_path / "pictures").exists()
+    # found and annotated boxes are those of the picture, each with its name
+    content = json.loads(dataset.read_text())
+    name_of = {row["id"]: row["name"] for row in content["categories"]}
+    for (picture, boxes, labels, words), options in drawn:
+        (image,) = (i for i in content["images"] if options["title"] == f"image {i['id']} after 0 steps")
+        rows = [row for row in content["annotations"] if row["image_id"] == image["id"]]
+        truth_boxes, truth_labels = options["truth"]
+        assert [words[i] for i in truth_labels] == [name_of[row["category_id"]] for row in rows]
+        factor = picture.shape[1] / image["width"], picture.shape[0] / image["height"]
+        expected = [[x, y, x + width, y + height] for x, y, width, height in (row["bbox"] for row in rows)]
+        np.testing.assert_allclose(truth_boxes, np.multiply(expected, [*factor, *factor]), atol=1)
+        for box, label in zip(truth_boxes, truth_labels, strict=True):
+            same = boxes[labels == label]
+            assert np.abs(same - box).max(axis=1).min() < 2
+    assert len(drawn) == 3
+    # its scores are those of the same evaluation only, wherever the file lies now
+    moved = shutil.copy(dataset, tmp_path / "moved.json")
+    images = str(dataset.parent / "images")
+    for change, known in (({}, True), ({"max_detections": 21}, False), ({"max_examples": 5}, False)):
+        section = {"max_examples": 4, "annotations": str(moved), "images": images} | change
+        again, _ = _evaluator(dataset, tmp_path, **section)
+        assert again.recorded(0) == (scores if known else None)
+        assert again.recorded(1) is None
+
+
+def test_what_was_found_belongs_to_photos_parameters_and_limits_not_to_boxes(dataset, tmp_path):
+    shutil.copytree(dataset.parent / "images", tmp_path / "images")
+    content = json.loads(dataset.read_text())
+    path = tmp_path / "set.json"
+    path.write_text(dataset.read_text())
+
+    def fingerprint(step=3, weights=(1.0,), **section):
+        evaluate, _ = _evaluator(path, tmp_path, **section)
+        return evaluate._fingerprint(step, list(weights))
+
+    first = fingerprint()
+    content["annotations"][0]["bbox"][2] += 1
+    path.write_text(json.dumps(content))
+    assert fingerprint() == first
+    for change in ({"step": 4}, {"weights": (2.0,)}, {"batch_size": 16}, {"max_detections": 21}, {"nms_iou": 0.3}):
+        assert fingerprint(**change) != first
+    os.utime(next((tmp_path / "images").iterdir()), (1, 1))
+    assert fingerprint() != first
+
+
+def test_padding_finds_nothing():
+    """The last batch is filled up with images of which rows are left out, whatever is found there."""
+    mask = np.array([[True, False], [True, True], [True, True]])
+    boxes, numbers = np.arange(24, dtype=np.float32).reshape(3, 2, 4), np.arange(6).reshape(3, 2)
+    found = Detections(boxes=boxes, scores=numbers / 8, labels=numbers, mask=mask)
+    rows = loop.Evaluator._rows(None, found, np.array([5, 6, 0]), np.array([True, True, False]))
+    assert rows.image_ids.tolist() == [5, 6, 6]
+    assert rows.category_ids.tolist() == [0, 2, 3]
+    assert rows.scores.tolist() == [0.0, 0.25, 0.375]
+    np.testing.assert_array_equal(rows.boxes, boxes[[0, 1, 1], [0, 0, 1]])
 
 
 def test_sizes_are_checked_first(dataset, tmp_path):
@@ -130,9 +188,17 @@ def test_sizes_are_checked_first(dataset, tmp_path):
 
 
 def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplog):
-    checkpoint = loop.Checkpoint(micro, None, {}, 7)
-    monkeypatch.setattr(loop.Checkpoint, "load", lambda *_, **__: checkpoint)
-    monkeypatch.setattr(loop, "make", lambda *_: lambda params, *, step: {"AP": float(step)})
+    averaged = micro.copy_and_resolve_references()
+    averaged.optimizer.ema_decay = 0.5
+    checkpoint = loop.Checkpoint(averaged, None, {}, 7)
+    loaded, made = [], []
+    monkeypatch.setattr(loop.Checkpoint, "load", lambda workdir, **_: loaded.append(workdir) or checkpoint)
+
+    def make(config, *_):
+        made.append(config.optimizer.ema_decay)
+        return lambda params, *, step: {"AP": float(step)}
+
+    monkeypatch.setattr(loop, "make", make)
     config = micro.copy_and_resolve_references()
     with caplog.at_level("WARNING", logger="absl"):
         assert loop.prepare(config, tmp_path)() == {"AP": 7.0}
@@ -140,6 +206,12 @@ def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplo
         config.eval.short_side = 320
         loop.prepare(config, tmp_path)
     assert "at a short side of 320 px, the run did so at 64 px" in caplog.text
+    config.init_from.checkpoint = "another run"  # of which a workdir without checkpoints gets the scores
+    loop.prepare(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    loop.prepare(config, tmp_path)
+    assert loaded == [tmp_path, tmp_path, "another run", tmp_path]
+    assert made == [0.5] * 4  # as the checkpoint was averaged
 
 
 def test_the_second_evaluation_has_its_own_files_and_folder(dataset, tmp_path):
@@ -151,6 +223,10 @@ def test_the_second_evaluation_has_its_own_files_and_folder(dataset, tmp_path):
     config.eval.update(config.forgetting)
     assert sum(stream.num_examples for stream in loop.make_streams(config)) == NUM_IMAGES
     assert second._workdir == tmp_path / "forgetting"
+    config.forgetting.annotations = ""
+    with pytest.raises(ValueError, match=r"config\.forgetting\.annotations is empty"):
+        loop.make_second(config, detector, tmp_path)
+    config.forgetting.annotations = str(dataset)
     config.forgetting.images += "_absent"
     with pytest.raises(ValueError, match=r"config\.forgetting\.images: the folder .*_absent does not exist"):
         loop.make_second(config, detector, tmp_path)

@@ -39,7 +39,7 @@ def test_numbers_of_lvis_api(shared_data, tmp_path, capsys):
 
 
 def _case(seed, *, num_images=7):
-    """Returns annotations and detections with ties, crowded images, ignored boxes and all federated lists."""
+    """Returns annotations and detections with ties, full images, ignored boxes, crowds and all federated lists."""
     rng = np.random.default_rng(seed)
     categories = [{"id": 10 * c, "name": str(c), "frequency": "rcf"[c % 3]} for c in range(1, 7)]
     images, annotations, rows = [], [], []
@@ -56,6 +56,7 @@ def _case(seed, *, num_images=7):
             boxes.append((category, box))
             row = {"id": len(annotations) + 1, "image_id": int(image), "category_id": category, "bbox": box}
             row |= {"area": box[2] * box[3] * float(rng.choice([0.5, 1.0])), "ignore": int(rng.random() < 0.15)}
+            row["iscrowd"] = int(rng.random() < 0.15)
             annotations.append(row)
         for _ in range(rng.integers(0, 40)):
             category, box = 10 * int(rng.integers(1, 7)), [*rng.integers(0, 60, 2), *rng.choice([20, 40, 110], 2)]
@@ -69,28 +70,28 @@ def _case(seed, *, num_images=7):
     return {"images": images, "annotations": annotations, "categories": categories}, rows
 
 
-def _iou(a, b):
+def _iou(a, b, *, crowd):
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     common = max(width, 0) * max(height, 0)
-    return common / (a[2] * a[3] + b[2] * b[3] - common)
+    return common / (a[2] * a[3] + (0 if crowd else b[2] * b[3] - common))
 
 
 def _matches(found, boxes, *, iou, low, high, incomplete):
     """Yields (score, right) of the detections that count on one image for one category, as lvis-api's loops do."""
-    ignored = [box["ignore"] or not low <= box["area"] <= high for box in boxes]
+    ignored = [bool(box["ignore"] or box["iscrowd"] or not low <= box["area"] <= high) for box in boxes]
     free = [True] * len(boxes)
     for row in sorted(found, key=lambda row: -row["score"]):
         best, best_iou = None, iou
         for wanted in (False, True):  # ignored boxes only where there is no other
             for i, box in enumerate(boxes):
-                overlap = _iou(row["bbox"], box["bbox"])
+                overlap = _iou(row["bbox"], box["bbox"], crowd=box["iscrowd"])
                 if free[i] and ignored[i] == wanted and overlap >= best_iou:
                     best, best_iou = i, overlap
             if best is not None:
                 break
         if best is not None:
-            free[best] = False
+            free[best] = bool(boxes[best]["iscrowd"])
             if not ignored[best]:
                 yield row["score"], True
         elif not incomplete and low <= row["bbox"][2] * row["bbox"][3] <= high:
@@ -117,7 +118,8 @@ def _oracle(truth, rows, *, limit, group):
                     ]
                     if not own[1] and category not in image["neg_category_ids"]:
                         continue
-                    total += sum(not box["ignore"] and low <= box["area"] <= high for box in own[1])
+                    counting = (box for box in own[1] if not box["ignore"] and not box["iscrowd"])
+                    total += sum(low <= box["area"] <= high for box in counting)
                     incomplete = category in image["not_exhaustive_category_ids"]
                     counted += _matches(*own, iou=iou, low=low, high=high, incomplete=incomplete)
                 if not total:
@@ -224,7 +226,9 @@ def test_the_best_detections_of_an_image_and_of_a_category_count(monkeypatch):
 
 def test_no_detections_and_part_of_the_images():
     truth = _truth()
-    assert lvis.evaluate(truth, [])["AP"] == lvis.evaluate(truth, [])["fixed_AR"] == 0.0
+    scores = lvis.evaluate(truth, [])
+    assert scores["AP"] == scores["fixed_AR"] == 0.0
+    assert "AP               0.0       0.0" in lvis.table(scores)
     truth["images"].append(truth["images"][0] | {"id": 2})
     truth["annotations"].append(truth["annotations"][0] | {"id": 1, "image_id": 2})
     rows = [_row(1, [0, 0, 50, 50], 0.5)]

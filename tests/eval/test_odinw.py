@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import planted
 import pytest
 
@@ -30,6 +31,14 @@ def test_members_are_found_in_both_layouts(tmp_path):
     (tmp_path / "dice" / "train").mkdir(parents=True)
     found = {member.name: member.find(tmp_path) for member in odinw.members()}
     assert {name for name, path in found.items() if path} == {"pistols", "PascalVOC"}
+    for member in odinw.members():  # GLIP's folder first, in each the file without background
+        split = "valid" if member.folder.endswith("/valid") else "test"
+        places = [tmp_path / "all" / member.folder, tmp_path / "all" / member.name / split]
+        files = list(dict.fromkeys(place / name for place in places for name in odinw.FILES))
+        for path in reversed(files):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+            assert member.find(tmp_path / "all") == path
 
 
 def test_the_real_members(shared_data):
@@ -58,6 +67,7 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(odinw, "members", lambda: [prompts, *others])
     config, model, params = planted.make()
     config.eval.num_pictures, config.eval.batch_size = 0, 3
+    config.eval.max_examples, config.eval.definitions = 2, True  # of the run's own evaluation
     detector = Detector(model, mesh=sharding.make_mesh())
     loaded = []
 
@@ -84,12 +94,40 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out" / "zero_shot" / "Packages" / "eval"
     protocol = json.loads((folder / "step_00000004_scores.json").read_text())["protocol"]
     assert protocol["prompts"] == ["blue", "red"]
+    assert (protocol["images_evaluated"], protocol["definitions"]) == (5, False)
     assert any(line.startswith("not scored (33)") for line in lines)
     assert jax.device_count() == 8  # a batch of 3 was made one of 8
     assert commands.run(odinw.main, arguments=[*arguments, "--plain_names"]) == 0
     assert (
         json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
     )
+
+
+def test_means_are_of_the_ap_of_all_members_and_of_the_thirteen(tmp_path, monkeypatch):
+    everyone = odinw.members()
+    aps = {member.name: i / 50 for i, member in enumerate(everyone)}
+    thirteen = [aps[member.name] for member in everyone if member.odinw13]
+    assert np.mean(thirteen) != np.mean(list(aps.values()))
+    monkeypatch.setattr(odinw.Member, "find", lambda self, data: data / self.name)
+    monkeypatch.setattr(odinw, "_prepare_all", lambda found, **_: {"zero_shot": {m: m.name for m in found}})
+    monkeypatch.setattr(odinw, "evaluate", lambda _, name, output: {"AP50": 1.0, "AP": aps[name]})
+    monkeypatch.setattr(loop.Checkpoint, "load", lambda workdir: None)
+    result = odinw.run(data=tmp_path, output=tmp_path, checkpoint="run")["zero_shot"]
+    assert result == aps | {
+        "mean_13": pytest.approx(np.mean(thirteen)), "mean_35": pytest.approx(np.mean(list(aps.values())))
+    }  # fmt: skip
+
+
+def test_all_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "read_config", lambda workdir: None)
+
+    def prepare(config, member, path, *, plain_names):
+        raise ValueError(f"no boxes in {path}")
+
+    monkeypatch.setattr(odinw, "prepare", prepare)
+    first, second, *_ = odinw.members()
+    with pytest.raises(ValueError, match=f"{first.name}: no boxes in 1\n{second.name}: no boxes in 2"):
+        odinw._prepare_all({first: 1, second: 2}, checkpoint="c", finetuned="", plain_names=False)
 
 
 def test_means_need_every_member():

@@ -1,9 +1,12 @@
 """What an evaluation writes and continues from."""
 
 import json
+import os
+import time
 
 import numpy as np
 
+from detclipv2_jax.data import truth
 from detclipv2_jax.eval import result
 from detclipv2_jax.eval.result import Parts, Rows, write_detections, write_scores
 
@@ -21,6 +24,13 @@ def test_rows_become_coco_results():
     assert second == {"image_id": 9, "category_id": 5, "bbox": [0.0, 0.333, 0.667, 1.0], "score": 0.9}
     assert np.float32(first["score"]) == np.float32(0.9)  # float32 survives its shortest form
     assert Rows.concatenate([]).to_coco() == []
+    content = {
+        "images": [{"id": "b"}, {"id": 4}],
+        "categories": [{"id": 10 * i} for i in range(9)],
+        "annotations": [{"image_id": 4, "category_id": 10, "bbox": [0, 0, 2, 2]}],
+    }
+    ours = _rows(1, 0).to_coco(truth.from_content("set.json", content))  # positions in the order of ids
+    assert [(row["image_id"], row["category_id"]) for row in ours] == [("b", 50), (4, 60)]
 
 
 def test_parts_continue_where_they_were(tmp_path):
@@ -52,8 +62,27 @@ def test_a_missing_part_ends_the_known_batches(tmp_path):
     first.rename(second)  # rows of other batches
     assert Parts(tmp_path, fingerprint={}).done == 0
     second.rename(first)
+    longer = first.rename(first.with_name("000000-000002.rows"))  # of more batches than it holds
+    assert Parts(tmp_path, fingerprint={}).done == 0
+    longer.rename(first)
     first.write_bytes(b"broken")
     assert Parts(tmp_path, fingerprint={}).done == 0
+
+
+def test_rows_are_put_on_disk_once_a_minute_and_what_is_a_week_old_goes(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(result.time, "monotonic", lambda: now)
+    parts = Parts(tmp_path, fingerprint={"a": 1, "b": 2})
+    for now, num_files in ((1059.0, 0), (1061.0, 1), (1120.0, 1), (1122.0, 2)):  # noqa: B007 -- read above
+        parts.add(_rows(1))
+        assert len(list(tmp_path.rglob("*.rows"))) == num_files
+    assert Parts(tmp_path, fingerprint={"b": 2, "a": 1}).done == 4
+    assert parts.all_rows().image_ids.tolist() == [1] * 4  # each once
+    for name, days in (("old", 8), ("young", 6)):
+        (tmp_path / f".partial_{name}").mkdir()
+        os.utime(tmp_path / f".partial_{name}", 2 * (time.time() - days * 24 * 3600,))
+    parts.remove()
+    assert [path.name for path in tmp_path.iterdir()] == [".partial_young"]
 
 
 def test_any_change_of_a_part_is_noticed(tmp_path):
@@ -86,6 +115,8 @@ def test_scores_stand_beside_their_protocol(tmp_path, monkeypatch):
         "protocol": {"ap": "COCO", "detections": "step_3_detections.json"},
     }
     assert len(list((tmp_path / "eval").iterdir())) == 2
+    empty = write_detections(tmp_path, name="none", detections=_rows())
+    assert json.loads(empty.read_text()) == []
 
 
 def test_boxes_are_written_in_thousandths_of_a_pixel():
