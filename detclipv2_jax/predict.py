@@ -3,9 +3,13 @@
     python -m detclipv2_jax.predict --checkpoint=DIR --images=GLOB --words="cat, red car" --output=DIR
 
 Words need not occur in training; --vocabulary=lvis is a ready list of them, and --words_file may be a json with
-categories, whose definitions it takes. Writes <output>/detections.json (COCO results with the name and the file of
-every box; image ids count the files and category ids the words, from 1) and a picture of every image in
-<output>/pictures.
+categories, whose definitions it takes. What has no word is shown by --exemplars=FILE, a json of 1 to 5 boxes a name
+
+    {"this mug": [{"image": "photo.jpg", "box": [x1, y1, x2, y2]}]}
+
+in pixels of the photo as displayed, which is relative to the file; --exemplars_from takes them from a COCO json.
+Writes <output>/detections.json (COCO results with the name and the file of every box; image ids count the files and
+category ids the words, then the examples' names, from 1) and a picture of every image in <output>/pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
@@ -24,6 +29,9 @@ from absl import logging
 
 from detclipv2_jax import commands
 from detclipv2_jax.files import printable, safe_names, write_json
+
+if TYPE_CHECKING:
+    from detclipv2_jax.inference.exemplars import Example
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 
@@ -36,6 +44,10 @@ def run(
     words: str = "",
     words_file: str = "",
     vocabulary: str = "",
+    exemplars: str = "",
+    exemplars_from: str = "",
+    exemplar_images: str = "",
+    per_class: int = 3,
     score_threshold: float | None = None,
     nms_iou: float | None = None,
     max_detections: int | None = None,
@@ -43,7 +55,7 @@ def run(
     draw_threshold: float = 0.2,
     max_drawn: int = 20,
 ) -> int:
-    """Finds words on images and writes what was found; returns 1 if an image could not be read, else 0.
+    """Finds words and examples on images and writes what was found; returns 1 if an image could not be read, else 0.
 
     Args:
       checkpoint: workdir of a training run
@@ -52,6 +64,10 @@ def run(
       words: e.g. "cat, red car" or "ram: male sheep, red car"
       words_file: one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories
       vocabulary: the names of the categories of a data set: lvis, coco or objects365
+      exemplars: json of example boxes, which are looked for beside words or in place of them
+      exemplars_from: COCO json, of whose boxes examples of every category are drawn
+      exemplar_images: folder of its photos
+      per_class: examples a category, 1 to 5
       score_threshold: only boxes above it; default: the run's config.eval.score_threshold
       nms_iou: a box is removed by a better one of its word if their IoU is above it; default: the run's
         config.eval.nms_iou
@@ -61,7 +77,7 @@ def run(
       max_drawn: boxes a picture at most, a place once, with its best word
 
     Raises:
-      ValueError: no images, words, checkpoint, or a limit that makes no sense.
+      ValueError: no images, words or examples, checkpoint, or a limit that makes no sense.
     """
     from detclipv2_jax.data import transforms
     from detclipv2_jax.inference import Found, Predictor, parse_words
@@ -69,7 +85,9 @@ def run(
 
     if batch_size < 1 or max_drawn < 0:
         raise ValueError(f"--batch_size={batch_size} must be 1 or more, --max_drawn={max_drawn} 0 or more")
-    asked = parse_words(words, words_file=words_file, vocabulary=vocabulary)
+    shown = _examples(exemplars, exemplars_from, images=exemplar_images, per_class=per_class)
+    by_word = words or words_file or vocabulary or not shown
+    asked = parse_words(words, words_file=words_file, vocabulary=vocabulary) if by_word else {}
     paths = list_images(images, output=output)
     pictures = name_pictures(paths, pathlib.Path(output) / "pictures")
     predictor = Predictor.from_checkpoint(checkpoint)
@@ -93,7 +111,7 @@ def run(
     size = min(batch_size, len(paths))
     # None: shown on a terminal only
     with tqdm.tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as progress:
-        for row, found in predictor.iterate(load(), asked, batch_size=size, **limits):
+        for row, found in predictor.iterate(load(), asked, exemplars=shown, batch_size=size, **limits):
             i, photo = readable[row], loaded.pop(row)
             found_of[i] = dataclasses.replace(found, boxes=found.boxes / photo.scale[None], size=photo.size)
             figures.detections(
@@ -116,6 +134,17 @@ def run(
     if num_unreadable := len(paths) - len(found_of):
         print(f"error: images that could not be read: {num_unreadable}; see above", file=sys.stderr)
     return int(num_unreadable > 0)
+
+
+def _examples(path: str, drawn_from: str, *, images: str, per_class: int) -> dict[str, list[Example]]:
+    """Returns the examples of a json and those of a data set; "" where there is none."""
+    from detclipv2_jax.inference import exemplars
+
+    shown = exemplars.read(path) if path else {}
+    drawn = exemplars.from_coco(drawn_from, images=images, per_class=per_class) if drawn_from else {}
+    if both := sorted(shown.keys() & drawn.keys()):
+        raise ValueError(f"--exemplars and --exemplars_from both have examples of {both[0]!r}; name one otherwise")
+    return shown | drawn
 
 
 def list_images(images: str, *, output: str = "") -> list[pathlib.Path]:

@@ -230,3 +230,31 @@ def test_boxes_of_a_photo_that_is_read_at_half_size_are_of_the_whole(photos, mon
     _, rows, _ = _run(photos, images=str(photos / "b.jpg"))
     assert rows[0]["name"] == "red"
     np.testing.assert_allclose(rows[0]["bbox"], [20, 200, 60, 60], atol=8)
+
+
+def test_examples_are_looked_for_beside_words(photos):
+    shown = {"like this": [{"image": "photos/c.png", "box": [40, 10, 90, 50]}]}
+    (photos.parent / "shown.json").write_text(json.dumps(shown))
+    options = {"exemplars": str(photos.parent / "shown.json")}
+    _, rows, _ = _run(photos, words="red", **options)
+    best = {row["image_id"]: row for row in rows[::-1]}
+    assert {i: (row["name"], row["category_id"]) for i, row in best.items()} == {
+        1: ("red", 1), 2: ("red", 1), 3: ("like this", 2)
+    }  # fmt: skip
+    np.testing.assert_allclose(best[3]["bbox"], [40, 10, 50, 40], atol=1)
+    _, alone, _ = _run(photos, words="", **options)
+    assert {(row["image_id"], row["name"]) for row in alone} == {(3, "like this")}
+
+
+def test_examples_of_a_data_set(photos):
+    folder = photos.parent / "known"
+    annotations = planted.write_dataset(folder, num_images=6)
+    given = {"exemplars_from": str(annotations), "exemplar_images": str(folder / "images"), "per_class": 2}
+    _, rows, _ = _run(photos, words="", **given)
+    best = {row["image_id"]: row["name"] for row in rows[::-1]}
+    assert best == {1: "red", 2: "red", 3: "blue"}
+    with pytest.raises(ValueError, match="the name 'red' is taken, by a word"):
+        _run(photos, words="red", **given)
+    (photos.parent / "shown.json").write_text('{"red": []}')
+    with pytest.raises(ValueError, match="both have examples of 'red'; name one otherwise"):
+        _run(photos, words="", exemplars=str(photos.parent / "shown.json"), **given)

@@ -185,6 +185,27 @@ def _best_pairs(
     return -negative_scores, anchor_of, words
 
 
+def describe(
+    regions: Regions, boxes: Float[AnyArray, "b 4"], photos: Photos, *, canvas: tuple[int, int]
+) -> Float[Array, "b d"]:
+    """Returns for one box (xyxy, px of the original) of every photo the unit embedding of the region that shows it.
+
+    That is the anchor on the photo with the largest product of centerness and overlap of its own box with the given
+    one; of equal ones the first.
+    """
+    grid = jnp.asarray(anchor_lib.grid(canvas).boxes)
+    boxes = box_lib.scale(jnp.asarray(boxes, jnp.float32), jnp.asarray(photos.scale))
+
+    def one(embeddings: Array, deltas: Array, centerness: Array, box: Array) -> Array:
+        overlap = box_lib.iou(box_lib.decode_deltas(grid, deltas), jnp.broadcast_to(box, grid.shape))
+        best = embeddings[jnp.argmax(overlap * centerness)].astype(jnp.float32)
+        return best / jnp.maximum(jnp.linalg.norm(best), 1e-6)
+
+    on_photo = anchor_lib.on_photo(grid, photos.extent)
+    centerness = jnp.where(on_photo, jax.nn.sigmoid(regions.centerness), -1.0)
+    return jax.vmap(one)(regions.embeddings, regions.box_deltas, centerness, boxes)
+
+
 @flax.struct.dataclass
 class Alignment:
     """For every phrase its best region on one image of a batch."""

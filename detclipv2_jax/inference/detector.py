@@ -14,7 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, AnyArray, Detections, Limits, Photos, align, detect
+from detclipv2_jax.inference.detect import (
+    WORD_CHUNK,
+    Alignment,
+    AnyArray,
+    Detections,
+    Limits,
+    Photos,
+    align,
+    describe,
+    detect,
+)
 from detclipv2_jax.models.detclip import DetCLIP, Regions
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED
 
@@ -37,6 +47,7 @@ class Detector:
         self.compiled_predict = jax.jit(predict, out_shardings=whole)
         self._compiled_align = jax.jit(self._align, out_shardings=whole)
         self._compiled_ground = jax.jit(self._ground, out_shardings=whole)
+        self._compiled_describe = jax.jit(self._describe, out_shardings=whole)
 
     def _split(self, method: Callable, *specs: PartitionSpec) -> Callable:
         """Returns the method computed by every device for its own rows, arguments and results laid out by `specs`.
@@ -89,6 +100,19 @@ class Detector:
         """Returns what `detect` finds for each phrase alone on one photo; arrays begin with [p]."""
         return self._compiled_ground(params, photos, phrases, limits)
 
+    def describe(self, params: Any, photos: Photos, boxes: Float[AnyArray, "b 4"]) -> Float[Array, "b d"]:
+        """Returns the unit embedding of one box of every photo, see `describe`."""
+        return self._compiled_describe(params, photos, boxes)
+
+    def query_length(self, params: Any) -> float:
+        """Returns the length of the embedding of an example: its own region then has the logit 0.
+
+        Regions resemble each other more than any word. With length 1, as words have, scores would all be near 1 and
+        centerness alone would order them (docs/decisions.md: example boxes as queries).
+        """
+        scale, bias = self._apply(params, method="logit_parameters")
+        return float(jnp.clip(-bias / scale, 0.1, 1.0))
+
     # what is compiled
 
     def _apply(self, params: Any, *arguments: Any, method: str, **options: Any) -> Any:
@@ -104,6 +128,10 @@ class Detector:
         self, params: Any, photos: Photos, text: Float[Array, "w d"], text_mask: Bool[Array, " w"], limits: Limits
     ) -> Detections:
         return self._detect(params, self._regions(params, photos), photos, text, text_mask, limits)
+
+    def _describe(self, params: Any, photos: Photos, boxes: Float[Array, "b 4"]) -> Float[Array, "b d"]:
+        _, height, width, _ = photos.image.shape
+        return describe(self._regions(params, photos), boxes, photos, canvas=(height, width))
 
     def _ground(self, params: Any, photos: Photos, phrases: Float[Array, "p d"], limits: Limits) -> Detections:
         regions = self._regions(params, photos)

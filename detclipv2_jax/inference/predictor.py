@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+import tqdm
+from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.data import concepts, transforms
+from detclipv2_jax.inference import exemplars as exemplars_lib
 from detclipv2_jax.inference import vocabulary
 from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos
 from detclipv2_jax.inference.detector import Detector
+from detclipv2_jax.inference.exemplars import Exemplars, OneImage
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.runs import checkpoints, state
@@ -25,7 +28,6 @@ from detclipv2_jax.runs import checkpoints, state
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-OneImage = str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]
 Words = Sequence[str] | Mapping[str, str]
 
 
@@ -110,9 +112,13 @@ class Predictor:
         self.detector = Detector(model)
         self._embed = vocabulary.Cache(
             functools.partial(self.detector.encode_vocabulary, params),
-            text_config=config.model.text.to_dict(),
-            text_params=params["text_encoder"],
+            config=config.model.text.to_dict(),
+            params=params["text_encoder"],
             folder=cache,
+        )
+        sizes = {name: config.eval[name] for name in ("canvases", "short_side", "long_side")}
+        self._show = exemplars_lib.Cache(
+            self._describe, config={"model": config.model.to_dict(), **sizes}, params=params, folder=cache
         )
 
     @classmethod
@@ -132,18 +138,22 @@ class Predictor:
         return cls(config, model, params, step=step, cache=pathlib.Path(workdir) / "vocabularies")
 
     @overload
-    def __call__(self, images: str | os.PathLike[str], words: Words, **settings: Any) -> Found: ...
+    def __call__(self, images: str | os.PathLike[str], words: Words = (), **settings: Any) -> Found: ...
 
     @overload
-    def __call__(self, images: Iterable[OneImage], words: Words, **settings: Any) -> list[Found]: ...
+    def __call__(self, images: Iterable[OneImage], words: Words = (), **settings: Any) -> list[Found]: ...
 
-    def __call__(self, images: OneImage | Iterable[OneImage], words: Words, **settings: Any) -> Found | list[Found]:
+    def __call__(
+        self, images: OneImage | Iterable[OneImage], words: Words = (), **settings: Any
+    ) -> Found | list[Found]:
         """Returns what is found on one image, or a list of that for each of several, in order.
 
         Args:
           images: a path or an RGB array of any size, or any number of them.
           words: what to look for, or name → definition.
           settings: what follows.
+          exemplars: what to look for as name → 1 to 5 pairs of a photo and a box on it (xyxy, in pixels of the photo as
+            displayed); beside words or in place of them.
           score_threshold: only boxes above it; None: the configuration's `eval` value, as for the next two.
           nms_iou: a box is removed by a better one of its word if their IoU is above it.
           max_detections: boxes an image.
@@ -158,13 +168,19 @@ class Predictor:
         return found[0] if is_one else [found[i] for i in range(len(found))]
 
     def iterate(
-        self, images: Iterable[Any], words: Sequence[str] | Mapping[str, str], *, batch_size: int = 1, **given: Any
+        self,
+        images: Iterable[Any],
+        words: Words = (),
+        *,
+        exemplars: Exemplars | None = None,
+        batch_size: int = 1,
+        **given: Any,
     ) -> Iterator[tuple[int, Found]]:
         """Yields (position of the image, what is found) as batches of one canvas fill; see `__call__`.
 
         Holds no more than a batch of images a canvas, so `images` may be endless.
         """
-        names, text, mask = self.vocabulary(words)
+        names, text, mask = self.vocabulary(words, exemplars)
         limits = Limits.from_config(self.config.eval, **given)
         waiting: dict[tuple[int, ...], list[tuple[int, Photos]]] = {}
         for i, image in enumerate(images):
@@ -221,20 +237,54 @@ class Predictor:
         found = self.detector.ground(self.params, _stack([self._photo(image)]), padded, limits)
         return jax.tree.map(lambda array: np.asarray(array)[: len(phrases)], found)
 
-    def vocabulary(self, words: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-        """Returns (names, padded embeddings, mask) of words, from the cache where it has exactly them.
+    def vocabulary(
+        self, words: Words = (), exemplars: Exemplars | None = None
+    ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        """Returns (names, padded embeddings, mask) of words and examples, from the cache where it has exactly them.
 
         Warns of texts that are longer than the model's context and lose their end.
         """
-        if isinstance(words, str) or not words:
-            raise ValueError(f"words must be a list of words, or a dict name → definition, but are {words!r}")
+        if isinstance(words, str) or not (words or exemplars):
+            raise ValueError(
+                f"words must be a list of words, or a dict name → definition, but are {words!r}"
+                + " and there are no exemplars" * (exemplars is not None)
+            )
         definitions = words if isinstance(words, Mapping) else dict.fromkeys(words, "")
         names = tuple(words)
         if not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"words must be texts that are not empty, not {list(names)!r}")
         texts = [concepts.concept_text(name, definitions[name]) for name in names]
         vocabulary.warn_truncated(texts, max_length=self.config.model.text.context_length)
-        return names, *vocabulary.pad(self._embed(texts), multiple=WORD_CHUNK)
+        parts = [self._embed(texts)] if texts else []
+        if exemplars:
+            shown = exemplars_lib.check(exemplars, words=names)
+            parts.append(self._show([self._examples(name, examples) for name, examples in shown.items()]))
+            names += tuple(shown)
+        return names, *vocabulary.pad(np.concatenate(parts), multiple=WORD_CHUNK)
+
+    def _examples(self, name: str, examples: list[exemplars_lib.Example]) -> list[exemplars_lib.Example]:
+        """Returns examples with their boxes cut at the border of their photos; ValueError for one that is wrong."""
+        checked: list[exemplars_lib.Example] = []
+        for i, (image, box) in enumerate(examples, start=1):
+            where = f"exemplars: example {i} of {name!r}"
+            try:
+                size = _open(image)[1]
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{where}: cannot read the image {exemplars_lib.title(image)}: {error}") from error
+            checked.append((image, exemplars_lib.checked_box(box, size, where=where).tolist()))
+        return checked
+
+    def _describe(self, queries: Sequence[list[exemplars_lib.Example]]) -> Float[np.ndarray, "q d"]:
+        """Returns an embedding for every list of examples: the mean of their unit embeddings, of one length for all."""
+        means, length = [], self.detector.query_length(self.params)
+        for examples in tqdm.tqdm(queries, desc="examples", unit="name", leave=False, disable=None):
+            embeddings = []
+            for image, box in examples:
+                photo = _stack([self._photo(image)])
+                embeddings.append(self.detector.describe(self.params, photo, np.array([box], np.float32)))
+            mean = np.mean(np.concatenate(embeddings), axis=0)
+            means.append(length * mean / max(np.linalg.norm(mean), 1e-6))
+        return np.stack(means)
 
     def photos(self, images: Sequence[Any], *, index: int = 0) -> Photos:
         """Returns paths or RGB arrays as a batch, on the canvas that shows image `index` largest."""

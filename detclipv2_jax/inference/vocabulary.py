@@ -118,40 +118,40 @@ class Cache:
 
     def __init__(
         self,
-        encode: Callable[[Sequence[str]], Embeddings],
+        encode: Callable[[Sequence[Any]], Embeddings],
         *,
-        text_config: Mapping[str, Any],
-        text_params: Any,
+        config: Mapping[str, Any],
+        params: Any,
         folder: str | pathlib.Path | None,
     ):
         self._encode = encode
-        self._text_config, self._text_params = dict(text_config), text_params
+        self._config, self._params = dict(config), params  # of what encodes them
         self._folder = None if folder is None else pathlib.Path(folder)
         self._last_key, self._last = "", np.zeros((0, 0), np.float32)
 
     @functools.cached_property
     def _weights(self) -> str:
-        return weights_key(self._text_params)
+        return weights_key(self._params)
 
-    def key(self, texts: Sequence[str]) -> str:
+    def key(self, texts: Sequence[Any]) -> str:
         """Returns a hash of all that the embeddings of texts (words in their template) depend on."""
-        hasher = hashlib.sha256(json.dumps([list(texts), self._text_config, self._weights]).encode())
+        hasher = hashlib.sha256(json.dumps([list(texts), self._config, self._weights]).encode())
         # the tokens stand for the tokenizer's version: whatever changes in it and matters is seen here
-        hasher.update(tokenizer.tokenize(texts, max_length=self._text_config["context_length"]).tobytes())
+        hasher.update(tokenizer.tokenize(texts, max_length=self._config["context_length"]).tobytes())
         return hasher.hexdigest()
 
-    def path(self, texts: Sequence[str]) -> pathlib.Path | None:
+    def path(self, texts: Sequence[Any]) -> pathlib.Path | None:
         """Returns where the embeddings of texts are kept; None without a folder."""
         return None if self._folder is None else self._folder / f"{self.key(texts)[:16]}.npz"
 
-    def __call__(self, texts: Sequence[str]) -> Embeddings:
+    def __call__(self, texts: Sequence[Any]) -> Embeddings:
         """Returns the embeddings of texts."""
         key, path = self.key(texts), self.path(texts)
         if key != self._last_key:
             self._last_key, self._last = key, self._find(texts, key, path)
         return self._last
 
-    def _find(self, texts: Sequence[str], key: str, path: pathlib.Path | None) -> Embeddings:
+    def _find(self, texts: Sequence[Any], key: str, path: pathlib.Path | None) -> Embeddings:
         if path is not None and path.exists():
             try:
                 return load(path, key=key)

@@ -25,7 +25,7 @@ class _Tower:
 def _cache(folder, *, params=1.0, **config):
     tower = _Tower()
     params = {"layer": {"kernel": np.full((2, 2), params, np.float32)}}
-    return vocabulary.Cache(tower, text_config=TEXT_CONFIG | config, text_params=params, folder=folder), tower
+    return vocabulary.Cache(tower, config=TEXT_CONFIG | config, params=params, folder=folder), tower
 
 
 def test_stored_words_are_not_encoded_again(tmp_path):
