@@ -137,6 +137,9 @@ def _data_section(kind: str) -> ConfigDict:
     else:
         c.annotations = ""  # COCO json (detection) or MDETR-style json with tokens_positive (grounding)
         c.max_boxes = 300 if kind == "detection" else 100  # an image; more are counted and cut, smallest first
+        # concepts a box, all of them positives: those of its phrases and of boxes identical to it; more are counted and
+        # cut. 1: "each box carries the label of one concept" (section 3.1), its others are negatives there
+        c.max_box_concepts = 8
         c.num_concepts = 150 if kind == "detection" else 100  # M: positives + sampled negatives an image
     if kind == "detection":
         c.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all

@@ -59,7 +59,7 @@ class Targets:
 
 
 @jax.named_scope("targets")
-def assign_targets(batch: Batch, rows: Int[Array, " t"], canvas: tuple[int, int]) -> Targets:
+def assign_targets(batch: Batch, rows: Int[Array, " t"], *, canvas: tuple[int, int], max_box_concepts: int) -> Targets:
     """Returns the ATSS targets of a batch; `rows` maps rows of its concept table to the de-duplicated table."""
     anchors = anchor_lib.grid(canvas)
     assign = functools.partial(atss.assign, anchors.boxes, anchors.levels)
@@ -67,11 +67,25 @@ def assign_targets(batch: Batch, rows: Int[Array, " t"], canvas: tuple[int, int]
     if batch.boxes.shape[1] == 0:
         raise ValueError("a batch with boxes needs boxes.shape[1] >= 1; pad with box_mask False")
     boxes = jnp.take_along_axis(batch.boxes, assignment.box_index[..., None], axis=1)
-    concepts = jnp.take_along_axis(batch.box_concepts, assignment.box_index, axis=1)
+    concepts = jnp.take_along_axis(_concepts_of(batch, max_box_concepts), assignment.box_index[..., None], axis=1)
     mask = anchor_mask(batch, anchors.boxes)
     positive = assignment.positive & mask
     centerness = box_lib.centerness_target(jnp.broadcast_to(jnp.asarray(anchors.boxes)[None], boxes.shape), boxes)
     return Targets(AnchorTargets(mask, positive, rows[concepts]), boxes, jnp.where(positive, centerness, 0.0))
+
+
+def _concepts_of(batch: Batch, max_box_concepts: int) -> Int[Array, "b n k"]:
+    """Returns the first concepts of each box: identical boxes are one box, of which ATSS assigns the first.
+
+    Where a box has fewer than k, its own is repeated.
+    """
+    num_boxes = batch.boxes.shape[1]
+    if (k := min(max_box_concepts, num_boxes)) == 1:
+        return batch.box_concepts[..., None]
+    same = jnp.all(batch.boxes[:, :, None] == batch.boxes[:, None], axis=-1) & batch.box_mask[:, None]
+    found, index = jax.lax.top_k(same.astype(jnp.int32), k)  # the first of equals first
+    index = jnp.where(found > 0, index, jnp.arange(num_boxes)[None, :, None])
+    return jax.vmap(lambda concepts, index: concepts[index])(batch.box_concepts, index)
 
 
 def anchor_mask(batch: Batch, anchors: Float[np.ndarray, "a 4"]) -> Bool[Array, "b a"]:
@@ -187,7 +201,8 @@ def _box_gradients(program: Program, params: Any, concepts: Concepts, batch: Bat
     """Returns loss, metrics and gradients of a detection or grounding batch."""
     table = Table.of(batch.concept_ids, batch.concept_mask)
     unique = concept_table.unique_rows(table.canonical, table.mask)
-    targets = assign_targets(batch, unique.slot, program.canvas)
+    max_box_concepts = program.config[program.kind.value].max_box_concepts
+    targets = assign_targets(batch, unique.slot, canvas=program.canvas, max_box_concepts=max_box_concepts)
     num_positive = jnp.sum(targets.anchors.positive)
     # a mean's count is over the global batch, also when the batch goes through in chunks
     normalizer = jnp.maximum(num_positive, 1).astype(jnp.float32)

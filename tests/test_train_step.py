@@ -165,7 +165,7 @@ def test_the_extra_head_learns_what_has_a_box_or_how_well_it_fits():
     deltas, logits = rng.normal(size=(2, 3, 4)).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)
     mask, positive = np.array([[1, 1, 0], [1, 1, 1]], bool), np.array([[1, 0, 0], [0, 1, 1]], bool)
     boxes = np.broadcast_to(anchors[None] + [1, 0, 2, 0], (2, 3, 4)).astype(np.float32)
-    targets = train_step.Targets(train_step.AnchorTargets(mask, positive, np.zeros((2, 3), int)), boxes, None)
+    targets = train_step.Targets(train_step.AnchorTargets(mask, positive, np.zeros((2, 3, 1), int)), boxes, None)
 
     def loss(logits, deltas, target):
         regions = Regions(None, deltas, None, logits)

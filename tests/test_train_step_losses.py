@@ -22,6 +22,8 @@ CASES = {
     "detection in chunks": (Kind.DETECTION, 2, {"head": "classification", "objectness_weight": 0.4}),
     "detection, iou head": (Kind.DETECTION, 1, {"head": "iou", "objectness_weight": 2.5, "chunk_bytes": 1 << 27}),
     "grounding": (Kind.GROUNDING, 1, {"focal_alpha": 0.4, "focal_gamma": 1.5, "frozen": "text_encoder"}),
+    "grounding, one concept a box": (Kind.GROUNDING, 1, {"max_box_concepts": 1}),
+    "grounding, two concepts a box": (Kind.GROUNDING, 2, {"max_box_concepts": 2}),
     "pairs": (Kind.IMAGE_TEXT, 1, {}),
     "pairs in chunks": (Kind.IMAGE_TEXT, 2, {"selection_scope": "device", "selection": "text_batch_centerness"}),
     "pairs, classification": (Kind.IMAGE_TEXT, 1, {"head": "classification", "selection": "classification"}),
@@ -43,12 +45,14 @@ CASES = {
 }
 
 
-def configuration(kind, num_chunks, head="none", frozen="", **switches):
+def configuration(kind, num_chunks, head="none", frozen="", max_box_concepts=8, **switches):
     """Returns a configuration in which no weight is 1 and no switch of the losses stands at what hides a fault."""
     config = micro_config()
     config.seed = 7
     config.model.head.objectness = head
     config.optimizer.accumulate[kind.value] = num_chunks
+    if kind is not Kind.IMAGE_TEXT:
+        config[kind.value].max_box_concepts = max_box_concepts
     config.optimizer.ema_decay, config.optimizer.frozen = DECAY, frozen
     values = {
         "box_weight": 1.7, "centerness_weight": 0.6, "contrastive_weight": 0.3,

@@ -30,11 +30,12 @@ from detclipv2_jax.data.sources import Source
 
 _MAX_TRIES = 100  # unusable images in a row; so many mean that the disk is gone
 # what is cut because a static size is too small
-OVERFLOWS = (NEGATIVES_CUT, TEXTS_TRUNCATED, PHRASES_CUT, BOXES_CUT) = (
+OVERFLOWS = (NEGATIVES_CUT, TEXTS_TRUNCATED, PHRASES_CUT, BOXES_CUT, BOX_CONCEPTS_CUT) = (
     "negatives cut: concept table full",
     "texts truncated",
     "phrases cut: more than max_phrases",
     "boxes cut: more than max_boxes",
+    "box concepts cut: more than max_box_concepts",
 )
 
 
@@ -85,6 +86,7 @@ class BatchMaker:
     flip_prob: float = 0.0
     unflippable: re.Pattern[str] | None = None  # finds what a mirrored photo would make wrong
     max_boxes: int = 0
+    max_box_concepts: int = 1
     num_captions: int = 0  # m: concepts of a caption, itself included
     num_concepts: int = 0  # M: positives and sampled negatives of an image
     capacity: int = 0  # rows of the concept table
@@ -282,11 +284,13 @@ class BatchMaker:
         mask, box_concepts = np.zeros((rows, self.max_boxes), bool), np.zeros((rows, self.max_boxes), np.int32)
         if self.max_boxes:
             for row, (record, _, extent, _, flip, _) in enumerate(examples):
-                kept = np.arange(len(record.boxes))
+                kept, num_cut = _distinct(record.boxes, concepts[row][record.box_concepts], self.max_box_concepts)
+                if num_cut:
+                    notes.counts[BOX_CONCEPTS_CUT] += num_cut
                 if len(kept) > self.max_boxes:
                     notes.counts[BOXES_CUT] += len(kept) - self.max_boxes
-                    areas = np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1)
-                    kept = np.sort(np.argsort(-areas, kind="stable")[: self.max_boxes])
+                    areas = np.prod(record.boxes[kept, 2:] - record.boxes[kept, :2], axis=1)
+                    kept = np.sort(kept[np.argsort(-areas, kind="stable")[: self.max_boxes]])
                 num = len(kept)
                 boxes[row, :num] = transforms.place_boxes(
                     record.boxes[kept], scale=scale[row], width=extent[1], flip=flip
@@ -294,6 +298,23 @@ class BatchMaker:
                 mask[row, :num] = True
                 box_concepts[row, :num] = concepts[row][record.box_concepts[kept]]
         return boxes, mask, box_concepts
+
+
+def _distinct(boxes: np.ndarray, concepts: np.ndarray, max_box_concepts: int) -> tuple[np.ndarray, int]:
+    """Returns which boxes stay, in order, and how many go because identical boxes have too many other concepts.
+
+    A box that is there with the same concept already goes uncounted.
+    """
+    if len({*map(tuple, boxes.tolist())}) == len(boxes):  # as nearly always
+        return np.arange(len(boxes)), 0
+    group = np.unique(boxes, axis=0, return_inverse=True)[1].reshape(-1)
+    _, first = np.unique(np.stack([group, concepts]), axis=1, return_index=True)
+    kept, seen = [], collections.Counter[int]()
+    for i in np.sort(first).tolist():
+        seen[group[i]] += 1
+        if seen[group[i]] <= max_box_concepts:
+            kept.append(i)
+    return np.array(kept, np.int64), len(first) - len(kept)
 
 
 def pixels_of(record: Record) -> bytes | np.ndarray:

@@ -3,7 +3,8 @@
 * detection: COCO json (`images`, `annotations` with `bbox` xywh, `categories`). LVIS's `neg_category_ids` and
   `not_exhaustive_category_ids` of an image, and a definition of a category under `def` or `definition`, are used.
 * grounding: json as made for MDETR: `images` with `caption`, `annotations` with `bbox` and `tokens_positive`, a list
-  of [start, end) character spans of the caption which together are the phrase of that box.
+  of [start, end) character spans of the caption which are the phrases of that box (data/spans.py). Each phrase gives
+  a box of its own; identical boxes are one box with several concepts (`max_box_concepts`).
 
 The annotation is kept in flat arrays, so that worker processes start quickly. What cannot be used is counted by reason
 in `counters`; above a share of the whole it is an error.
@@ -38,7 +39,7 @@ from detclipv2_jax.data.selection import (
     select_images,
     with_fitting_ids,
 )
-from detclipv2_jax.data.spans import oddities_of, phrase_of, problem_of
+from detclipv2_jax.data.spans import oddities_of, phrases_of, problem_of
 
 _NUM_PROBED_SIZES = 64
 _FEW = 0.01
@@ -147,12 +148,12 @@ def _collect_boxes(
     images: Sequence[dict[str, Any]],
     path: Path,
     *,
-    label: Callable[[dict[str, Any], dict[str, Any]], int | str],
+    label: Callable[[dict[str, Any], dict[str, Any]], Sequence[int] | str],
     max_bad_share: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, collections.Counter[str]]:
     """Returns boxes [n,4] xyxy, labels [n], image of each box [n] and the counts of what is bad.
 
-    `label(annotation, image)` gives an index into the vocabulary, or the reason why there is none.
+    `label(annotation, image)` gives indices into the vocabulary, a box for each, or the reason why there is none.
     """
     index = {usable_id(image["id"]): i for i, image in enumerate(images)}
     listed = {usable_id(image.get("id")) for image in content["images"]}
@@ -192,7 +193,9 @@ def _collect_boxes(
     if not usable.any():
         raise ValueError(f"{path} has no usable box for its {len(images)} images")
     repaired.update(doubtful)
-    return boxes[usable], np.array(labels, np.int32)[usable], places[usable], bad + repaired
+    times = [len(own) if used else 0 for own, used in zip(labels, usable, strict=True)]
+    flat = [index for own, used in zip(labels, usable, strict=True) if used for index in own]
+    return boxes.repeat(times, axis=0), np.array(flat, np.int32), places.repeat(times), bad + repaired
 
 
 def _doubtful(xywh: np.ndarray, sizes: np.ndarray, total: int, path: Path, *, max_bad_share: float) -> dict[str, int]:
@@ -324,7 +327,7 @@ def read_detection(
         logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)
     kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     probe_sizes(kept, folder, follow_links=follow_links)
-    label_of: dict[Any, int | str] = {category_id: i for i, category_id in enumerate(vocabulary.category_ids)}
+    label_of: dict[Any, Sequence[int]] = {category_id: (i,) for i, category_id in enumerate(vocabulary.category_ids)}
     boxes, labels, image_of_box, odd = _collect_boxes(
         content,
         kept,
@@ -371,19 +374,15 @@ def read_grounding(
     phrases: dict[str, int] = {}
     odd_spans: collections.Counter[str] = collections.Counter()
 
-    def label(annotation: dict[str, Any], image: dict[str, Any]) -> int | str:
+    def label(annotation: dict[str, Any], image: dict[str, Any]) -> Sequence[int] | str:
         caption, spans = image["caption"], annotation.get("tokens_positive")
         if problem := problem_of(caption, spans):
             return problem
         odd_spans.update(oddities_of(caption, spans))
-        return phrases.setdefault(phrase_of(caption, spans), len(phrases))
+        return [phrases.setdefault(phrase, len(phrases)) for phrase in phrases_of(caption, spans)]
 
     boxes, labels, image_of_box, odd = _collect_boxes(
-        content,
-        captioned,
-        path,
-        label=label,
-        max_bad_share=max_bad_share,
+        content, captioned, path, label=label, max_bad_share=max_bad_share
     )
     return BoxSource(
         kind=Kind.GROUNDING,

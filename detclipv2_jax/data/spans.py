@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+from detclipv2_jax.data.concepts import key
 
 NOT_IN_CAPTION = "box whose spans are not in the caption"
 WITHIN_A_WORD = "box whose spans begin within a word"
 OTHER_UNITS = "box whose spans seem to count bytes or UTF-16, not characters"
 
+_AROUND = " \t\n.,;:"  # what does not belong to a phrase
+_BEGINNING = re.compile(  # of a noun phrase, of which there is one at most
+    r"(?:an?|the|this|that|these|those|some|another|each|every|his|her|its|their|my|our|your|he|she|it|they|him|them)\b",
+    re.IGNORECASE,
+)
+_LINKING = re.compile(  # after it the phrase goes on: "the man in … the red hat"
+    r"(?:^|\s)(?:of|in|on|at|with|by|to|from|for|near|behind|under|over|and|or|all|both|half)$", re.IGNORECASE
+)
+_END_OF_SENTENCE = re.compile(r"[.!?;]")
+
+
+def phrases_of(caption: str, spans: Any) -> tuple[str, ...]:
+    """Returns the different phrases of [start, end) character spans, in their order; none where they cover no word.
+
+    The spans of one phrase are joined without what stands between them: "a red … car". A span begins another phrase
+    where it has a determiner ("a man … the man"), repeats the noun ("young man … man") or is in another sentence.
+    """
+    phrases: list[str] = []
+    end = 0
+    for start, stop in _joined(spans):
+        text = caption[start:stop].rstrip(_AROUND)
+        if words := " ".join(text.strip(_AROUND).split()):
+            if phrases and not _is_another(words, phrases[-1], caption[end:start]):
+                words = f"{phrases.pop()} {words}"
+            phrases.append(words)
+            end = start + len(text)
+    says_something = (any(unicodedata.category(letter)[0] in "LNS" for letter in phrase) for phrase in phrases)
+    return tuple(dict.fromkeys(phrase for phrase, says in zip(phrases, says_something, strict=True) if says))
+
+
+def _is_another(words: str, phrase: str, between: str) -> bool:
+    if _END_OF_SENTENCE.search(between):
+        return True
+    if _LINKING.search(phrase):
+        return False
+    return bool(_BEGINNING.match(words)) or key(words).split()[-1:] == key(phrase).split()[-1:]
+
 
 def phrase_of(caption: str, spans: Any) -> str:
-    """Returns the text of [start, end) character spans, in their order in the caption; "" where they cover no word."""
-    parts = (caption[start:end].strip(" \t\n.,;:") for start, end in _joined(spans))
-    phrase = " ".join(" ".join(part for part in parts if part).split())
-    return phrase if any(unicodedata.category(character)[0] in "LNS" for character in phrase) else ""
+    """Returns the first of the phrases of spans; "" where they cover no word."""
+    return next(iter(phrases_of(caption, spans)), "")
 
 
 def problem_of(caption: str, spans: Any) -> str:

@@ -236,6 +236,7 @@ def _kind_streams(
         make_pool = functools.cache(lambda known: Pool(known, definitions=section.definitions, encoder=encoder))
         sizes = {
             "max_boxes": section.max_boxes,
+            "max_box_concepts": section.max_box_concepts,
             "num_concepts": section.num_concepts,
             "pools": tuple(make_pool(known) for known in vocabularies),
         }

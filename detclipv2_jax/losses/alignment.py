@@ -53,7 +53,7 @@ class AnchorTargets(NamedTuple):
 
     mask: Bool[Array, "b a"]  # False for anchors that take no part (outside the photo, padding image)
     positive: Bool[Array, "b a"]  # anchors with a box
-    rows: Int[Array, "b a"]  # of the texts: what that box is; any value without one
+    rows: Int[Array, "b a k"]  # of the texts: all that that box is, repeated where it is less; any value without one
 
 
 @jax.named_scope("alignment_loss")
@@ -87,7 +87,7 @@ def alignment_loss(
     text = jnp.pad(text, ((0, padding), (0, 0))).reshape(num_chunks, chunk, -1)
     masks = jnp.pad(concept_mask, (0, padding)).reshape(num_chunks, chunk)
     rows = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
-    labels = jnp.where(targets.positive, targets.rows, -1)
+    labels = jnp.where(targets.positive[..., None], targets.rows, -1)
     scale, bias = concepts.scale, concepts.bias
     if num_chunks == 1:
         columns = _Columns(text[0], masks[0], rows[0])
@@ -113,10 +113,13 @@ def _sum(
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a"],
+    labels: Int[Array, "b a k"],
     columns: _Columns,
 ) -> Float[Array, ""]:
-    hits = labels[..., None] == columns.rows[None, None]
+    # one comparison after the other: a reduction over k would be an array of its own
+    hits = functools.reduce(
+        jnp.logical_or, (labels[..., k, None] == columns.rows[None, None] for k in range(labels.shape[2]))
+    )
     loss = focal_loss(scale * similarity + bias, hits, alpha=settings.alpha, gamma=settings.gamma)
     return jnp.sum(jnp.where(anchor_mask[..., None] & columns.mask[None, None], loss, 0.0))
 
@@ -128,7 +131,7 @@ def _in_chunks(
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a"],
+    labels: Int[Array, "b a k"],
     columns: _Columns,
 ) -> Float[Array, ""]:
     """Returns the loss.
@@ -145,7 +148,7 @@ def _forward(
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a"],
+    labels: Int[Array, "b a k"],
     columns: _Columns,
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
     axes, per_device = on_each_device(embeddings.shape[0])
@@ -167,7 +170,7 @@ def _of_device(
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a"],
+    labels: Int[Array, "b a k"],
     columns: _Columns,
 ) -> tuple[Array, Array, Array]:
     """Returns gradients of (this device's embeddings, text), and loss and gradients of (scale, bias)."""

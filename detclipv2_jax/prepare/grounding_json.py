@@ -1,7 +1,7 @@
 """Grounding from a json as made for MDETR: `final_mixed_train_no_coco.json`, `final_flickr_separateGT_train.json`.
 
-A phrase is the text of the `tokens_positive` spans of a box, several spans joined; equal phrases of an image
-share their boxes. The format and what is checked are documented in `detclipv2_jax.data.box_json`.
+The `tokens_positive` spans of a box are the parts of a phrase, or several phrases; each phrase is a box of its own in
+the example. The format and what is checked are documented in `detclipv2_jax.data.box_json`.
 """
 
 from __future__ import annotations

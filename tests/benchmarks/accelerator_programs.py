@@ -283,7 +283,7 @@ def losses(setting: Setting) -> Iterator[Program]:
                 embeddings,
                 Concepts(text.astype(embeddings.dtype), *LOGIT),
                 concept_mask=jnp.ones(text.shape[0], bool),
-                targets=AnchorTargets(anchor_mask, positive, labels),
+                targets=AnchorTargets(anchor_mask, positive, labels[..., None]),
                 settings=FocalSettings(config.loss.focal_alpha, config.loss.focal_gamma, config.loss.chunk_bytes),
             )
 
@@ -304,7 +304,10 @@ def losses(setting: Setting) -> Iterator[Program]:
 
     yield Program(
         f"assignment of boxes {len(detection().image)} x {_text(canvas)}",
-        lambda batch: train_step.assign_targets(batch, jnp.arange(batch.concept_mask.shape[0]), canvas),
+        lambda batch: train_step.assign_targets(
+            batch, jnp.arange(batch.concept_mask.shape[0]), canvas=canvas,
+            max_box_concepts=config.detection.max_box_concepts,
+        ),
         lambda state: (detection()._replace(image=np.zeros((), np.uint8)),), len(detection().image),
     )  # fmt: skip
     yield from _of_pairs(setting)

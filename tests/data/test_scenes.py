@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from detclipv2_jax.data import box_json, scenes, shapes, sources
+from detclipv2_jax.data import box_json, scenes, shapes, sources, spans
 
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
 
@@ -123,7 +123,7 @@ def test_spans_of_grounding_captions_name_the_categories(folder):
     content = load(folder, "grounding")
     captions = {image["id"]: image["caption"] for image in content["images"]}
     for annotation in content["annotations"]:
-        phrase = box_json.phrase_of(captions[annotation["image_id"]], annotation["tokens_positive"])
+        phrase = spans.phrase_of(captions[annotation["image_id"]], annotation["tokens_positive"])
         color, shape = phrase.split()[-2:]
         assert color in scenes.COLORS
         assert shape in scenes.BASE_SHAPES

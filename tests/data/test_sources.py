@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, grounding_json, write_image
 
-from detclipv2_jax.data import box_json, sources
+from detclipv2_jax.data import box_json, sources, spans
 from detclipv2_jax.data.schema import Kind, UnusableError
 
 
@@ -138,12 +138,12 @@ def test_grounding_records(world):
 
 def test_spans(world):
     caption = "a red, star and blue house."
-    assert box_json.phrase_of(caption, [[2, 5], [7, 11]]) == "red star"
-    assert box_json.phrase_of(caption, [[16, 500]]) == "blue house"
-    assert box_json.phrase_of(caption, [[100, 200]]) == ""
-    assert box_json.phrase_of(caption, [[5, 2]]) == ""
+    assert spans.phrase_of(caption, [[2, 5], [7, 11]]) == "red star"
+    assert spans.phrase_of(caption, [[16, 500]]) == "blue house"
+    assert spans.phrase_of(caption, [[100, 200]]) == ""
+    assert spans.phrase_of(caption, [[5, 2]]) == ""
     for broken in (None, [], [3], [["a", "b"]], [[1]]):
-        assert box_json.phrase_of(caption, broken) == ""
+        assert spans.phrase_of(caption, broken) == ""
     content = grounding_json()
     content["annotations"][0]["tokens_positive"] = [[100, 200]]
     source = grounding(world, content, max_bad_share=0.2)
@@ -157,9 +157,22 @@ def test_one_phrase_with_several_boxes_and_one_box_with_several_phrases(world):
     content["annotations"] += [
         {**first, "id": 90, "bbox": [30, 30, 5, 5]},
         {**first, "id": 91, "tokens_positive": [[2, 5]]},
+        {**first, "id": 92, "bbox": [40, 30, 6, 5], "tokens_positive": [[0, 5], [10, 15]]},
     ]
-    record = grounding(world, content)[0]
-    assert [record.concepts[i] for i in record.box_concepts] == ["a cat", "a dog", "a cat", "cat"]
+    source = grounding(world, content)
+    record = source[0]
+    found = [(record.concepts[i], box) for i, box in zip(record.box_concepts, record.boxes.tolist(), strict=True)]
+    first_box, last_box = [2, 3, 22, 23], [40, 30, 46, 35]
+    assert found == [
+        ("a cat", first_box),
+        ("a dog", [7, 3, 27, 23]),
+        ("a cat", [30, 30, 35, 35]),
+        ("cat", first_box),
+        ("a cat", last_box),
+        ("a dog", last_box),
+    ]
+    assert [source[1].concepts[i] for i in source[1].box_concepts] == ["red car", "tree"]
+    assert source.most_concepts == 3
 
 
 def test_empty_captions_are_left_out(world):

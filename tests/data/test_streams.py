@@ -252,6 +252,30 @@ def test_too_many_boxes_lose_the_smallest(config):
     assert stream.counters["boxes cut: more than max_boxes"] == stream.overflow["num_boxes_cut"] == 4
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(8, [0, 1, 3, 4, 5]), (2, [0, 1, 3]), (1, [0, 3])])
+def test_identical_boxes_keep_their_different_concepts(config, limit, kept):
+    """Six boxes, two of them different; those of one are cat, dog, cat again, tree and cup."""
+    content = detection_json()
+    boxes, image = ([5, 6, 20, 10], [10, 4, 30, 25]), content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != image] + [
+        {"id": 100 + i, "image_id": image, "category_id": category, "bbox": boxes[box]}
+        for i, (category, box) in enumerate([(1, 0), (2, 0), (1, 0), (3, 1), (4, 0), (6, 0)])
+    ]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.max_boxes, config.detection.max_box_concepts, config.detection.flip_prob = 6, limit, 0.0
+    config.detection.max_examples = 1
+    stream = train_streams(config)[0]
+    batch = stream.batch(0)
+    categories = [1, 2, 1, 3, 4, 6]
+    expected = [NAMES[categories[i] - 1].replace("_", " ") for i in kept]
+    texts = tokenizer.decode(batch.concept_tokens)
+    for row in range(4):
+        mask = batch.box_mask[row]
+        assert [texts[i] for i in batch.box_concepts[row][mask]] == expected
+        assert np.unique(batch.boxes[row][mask], axis=0).shape == (2, 4)
+    assert stream.overflow["num_box_concepts_cut"] == 4 * (5 - len(kept))
+
+
 def test_definitions_join_the_names(config, tmp_path):
     (tmp_path / "dictionary.tsv").write_text("cat\ta small animal\nboat\ta vessel\nstone\ta rock\n")
     for kind in ("detection", "grounding", "image_text"):

@@ -71,7 +71,19 @@ def photo_anchors(batch, canvas):
     return anchors, levels, np.stack([geometry.on_photo(anchors, extent) & used for extent, used in rows])
 
 
-def box_step(outputs, batch, *, kind, canvas, settings, objectness="none"):
+def concepts_of_boxes(batch, limit):
+    """Returns of every image and box the first `limit` rows of concepts: identical boxes are one box."""
+    of_images = []
+    for boxes, mask, rows in zip(batch.boxes.tolist(), batch.box_mask, batch.box_concepts, strict=True):
+        of_box = {}
+        for box, used, row in zip(map(tuple, boxes), mask, rows, strict=True):
+            if used:
+                of_box.setdefault(box, []).append(row)
+        of_images.append([of_box.get(tuple(box), [])[:limit] for box in boxes])
+    return of_images
+
+
+def box_step(outputs, batch, *, kind, canvas, settings, max_box_concepts, objectness="none"):
     """Returns (loss, metrics, gradients) of a detection or grounding batch; `settings` is config.loss."""
     outputs = outputs.float64()
     grads = outputs.zeros()
@@ -80,7 +92,7 @@ def box_step(outputs, batch, *, kind, canvas, settings, objectness="none"):
     positive = np.stack([chosen for _, chosen in assigned]) & counts
     index = np.stack([owner for owner, _ in assigned])
     boxes = np.take_along_axis(np.float64(batch.boxes), index[..., None], axis=1)
-    concept = np.take_along_axis(batch.box_concepts, index, axis=1)
+    concepts = concepts_of_boxes(batch, max_box_concepts)
     num_positive = max(positive.sum(), 1)
 
     # 1. alignment: every anchor with every distinct concept
@@ -88,7 +100,9 @@ def box_step(outputs, batch, *, kind, canvas, settings, objectness="none"):
     columns = np.flatnonzero((first == np.arange(len(first))) & batch.concept_mask)
     text = outputs.text[columns]
     similarity = outputs.embeddings @ text.T
-    targets = positive[..., None] & (first[concept][..., None] == columns)
+    targets = np.zeros(similarity.shape, bool)
+    for i, anchor in np.argwhere(positive):
+        targets[i, anchor] = np.isin(columns, first[concepts[i][index[i, anchor]]])
     loss, bar = focal(outputs.scale * similarity + outputs.bias, targets, settings.focal_alpha, settings.focal_gamma)
     metrics = {"loss_alignment": loss[counts].sum() / num_positive}
     total = metrics["loss_alignment"]

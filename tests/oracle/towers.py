@@ -69,12 +69,13 @@ def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20
 
     `distinct` names over the table, the same ones on several devices, rows in between that are not in use; photos of
     all shapes, with boxes that reach over their border; the last device has padding images only; image 1 has no box,
-    caption 2 no concept. `share` of the boxes exist; with 0 only two captions do.
+    caption 2 no concept. `share` of the boxes exist; with 0 only two captions do. Some boxes have several concepts.
     """
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, 0.7, (b, n, 2)) * canvas[::-1]
     size = np.exp(rng.uniform(np.log(6), np.log(80), (b, n, 2)))
     boxes = np.concatenate([corner, np.minimum(corner + size, canvas[::-1])], axis=2).astype(np.float32)
+    boxes[::3, 2], boxes[::4, 3] = boxes[::3, 0], boxes[::4, 0]
     concept = rng.permutation(t) % distinct
     concept_mask = rng.uniform(size=t) < (0.85 if distinct < t else 1.0)
     used = np.flatnonzero(concept_mask)
@@ -153,7 +154,8 @@ def expected_step(towers, params, batch, *, kind, config, canvas, step, num_devi
         loss, metrics, bars = oracle.pair_step(outputs, batch, num_devices=num_devices, **options)
     else:
         head = config.model.head.objectness
-        loss, metrics, bars = oracle.box_step(outputs, batch, kind=kind.value, objectness=head, **options)
+        options |= {"objectness": head, "max_box_concepts": config[kind.value].max_box_concepts}
+        loss, metrics, bars = oracle.box_step(outputs, batch, kind=kind.value, **options)
     bars = list(vars(bars).values())
     total = None
     for i, (part, call) in enumerate(zip(rows, calls, strict=True)):

@@ -33,6 +33,8 @@ FAULTS = [
         ("np.random.default_rng((self._tag, epoch, 0)).shuffle(order)", "np.random.default_rng((self._tag, 0)).shuffle(order)", "::test_every_epoch_has_its_own_permutation"),
         ("f\"{self.seed} {self.name}\"", "f\"{self.name}\"", "data/test_batches.py::test_negatives_differ_between_positions_epochs_seeds_and_images_of_a_batch"),
         ("np.argsort(-areas, kind=\"stable\")[: self.max_boxes]", "np.argsort(areas, kind=\"stable\")[: self.max_boxes]", "::test_too_many_boxes_lose_the_smallest"),
+        ("if seen[group[i]] <= max_box_concepts:", "if seen[group[i]] < max_box_concepts:", "::test_identical_boxes_keep_their_different_concepts"),
+        ("np.stack([group, concepts])", "np.stack([group, np.arange(len(group))])", "::test_identical_boxes_keep_their_different_concepts"),
         ("first.setdefault(ids[k], k)", "first.setdefault(k, k)", "::test_phrases_are_unique_and_capped"),
         ("table.ids >> np.uint64(32)", "table.ids >> np.uint64(64 - 1)", "::test_ids_of_concepts_are_both_halves_of_a_hash_of_their_tokens"),
         ("self.num_concepts - len(record.concepts),", "self.num_concepts,", "::test_num_concepts_bounds_positives_and_negatives_of_an_image"),

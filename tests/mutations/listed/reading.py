@@ -74,6 +74,23 @@ FAULTS = [
         ("character.lower() != character.upper()", "character.isalpha()"),
         ("not caption[:start].isascii()", "not caption.isascii()"),
     ),
+    *plant(
+        "data/spans.py", "data/test_spans.py",
+        ("if phrases and not _is_another(words, phrases[-1], caption[end:start]):", "if phrases:"),
+        ("if phrases and not _is_another(words, phrases[-1], caption[end:start]):", "if False:"),
+        ("caption[end:start]):", "caption[:start]):"),
+        ("if _LINKING.search(phrase):", "if False:"),
+        ("if _END_OF_SENTENCE.search(between):", "if False:"),
+        ("_BEGINNING.match(words)", "False"),
+        (" or key(words).split()[-1:] == key(phrase).split()[-1:]", ""),
+        ("end = start + len(text)", "end = stop"),
+        ("tuple(dict.fromkeys(phrase for phrase, says in zip(phrases, says_something, strict=True) if says))", "tuple(phrase for phrase, says in zip(phrases, says_something, strict=True) if says)"),
+    ),
+    *plant(
+        "data/box_json.py", "data/test_sources.py::test_one_phrase_with_several_boxes_and_one_box_with_several_phrases",
+        ("boxes.repeat(times, axis=0)", "np.tile(boxes, (2, 1))[: sum(times)]"),
+        ("places.repeat(times)", "np.tile(places, 2)[: sum(times)]"),
+    ),
     *plant("data/leakage.py", "cases/test_training_data.py", ("(0{6}\\d{6})", "(\\d{12})")),
     *plant(
         "files.py", "cases/test_built_folders.py",

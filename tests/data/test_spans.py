@@ -1,0 +1,46 @@
+"""Which phrases the spans of one box give."""
+
+import pytest
+
+from detclipv2_jax.data import spans
+
+
+def spans_of(caption, parts):
+    """Returns the spans of words in their order in a caption."""
+    found, start = [], 0
+    for part in parts:
+        start = caption.index(part, start)
+        found.append([start, start + len(part)])
+        start += len(part)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("caption", "parts", "phrases"),
+    [
+        ("A man waits while the man reads.", ["A man", "the man"], ["A man", "the man"]),
+        ("A man waits while the tall man reads.", ["man", "man"], ["man"]),  # once
+        ("young man and another old men", ["young man", "old men"], ["young man", "old men"]),
+        ("A dog runs. big animal in snow", ["A dog", "big animal"], ["A dog", "big animal"]),
+        ("a dog. big animal", ["a dog.", "big animal"], ["a dog", "big animal"]),  # its full stop is in the span
+        ("A girl with her kite, she laughs", ["A girl", "she"], ["A girl", "she"]),
+        # one phrase in parts, without what stands between them
+        ("a red and shiny car", ["a red", "car"], ["a red car"]),
+        ("a red, shiny car", ["a red", "car"], ["a red car"]),
+        ("the man in a really big red hat", ["the man in", "red hat"], ["the man in red hat"]),
+        ("both of them, the twins, sing", ["both of", "the twins"], ["both of the twins"]),
+        ("the shop on, say, the corner", ["the shop on", "the corner"], ["the shop on the corner"]),
+        ("a red and shiny car near that wreck", ["a red", "car", "that wreck"], ["a red car", "that wreck"]),
+        ("a cat - and", ["a cat", "-"], ["a cat -"]),
+        ("a cat. - and", ["a cat", "-"], ["a cat"]),  # a part that says nothing
+    ],
+)  # fmt: skip
+def test_phrases_of_one_box(caption, parts, phrases):
+    given = spans_of(caption, parts)
+    assert list(spans.phrases_of(caption, given)) == phrases
+    assert list(spans.phrases_of(caption, given[::-1])) == phrases
+    assert spans.phrase_of(caption, given) == phrases[0]
+
+
+def test_spans_without_words_give_no_phrase():
+    assert spans.phrases_of("a, cat", [[1, 2]]) == spans.phrases_of("a cat", []) == spans.phrases_of("a cat", 3) == ()
