@@ -3,6 +3,7 @@
 import collections
 import gc
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,75 @@ def test_boxes_are_numbers_outlines_or_nothing():
     np.testing.assert_array_equal(boxes, [[1, 2, 3, 4], [2, 3, 4, 6], *[[nan] * 4] * 3])
     assert num == 1
     assert annotations.boxes_of([{"bbox": [1e9, 1.1e9, -2e9, 1]}])[0].tolist() == [[1e9, np.inf, np.inf, 1]]
+
+
+def runs_of(mask):
+    """Returns the runs of a mask [height, width], down its columns, the first of zeros."""
+    values = mask.T.reshape(-1)
+    ends = np.flatnonzero(np.diff(values.astype(int), prepend=1 - int(values[0]), append=2))
+    runs = np.diff(ends).tolist()
+    return [0, *runs] if values[0] else runs
+
+
+def text_of(runs):
+    """Returns runs in COCO's compressed form."""
+    text = ""
+    for i, run in enumerate(runs):
+        value, more = run - (runs[i - 2] if i > 2 else 0), True
+        while more:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)
+            text += chr(48 + bits + 32 * more)
+    return text
+
+
+def test_boxes_around_masks_and_polygons():
+    rng = np.random.default_rng(0)
+    large = np.zeros((1100, 600), bool)  # runs of five characters
+    large[7:1000, 500:] = large[3:, 550] = True
+    for mask in (*(rng.random(rng.integers(1, 8, 2)) < rng.random() for _ in range(100)), large):
+        rows, columns = mask.nonzero()
+        box = None
+        if len(rows):
+            x, y = int(columns.min()), int(rows.min())
+            box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
+        runs = runs_of(mask)
+        assert sum(runs) == mask.size
+        for counts in (runs, text_of(runs)):
+            assert annotations.box_of_outline({"size": list(mask.shape), "counts": counts}) == box
+    points = rng.integers(-9, 9, (2, 5, 2))
+    low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
+    expected = [*low.tolist(), *(high - low).tolist()]
+    assert annotations.box_of_outline(points.reshape(2, -1).tolist()) == expected
+    assert annotations.box_of_outline(points.reshape(-1).tolist()) == expected  # one polygon that stands for itself
+    wrong: list[Any] = [[0, 5], [0, 2, 1, 2], [0, 1.0], [-1, 2], "\x20", "~~~~", {}]
+    broken: list[Any] = [{"size": [2, 2], "counts": counts} for counts in wrong]
+    broken += [{"size": size, "counts": [0, 1]} for size in ([2], [2, True], [2.0, 2], [0, 2], [2, 65_536], "22")]
+    broken += [[1, 2, 3, 4], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, 3, 4, 5, "x"]], [], [[]], 5, None]
+    for outline in broken:
+        assert annotations.box_of_outline(outline) is None
+
+
+def test_true_is_no_number_of_a_box():
+    for at in range(4):
+        for value in (True, False):
+            box = [5, 6, 7, 8]
+            box[at] = value
+            assert np.isnan(annotations.boxes_of([{"bbox": [5, 6, 7, 8]}, {"bbox": box}])[0][1]).all()
+    assert annotations.boxes_of([{"bbox": [0, 1, 1, 0]}])[0].tolist() == [[0, 1, 1, 0]]
+
+
+def test_positions_of_ids_of_any_type():
+    for listed, asked, found, others in (
+        ([5, 7, 5], [5, 7, 6], [0, 1, -1], 0),  # the first of equal ones
+        ([1, "a", "9"], [1.0, " a ", "1", True, None, 9, 2.5], [0, 1, 0, -1, -1, 2, -1], 3),
+        ([1, 2], [1, "2"], [0, 1], 1),
+        (["1", "2"], [2, "1"], [1, 0], 1),
+    ):
+        positions, num = annotations.Ids(listed).find(asked)
+        assert (positions.tolist(), num) == (found, others)
+    assert annotations.shown("x" * 78) == '"' + "x" * 78 + '"'
+    assert annotations.shown("x" * 79) == '"' + "x" * 76 + "..."
 
 
 def test_flags():
@@ -123,6 +193,50 @@ def test_the_truth_is_in_the_order_of_ids():
         truth.from_content("name", content(images=[]))
     with pytest.raises(DataError, match="a JSON list, not the lists"):
         truth.from_content("name", [])
+
+
+def test_what_cannot_be_used_changes_nothing_of_the_rest():
+    rng = np.random.default_rng(0)
+    good = [
+        {
+            "image_id": int(rng.choice([3, 7])),
+            "category_id": int(rng.choice([1, 2])),
+            "bbox": rng.uniform(1, 20, 4).tolist(),
+        }
+        | {"area": float(rng.uniform(1, 9)), "iscrowd": int(rng.random() < 0.5), "ignore": int(rng.random() < 0.5)}
+        for _ in range(12)
+    ]
+    bad = [
+        5,
+        {},
+        {"image_id": 9},
+        {"category_id": None},
+        {"bbox": [1, 2]},
+        {"bbox": [1, 1, -1, 1]},
+        {"bbox": [1, 1, 0, 1]},
+    ]
+    mixed: list[Any] = list(good)
+    for change in bad:
+        mixed.insert(int(rng.integers(len(mixed))), good[0] | change if isinstance(change, dict) and change else change)
+    expected = truth.from_content("name", content(annotations=good))
+    found = truth.from_content("name", content(annotations=mixed), max_bad_share=1)
+    for name in ("image", "category", "boxes", "areas", "crowd", "ignored"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    assert sum(num for what, num in found.odd.items() if "left out" in what) == len(bad)
+
+
+def test_frequencies_are_those_of_lvis():
+    categories = [{"id": i, "name": str(i), "frequency": f} for i, f in enumerate(("r", "f", "x", None, "c"), start=1)]
+    found = truth.from_content("name", content(categories=categories))
+    assert found.frequencies == ["r", "f", None, None, "c"]
+    assert found.odd["category without a frequency"] == 2
+    assert not found.federated
+    images = [{"id": 7, "neg_category_ids": []}, {"id": 3}]
+    found = truth.from_content("name", content(images=images, categories=categories))
+    assert found.federated
+    assert found.places([7, 3, 7]).tolist() == [0, 1]
+    assert found.places([]).tolist() == []
+    assert found.places(None).tolist() == [0, 1]
 
 
 def test_entries_in_the_order_of_their_ids():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -12,7 +13,8 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax.data import built
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.catalog import DATASETS, command_of
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.data.schema import Batch, Kind, Record
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.prepare import __main__ as prepare
 
@@ -145,6 +147,45 @@ def test_a_report_without_its_kind_of_vocabulary_is_json(world):
     source = read_built(str(folder), Kind.IMAGE_TEXT)
     assert (len(source), source.most_concepts) == (7, 3)
     assert config_lib.base().image_text.max_phrases >= source.most_concepts - 1
+
+
+def test_only_whole_records_are_examples():
+    whole = Record(
+        kind=Kind.DETECTION, source="", example_id=0, image=b"x", size=(4, 5), boxes=np.ones((2, 4), np.float32),
+        concepts=("cat", "dog"), box_concepts=np.array([1, 0]), caption="",
+    )  # fmt: skip
+    assert built._is_whole(whole)
+    broken = [
+        {"size": (4,)}, {"size": (4, 5, 3)}, {"boxes": whole.boxes[:1]}, {"boxes": np.full((2, 4), np.nan)},
+        {"box_concepts": np.array([1, 2])}, {"box_concepts": np.array([-1, 0])}, {"concepts": ("cat",)},
+    ]  # fmt: skip
+    for change in broken:
+        assert not built._is_whole(dataclasses.replace(whole, **change))
+
+
+def test_part_of_a_folder_with_definitions_and_without_categories(world):
+    folder = build(world, "detection")
+    whole = read_built(folder, Kind.DETECTION)
+    numbers = [len(whole[i].concepts) for i in range(len(whole))]
+    assert whole.most_concepts == max(numbers)
+    names = whole.vocabulary.names
+    dictionary = Vocabulary(names, tuple(f"a {name}" for name in names))
+    for num in (1, 2, 5):
+        part = read_built(folder, Kind.DETECTION, max_examples=num, dictionary=dictionary, dropped=["no such"])
+        assert (len(part), part.most_concepts) == (num, max(numbers[:num]))
+        own = zip(whole.vocabulary.definitions, names, strict=True)
+        assert part.vocabulary.definitions == tuple(definition or f"a {name}" for definition, name in own)
+    less = read_built(folder, Kind.DETECTION, dropped=[names[0].replace(" ", "_"), names[2]])
+    assert less.vocabulary.names == tuple(name for name in names if name not in (names[0], names[2]))
+    assert less.counters["dropped category"] == 2
+    with pytest.raises(ValueError, match="has no category beside those that drop_categories names"):
+        read_built(folder, Kind.DETECTION, dropped=names)
+    info = pathlib.Path(folder, built.INFO)
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(ValueError, match="names the format 'tfrecord'; `prepare` writes array_record"):
+        read_built(folder, Kind.DETECTION)
+    phrases = read_built(build(world, "grounding"), Kind.GROUNDING, dictionary=dictionary)
+    assert set(phrases.vocabulary.definitions) == {""}  # a definition is no part of a phrase
 
 
 def test_folders_that_are_not_built_are_listed_with_the_command(tmp_path):

@@ -52,6 +52,10 @@ def test_facts_of_photos_change_with_them(tmp_path):
     assert first == checks.photo_facts(paths, where="elsewhere")
     os.utime(paths[1], (1, 2))
     assert checks.photo_facts(paths, where="w") != first
+    with open(paths[1], "w") as file:
+        file.write("xx")
+    os.utime(paths[1], (1, 1))
+    assert checks.photo_facts(paths, where="w") != first  # of another size, at the same time
     with pytest.raises(DataError, match=r"(?s)w: 2 of 4 photos do not exist:.*/c.*/d"):
         checks.photo_facts([*paths, str(tmp_path / "c"), str(tmp_path / "d")], where="w")
 
@@ -142,6 +146,16 @@ def test_categories_without_a_box_are_said(caplog):
         "f: 1 of 3 categories have no box anywhere: 'animals'; 'animals' is the supercategory of all others"
         in caplog.text
     )
+
+
+def test_ten_categories_without_a_box_are_named(caplog):
+    for num, more in ((1, False), (10, False), (11, True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            selection.say_unused([{"id": i, "name": str(i)} for i in range(num)], set(), "f", option="drop")
+        assert (" …." in caplog.text) == more
+        assert "supercategory" not in caplog.text  # of others, which there are none of
+        assert f"'{min(num, 10) - 1}'" in caplog.text
 
 
 def test_workers_do_not_get_ctrl_c_while_they_start():

@@ -35,7 +35,7 @@ def example(seed=0, *, b=16, k=5, d=8, m=4, t=48, dtype=np.float32, distinct=20,
     caption_mask = np.arange(m)[None] < rng.integers(1, m + 1, size=(b, 1))  # at least the caption itself
     rows = np.flatnonzero(concept_mask)
     caption_concepts = np.where(caption_mask, rng.choice(rows, size=(b, m)), 0).astype(np.int32)
-    region_mask = np.arange(k)[None] < rng.integers(1, k + 1, size=(b, 1))
+    region_mask = rng.permuted(np.arange(k)[None] < rng.integers(1, k + 1, size=(b, 1)), axis=1)
     image_mask = np.ones(b, bool)
     image_mask[3] = False
     return {

@@ -13,7 +13,7 @@ from detclipv2_jax.losses.alignment import focal_loss
 from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
 
-ALPHA, GAMMA = 0.25, 2.0
+ALPHA, GAMMA = 0.3, 1.7  # no defaults of anything
 
 
 def focal_oracle(logits, targets):
@@ -84,6 +84,18 @@ def test_alignment_loss_equals_brute_force_and_ignores_masked_places():
             target = arrays["positive"][i, j] and arrays["labels"][i, j] == c
             expected += focal_oracle(3.0 * embeddings[i, j] @ text[c] - 1.5, target)
     ours = loss(embeddings, text, jnp.float32(3.0), jnp.float32(-1.5), chunk_bytes=1 << 20, arrays=arrays)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 4 * 7 * 2 * 3])
+def test_bfloat16_embeddings_have_float32_similarities(chunk_bytes):
+    embeddings, text, arrays = inputs()
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (embeddings, text)]
+    ours = loss(*rounded, jnp.float32(3.0), jnp.float32(-1.5), chunk_bytes=chunk_bytes, arrays=arrays)
+    similarity = np.einsum("bad,cd->bac", *(np.asarray(x, np.float64) for x in rounded))
+    hits = arrays["positive"][..., None] & (arrays["labels"][..., None] == np.arange(len(text)))
+    counted = arrays["anchor_mask"][..., None] & arrays["concept_mask"]
+    expected = focal_oracle(3.0 * similarity - 1.5, hits)[counted].sum()
     assert float(ours) == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from detclipv2_jax import config as config_lib
 from detclipv2_jax.losses import contrastive, matching
 from detclipv2_jax.losses.concept_table import unique_rows
 
@@ -166,6 +167,7 @@ def test_of_equal_regions_the_first_one_gets_the_gradient():
     arrays["regions"] = rng.integers(-2, 3, size=arrays["regions"].shape).astype(np.float32)  # exact products
     arrays["text"] = rng.integers(-2, 3, size=arrays["text"].shape).astype(np.float32)[arrays["canonical"]]
     arrays["regions"][:, 2:4] = arrays["regions"][:, 1:2]
+    arrays["region_mask"][:, 1:4] = True
     arrays["scale"] = np.float32(0.25)
     result, expected = both(arrays)
     for metrics in (result[2], expected[2]):
@@ -188,18 +190,23 @@ def test_a_negative_scale_turns_the_choice_of_regions():
     oracle.assert_close(*both(arrays | {"scale": np.float32(-1.3)}))
 
 
-def test_bfloat16_is_exact_up_to_its_rounding():
-    """Products of rounded embeddings are exact in float32; only the gradient of the regions is rounded again."""
+@pytest.mark.parametrize("side", ["text_to_image", "bilateral"])
+def test_bfloat16_is_exact_up_to_its_rounding(side):
+    """Products of rounded embeddings are exact in float32; only the gradient of the regions is rounded again.
+
+    From the images' side gradients of products are rounded, too.
+    """
     arrays, _ = oracle.example()
     arrays["scale"] = np.float32(2.0)  # a power of two commutes with the rounding
     regions = jnp.asarray(arrays["regions"], jnp.bfloat16)
-    loss, gradients, _ = oracle.run(arrays | {"regions": regions})
+    loss, gradients, _ = oracle.run(arrays | {"regions": regions}, side=side)
     rounded = {name: np.asarray(jnp.asarray(arrays[name], jnp.bfloat16), np.float64) for name in ("regions", "text")}
-    expected_loss, expected, _ = oracle.loss_and_gradients(**arrays | rounded)
+    expected_loss, expected, _ = oracle.loss_and_gradients(**arrays | rounded, side=side)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     assert gradients[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(gradients[0].astype(np.float32), expected[0], rtol=2**-8, atol=1e-6)
-    np.testing.assert_allclose(gradients[1], expected[1], rtol=1e-4, atol=1e-6)
+    by_products = (2**-8, 1e-4, 1e-6) if side == "text_to_image" else (2**-6, 2**-6, 1e-3)
+    np.testing.assert_allclose(gradients[0].astype(np.float32), expected[0], rtol=by_products[0], atol=by_products[2])
+    np.testing.assert_allclose(gradients[1], expected[1], rtol=by_products[1], atol=by_products[2])
 
 
 def test_both_forms_of_the_backward_pass_agree():
@@ -346,6 +353,14 @@ def test_gradient_steps_find_the_planted_regions():
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         oracle.run(oracle.example()[0], **change)
+
+
+def test_settings_are_those_of_the_configuration():
+    config = config_lib.loss()
+    values = {"matching": "max_size", "side": "bilateral", "temperature": 0.3, "label_smoothing": 0.2}
+    values |= {"matching_temperature": 0.7, "chunk_bytes": 11}
+    config.update(values)
+    assert contrastive.settings_of(config) == contrastive.ContrastiveSettings(**values)
 
 
 def test_missing_areas_and_uneven_splits_are_named():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from detclipv2_jax import config as config_lib
 from detclipv2_jax.losses import proposals
 
 SCALE, BIAS = 1.3, -4.6
@@ -51,7 +52,7 @@ def run(arrays, *, num_devices=0, **settings):
         "scope": "global",
         "num_proposals": 6,
         "pre_nms": 20,
-        "nms_iou": 0.5,
+        "nms_iou": 0.45,
         "chunk_bytes": 30 * 8 * 7,  # 7 concepts
     } | settings
     with oracle.split_over(num_devices):
@@ -91,7 +92,7 @@ def greedy(boxes, scores, mask, *, num_proposals, pre_nms, nms_iou):
     return kept
 
 
-def assert_selected(result, arrays, scores, *, num_proposals=6, pre_nms=20, nms_iou=0.5):
+def assert_selected(result, arrays, scores, *, num_proposals=6, pre_nms=20, nms_iou=0.45):
     limits = {"num_proposals": num_proposals, "pre_nms": pre_nms, "nms_iou": nms_iou}
     for i, (indices, mask) in enumerate(zip(result.indices, result.mask, strict=True)):
         expected = greedy(arrays["boxes"][i], scores[i], arrays["anchor_mask"][i], **limits)
@@ -163,6 +164,36 @@ def test_of_equal_scores_the_lower_anchor_comes_first():
 def test_more_candidates_than_anchors_are_no_error():
     arrays = example()
     assert_selected(run(arrays, selection="iou", pre_nms=1000), arrays, arrays["objectness"], pre_nms=1000)
+
+
+def test_fewer_anchors_than_proposals_are_no_error():
+    limits = {"num_proposals": 40, "pre_nms": 50}
+    arrays = example()
+    result = run(arrays, selection="iou", **limits)
+    assert_selected(result, arrays, arrays["objectness"], **limits)
+    assert result.indices.shape == (16, 30)
+
+
+@pytest.mark.parametrize("selection", ["text_sample", "text_batch"])
+def test_bfloat16_is_exact_up_to_its_rounding(selection):
+    """Scaled texts are rounded, products and their maximum are float32: no two anchors become equal."""
+    arrays = example()
+    embeddings, text = jnp.asarray(arrays["embeddings"], jnp.bfloat16), np.float32(SCALE) * arrays["text"]
+    rounded = {
+        "embeddings": np.asarray(embeddings),
+        "text": np.asarray(jnp.asarray(text, jnp.bfloat16), np.float64) / SCALE,
+    }
+    everything = np.flatnonzero(arrays["concept_mask"])
+    own = lambda i: arrays["caption_concepts"][i][arrays["caption_mask"][i]]  # noqa: E731
+    scores = scores_of(arrays | rounded, selection, own if selection == "text_sample" else lambda i: everything)
+    assert_selected(run(arrays | {"embeddings": embeddings}, selection=selection), arrays, scores)
+
+
+def test_settings_are_those_of_the_configuration():
+    config = config_lib.loss()
+    config.update({"selection": "iou", "selection_scope": "device", "num_proposals": 7, "selection_pre_nms": 70})
+    config.update({"selection_nms_iou": 0.33, "chunk_bytes": 11})
+    assert proposals.settings_of(config) == proposals.SelectionSettings("iou", "device", 7, 70, 0.33, 11)
 
 
 def test_gradient_of_the_choice_is_zero_and_of_the_taken_embeddings_is_local():

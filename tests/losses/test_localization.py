@@ -1,4 +1,6 @@
-"""GIoU and centerness losses against values worked out by hand."""
+"""GIoU and centerness losses against values worked out by hand, and against loops in float64."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,3 +48,48 @@ def test_masked_anchors_have_exactly_zero_gradients_even_for_degenerate_targets(
 
     gradients = jax.grad(total, argnums=(0, 1))(jnp.ones((3, 4)), jnp.ones(3))
     assert all(np.all(np.asarray(g) == 0.0) for g in gradients)
+
+
+def in_loops(deltas, logits, positive, targets, centerness):
+    """Returns both sums of one image in float64, from the formulas."""
+    box_sum = centerness_sum = 0.0
+    for a in np.flatnonzero(positive):
+        x1, y1, x2, y2 = np.float64(ANCHORS[a])
+        (dx, dy, dw, dh), (width, height) = np.float64(deltas[a]) * (0.1, 0.1, 0.2, 0.2), (x2 - x1, y2 - y1)
+        center = np.array([(x1 + x2) / 2 + dx * width, (y1 + y2) / 2 + dy * height])
+        half = np.array([width * math.exp(dw), height * math.exp(dh)]) / 2
+        box, target = np.concatenate([center - half, center + half]), np.float64(targets[a])
+        low, high = np.minimum(box, target), np.maximum(box, target)
+        shared = np.prod(np.maximum(low[2:] - high[:2], 0))
+        union = np.prod(box[2:] - box[:2]) + np.prod(target[2:] - target[:2]) - shared
+        hull = np.prod(high[2:] - low[:2])
+        box_sum += centerness[a] * (1 - shared / union + (hull - union) / hull)
+        p = 1 / (1 + math.exp(-logits[a]))
+        centerness_sum -= centerness[a] * math.log(p) + (1 - centerness[a]) * math.log(1 - p)
+    return np.array([box_sum, centerness_sum])
+
+
+def test_sums_and_slopes_equal_loops():
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        deltas, logits, positive = (
+            rng.normal(size=(3, 4)),
+            rng.normal(size=3),
+            np.array([True, True, rng.random() < 0.5]),
+        )
+        corner = np.asarray(ANCHORS)[:, :2] + rng.uniform(-6, 6, (3, 2))
+        targets = np.concatenate([corner, corner + rng.uniform(2, 12, (3, 2))], axis=1)
+        centerness = np.where(positive, rng.random(3), 0.0)
+        given = (positive, targets, centerness)
+        directions = rng.normal(size=(3, 4)), rng.normal(size=3)
+        sums, slopes = jax.jvp(
+            lambda d, c, given=given: jnp.stack(losses(d, c, *given)),
+            (jnp.float32(deltas), jnp.float32(logits)),
+            tuple(map(jnp.float32, directions)),
+        )
+        np.testing.assert_allclose(sums, in_loops(deltas, logits, *given), rtol=1e-4)
+        ends = [
+            in_loops(*(x + s * v for x, v in zip((deltas, logits), directions, strict=True)), *given)
+            for s in (1e-6, -1e-6)
+        ]
+        np.testing.assert_allclose(slopes, (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-4)
