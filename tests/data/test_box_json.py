@@ -79,6 +79,15 @@ def test_an_evaluation_has_photos_without_boxes_and_the_truth(world, config):
     assert (len(source), len(source[0].boxes)) == (3, 0)
     assert truth.vocabulary.names == ("cat", "dog", "red car", "tree", "traffic light", "cup")
     assert truth.images.tolist() == [0, 1, 2]
+    assert not truth.definitions
+    content = detection_json()
+    content["annotations"][3]["category_id"] = str(content["annotations"][3]["category_id"])
+    path.write_text(json.dumps(content))
+    less, _ = evaluation_set.read_evaluation(str(path), str(world / "images"), dropped=Dropped(("cat",)))
+    assert less.counters == {
+        "box of a dropped category": 3, "category_id of another type than the id it names": 1
+    }  # fmt: skip
+    path.write_text(json.dumps(detection_json()))
     config.eval.annotations, config.eval.images = str(path), str(world / "images")
     config.eval.definitions = True
     opened, truth = sources.open_evaluation(config.eval, prefix="config.eval")

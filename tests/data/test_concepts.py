@@ -165,3 +165,14 @@ def test_negatives_are_drawn_evenly_and_by_the_given_numbers_alone():
         counts[drawn] += 1
     assert counts.min() > 60  # 100 expected, 8.7 standard deviation
     assert counts.max() < 140
+
+
+def test_numbers_for_draws_come_in_fours_and_the_memory_of_texts_has_a_bound():
+    for num in range(200):
+        assert concepts.num_draws(num) % 4 == 0  # a generator counts in fours
+        assert concepts.num_draws(num) >= 2 * num
+    encoder = concepts.Encoder(cache_size=3)
+    for texts in (["a", "b"], ["c", "d"], ["c", "d", "e"], ["a", "b", "c", "d"], ["a"]):
+        encoded = encoder(texts)
+        np.testing.assert_array_equal(encoded.tokens, concepts.Encoder()(texts).tokens)
+        assert len(encoder._cache) <= max(3, len(texts))

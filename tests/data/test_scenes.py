@@ -175,6 +175,32 @@ def test_boxes_are_tight(shape):
         np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.0)
 
 
+def test_things_are_turned_clockwise():
+    """The apex of a triangle points up, and to the right after a quarter turn: most of it lies at the other side."""
+    for angle, side in ((0.0, (0, 1)), (90.0, (-1, 0)), (180.0, (0, -1)), (-90.0, (1, 0))):
+        image = np.full((128, 128, 3), 128, np.float32)
+        scenes._paint(image, scenes.Thing("triangle", "red", "plain", (0.5, 0.5), 0.3, angle))
+        ys, xs = np.nonzero(np.abs(image - 128).max(axis=2) > 40)
+        np.testing.assert_allclose((xs.mean() - 63.5, ys.mean() - 63.5), np.multiply(side, 7), atol=3)
+
+
+def test_colors_are_those_of_the_names_and_areas_those_of_the_boxes(folder):
+    content = load(folder, "detection")
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    checked = 0
+    for row in content["annotations"]:
+        x, y, width, height = row["bbox"]
+        assert row["area"] == pytest.approx(width * height, abs=0.01)
+        color = scenes.COLORS[names[row["category_id"]].split()[0]]
+        if abs(color[0] - color[2]) > 150:
+            checked += 1
+            image = cv2.imread(str(folder / files[row["image_id"]]))[..., ::-1].astype(int)
+            inside = image[int(y) : int(y + height), int(x) : int(x + width)]
+            assert np.abs(inside[..., 0] - inside[..., 2] - (color[0] - color[2])).min() < 70
+    assert checked > 10
+
+
 def test_things_stay_apart_and_inside():
     for i in range(100):
         scene = scenes.draw(

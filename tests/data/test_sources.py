@@ -191,6 +191,7 @@ def test_pair_records(world):
     assert len(source) == len(SIZES)
     assert source[0].concepts == (CAPTIONS[0], *PHRASES[0])
     assert source[0].boxes.shape == (0, 4)
+    assert [record.example_id for record in source] == list(range(len(SIZES)))
     assert source.most_concepts == 3
 
 

@@ -176,6 +176,7 @@ def test_scales_are_drawn_from_the_range(config):
 def test_flip_mirrors_pixels_boxes_and_no_caption_with_sides(config):
     config.detection.short_side = config.grounding.short_side = (64, 64)
     config.image_text.flip_prob = config.detection.flip_prob = config.grounding.flip_prob = 0.0
+    config.detection.unflippable_words = ("tree",)
     plain = by_name(train_streams(config))
     config.image_text.flip_prob = config.detection.flip_prob = config.grounding.flip_prob = 1.0
     flipped = by_name(train_streams(config))
@@ -183,7 +184,9 @@ def test_flip_mirrors_pixels_boxes_and_no_caption_with_sides(config):
         one, other = stream.batch(0), flipped[name].batch(0)
         np.testing.assert_array_equal(one.example_id, other.example_id)
         for i, (_, width) in enumerate(one.extent):
-            keeps = name.startswith("grounding") and "left" in CAPTIONS[one.example_id[i]]
+            example = one.example_id[i]
+            has_tree = "tree" in [NAMES[(example + k) % 6] for k in range(2)]
+            keeps = {"detection": has_tree, "grounding": "left" in CAPTIONS[example]}.get(name.split("/")[0], False)
             expected = one.image[i] if keeps else np.roll(one.image[i][:, ::-1], width - one.image.shape[2], axis=1)
             assert np.abs(other.image[i].astype(int) - expected).max() <= 3
             boxes = one.boxes[i].copy()
@@ -249,6 +252,9 @@ def test_too_many_boxes_lose_the_smallest(config):
     batch = stream.batch(0)
     areas = np.prod((batch.boxes[:, 0, 2:] - batch.boxes[:, 0, :2]) / batch.scale[:, ::-1], axis=1)
     np.testing.assert_allclose(areas, 30 * 25, rtol=1e-4)
+    table = names_of_table(batch)
+    names = [NAMES[(example + 1) % 6].replace("_", " ") for example in batch.example_id]  # of the second box
+    assert [table[row] for row in batch.box_concepts[:, 0]] == names
     assert stream.counters["boxes cut: more than max_boxes"] == stream.overflow["num_boxes_cut"] == 4
 
 
@@ -410,8 +416,10 @@ def test_unusable_images_give_way_to_the_next_and_are_counted_once(config, world
     (world / "images" / "extra12.jpg").unlink()
     stream = train_streams(config)[-1]
     batch = stream.batch(0)
+    assert stream.overflow["num_images_skipped"] == 2
     assert_equal(batch, train_streams(config)[-1].batch(0))
     stream.batch(1)
+    assert stream.overflow["num_images_skipped"] == 0  # none that was not known
     assert stream.counters["image of pairs skipped: truncated image"] == 1
     assert stream.counters["image of pairs skipped: missing file"] == 1
     changed = intact.example_id != batch.example_id
@@ -469,6 +477,16 @@ def test_kinds_without_files_and_empty_canvases_are_left_out(config):
     assert [stream.name for stream in train_streams(config)] == ["detection/64x96"]
 
 
+def test_streams_have_the_weight_of_their_kind_and_the_first_what_was_repaired(config):
+    content = detection_json()
+    content["annotations"][0]["iscrowd"] = 1
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.weight, config.image_text.weight = 2.5, 0.5
+    streams = train_streams(config)
+    assert [stream.weight for stream in streams] == [2.5, 2.5, 1.0, 1.0, 0.5]
+    assert [dict(stream.counters) for stream in streams] == [{"crowd box left out": 1}, {}, {}, {}, {}]
+
+
 def test_evaluation_reads_everything_in_order(config):
     streams = eval_streams(config.eval, input_config=config.input)
     assert [(s.name, s.num_examples, s.num_batches) for s in streams] == [("eval/64x96", 4, 1), ("eval/96x64", 3, 1)]
@@ -484,6 +502,8 @@ def test_evaluation_reads_everything_in_order(config):
             seen += batch.example_id[batch.image_mask].tolist()
         assert (batches[-1].image_mask == [True, stream.num_examples == 4]).all()
         assert not batches[-1].image[~batches[-1].image_mask].any()
+        (rest,) = stream.iterate(1)  # a continued evaluation
+        assert_equal(rest, batches[1])
         with pytest.raises(ValueError, match="there is no batch 2"):
             stream.batch(2)
     assert seen == [0, 2, 3, 5, 1, 4, 6]

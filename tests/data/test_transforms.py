@@ -9,6 +9,7 @@ from conftest import pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.schema import UnusableError
@@ -239,6 +240,63 @@ def test_shrinking_averages_over_all_pixels(factor):
     assert extent == (24, 40)
     expected = image.reshape(24, factor, 40, factor, 3).mean((1, 3))
     assert np.abs(out - expected).max() <= 1.0
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photo_of_a_file_is_whole_or_half_as_large(orientation, tmp_path, monkeypatch):
+    image = Image.fromarray(pixels((40, 56), 3))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encode(image, "JPEG", exif=exif(orientation), quality=97, subsampling=0))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    photo = transforms.read(path)
+    assert photo.size == upright.shape[:2]
+    assert np.abs(photo.pixels.astype(int) - upright).max() <= 3
+    assert photo.scale.tolist() == [1, 1, 1, 1]
+    # of a JPEG with more than MAX_PIXELS every second pixel is read; nothing else of that size, nor in several scans
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 56 - 1)
+    photo = transforms.read(path)
+    assert photo.size == upright.shape[:2]
+    assert photo.pixels.shape[:2] == tuple(side // 2 for side in photo.size)
+    assert photo.scale.tolist() == [0.5] * 4
+    averaged = upright.reshape(photo.pixels.shape[0], 2, photo.pixels.shape[1], 2, 3).mean((1, 3))
+    assert np.abs(photo.pixels - averaged).mean() < 3
+    for data, reason in (
+        (encode(image, "WEBP"), "more than 2239 pixels"),
+        (encode(image, "PNG"), "more than 2239 pixels"),
+        (encode(image, "JPEG", progressive=True), "more than 2239 pixels in several scans"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UnusableError, match=reason):
+            transforms.read(path)
+    for name in ("MAX_REDUCED", "MAX_SCANNED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(transforms, name, 2239)
+            with pytest.raises(UnusableError, match=r"more than 2239 pixels|too many scans"):
+                transforms.read_header(encode(image, "JPEG"))
+
+
+def test_the_sides_of_a_scale_are_those_of_a_box():
+    photo = transforms.Photo(np.zeros((30, 80, 3), np.uint8), (60, 320))
+    assert photo.scale.tolist() == [0.25, 0.5, 0.25, 0.5]
+
+
+def test_pixels_of_another_size_than_the_header_says_are_refused():
+    data = encode(pixels((20, 30), 0), "PNG")
+    assert transforms.decode(data, transforms.Header((20, 30), 1, is_jpeg=False), size=(20, 30)).shape == (20, 30, 3)
+    for size in ((20, 31), (21, 30), (30, 20)):
+        with pytest.raises(UnusableError, match="size differs from the header's"):
+            transforms.decode(data, transforms.Header(size, 1, is_jpeg=False), size=size)
+
+
+def test_exif_counts_before_xmp():
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf tiff:Orientation="3"/>')
+    image = Image.fromarray(pixels((20, 30), 0))
+    assert transforms.read_header(encode(image, "PNG", pnginfo=info)).orientation == 3
+    assert transforms.read_header(encode(image, "PNG", pnginfo=info, exif=exif(6))).orientation == 6
+    for orientation in (1, 8, 9):
+        header = transforms.read_header(encode(image, "TIFF", exif=exif(orientation)))
+        assert (header.size, header.orientation) == ((20, 30), 8 if orientation == 8 else 1)
 
 
 def test_the_frame_of_an_annotation_is_upright_unless_it_fits_the_stored_pixels_only():
