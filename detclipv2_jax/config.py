@@ -142,6 +142,9 @@ def _data_section(kind: str) -> ConfigDict:
         c.max_box_concepts = 8
         c.num_concepts = 150 if kind == "detection" else 100  # M: positives + sampled negatives an image
     if kind == "detection":
+        # of a json with LVIS's neg_category_ids or not_exhaustive_category_ids a name is a negative only of the images
+        # that say so, in the whole batch. False: of all images that do not have it, as elsewhere
+        c.federated = True
         c.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
         c.few_shot_seed = 3  # GLIP's are 3, 30, 300
         # names of categories that are left out with their boxes, from the raw json and the built folders, such as the

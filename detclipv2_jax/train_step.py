@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.schema import Batch, Federated, Kind
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import atss
 from detclipv2_jax.geometry import boxes as box_lib
@@ -71,7 +71,8 @@ def assign_targets(batch: Batch, rows: Int[Array, " t"], *, canvas: tuple[int, i
     mask = anchor_mask(batch, anchors.boxes)
     positive = assignment.positive & mask
     centerness = box_lib.centerness_target(jnp.broadcast_to(jnp.asarray(anchors.boxes)[None], boxes.shape), boxes)
-    return Targets(AnchorTargets(mask, positive, rows[concepts]), boxes, jnp.where(positive, centerness, 0.0))
+    goal = AnchorTargets(mask, positive, rows[concepts], _verified(batch.federated, rows))
+    return Targets(goal, boxes, jnp.where(positive, centerness, 0.0))
 
 
 def _concepts_of(batch: Batch, max_box_concepts: int) -> Int[Array, "b n k"]:
@@ -86,6 +87,15 @@ def _concepts_of(batch: Batch, max_box_concepts: int) -> Int[Array, "b n k"]:
     found, index = jax.lax.top_k(same.astype(jnp.int32), k)  # the first of equals first
     index = jnp.where(found > 0, index, jnp.arange(num_boxes)[None, :, None])
     return jax.vmap(lambda concepts, index: concepts[index])(batch.box_concepts, index)
+
+
+def _verified(federated: Federated | None, rows: Int[Array, " t"]) -> Bool[Array, "b t"] | None:
+    """Returns which concepts of the de-duplicated table are an image's negatives; None: all, of all images."""
+    if federated is None:
+        return None
+    columns = jnp.arange(rows.shape[0])
+    listed = (rows[federated.concepts][..., None] == columns[None, None]) & federated.mask[..., None]
+    return jnp.any(listed, axis=1) | ~federated.images[:, None]
 
 
 def anchor_mask(batch: Batch, anchors: Float[np.ndarray, "a 4"]) -> Bool[Array, "b a"]:

@@ -21,6 +21,8 @@ CASES = {
     "detection": (Kind.DETECTION, 1, {}),
     "detection in chunks": (Kind.DETECTION, 2, {"head": "classification", "objectness_weight": 0.4}),
     "detection, iou head": (Kind.DETECTION, 1, {"head": "iou", "objectness_weight": 2.5, "chunk_bytes": 1 << 27}),
+    "detection, federated": (Kind.DETECTION, 1, {}),
+    "detection, in chunks and federated": (Kind.DETECTION, 2, {"chunk_bytes": 1 << 27}),
     "grounding": (Kind.GROUNDING, 1, {"focal_alpha": 0.4, "focal_gamma": 1.5, "frozen": "text_encoder"}),
     "grounding, one concept a box": (Kind.GROUNDING, 1, {"max_box_concepts": 1}),
     "grounding, two concepts a box": (Kind.GROUNDING, 2, {"max_box_concepts": 2}),
@@ -96,7 +98,7 @@ def test_loss_and_gradients_equal_the_oracle(case):
     # names that repeat over devices; all different, so that the last chunk of concepts overlaps the one before; few
     # names; almost nothing to learn from
     for seed, options in enumerate(({"distinct": 20}, {"distinct": 32}, {"distinct": 3}, {"share": 0.0})):
-        batch = make_batch(kind, seed=seed, **options)
+        batch = make_batch(kind, seed=seed, federated="federated" in case, **options)
         before, _, metrics, grads = run(case, batch, step=seed)
         loss, expected, wanted = expected_step(
             towers, before.params, batch, kind=kind, config=config, canvas=CANVAS, step=seed, num_devices=8,

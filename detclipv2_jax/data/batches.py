@@ -25,7 +25,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text, num_draws
 from detclipv2_jax.data.mirroring import speaks_of_sides
-from detclipv2_jax.data.schema import Batch, DataError, Kind, Record, UnusableError
+from detclipv2_jax.data.schema import Batch, DataError, Federated, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import Source
 
 _MAX_TRIES = 100  # unusable images in a row; so many mean that the disk is gone
@@ -89,6 +89,7 @@ class BatchMaker:
     max_box_concepts: int = 1
     num_captions: int = 0  # m: concepts of a caption, itself included
     num_concepts: int = 0  # M: positives and sampled negatives of an image
+    num_verified: int = 0  # v: concepts that a federated image is annotated for; 0: no image is federated
     capacity: int = 0  # rows of the concept table
     definitions: bool = False  # encode "name, definition"
     vocabularies: tuple[Vocabulary, ...] = ()  # of each source: definitions
@@ -136,7 +137,7 @@ class BatchMaker:
             notes.examples.append((example.source, example.record.example_id))
         scale = (extent / original_size).astype(np.float32)
 
-        table, concepts = self._concepts(examples, notes)
+        table, concepts, negatives = self._concepts(examples, notes)
         boxes, box_mask, box_concepts = self._boxes(rows, examples, scale, concepts, notes)
         caption_concepts = np.zeros((rows, self.num_captions), np.int32)
         caption_mask = np.zeros((rows, self.num_captions), bool)
@@ -159,6 +160,7 @@ class BatchMaker:
             concept_ids=np.stack([table.ids >> np.uint64(32), table.ids & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32),
             caption_concepts=caption_concepts,
             caption_mask=caption_mask,
+            federated=self._federated(examples, concepts, negatives) if self.num_verified else None,
         )
         return batch, notes
 
@@ -202,21 +204,24 @@ class BatchMaker:
         example, reason, _ = next(iter(notes.skipped.values()))
         raise DataError(f"{self.name}: {example} cannot be used ({reason}) and no other image takes its place")
 
-    def _concepts(self, examples: Sequence[_Example], notes: Notes) -> tuple[Table, list[np.ndarray]]:
-        """Returns the table of the batch and, for each example, the rows of its own concepts."""
+    def _concepts(self, examples: Sequence[_Example], notes: Notes) -> tuple[Table, list[np.ndarray], list[np.ndarray]]:
+        """Returns the table of the batch and, for each example, the rows of its own concepts and of its negatives."""
         nothing = self.encoder([])
         positives, negatives = nothing, nothing
         owned: list[list[int]] = []
+        nums_drawn: list[int] = []
         if self.endless:
             positives, owned = self._positives(examples, notes)
             if self.pools:
-                negatives = self._negatives(examples)
+                negatives, nums_drawn = self._negatives(examples)
         table = build_table(positives, negatives, capacity=self.capacity)
         if table.num_cut:
             notes.counts[NEGATIVES_CUT] += table.num_cut
         if table.num_truncated:
             notes.counts[TEXTS_TRUNCATED] += table.num_truncated
-        return table, [table.rows[indices] for indices in owned]
+        ends = list(itertools.accumulate(nums_drawn, initial=0))
+        drawn = [table.negative_rows[start:end] for start, end in itertools.pairwise(ends)]
+        return table, [table.rows[indices] for indices in owned], drawn
 
     def _positives(self, examples: Sequence[_Example], notes: Notes) -> tuple[Encoded, list[list[int]]]:
         """Returns the concepts that are kept, encoded, and for each example the indices of its own, in order."""
@@ -255,9 +260,9 @@ class BatchMaker:
         place = {k: j for j, k in enumerate(kept)}
         return Encoded(*(array[kept] for array in encoded)), [[place[k] for k in indices] for indices in owned]
 
-    def _negatives(self, examples: Sequence[_Example]) -> Encoded:
-        """Returns the concepts that are drawn for each example, one after the other."""
-        parts, wide = [self.encoder([])], num_draws(self.num_concepts)
+    def _negatives(self, examples: Sequence[_Example]) -> tuple[Encoded, list[int]]:
+        """Returns the concepts that are drawn for each example, one after the other, and how many each has."""
+        parts, nums, wide = [self.encoder([])], list[int](), num_draws(self.num_concepts)
         # one generator: its n-th numbers are those of the n-th position, wherever it starts (it counts in fours)
         start = np.random.Philox(key=self._tag, counter=examples[0].position * (wide // 4))
         rows = iter(np.random.Generator(start).random((len(examples), wide)))
@@ -270,11 +275,27 @@ class BatchMaker:
                     caption=record.caption,
                     first=record.negatives,
                     never=record.not_negatives,
+                    more=not (self.num_verified and record.federated),
                 )
                 for record, *_ in group
             ]
+            nums += map(len, drawn)
             parts.append(Encoded(*(array.take(np.concatenate(drawn), axis=0) for array in pool.encoded)))
-        return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), nums
+
+    def _federated(
+        self, examples: Sequence[_Example], concepts: Sequence[np.ndarray], negatives: Sequence[np.ndarray]
+    ) -> Federated:
+        """Returns what federated images were annotated for, of tables' rows of their own concepts and negatives."""
+        shape = len(examples), self.num_verified
+        rows, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for i, (record, *_) in enumerate(examples):
+            if record.federated:
+                doubtful = np.array([name in record.not_negatives for name in record.concepts], bool)
+                known = np.concatenate([concepts[i][~doubtful], negatives[i][negatives[i] < self.capacity]])
+                known = np.setdiff1d(known, concepts[i][doubtful])
+                rows[i, : len(known)], mask[i, : len(known)] = known, True
+        return Federated(np.array([example.record.federated for example in examples], bool), rows, mask)
 
     def _boxes(
         self, rows: int, examples: Sequence[_Example], scale: np.ndarray, concepts: Sequence[np.ndarray], notes: Notes

@@ -1,7 +1,8 @@
 """Boxes from json files, read in place: COCO json + folder and MDETR-style grounding json + folder.
 
 * detection: COCO json (`images`, `annotations` with `bbox` xywh, `categories`). LVIS's `neg_category_ids` and
-  `not_exhaustive_category_ids` of an image, and a definition of a category under `def` or `definition`, are used.
+  `not_exhaustive_category_ids` of an image, and a definition of a category under `def` or `definition`, are used; with
+  either field a json is federated: of other names nothing is known.
 * grounding: json as made for MDETR: `images` with `caption`, `annotations` with `bbox` and `tokens_positive`, a list
   of [start, end) character spans of the caption which are the phrases of that box (data/spans.py). Each phrase gives
   a box of its own; identical boxes are one box with several concepts (`max_box_concepts`).
@@ -40,6 +41,7 @@ from detclipv2_jax.data.selection import (
     with_fitting_ids,
 )
 from detclipv2_jax.data.spans import oddities_of, phrases_of, problem_of
+from detclipv2_jax.data.truth import FEDERATED
 
 _NUM_PROBED_SIZES = 64
 _FEW = 0.01
@@ -66,7 +68,7 @@ class BoxSource:
         self.vocabulary = vocabulary
         self.counters = counters
         self.image_ids = [usable_id(image["id"]) for image in images]
-        self.federated = any("neg_category_ids" in image for image in images)  # not every box is annotated (LVIS)
+        self.federated = any(key in image for image in images for key in FEDERATED)
         self.sizes = np.array([size_of(image) for image in images], np.int32).reshape(-1, 2)
         self._folder, self._follow_links = folder, follow_links
         self._files = [file_name(image) for image in images]
@@ -107,10 +109,11 @@ class BoxSource:
             caption=self._captions[index] if self._captions else "",
             negatives=tuple(names[i] for i in negatives),
             not_negatives=tuple(names[i] for i in not_negatives),
+            federated=self.federated,
         )
 
     def fill_sizes(self) -> None:
-        """Reads the sizes the annotation does not give from the headers of the images ; canvases need them."""
+        """Reads the sizes the annotation does not give from the headers of the images; canvases need them."""
         for index in np.flatnonzero((self.sizes == 0).any(axis=1)):
             try:
                 path = resolve(self._folder, self._files[index], follow_links=self._follow_links)
@@ -123,7 +126,7 @@ class BoxSource:
 def _federated(image: dict[str, Any], index_of: dict[Any, int], *, where: Path) -> tuple[list[int], list[int]]:
     """Returns the vocabulary indices verified to be absent and those not annotated exhaustively (LVIS)."""
     found = []
-    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+    for key in FEDERATED:
         listed = image.get(key) or ()
         if not isinstance(listed, list | tuple):
             raise DataError(f"{where}: image {shown(image['id'])} has {key} {shown(listed)}, not a list of ids")
@@ -328,13 +331,11 @@ def read_detection(
     kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     probe_sizes(kept, folder, follow_links=follow_links)
     label_of: dict[Any, Sequence[int]] = {category_id: (i,) for i, category_id in enumerate(vocabulary.category_ids)}
-    boxes, labels, image_of_box, odd = _collect_boxes(
-        content,
-        kept,
-        path,
-        label=lambda annotation, _: label_of.get(annotation.get("category_id"), "box of an unlisted category"),
-        max_bad_share=max_bad_share,
-    )
+
+    def label(annotation: dict[str, Any], _: dict[str, Any]) -> Sequence[int] | str:
+        return label_of.get(annotation.get("category_id"), "box of an unlisted category")
+
+    boxes, labels, image_of_box, odd = _collect_boxes(content, kept, path, label=label, max_bad_share=max_bad_share)
     return BoxSource(
         kind=Kind.DETECTION,
         path=path,

@@ -53,9 +53,10 @@ class BuiltSource:
         counters: dict[str, int],
         num: int,
         dropped: frozenset[str] = frozenset(),
+        federated: bool = False,
     ):
         self.name, self.kind, self.vocabulary, self.counters = folder.name, kind, vocabulary, counters
-        self.folder, self._dropped = folder, dropped
+        self.folder, self._dropped, self.federated = folder, dropped, federated
         try:
             index = files.read_arrays(folder / INDEX, ("sizes", "num_concepts"))
         except (OSError, ValueError) as error:
@@ -142,6 +143,7 @@ class BuiltSource:
             caption=_texts(example["caption"])[0] if self.kind is not Kind.IMAGE_TEXT else concepts[0],
             negatives=_texts(example["negatives"]),
             not_negatives=_texts(example["not_negatives"]),
+            federated=self.federated,
         )
 
 
@@ -270,4 +272,12 @@ def read_built(
         if not any(stays):
             raise ValueError(f"{folder} has no category beside those that drop_categories names")
     vocabulary = Vocabulary(*columns)
-    return BuiltSource(path, kind=kind, vocabulary=vocabulary, counters=counters, num=max_examples, dropped=without)
+    return BuiltSource(
+        path,
+        kind=kind,
+        vocabulary=vocabulary,
+        counters=counters,
+        num=max_examples,
+        dropped=without,
+        federated=bool(report.get("federated")),
+    )

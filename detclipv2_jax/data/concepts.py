@@ -160,6 +160,9 @@ class Pool:
     def __init__(self, vocabulary: Vocabulary, *, definitions: bool, encoder: Encoder):
         self.encoded = encoder(vocabulary.texts(definitions=definitions))
         self._keys = [key(name) for name in vocabulary.names]
+        self._named: dict[str, list[int]] = {}
+        for i, name in enumerate(vocabulary.names):
+            self._named.setdefault(name, []).append(i)
         same_key: dict[str, list[int]] = {}
         same_definition: dict[str, list[int]] = {}
         for i, (name, definition) in enumerate(zip(self._keys, vocabulary.definitions, strict=True)):
@@ -192,6 +195,7 @@ class Pool:
         caption: str = "",
         first: Sequence[str] = (),
         never: Sequence[str] = (),
+        more: bool = True,
     ) -> Int32[np.ndarray, " k"]:
         """Returns at most `num` different indices of concepts that are not in the image.
 
@@ -203,6 +207,7 @@ class Pool:
           caption: nothing it contains, in singular or plural, is drawn.
           first: names known to be absent; drawn before the others.
           never: names that are not drawn.
+          more: whether others than exactly those of `first` are drawn.
         """
         if num <= 0:
             return np.zeros(0, np.int32)
@@ -226,7 +231,10 @@ class Pool:
         def permutation(indices: int | Sequence[int]) -> np.ndarray:
             return np.random.default_rng(uniform.view(np.uint64)).permutation(indices)
 
-        drawn = take(permutation(sorted(set(self._find(first))))) if first else np.zeros(0, np.int64)
+        known = self._find(first) if more else [i for name in first for i in self._named.get(name, ())]
+        drawn = take(permutation(sorted(set(known)))) if known else np.zeros(0, np.int64)
+        if not more:
+            return drawn[:num].astype(np.int32)
         if len(drawn) < num:
             drawn = np.concatenate([drawn, take((uniform * len(self)).astype(np.int64))])
         if len(drawn) < num:
@@ -246,6 +254,7 @@ class Table(NamedTuple):
     mask: Bool[np.ndarray, " t"]
     ids: UInt64[np.ndarray, " t"]
     rows: Int32[np.ndarray, " p"]  # row of each positive that was given
+    negative_rows: Int32[np.ndarray, " q"]  # the same of each negative; no row of the table if it was cut
     num_cut: int  # negatives that found no row
     num_truncated: int  # rows whose text is longer than the tokens
 
@@ -259,7 +268,8 @@ def build_table(positives: Encoded, negatives: Encoded, *, capacity: int) -> Tab
     ids = np.concatenate([positives.ids, negatives.ids])
     unique, first = np.unique(ids, return_index=True)
     kept = np.sort(first)
-    rows = np.searchsorted(kept, first[np.searchsorted(unique, positives.ids)]).astype(np.int32)
+    rows = np.searchsorted(kept, first[np.searchsorted(unique, ids)]).astype(np.int32)
+    rows, negative_rows = rows[: len(positives.ids)], rows[len(positives.ids) :]
     num_positive = int(rows.max()) + 1 if len(rows) else 0
     if num_positive > capacity:
         raise ValueError(
@@ -277,6 +287,7 @@ def build_table(positives: Encoded, negatives: Encoded, *, capacity: int) -> Tab
         np.arange(capacity) < len(kept),
         table_ids,
         rows,
+        negative_rows,
         len(first) - len(kept),
         int(truncated.sum()),
     )

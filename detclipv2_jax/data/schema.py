@@ -40,6 +40,7 @@ class Record:
       caption: "" for detection.
       negatives: names verified to be absent (LVIS); sampled before others.
       not_negatives: names that may be present without boxes (LVIS); never sampled.
+      federated: what is neither in `concepts` nor in `negatives` may be present, too (LVIS).
     """
 
     kind: Kind
@@ -53,6 +54,18 @@ class Record:
     caption: str = ""
     negatives: tuple[str, ...] = ()
     not_negatives: tuple[str, ...] = ()
+    federated: bool = False
+
+
+class Federated(NamedTuple):
+    """Which images were annotated for some concepts only, and for which: the only negatives there (LVIS).
+
+    b images, v concepts.
+    """
+
+    images: Bool[Any, " b"]  # False: annotated for all concepts
+    concepts: Int32[Any, "b v"]  # rows of the concept table: verified absent, or present with a box for every instance
+    mask: Bool[Any, "b v"]
 
 
 class Batch(NamedTuple):
@@ -75,6 +88,7 @@ class Batch(NamedTuple):
     concept_ids: UInt32[Any, "t 2"]  # 64-bit id of the encoded text (high, low word), equal on all hosts
     caption_concepts: Int32[Any, "b m"]  # rows of the table, the caption first; m = 0 without captions
     caption_mask: Bool[Any, "b m"]
+    federated: Federated | None = None  # None: every image is annotated for all concepts
 
 
 class DataError(ValueError):

@@ -38,6 +38,7 @@ class Source(Protocol):
     sizes: Int32[np.ndarray, "n 2"]  # annotated (height, width); 0 where unknown
     vocabulary: Vocabulary  # categories or distinct phrases; empty for image-text
     most_concepts: int  # of one example
+    federated: bool  # whether examples are annotated for some concepts only
     counters: dict[str, int]  # what was repaired or dropped while loading, by reason
 
     def __len__(self) -> int: ...
@@ -60,7 +61,7 @@ class PairSource:
 
     def __init__(self, path: Path, folder: str, *, max_examples: int, max_bad_share: float, follow_links: bool):
         self.name, self.path, self.kind = path.stem, path, Kind.IMAGE_TEXT
-        self.vocabulary = Vocabulary((), ())
+        self.vocabulary, self.federated = Vocabulary((), ()), False
         self._folder, self._follow_links = folder, follow_links
         self._text = files.read_bytes(path)
         bad: collections.Counter[str] = collections.Counter()

@@ -42,6 +42,7 @@ class Stream:
       num_batches: batches of an epoch, rounded; at least 1.
       sources: the data sets behind it.
       capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
+      num_verified: one more: concepts that a federated image is annotated for; 0: no image is federated.
       counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
         with the first stream of the kind.
       overflow: what did not fit into the batch handed out last or was skipped in it, by name of the metric.
@@ -56,6 +57,7 @@ class Stream:
         self.batch_size, self.num_examples = maker.batch_size, len(maker.members)
         self.num_batches = max(1, round(self.num_examples / self.batch_size))
         self.sources, self.max_boxes = maker.sources, maker.max_boxes
+        self.num_verified = maker.num_verified
         self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
         self.counters: collections.Counter[str] = collections.Counter()
         self.overflow: dict[str, int] = {}
@@ -241,6 +243,8 @@ def _kind_streams(
             "pools": tuple(make_pool(known) for known in vocabularies),
         }
         most_concepts = max(source.most_concepts for source in sources)
+        if kind is Kind.DETECTION and section.federated and any(source.federated for source in sources):
+            sizes["num_verified"] = max(section.num_concepts, most_concepts)
         if kind is Kind.DETECTION or dictionary is None:  # then there are no concepts but those of the pools
             num_known = len({i for pool in sizes["pools"] for i in pool.encoded.ids.tolist()})
     capacity = table_capacity(

@@ -54,6 +54,8 @@ class AnchorTargets(NamedTuple):
     mask: Bool[Array, "b a"]  # False for anchors that take no part (outside the photo, padding image)
     positive: Bool[Array, "b a"]  # anchors with a box
     rows: Int[Array, "b a k"]  # of the texts: all that that box is, repeated where it is less; any value without one
+    # texts of which the image's other anchors are negatives; None: all. Of others nothing is known there
+    verified: Bool[Array, "b t"] | None = None
 
 
 @jax.named_scope("alignment_loss")
@@ -89,10 +91,13 @@ def alignment_loss(
     rows = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
     labels = jnp.where(targets.positive[..., None], targets.rows, -1)
     scale, bias = concepts.scale, concepts.bias
+    verified = targets.verified
+    if verified is not None:
+        verified = jnp.pad(verified, ((0, 0), (0, padding))).reshape(num_images, num_chunks, chunk)
     if num_chunks == 1:
-        columns = _Columns(text[0], masks[0], rows[0])
+        columns = _Columns(text[0], masks[0], rows[0], verified if verified is None else verified[:, 0])
         return _sum(settings, _similarity(embeddings, text[0]), scale, bias, targets.mask, labels, columns)
-    return _in_chunks(settings, embeddings, scale, bias, targets.mask, labels, _Columns(text, masks, rows))
+    return _in_chunks(settings, embeddings, scale, bias, targets.mask, labels, _Columns(text, masks, rows, verified))
 
 
 class _Columns(NamedTuple):
@@ -101,6 +106,7 @@ class _Columns(NamedTuple):
     text: Float[Array, "*chunks c d"]
     mask: Bool[Array, "*chunks c"]
     rows: Int[Array, "*chunks c"]  # their numbers
+    verified: Bool[Array, "b *chunks c"] | None  # see `AnchorTargets`; within a scan the chunks come first
 
 
 def _similarity(embeddings: Float[Array, "b a d"], text: Float[Array, "c d"]) -> Float[Array, "b a c"]:
@@ -121,7 +127,10 @@ def _sum(
         jnp.logical_or, (labels[..., k, None] == columns.rows[None, None] for k in range(labels.shape[2]))
     )
     loss = focal_loss(scale * similarity + bias, hits, alpha=settings.alpha, gamma=settings.gamma)
-    return jnp.sum(jnp.where(anchor_mask[..., None] & columns.mask[None, None], loss, 0.0))
+    counts = anchor_mask[..., None] & columns.mask[None, None]
+    if columns.verified is not None:
+        counts &= hits | columns.verified[:, None]
+    return jnp.sum(jnp.where(counts, loss, 0.0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,9 +161,10 @@ def _forward(
     columns: _Columns,
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
     axes, per_device = on_each_device(embeddings.shape[0])
+    places: Any = _Columns
     split = per_device(
         functools.partial(_of_device, settings, axes),
-        arguments=(SPLIT, WHOLE, WHOLE, SPLIT, SPLIT, WHOLE),
+        arguments=(SPLIT, WHOLE, WHOLE, SPLIT, SPLIT, places(WHOLE, WHOLE, WHOLE, SPLIT)),
         results=(SPLIT, WHOLE, WHOLE),
     )
     embeddings_bar, text_bar, (total, scale_bar, bias_bar) = split(
@@ -193,6 +203,8 @@ def _of_device(
         zeros = jnp.zeros(chunk.text.shape, jnp.float32)
         return jax.lax.cond(jnp.any(chunk.mask), compute, lambda carry: (carry, zeros), carry)
 
+    if columns.verified is not None:
+        columns = columns._replace(verified=columns.verified.swapaxes(0, 1))
     carry = jnp.zeros(embeddings.shape, jnp.float32), jnp.zeros(3, jnp.float32)
     (embeddings_bar, scalars), text_bar = jax.lax.scan(body, carry, columns)
     text_bar, scalars = jax.lax.psum((text_bar, scalars), axes) if axes else (text_bar, scalars)
@@ -203,7 +215,7 @@ def _backward(settings: FocalSettings, residuals: tuple[Array, ...], total_bar: 
     bars = jax.tree.map(lambda bar: (total_bar * bar).astype(bar.dtype), residuals)
     embeddings_bar, scale_bar, bias_bar, text_bar = bars
     none: Any = None  # the gradient of what is no number
-    return embeddings_bar, scale_bar, bias_bar, none, none, _Columns(text_bar, none, none)
+    return embeddings_bar, scale_bar, bias_bar, none, none, _Columns(text_bar, none, none, none)
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -32,7 +32,7 @@ class BoxReader:
         self.num_items, self.num_shards = len(indices), -(-len(indices) // shard_size)
         self.inputs = {str(source.path): describe_file(source.path)}
         self.counters = source.counters
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {"federated": source.federated}
         self._source, self._indices, self._size = source, indices, shard_size
         self._folder = os.path.realpath(folder)
 

@@ -1,8 +1,8 @@
 """Detection from LVIS v1: a COCO-format json whose images say which categories were looked for.
 
-`neg_category_ids` (verified absent) become negatives that are drawn first, `not_exhaustive_category_ids` (may be
-present without boxes) never become negatives. Images are named by `coco_url`: the image folder
-holds train2017/ and val2017/.
+`neg_category_ids` (verified absent) become negatives, `not_exhaustive_category_ids` (may be present without boxes)
+never do, and nothing is known of other categories (`config.detection.federated`). Images are named by `coco_url`: the
+image folder holds train2017/ and val2017/.
 """
 
 from __future__ import annotations
@@ -42,5 +42,5 @@ def open_reader(annotations: str, images: str, **options: Any) -> BoxReader:
     if missing:
         raise ValueError(f"{annotations} is no LVIS json, it lacks {', '.join(missing)}; build it with KIND coco_json")
     frequencies = collections.Counter(_FREQUENCIES[category["frequency"]] for category in content["categories"])
-    reader.facts = {"categories by frequency": dict(frequencies)}
+    reader.facts["categories by frequency"] = dict(frequencies)
     return reader

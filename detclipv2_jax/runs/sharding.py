@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.schema import Batch, Federated, Kind
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -72,12 +72,21 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
     batch = batch._replace(
         box_concepts=batch.box_concepts + np.int32(offset), caption_concepts=batch.caption_concepts + np.int32(offset)
     )
+    if batch.federated is not None:
+        concepts = batch.federated.concepts + np.int32(offset)
+        batch = batch._replace(federated=batch.federated._replace(concepts=concepts))
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def batch_shapes(
-    config: ConfigDict, kind: Kind, canvas: tuple[int, int], *, table_rows: int, mesh: Mesh | None = None
+    config: ConfigDict,
+    kind: Kind,
+    canvas: tuple[int, int],
+    *,
+    table_rows: int,
+    num_verified: int = 0,
+    mesh: Mesh | None = None,
 ) -> Batch:
     """Returns the shapes of a global batch, with their place on a mesh if there is one."""
     place = NamedSharding(mesh, BATCH) if mesh else None
@@ -103,4 +112,7 @@ def batch_shapes(
         concept_ids=shape((table_rows, 2), np.uint32),
         caption_concepts=shape((b, m), np.int32),
         caption_mask=shape((b, m), bool),
+        federated=Federated(shape((b,), bool), shape((b, num_verified), np.int32), shape((b, num_verified), bool))
+        if num_verified
+        else None,
     )

@@ -38,7 +38,7 @@ def use_built(config, world):
 def assert_equal(left: Batch, right: Batch):
     for field, a, b in zip(Batch._fields, left, right, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=field)
-        assert a.dtype == b.dtype, field
+        assert np.asarray(a).dtype == np.asarray(b).dtype, field
 
 
 def test_batches_are_those_of_the_raw_files(config, world):

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import building
+import jax
 import numpy as np
 import pytest
 from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, write_image
@@ -12,6 +14,7 @@ from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, write_imag
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.data.streams import eval_streams, train_streams
+from detclipv2_jax.runs import sharding
 
 
 def by_name(streams):
@@ -32,7 +35,7 @@ def names_of_table(batch):
 def assert_equal(left: Batch, right: Batch):
     for field, a, b in zip(Batch._fields, left, right, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=field)
-        assert a.dtype == b.dtype, field
+        assert np.asarray(a).dtype == np.asarray(b).dtype, field
 
 
 def rows_of(batch):
@@ -64,7 +67,7 @@ def test_streams_in_order_with_static_shapes(config):
         batch = stream.batch(3)
         n, t, m = expected[stream.kind]
         assert stream.capacities == {"boxes": n, "table": t, "captions": m}
-        assert {name: (a.shape, a.dtype.name) for name, a in batch._asdict().items()} == {
+        assert {name: (a.shape, a.dtype.name) for name, a in batch._asdict().items() if a is not None} == {
             "image": ((4, *stream.canvas, 3), "uint8"),
             "extent": ((4, 2), "int32"),
             "scale": ((4, 2), "float32"),
@@ -321,6 +324,7 @@ def test_detection_negatives_respect_the_federated_lists(config):
         image |= {"neg_category_ids": [100, 101, 102], "not_exhaustive_category_ids": list(range(110, 140))}
     pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
     config.detection.batch_size, config.detection.num_concepts = 1, 7
+    config.detection.federated = False
     known = dict(zip(text_ids([x["name"].replace("_", " ") for x in content["categories"]]), content["categories"]))  # noqa: B905
     drawn = set()
     for n in range(12):
@@ -332,6 +336,90 @@ def test_detection_negatives_respect_the_federated_lists(config):
         assert not ids & set(range(110, 140))
         drawn |= ids - own
     assert len(drawn - {100, 101, 102}) > 8  # beyond the lists any category may come
+
+
+def federated_of(batch):
+    """Returns for each federated image the names that it was annotated for, None for others."""
+    texts = tokenizer.decode(batch.concept_tokens)
+    rows = zip(*batch.federated, strict=True)
+    return [{texts[i] for i in concepts[mask]} if image else None for image, concepts, mask in rows]
+
+
+@pytest.mark.parametrize("field", ["neg_category_ids", "not_exhaustive_category_ids"])
+def test_one_field_makes_a_json_federated(config, field):
+    """Nothing is known of a name that an image does not list, whatever the whole batch holds."""
+    content = detection_json()
+    lists = {10: [5], 11: [6, 3], 12: []}  # images 10 to 16 have categories i - 9 and i - 8, in a circle
+    for image in content["images"][:3]:
+        image[field] = lists[image["id"]]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.canvases, config.detection.batch_size = ((96, 96),), 7
+    names = [name.replace("_", " ") for name in NAMES]
+    batch = train_streams(config)[0].batch(0)
+    for example, found in zip(batch.example_id, federated_of(batch), strict=True):
+        own = {names[(example + k) % 6] for k in range(2)}
+        listed = {names[i - 1] for i in lists.get(10 + example, [])}
+        assert found == (own | listed if field == "neg_category_ids" else own - listed), example
+    config.detection.federated = False
+    assert train_streams(config)[0].batch(0).federated is None
+    config.detection.federated = True
+    assert all(stream.batch(0).federated is None for stream in train_streams(config)[1:])  # of other kinds
+
+
+def test_only_as_many_verified_negatives_as_there_is_room_for_and_never_what_is_doubtful(config):
+    content = detection_json()
+    content["categories"] += [{"id": 100 + i, "name": f"thing {i} x"} for i in range(40)]
+    # image 0: cat and dog are there, not every dog has a box; "big things" is the plural of a verified name
+    content["categories"] += [
+        {"id": 200 + i, "name": name} for i, name in enumerate(("big things", "big thing", "cats"))
+    ]
+    negatives = [1, 201, 202, *range(100, 130)]
+    content["images"][0] |= {"neg_category_ids": negatives, "not_exhaustive_category_ids": [2, 103]}
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.canvases, config.detection.batch_size, config.detection.max_examples = ((96, 96),), 1, 1
+    drawn, things = [], {f"thing{i}x" for i in range(30)}
+    for config.detection.num_concepts in (12, 60):
+        config.detection.max_concepts = 0
+        stream = train_streams(config)[0]
+        for n in range(6):
+            batch = stream.batch(n)
+            [known] = federated_of(batch)
+            texts = set(tokenizer.decode(batch.concept_tokens[batch.concept_mask]))
+            assert known == texts - {"dog"}  # nothing else is in the table
+            assert {text.replace(" ", "") for text in known} <= {"cat", "bigthing", *things} - {"thing3x"}
+            assert len(texts) == min(config.detection.num_concepts, 2 + 30)
+            assert batch.federated.mask.shape == (1, config.detection.num_concepts)
+            drawn.append(known)
+    assert len({*map(frozenset, drawn[:6])}) > 3
+    config.detection.max_concepts = 8  # a table too small for them
+    [known] = federated_of(batch := train_streams(config)[0].batch(0))
+    assert known == set(tokenizer.decode(batch.concept_tokens)) - {"dog"}
+    assert len(known) == 7
+
+
+def test_images_of_other_sources_stay_as_they_are_beside_federated_ones(config, world):
+    content = detection_json()
+    content["images"][4]["neg_category_ids"] = [1]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 6  # a cup; all others are known from the built folder alone
+    (world / "lvis.json").write_text(json.dumps(content))
+    folder = str(world / "built")
+    building.build("coco_json", input=str(world / "lvis.json"), images=str(world / "images"), output=folder)
+    config.detection.data = (folder,)
+    config.detection.canvases, config.detection.batch_size = ((96, 96),), 14
+    stream = train_streams(config)[0]
+    batch = stream.batch(0)
+    found = federated_of(batch)
+    assert sum(known is None for known in found) == 7
+    sizes = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
+    shapes = sharding.batch_shapes(config, Kind.DETECTION, (96, 96), **sizes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+    assert sorted(map(sorted, (known for known in found if known is not None))) == [["cat", "cup"], *[["cup"]] * 6]
+    assert len(names_of_table(batch)) == 6
+    for example, (source, index) in enumerate(stream.examples):
+        assert (found[example] is not None) == (source == 1), index
+    parts = [train_streams(config, process_index=i, process_count=2)[0] for i in range(2)]
+    assert [known for part in parts for known in federated_of(part.batch(0))] == found
 
 
 def test_grounding_negatives_are_no_concept_of_the_caption_and_no_synonym_of_a_positive(config, tmp_path):
@@ -521,7 +609,8 @@ def test_evaluation_over_hosts(config):
     ]
     for n in range(2):
         parts = [host.batch(n) for host in hosts]
-        assert_equal(Batch(*(np.concatenate(a) for a in zip(*parts, strict=True))), whole.batch(n))
+        together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        assert_equal(together, whole.batch(n))
 
 
 def test_evaluation_refuses_what_it_cannot_read(config, world):

@@ -17,7 +17,7 @@ def alignment_loss(embeddings, text, *, scale, bias, concept_mask, anchor_mask, 
         embeddings,
         Concepts(text, scale, bias),
         concept_mask=concept_mask,
-        targets=alignment.AnchorTargets(anchor_mask, positive, labels[..., None]),
+        targets=alignment.AnchorTargets(anchor_mask, positive, labels[..., None], settings.pop("verified", None)),
         settings=alignment.FocalSettings(**settings),
     )
 

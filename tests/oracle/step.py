@@ -83,6 +83,16 @@ def concepts_of_boxes(batch, limit):
     return of_images
 
 
+def negatives(batch, first, columns):
+    """Returns which columns are negatives of each image: all, or in federated images those it was annotated for."""
+    found = np.ones((len(batch.image), len(columns)), bool)
+    if batch.federated is not None:
+        for i, (federated, rows, mask) in enumerate(zip(*batch.federated, strict=True)):
+            if federated:
+                found[i] = np.isin(columns, first[rows[mask]])
+    return found
+
+
 def box_step(outputs, batch, *, kind, canvas, settings, max_box_concepts, objectness="none"):
     """Returns (loss, metrics, gradients) of a detection or grounding batch; `settings` is config.loss."""
     outputs = outputs.float64()
@@ -104,9 +114,10 @@ def box_step(outputs, batch, *, kind, canvas, settings, max_box_concepts, object
     for i, anchor in np.argwhere(positive):
         targets[i, anchor] = np.isin(columns, first[concepts[i][index[i, anchor]]])
     loss, bar = focal(outputs.scale * similarity + outputs.bias, targets, settings.focal_alpha, settings.focal_gamma)
-    metrics = {"loss_alignment": loss[counts].sum() / num_positive}
+    counted = counts[..., None] & (targets | negatives(batch, first, columns)[:, None])
+    metrics = {"loss_alignment": loss[counted].sum() / num_positive}
     total = metrics["loss_alignment"]
-    bar = np.where(counts[..., None], bar, 0.0) / num_positive
+    bar = np.where(counted, bar, 0.0) / num_positive
     grads.embeddings = outputs.scale * bar @ text
     grads.text[columns] = outputs.scale * np.einsum("bac,bad->cd", bar, outputs.embeddings)
     grads.scale, grads.bias = (bar * similarity).sum(), bar.sum()

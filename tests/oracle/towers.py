@@ -11,7 +11,7 @@ import optax
 from oracle import geometry
 from oracle import step as oracle
 
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data.schema import Batch, Federated, Kind
 from detclipv2_jax.models.detclip import Regions, l2_normalize
 
 NUM_FEATURES = 8
@@ -64,12 +64,13 @@ class StandIn(nn.Module):
         )
 
 
-def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20, share=0.7):
+def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20, share=0.7, federated=False):
     """Returns a batch of the eight devices' rows.
 
     `distinct` names over the table, the same ones on several devices, rows in between that are not in use; photos of
     all shapes, with boxes that reach over their border; the last device has padding images only; image 1 has no box,
     caption 2 no concept. `share` of the boxes exist; with 0 only two captions do. Some boxes have several concepts.
+    Most images are annotated for some concepts only if `federated`, image 3 for none.
     """
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, 0.7, (b, n, 2)) * canvas[::-1]
@@ -105,6 +106,13 @@ def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20
         concept_ids=np.stack([concept % 3, concept], axis=1).astype(np.uint32),
         caption_concepts=rng.choice(used, (b, m)).astype(np.int32),
         caption_mask=caption_mask[:, :m],
+        federated=Federated(
+            images=(rng.uniform(size=b) < 0.8) | (np.arange(b) == 3),
+            concepts=rng.choice(used, (b, 6)).astype(np.int32),
+            mask=(rng.uniform(size=(b, 6)) < 0.7) & (np.arange(b) != 3)[:, None],
+        )
+        if federated
+        else None,
     )
 
 

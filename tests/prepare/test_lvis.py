@@ -27,8 +27,11 @@ def test_federated_lists_definitions_and_frequencies(tmp_path):
     path, _ = lvis_json(tmp_path)
     report = building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))
     assert report["categories by frequency"] == {"rare": 2, "common": 1}
+    assert report["federated"] is True
     built = read_built(str(tmp_path / "out"), Kind.DETECTION)
     assert (built[0].negatives, built[0].not_negatives) == (("thing 3",), ("thing 2",))
+    assert built.federated
+    assert all(built[i].federated for i in range(len(built)))
     assert built.vocabulary.definitions == ("definition 1", "definition 2", "definition 3")
     assert built.vocabulary.category_ids == (1, 2, 3)
 

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracle.towers import make_batch
 
+from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
@@ -46,6 +48,19 @@ def test_parameters_and_moments_shrink_with_fsdp(micro):
     whole, half, eighth = bytes_per_device(1), bytes_per_device(2), bytes_per_device(8)
     assert half < 0.52 * whole  # what is too small to split stays whole
     assert eighth < 0.16 * whole
+
+
+def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):
+    batch = make_batch(Kind.DETECTION, seed=0, federated=True)
+    monkeypatch.setattr(sharding.jax, "process_index", lambda: 2)
+    placed = sharding.to_global(batch, sharding.make_mesh())
+    rows = [(placed.box_concepts, batch.box_concepts), (placed.federated.concepts, batch.federated.concepts)]
+    for moved, own in rows:
+        np.testing.assert_array_equal(moved, own + 2 * len(batch.concept_mask))
+    same = placed._replace(
+        box_concepts=batch.box_concepts, federated=placed.federated._replace(concepts=batch.federated.concepts)
+    )
+    jax.tree.map(np.testing.assert_array_equal, same, batch)
 
 
 def test_every_parameter_has_its_place_and_counts_of_one_process_stay():

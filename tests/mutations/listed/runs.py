@@ -35,6 +35,7 @@ FAULTS = [
         ("key=lambda axis: (shape[axis], axis)", "key=lambda axis: (-shape[axis], axis)"),
         ("if size % fsdp == 0 and size >= fsdp]", "if size >= fsdp]"),
         ("if fsdp < 1 or len(devices) % fsdp:", "if fsdp < 1:"),
+        ("batch.federated.concepts + np.int32(offset)", "batch.federated.concepts"),
     ),
     *plant(
         "runs/state.py", "runs/test_sharding.py::test_parameters_and_moments_shrink_with_fsdp",
