@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from typing import Any, Literal
 
 import pytest
 
@@ -98,6 +99,83 @@ def test_words_may_look_like_places():
 
     _, options = commands.parse(command, about="", arguments=["--words=http://x", "--output=a:b//c"])
     assert options == {"words": "http://x", "output": "a:b//c"}
+
+
+def everything(
+    *, words: str, count: int = 0, share: float = 0.5, deep: bool = True, flat: bool = False,
+    names: tuple[str, ...] = (), many: list[str] | None = None, kind: Literal["a", "b"] = "a",
+    output: pathlib.Path | None = None, fails: str = "",
+) -> Any:  # fmt: skip
+    """Does all.
+
+    Args:
+      words: what is
+        asked, 100%
+      count: how many
+    """
+    if fails:
+        raise {"value": ValueError, "file": FileNotFoundError, "type": TypeError}[fails]("so it is")
+    return count if words == "status" else f"{words} {count} {share} {deep} {flat} {names} {many} {kind} {output}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ([], "x 0 0.5 True False () None a None"),
+        (["--nodeep", "--flat", "--count=3", "--share=2"], "x 3 2.0 False True () None a None"),
+        (["--deep", "--noflat", "--names=a,,b,", "--kind=b"], "x 0 0.5 True False ('a', 'b') None b None"),
+        (["--many=a", "--many=b,c", "--output=a/b"], "x 0 0.5 True False () ['a', 'b,c'] a a/b"),
+    ],
+)
+def test_options_become_the_values_that_a_function_names(arguments, printed, capsys):
+    assert commands.run(everything, arguments=["--words=x", *arguments]) == 0
+    assert capsys.readouterr().out == f"{printed}\n"
+
+
+def test_how_a_command_ends(capsys):
+    assert commands.run(everything, arguments=["--words=status", "--count=7"]) == 7
+    for fails in ("value", "file"):
+        assert commands.run(everything, arguments=["--words=x", f"--fails={fails}"]) == 1
+        assert capsys.readouterr().err == "error: so it is\n"
+    with pytest.raises(TypeError):  # a fault of the program
+        commands.run(everything, arguments=["--words=x", "--fails=type"])
+    for arguments, message in (
+        ([], "required: --words"),
+        (["--words=x", "--kind=c"], "invalid choice: 'c'"),
+        (["--words=x", "--cou=3"], "unexpected argument '--cou=3'; quote words"),  # no abbreviations
+        (["--words=x", "red"], "unexpected argument 'red'"),
+        (["--words=x", "--config.seed=1"], "--config.seed=1 needs a configuration: --config=FILE"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            commands.run(everything, arguments=arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        commands.run({"first": everything}, arguments=["first", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--words TEXT what is asked, 100% " in shown
+    assert "--count N how many " in shown
+    assert "--share X (default: 0.5)" in shown
+    assert "--deep, --nodeep (default: True)" in shown
+    assert "--names A,B,…" in shown
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_configuration_that_cannot_be_loaded_is_one_line(tmp_path):
+    (tmp_path / "good.py").write_text(
+        "from detclipv2_jax import config\ndef get_config():\n    c = config.base()\n"
+        "    c.chips.h100 = (('seed', 5), ('epochs', 7))\n    return c\n"
+    )
+    (tmp_path / "bad.py").write_text("def get_config():\n    raise ValueError('no\\nsuch world')\n")
+    config = commands.configuration([f"--config={tmp_path}/good.py", "--config.seed=3"])
+    assert (config.seed, config.chips.h100) == (3, (("epochs", 7),))  # the command line wins
+    for arguments, message in (
+        (["bad.py"], "error: the configuration cannot be loaded: such world"),
+        (["none.py"], "error: the configuration cannot be loaded: .*none.py"),
+        (["good.py", "--config.sed=3"], "error: unknown configuration key: .*sed"),
+        (["good.py", "--config.seed=x"], "error: the configuration cannot be loaded: .*seed"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            commands.configuration([f"--config={tmp_path}/{arguments[0]}", *arguments[1:]])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The check of a whole configuration, its JSON form, and the configuration files."""
 
+import functools
+import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -119,6 +122,60 @@ def test_json_round_trip(micro):
     assert config_lib.differences(micro, again) == ["loss.temperature: 0.5 -> 0.7"]
 
 
+def test_stored_configurations_of_this_and_earlier_versions():
+    content = config_lib.base().to_dict()
+    retired = {"order": "shuffled", "mesh": content["mesh"] | {"cpu_devices": 0}}
+    again = config_json.from_json(json.dumps(content | retired))
+    assert config_lib.differences(config_lib.base(), again) == []
+    assert again.is_locked
+    for change, message in (
+        ({"order": "sorted"}, "config.order is 'sorted'; this version computes 'shuffled' only"),
+        ({"mesh": {"fsdp": 1, "cpu_devices": 4}}, "config.mesh.cpu_devices is 4; this version computes 0 only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_json.from_json(json.dumps(content | change))
+    del content["loss"]["side"], content["forgetting"]
+    assert config_lib.differences(config_lib.base(), config_json.from_json(json.dumps(content))) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "fits", "others"),
+    [
+        ("seed", [0, -5, 1 << 53], [(1 << 53) + 1, True, 1.5, "1", None]),
+        ("model.head.channels", [0, 1 << 15], [-1, (1 << 15) + 1, False]),
+        ("loss.temperature", [0.5, 3, -1e300], [True, "0.5", 10**400]),
+        ("detection.definitions", [True, False], [0, 1, "yes"]),
+        ("name", ["", "x"], [3, ["x"]]),
+        ("model.swin.depths", [[1, 1, 1, 128]], [[1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 129], [1, 1, 1, True]]),
+        ("eval.canvases", [[[32, 16384]], [[64, 64]] * 64], [[], [[48, 64]], [[0, 32]], [[32, 16416]], [[32]]]),
+        ("detection.data", [[], ["a"], "a"], [3, {"a": 1}]),
+        ("eval", [], [3, [1]]),
+    ],
+)  # fmt: skip
+def test_types_and_sizes_of_stored_values(key, fits, others):
+    *path, last = key.split(".")
+
+    def stored(value):
+        content = config_lib.base().to_dict()
+        functools.reduce(lambda part, name: part[name], path, content)[last] = value
+        config = config_json.from_json(json.dumps(content), where="here")
+        return functools.reduce(lambda part, name: part[name], key.split("."), config)
+
+    for value in fits:
+        assert json.loads(json.dumps(stored(value))) == value
+    for value in others:
+        with pytest.raises(ValueError, match=rf"here is none of a run: config\.{key} is .*, not "):
+            stored(value)
+
+
+def test_five_problems_of_a_stored_configuration_are_named():
+    content = config_lib.base().to_dict()
+    for key in ("seed", "epochs", "num_steps", "timeout_s", "log_every_steps", "profile_steps", "name"):
+        content[key] = [1]
+    with pytest.raises(ValueError, match=r"(config\.\w+ is .*; ){5}and 2 more$"):
+        config_json.from_json(json.dumps(content))
+
+
 def test_all_problems_are_listed_at_once(micro):
     micro.loss.side = "both"
     micro.loss.temperature = 0.0
@@ -156,9 +213,115 @@ def test_batches_must_divide_over_devices_and_chunks(micro):
         validation.validate(micro, num_devices=8)
 
 
-@pytest.mark.parametrize("size", ["nano", "swin_t", "swin_s", "swin_b", "swin_l"])
-def test_model_sizes(size):
-    assert config_lib.model(size).swin.embed_dim > 0
+def test_model_sizes():
+    sizes = {
+        name: (c.swin.embed_dim, c.swin.depths, c.swin.num_heads, c.swin.window_size, c.embed_dim, c.dtype)
+        for name in ("nano", "swin_t", "swin_s", "swin_b", "swin_l")
+        for c in (config_lib.model(name),)
+    }
+    assert sizes == {
+        "nano": (32, (1, 1, 2, 1), (1, 2, 4, 8), 4, 64, "float32"),
+        "swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 512, "bfloat16"),
+        "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7, 512, "bfloat16"),
+        "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7, 512, "bfloat16"),
+        "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 512, "bfloat16"),
+    }
+    c = config_lib.model("swin_t")
+    assert (c.head.channels, c.head.num_convs, c.head.num_groups, c.head.deformable) == (256, 4, 32, True)
+    assert (c.text.width, c.text.num_layers, c.text.num_heads) == (512, 12, 8)
+    assert (c.logit.normalize_regions, c.logit.scale) == (False, 1.0)
+    assert c.logit.bias == pytest.approx(math.log(0.01 / 0.99))
+
+
+def test_what_no_table_says_is_as_decided():
+    """Values of ATSS, GLIP and of docs/decisions.md, which no table of the paper has."""
+    c = config_lib.base()
+    expected = {
+        "loss.focal_alpha": 0.25, "loss.focal_gamma": 2.0, "loss.objectness_weight": 1.0,
+        "loss.selection_pre_nms": 1000, "loss.selection_nms_iou": 0.6, "loss.matching_temperature": 0.1,
+        "loss.selection": "text_batch",
+        "loss.selection_scope": "global", "loss.matching": "one_to_one", "loss.side": "text_to_image",
+        "loss.chunk_bytes": 134_217_728, "optimizer.clip_norm": 35.0, "optimizer.decay_at": (2 / 3, 11 / 12),
+        "optimizer.decay_factor": 0.1, "optimizer.patience": 5, "optimizer.ema_decay": 0.0,
+        "eval.nms_iou": 0.6, "eval.pre_nms": 1000, "eval.max_detections": 300, "eval.score_threshold": 0.0,
+        "eval.short_side": 800, "eval.long_side": 1333, "eval.max_bad_share": 0.0, "eval.batch_size": 32,
+        "detection.max_boxes": 300, "grounding.max_boxes": 100, "image_text.max_phrases": 8,
+        "detection.short_side": (480, 800), "detection.long_side": 1333, "image_text.short_side": (320, 320),
+        "image_text.long_side": 320, "detection.flip_prob": 0.5, "image_text.flip_prob": 0.5,
+        "detection.max_bad_share": 0.01, "detection.few_shot_seed": 3, "checkpoint.every_steps": 1000,
+        "checkpoint.keep": 3, "checkpoint.keep_best": False, "nonfinite": "stop", "seed": 0, "num_steps": 0,
+        "timeout_s": 600, "input.timeout_s": 300, "log_every_steps": 50, "pictures_every_steps": 1000,
+    }  # fmt: skip
+    values = config_lib.flat(c)
+    assert {key: values[key] for key in expected} == expected
+    assert config_lib.for_chip(c, None).to_dict() == c.to_dict()
+
+
+# (keys, values at the edge of what is allowed, values beyond it)
+EDGES = [
+    ("epochs log_every_steps checkpoint.every_steps checkpoint.keep optimizer.patience timeout_s", [1], [0]),
+    ("model.text.num_heads model.head.num_groups input.timeout_s", [1], [0]),
+    ("mesh.fsdp", [1, 8], [0, 3, 16]),
+    ("detection.num_shots optimizer.stop_patience eval.every_steps eval.every_epochs", [0], [-1]),
+    ("loss.temperature loss.matching_temperature", [1e-9, 5.0], [0.0, -1.0]),
+    ("loss.label_smoothing optimizer.ema_decay", [0.0, 0.999], [1.0, -0.001]),
+    ("optimizer.decay_factor", [0.001, 0.999], [0.0, 1.0]),
+    ("optimizer.decay_at", [(), (0.001, 0.999)], [(0.0,), (0.5, 1.0), ("a",), 0.5]),
+    ("detection.unflippable_words image_text.unflippable_words", [(), ("links",)], [("",), ("a", " "), (3,), "links"]),
+    ("eval.drop_categories detection.drop_categories", [(), ("a",)], [("",), (3,)]),
+    ("optimizer.frozen", ["", "a.*"], ["("]),
+    ("init_from.swin init_from.text", ["", "a.safetensors"], ["a.pth", "asafetensors"]),
+    ("detection.from_epoch grounding.from_epoch", [0, 2], [-1, 3]),
+    ("optimizer.min_learning_rate", [0.0, 0.0999], [-1e-9, 0.1]),
+    ("detection.short_side", [(64, 64), (32, 64)], [(64, 32), (0, 64), (64,), 64, ("a", "b")]),
+    ("eval.short_side", [1, 64], [0, -1]),
+    ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 100),), ((0, 32),), ((32,),)]),
+    ("detection.images eval.annotations", ["a", "/a"], ["gs://a", "s3://b"]),
+    ("loss.selection_scope", ["device", "global"], ["host"]),
+    ("model.dtype", ["float32", "bfloat16"], ["float16"]),
+    ("nonfinite", ["stop", "skip"], ["go on"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "allowed", "refused"), EDGES, ids=[edges[0].split()[0] for edges in EDGES])
+def test_edges_of_what_is_allowed(micro, keys, allowed, refused):
+    micro.epochs, micro.optimizer.learning_rate, micro.eval.every_steps = 3, 0.1, 1
+    for name in keys.split():
+        *path, last = name.split(".")
+
+        def problem_of(value, path=path, last=last):
+            config = micro.copy_and_resolve_references()
+            section = functools.reduce(lambda part, key: part[key], path, config)
+            with section.ignore_type():
+                section[last] = value
+            try:
+                validation.validate(config, num_devices=8)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        for value in allowed:
+            assert f"config.{name}" not in problem_of(value), value
+        for value in refused:
+            assert f"config.{name}" in problem_of(value), value
+
+
+def test_heads_of_the_selection_and_the_nearest_batch(micro):
+    for selection in ("classification", "iou"):
+        for objectness in ("none", "classification", "iou"):
+            micro.loss.selection, micro.model.head.objectness = selection, objectness
+            if selection == objectness:
+                validation.validate(micro, num_devices=8)
+            else:
+                with pytest.raises(
+                    ValueError, match=f"'{selection}' but config.model.head.objectness is '{objectness}'"
+                ):
+                    validation.validate(micro, num_devices=8)
+    micro.eval.every_steps, micro.optimizer.stop_patience, micro.eval.every_epochs = 0, 1, 0
+    micro.grounding.batch_size = 22
+    with pytest.raises(ValueError, match=r"optimizer\.stop_patience need scores") as error:
+        validation.validate(micro, num_devices=8)
+    assert "= 8; the nearest that is: 24" in str(error.value)
 
 
 def test_unknown_names_say_what_is_allowed():

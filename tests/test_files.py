@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import unicodedata
@@ -86,6 +88,7 @@ def test_any_name_becomes_one_part_of_a_path(tmp_path, name):
 
 
 def test_different_names_stay_different_and_plain_ones_as_they_are():
+    assert re.fullmatch(r"a_b-[0-9a-f]{12}", files.safe_name("a/b"))
     names = [*map(str, HOSTILE), "a/b", "a_b", "a\\b", "é", "e\u0301", "a" * 200 + "1", "a" * 200 + "2"]
     assert len({unicodedata.normalize("NFC", files.safe_name(name)) for name in names}) == len(names)
     for plain in (42, "42", "red car", "000000000042", "Käse", "cat_1-2.jpg"):
@@ -134,13 +137,14 @@ def test_names_of_devices_and_marks_apart_from_their_letters():
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
-    path = tmp_path / "new folder" / "scores.json"
+    path = tmp_path / "new" / "folder" / "scores.json"
     files.write_json(path, {"AP": 1, "name": "é"})
     assert path.read_text(encoding="utf-8") == '{"AP": 1, "name": "é"}\n'
 
     def interrupted():
         with files.whole(path) as partial:
             assert (partial.parent, partial.suffix) == (path.parent, ".json")
+            assert str(os.getpid()) in partial.name  # another process has its own
             partial.write_text("half")
             raise KeyboardInterrupt
 
@@ -164,8 +168,9 @@ def test_a_lock_keeps_other_processes_out_until_its_process_is_gone(tmp_path):
         with pytest.raises(files.LockedError, match=r"^process \d+ on "), files.locked(tmp_path / "lock"):
             pass
         first.kill()
+    (tmp_path / "lock").write_text("process 12345678 on a host with a long name\n")
     with files.locked(tmp_path / "lock"):
-        pass
+        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_arrays_are_read_by_name_and_nothing_else_is(tmp_path):

@@ -7,6 +7,8 @@ def test_one_text_with_a_side_is_enough():
     english = pattern((), english=True)
     assert speaks_of_sides(["dog", "left shoe"], english)
     assert speaks_of_sides(["turnLeft_sign2"], english)
+    for word in ("leftmost", "Rightwards", "left-hand", "right handed", "lefthander", "clockwise", "anti-clock-wise"):
+        assert speaks_of_sides([f"a {word} one"], english), word
     assert not speaks_of_sides(["dog", "leftover", "bright"], english)
     assert not speaks_of_sides(["left"], pattern((), english=False))
 
