@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself and how it is compared with a model; saving and restoring are in tests/faults."""
+"""What a checkpoint holds, which ones stay, which are damaged, and how it is compared with a model."""
 
 import contextlib
 import types
@@ -10,6 +10,7 @@ import pytest
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json
 from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs.state import TrainState
 
 SHAPES = {"a": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}, "b": jax.ShapeDtypeStruct((), np.float32)}
 
@@ -63,3 +64,84 @@ def test_the_newest_and_the_best_stay(best, kept):
     stored = [types.SimpleNamespace(step=step) for step in (1, 2, 3, 4)]
     stays = policy.should_preserve(stored, context=None)
     assert [checkpoint.step for checkpoint, stay in zip(stored, stays, strict=True) if stay] == kept
+
+
+def state(step, *, ema=True):
+    """Returns a small state whose arrays are all different."""
+    arrays = [np.float32(100 * step + i) + np.arange(6, dtype=np.float32).reshape(2, 3) for i in range(3)]
+    params, moments, average = ({"a": {"kernel": jax.numpy.asarray(array)}} for array in arrays)
+    return TrainState(jax.numpy.int32(step), params, {"mu": moments}, average if ema else None)
+
+
+def change(path, *, item):
+    """Flips a bit of the largest file of an item of a checkpoint."""
+    files = [file for file in (path / item).rglob("*") if file.is_file() and file.name != "sha256.json"]
+    file = max(files, key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    return str(file.relative_to(path / item))
+
+
+def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=2)) as ours:
+        assert (ours.latest_step(), ours.best_step(), ours.intact_step(["params"])) == (None, None, None)
+        for step in (1, 2, 3, 4):
+            ours.save(step, state(step))
+            if step == 2:
+                ours.mark_best(2, score="AP", value=0.5)
+            ours.wait()
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+        assert (ours.latest_step(), ours.best_step()) == (4, 2)
+        ours.save(4, state(9))  # is there
+        ours.mark_best(5, score="AP", value=0.6)
+        assert ours.best_step() == 4  # the best one is marked before it is written
+        ours.mark_best(2, score="AP", value=0.5)
+        for step in (2, 4):
+            restored = ours.restore(jax.eval_shape(lambda: state(0)), step=step)
+            jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+        assert ours.restore(jax.eval_shape(lambda: state(0, ema=False)), step=3).ema is None
+        np.testing.assert_array_equal(ours.restore_params(3)["a"]["kernel"], state(3).params["a"]["kernel"])
+        np.testing.assert_array_equal(ours.restore_params(3, "ema")["a"]["kernel"], state(3).ema["a"]["kernel"])
+        everything = ["params", "optimizer", "ema"]
+        assert ours.damage(4, everything) == []
+        assert ours.intact_step(everything) == 4
+        assert ours.intact_step(everything, first=2) == 2
+        assert ours.intact_step(everything, before=4) == 3
+        name = change(folder / "4", item="optimizer")
+        assert ours.damage(4, everything) == [f"optimizer/{name} has changed"]
+        assert ours.intact_step(["params", "ema"]) == 4
+        assert ours.intact_step(everything) == 3
+        assert f"checkpoint {folder / '4'} is damaged: optimizer/{name} has changed" in caplog.text
+        (folder / "3" / "params" / "sha256.json").write_text("[]")
+        assert ours.damage(3, ["params"]) == ["params/sha256.json has changed"]
+        (folder / "3" / "params" / "sha256.json").unlink()
+        assert ours.damage(3, ["params"]) == ["params/sha256.json is missing"]
+        assert ours.intact_step(everything, set_aside=True) == 2
+        assert sorted(path.name for path in folder.iterdir()) == ["2"]
+        assert sorted(path.name[:2] for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["3_", "4_"]
+        assert ours.latest_step() == 2
+        change(folder / "2", item="params")
+        with pytest.raises(checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move"):
+            ours.intact_step(everything, set_aside=True)
+        assert (folder / "2").exists()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_what_a_workdir_predicts_with(tmp_path, ema_decay):
+    config = config_lib.base()
+    config.optimizer.ema_decay = ema_decay
+    (tmp_path / "config.json").write_text(config_json.to_json(config))
+    with pytest.raises(ValueError, match="has no checkpoints"):
+        checkpoints.load_for_inference(tmp_path)
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        for step in (1, 2, 3):
+            ours.save(step, state(step, ema=ema_decay > 0))
+        ours.mark_best(2, score="AP", value=0.5)
+    for step in (2, 3):  # the best one, or where it is damaged the newest
+        found, params, number = checkpoints.load_for_inference(tmp_path)
+        assert (found.optimizer.ema_decay, number) == (ema_decay, step)
+        expected = state(step).ema if ema_decay else state(step).params
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        change(tmp_path / "checkpoints" / "2", item="ema" if ema_decay else "params")

@@ -13,6 +13,7 @@ from detclipv2_jax.runs.optimizer import (
     frozen_mask,
     learning_rate,
     make_optimizer,
+    overview,
     param_name,
     verdict,
     with_rate_factor,
@@ -47,6 +48,27 @@ def test_kernels_decay_and_norms_biases_tables_and_scales_do_not(micro):
 def test_a_parameter_in_no_group_is_named():
     with pytest.raises(ValueError, match=r"1 parameters match no regex .* head/kernel"):
         assign_groups({"head": {"kernel": 0}, "swin": {"bias": 0}}, ((r"swin/.*", 1.0, True),))
+
+
+def test_ten_parameters_in_no_group_are_named():
+    for num, more in ((10, False), (12, True)):
+        with pytest.raises(ValueError, match=f"{num} parameters match no regex") as error:
+            assign_groups({f"p{i:02d}": 0 for i in range(num)}, ())
+        named = ", ".join(f"p{i:02d}" for i in range(10))
+        assert f": {named}{' …' if more else ''}; add a group" in str(error.value)
+
+
+def test_the_table_of_parameters():
+    params = {"head": {"kernel": np.zeros((2, 3)), "kernel_two": np.zeros(4)}, "text": np.zeros((), np.float32)}
+    groups = (("text", 0.1, False), ("head/.*", 1.0, True), (".*", 7.0, True))
+    rows = overview(params, groups, frozen="head/kernel").splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith("| ")][1:]
+    assert cells == [
+        ["head/kernel", "(2, 3)", "float64", "6", "frozen", "yes"],
+        ["head/kernel_two", "(4,)", "float64", "4", "x 1", "yes"],
+        ["text", "()", "float32", "1", "x 0.1", "no"],
+    ]
+    assert rows[-1] == "Total: 11"
 
 
 def test_a_regex_matches_whole_names():

@@ -65,6 +65,8 @@ def test_weights_multiply_the_steps_of_a_stream_and_zero_leaves_it_out():
     schedule = StepOrder((10, 10, 10), epochs=1, seed=0, weights=(0.5, 0.0, 2.0))
     drawn = np.bincount([schedule.draw(step).stream for step in range(schedule.num_steps)], minlength=3)
     assert drawn.tolist() == [5, 0, 20]
+    rare = StepOrder((10, 100), epochs=3, seed=0, weights=(0.01, 1.0))  # a tenth of a batch is one
+    assert np.bincount([rare.draw(step).stream for step in range(rare.num_steps)]).tolist() == [3, 300]
 
 
 def test_num_steps_caps_the_run_but_not_the_horizon():

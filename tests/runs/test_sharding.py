@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from oracle.towers import make_batch
@@ -29,8 +30,13 @@ def test_the_largest_divisible_axis_is_split(shape, fsdp, spec):
 
 
 def test_mesh_that_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide the number of devices, 8"):
-        sharding.make_mesh(fsdp=3)
+    for fsdp in (3, 0, -2, 16):
+        with pytest.raises(ValueError, match=rf"mesh.fsdp={fsdp} must divide the number of devices, 8"):
+            sharding.make_mesh(fsdp=fsdp)
+    devices = jax.devices()
+    mesh = sharding.make_mesh(fsdp=4, devices=devices[::-1])  # in the order of processes, rows together
+    assert mesh.axis_names == ("data", "fsdp")
+    assert [[device.id for device in row] for row in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_parameters_and_moments_shrink_with_fsdp(micro):
@@ -50,6 +56,25 @@ def test_parameters_and_moments_shrink_with_fsdp(micro):
     assert eighth < 0.16 * whole
 
 
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_state_begins_at_step_zero_with_its_parameters_as_average(ema):
+    params = {"a": np.arange(16, dtype=np.float32).reshape(8, 2), "b": np.float32(3.0)}
+    tx = optax.adam(0.1)
+    state = train_state.create(params, tx, ema=ema)
+    assert (int(state.step), state.step.dtype) == (0, np.int32)
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    placed = train_state.state_shardings(sharding.make_mesh(fsdp=4), tx, params, ema=ema)
+    expected = {"a": P("fsdp", None), "b": P()}
+    moments = [placed.opt_state[0].mu, placed.opt_state[0].nu]
+    if ema:
+        jax.tree.map(np.testing.assert_array_equal, state.ema, params)
+    else:
+        assert state.ema is placed.ema is None
+    for tree in (placed.params, *moments, *([placed.ema] if ema else [])):
+        assert {name: place.spec for name, place in tree.items()} == expected
+    assert placed.step.spec == placed.opt_state[0].count.spec == P()
+
+
 def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):
     batch = make_batch(Kind.DETECTION, seed=0, federated=True)
     monkeypatch.setattr(sharding.jax, "process_index", lambda: 2)
@@ -63,9 +88,12 @@ def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, same, batch)
 
 
-def test_every_parameter_has_its_place_and_counts_of_one_process_stay():
+def test_every_parameter_has_its_place_and_counts_are_those_of_processes(monkeypatch):
     mesh = sharding.make_mesh(fsdp=4)
     placed = sharding.param_shardings(mesh, {"a": jax.ShapeDtypeStruct((8, 3), np.float32), "b": np.zeros(())})
     assert {name: place.spec for name, place in placed.items()} == {"a": P("fsdp", None), "b": P()}
     assert all(place.mesh == mesh for place in placed.values())
-    assert sharding.summed({"x": 3}, mesh) == {"x": 3}
+    counts = {"x": 3, "y": 4}
+    assert sharding.summed(counts, mesh) is counts
+    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)  # the other one has no devices here
+    assert sharding.summed(counts, mesh) == counts
