@@ -10,15 +10,21 @@ import functools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from detclipv2_jax.visualize import drawing
+
+Line = tuple[np.ndarray, np.ndarray]  # steps, values
+Series = dict[str, Line]  # by name
+_GROUPS = ("detection", "grounding", "image_text", "eval", "timing", "forgetting/before", "forgetting/after")
 
 
 def curves(
@@ -29,49 +35,88 @@ def curves(
 ) -> drawing.Picture:
     """Returns the curves of a run's `metrics.jsonl`: one panel a quantity, one line a kind of data.
 
-    Thin: every value. Thick: a moving mean. `names` chooses quantities ("loss_alignment"); without it all are drawn.
+    Thin: every value. Thick: a moving mean. Losses come first, then scores in %, the share of right names, speed, and
+    the rest; what never changes is left out. Scores of a single evaluation are bars. `names` chooses quantities
+    ("loss_alignment"), which are drawn whatever they are.
 
     Raises:
       ValueError: the file is missing, holds something else, or has none of the names.
     """
-    series = read_metrics(metrics)
-    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for name, (steps, values) in series.items():
-        group, _, quantity = name.rpartition("/")
-        if group in ("eval", "forgetting") and (np.asarray(values) == -1).all():
-            continue  # pycocotools' mark: nothing of that kind to score
-        panels.setdefault(quantity, {})[group] = (steps, values)
-    groups = sorted({group for lines in panels.values() for group in lines} - {""})
-    colors = {group: hex_color(drawing.nth_color(i)) for i, group in enumerate(groups)}
-    colors[""] = "#191919"
+    panels = _panels(read_metrics(metrics))
+    groups = sorted({group for lines in panels.values() for group in lines} - {"", *_GROUPS})
+    colors = {group: hex_color(drawing.nth_color(i)) for i, group in enumerate([*_GROUPS, *groups])} | {"": "#191919"}
+    bars = dict[str, float]()
     if names:
         missing = sorted(set(names) - panels.keys())
         if missing:
             raise ValueError(f"{metrics} has no {', '.join(missing)}; it has {', '.join(sorted(panels))}")
         panels = {name: panels[name] for name in names}
-    shown = {group for lines in panels.values() for group in lines}
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    elif moving := {name: lines for name, lines in panels.items() if any(map(_moves, lines.values()))}:
+        single = {name: lines["eval"][1] for name, lines in panels.items() if "eval" in lines and name not in moving}
+        bars = {name: values[-1] for name, values in single.items() if not name.startswith(("fixed_", "found"))}
+        panels = moving
+    columns = min(4, len(panels) + bool(bars))
+    rows = math.ceil((len(panels) + bool(bars)) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows + 0.5), dpi=100, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places[len(panels) + bool(bars) :]:
         axes.set_axis_off()
-    for axes, (quantity, lines) in zip(grid.flat, panels.items(), strict=False):
-        for group, (steps, values) in lines.items():
-            window = np.ones(min(1 + len(values) // 20, 51))
-            mean = np.convolve(values, window, mode="same") / np.convolve(np.ones_like(values), window, mode="same")
-            axes.plot(steps, values, color=colors[group], linewidth=0.6, alpha=0.45)
-            marker = "o" if len(steps) < 3 else ""
-            axes.plot(steps, mean, color=colors[group], linewidth=1.8, marker=marker)
-        axes.set_title(quantity, fontsize=11)
-        axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=9)
-        axes.grid(color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
+    if bars:
+        position = sum(name.startswith("loss") for name in panels)
+        axes = places.pop(position)
+        axes.barh(list(bars)[::-1], list(bars.values())[::-1], color=colors["eval"])
+        axes.set_title("scores (%)", fontsize=11)
+        axes.tick_params(labelsize=min(9, 90 / len(bars)))
+    for axes, (quantity, lines) in zip(places, panels.items(), strict=False):
+        _draw_lines(axes, lines, colors)
+        axes.set_title(f"{quantity} (%)" if _is_score(quantity) else quantity, fontsize=11)
+    shown = {group for lines in panels.values() for group in lines} | ({"eval"} if bars else set())
     line = functools.partial(matplotlib.lines.Line2D, [], [], linewidth=3)
-    handles = [line(color=colors[group], label=group) for group in groups if group in shown]
+    handles = [line(color=color, label=group) for group, color in colors.items() if group in shown - {""}]
     figure.legend(handles=handles, loc="outside upper center", ncols=max(len(handles), 1), frameon=False, fontsize=11)
     return render(figure, path)
+
+
+def _panels(series: Series) -> dict[str, Series]:
+    """Returns quantity → group → (steps, values), what matters most first, scores in %."""
+    panels: dict[str, Series] = {}
+    for name in sorted(series, key=lambda name: _place(name.rpartition("/")[2])):
+        steps, values = series[name]
+        group, _, quantity = name.rpartition("/")
+        scored = group == "eval" or group.startswith("forgetting")
+        if scored and (values == -1).all():
+            continue  # pycocotools' mark: nothing of that kind to score
+        panels.setdefault(quantity, {})[group] = (steps, values * 100 if _is_score(quantity) else values)
+    return panels
+
+
+def _is_score(quantity: str) -> bool:
+    return re.match(r"(fixed_)?A[PR]|top1|found", quantity) is not None
+
+
+def _place(quantity: str) -> tuple[int, str]:
+    """Returns what quantities are sorted by."""
+    order = (r"loss", r"A[PR]|fixed_", r"top1|found", r"images_per|step_seconds", r"learning_rate")
+    return next((i for i, pattern in enumerate(order) if re.match(pattern, quantity)), len(order)), quantity
+
+
+def _moves(line: Line) -> bool:
+    return len(np.unique(line[1])) > 1
+
+
+def _draw_lines(axes: Axes, lines: Series, colors: Mapping[str, str]) -> None:
+    for group, (steps, values) in lines.items():
+        window = np.ones(min(1 + len(values) // 20, 51))
+        mean = np.convolve(values, window, mode="same") / np.convolve(np.ones_like(values), window, mode="same")
+        axes.plot(steps, values, color=colors[group], linewidth=0.6, alpha=0.45)
+        axes.plot(steps, mean, color=colors[group], linewidth=1.8, marker="o" if len(steps) < 3 else "")
+    top = max(np.quantile(values, 0.98) for _, values in lines.values())
+    if top > 0 and top < 0.3 * axes.get_ylim()[1]:  # a first step that compiles hides no others
+        axes.set_ylim(top=1.5 * top)
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def lines(
@@ -143,7 +188,7 @@ def histograms(
     return render(figure, path)
 
 
-def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_metrics(path: str | pathlib.Path) -> Series:
     """Returns name → (steps, values) of a `metrics.jsonl`; of a step that was written twice the later value counts."""
     try:
         rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines() if line.strip()]

@@ -213,6 +213,7 @@ def test_curves_have_a_panel_a_quantity(tmp_path):
         {"step": step, f"{kind}/loss": 1.0 / step, f"{kind}/empty": None}
         for step, kind in zip(range(1, 41), ["detection", "image_text"] * 20, strict=True)
     ]
+    rows += [{"step": step, "detection/num_cut": 0.0} for step in (1, 3)]  # never changes: not drawn
     rows += [{"step": 40, "eval/AP": 0.1, "eval/AP50": 0.2}, {"step": 40, "eval/AP": 0.3}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     series = charts.read_metrics(path)
@@ -221,12 +222,46 @@ def test_curves_have_a_panel_a_quantity(tmp_path):
     assert "detection/empty" not in series
     picture = charts.curves(path, path=tmp_path / "curves.png")
     only = charts.curves(path, names=["loss"])
-    assert picture.shape[1] == 3 * 420
+    assert picture.shape[1] == 2 * 420
     assert only.shape[1] == 420
-    for color in (drawing.PALETTE[0], drawing.PALETTE[2]):  # detection and image_text; eval is between
+    for color in (drawing.PALETTE[0], drawing.PALETTE[2]):  # detection and image_text, wherever others are
         assert _has(only, color).sum() > 50
-    with pytest.raises(ValueError, match=r"has no loss_x; it has AP, AP50, loss"):
+        assert not _has(only, drawing.PALETTE[3]).any()
+    bars = _has(picture, drawing.PALETTE[3])[:, 420:].sum(axis=1)  # scores of a single evaluation, right of the losses
+    assert bars.max() / np.median(bars[bars > 0][-20:]) == pytest.approx(0.3 / 0.2, rel=0.05)
+    assert charts.curves(path, names=["num_cut"]).shape[1] == 420
+    with pytest.raises(ValueError, match=r"has no loss_x; it has AP, AP50, loss, num_cut"):
         charts.curves(path, names=["loss_x"])
+
+
+def _panel_titles(monkeypatch, path, **options):
+    figures = []
+    monkeypatch.setattr(charts, "render", lambda figure, path: figures.append(figure))
+    charts.curves(path, **options)
+    return {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
+
+
+def test_what_matters_most_comes_first_and_scores_are_in_percent(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": step, "timing/images_per_second": 10.0 - step, "detection/grad_norm": step, "eval/top1": 0.1 * step,
+         "timing/step_seconds": 20.0 if step == 1 else 0.2 + step / 1000, "detection/loss_box": 1 / step,
+         "eval/AP": 0.2 * step, "eval/APc": -1, "eval/fixed_AP": 0.3, "eval/AR@300": 0.5}
+        for step in range(1, 101)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    panels = _panel_titles(monkeypatch, path)
+    expected = ["loss_box", "scores (%)", "AP (%)", "top1 (%)", "images_per_second", "step_seconds", "grad_norm"]
+    assert sorted(panels) == sorted(expected)
+    places = {title: axes.get_subplotspec().num1 for title, axes in panels.items()}
+    assert sorted(places, key=places.get) == expected
+    assert panels["AP (%)"].lines[0].get_ydata()[1] == pytest.approx(40)
+    assert panels["step_seconds"].get_ylim()[1] < 1  # the first step compiles
+    assert panels["loss_box"].get_ylim()[1] > 0.9
+    ((_, label),) = [(bar, text.get_text()) for bar, text in zip(panels["scores (%)"].patches,
+                     panels["scores (%)"].get_yticklabels(), strict=True)]  # fmt: skip
+    assert label == "AR@300"
+    assert panels["scores (%)"].patches[0].get_width() == pytest.approx(50)
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]\n", "{\n", '{"loss": 1}\n'])
