@@ -124,6 +124,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     ]
     problems += [
         *_of_places(config),
+        *_of_scenes(config),
         *_of_chips(config),
         *_of_model(config),
         *_of_scores(config),
@@ -178,6 +179,17 @@ def _of_model(config: ConfigDict) -> Iterator[str]:
         values = config.model[section]
         if values[size] % max(values[parts], 1):
             yield f"config.model.{section}.{size} {values[size]} must be a multiple of {parts} {values[parts]}"
+
+
+def _of_scenes(config: ConfigDict) -> Iterator[str]:
+    """Yields files of a kind whose scenes are generated, which would take their place."""
+    for kind in (*KINDS, "eval"):
+        for key in ("pairs" if kind == "image_text" else "annotations", "images"):
+            if (num := config.scenes[f"num_{kind}"]) and (given := config[kind][key]):
+                yield (
+                    f"config.{kind}.{key} is {given!r}, but config.scenes.num_{kind} generates {num} scenes in its "
+                    f"place; set config.scenes.num_{kind} to 0, or leave out the files"
+                )
 
 
 def _of_scores(config: ConfigDict) -> Iterator[str]:

@@ -194,6 +194,20 @@ def test_all_problems_are_listed_at_once(micro):
         assert part in str(error.value)
 
 
+def test_files_whose_place_generated_scenes_would_take_are_refused(micro):
+    micro.eval.annotations, micro.image_text.pairs, micro.grounding.images = "val.json", "pairs.tsv", "photos"
+    with pytest.raises(ValueError, match="3 problem") as error:
+        validation.validate(micro, num_devices=8)
+    for key, value, kind, num in (
+        ("eval.annotations", "val.json", "eval", 12),
+        ("image_text.pairs", "pairs.tsv", "image_text", 24),
+        ("grounding.images", "photos", "grounding", 24),
+    ):
+        assert f"config.{key} is {value!r}, but config.scenes.num_{kind} generates {num} scenes" in str(error.value)
+        micro.scenes[f"num_{kind}"] = 0
+    validation.validate(micro, num_devices=8)
+
+
 def test_widths_must_be_multiples_of_heads_and_groups(micro):
     micro.model.text.num_heads, micro.model.head.num_groups = 5, 7
     with pytest.raises(ValueError, match="2 problem") as error:

@@ -21,6 +21,7 @@ from detclipv2_jax.data.catalog import command_of
 from detclipv2_jax.data.checks import documented
 from detclipv2_jax.data.concepts import Vocabulary, display_name
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
+from detclipv2_jax.data.selection import NOTHING, say_unused
 
 INDEX, VOCABULARY, REPORT = "index.npz", "vocabulary.json", "build_report.json"
 PHRASES = "phrases.tsv"
@@ -272,6 +273,10 @@ def read_built(
         if not any(stays):
             raise ValueError(f"{folder} has no category beside those that drop_categories names")
     vocabulary = Vocabulary(*columns)
+    without_boxes = report.get("categories without a box", ())  # builds of before do not say it
+    rows = [{"id": i, "name": name} for i, name in enumerate(vocabulary.names)]
+    used = {row["id"] for row in rows if row["name"] not in without_boxes}
+    say_unused(rows, used, folder, option=NOTHING.option)
     return BuiltSource(
         path,
         kind=kind,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from detclipv2_jax.data.box_json import BoxSource, read_detection
-from detclipv2_jax.data.schema import Record, UnusableError
+from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.prepare.record_builder import RecordBuilder, Tally
 
 
@@ -33,6 +33,8 @@ class BoxReader:
         self.inputs = {str(source.path): describe_file(source.path)}
         self.counters = source.counters
         self.facts: dict[str, Any] = {"federated": source.federated}
+        if self.kind is Kind.DETECTION:
+            self.facts["categories without a box"] = source.without_boxes
         self._source, self._indices, self._size = source, indices, shard_size
         self._folder = os.path.realpath(folder)
 

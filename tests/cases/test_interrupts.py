@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -182,3 +183,46 @@ def test_an_evaluation_by_two_processes(tmp_path, at_barrier):
         started = [start("main", argv, before=before, JAX_PROCESS_ID=str(i), **variables) for i in range(2)]
         for outcome in interrupted([stack.enter_context(process) for process in started]):
             ends_with_a_line(outcome)
+
+
+TRAINING = """
+from cases.test_runs import small_config
+def get_config():
+    c = small_config()
+    c.num_steps, c.checkpoint.every_steps, c.log_every_steps = 10000, 10000, 1
+    c.input.num_workers = 0
+    return c
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_training_by_two_processes(tmp_path, at_once):
+    (tmp_path / "config.py").write_text(TRAINING)
+    # the step after which one process is at work, and all get the signal, is not the one after which they stop
+    before = (
+        "from detclipv2_jax import train; finish = train.finish_step; "
+        "train.finish_step = lambda done, *a, **o: finish(done, *a, **o) or "
+        "(done == 2 and print('at work', file=sys.stderr, flush=True))"
+    )
+    if at_once:
+        before += "; from detclipv2_jax.runs.checkpoints import Checkpoints; Checkpoints.save = " + WAIT
+    argv = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", "--distributed=on"]
+    address = f"localhost:{portpicker.pick_unused_port()}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    flags = re.sub(r"--xla_force\S*", "", os.environ["XLA_FLAGS"])
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(start("main", argv, before=before, JAX_PROCESS_ID=str(i), XLA_FLAGS=flags, **variables))
+            for i in range(2)
+        ]
+        outcomes = interrupted(started, times=1 + at_once)
+    if at_once:
+        for outcome in outcomes:
+            ends_with_a_line(outcome, "stopped by Ctrl-C at once")
+        return
+    (saved,) = (path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    for status, said in outcomes:
+        assert status == 130, said
+        assert "Traceback" not in said
+        assert f"stopped by Ctrl-C after step {saved}, which is saved" in said.strip().splitlines()[-1]

@@ -199,6 +199,21 @@ def test_built_folders_can_drop_categories(folder):
         building.build("grounding_json", output=str(folder / "other"), **options)
 
 
+def test_built_folders_say_which_categories_have_no_box(folder, caplog):
+    (folder / "d.json").write_text(json.dumps(roboflow()))
+    building.build("coco_json", input=str(folder / "d.json"), images=str(folder), output=str(folder / "built"))
+    caplog.clear()
+    config = small(folder)
+    config.detection.data = (str(folder / "built"),)
+    sources.open_sources(Kind.DETECTION, config.detection, prefix="config.detection")
+    said = "built: 2 of 3 categories have no box anywhere: 'creatures', 'crab'. They are asked for all the same; "
+    assert said + "config.detection.drop_categories leaves out those that it names" in caplog.text
+    caplog.clear()
+    config.detection.drop_categories = ("creatures", "crab")
+    sources.open_sources(Kind.DETECTION, config.detection, prefix="config.detection")
+    assert "no box anywhere" not in caplog.text
+
+
 def drawn(config):
     """Returns the names on each photo with their boxes, the negatives, and the vocabulary of what is trained on."""
     (source,) = sources.open_sources(Kind.DETECTION, config.detection, prefix="config.detection")
