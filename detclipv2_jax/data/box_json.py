@@ -81,8 +81,7 @@ class BoxSource:
         self._boxes, self._labels = boxes[order], labels[order]
         self._starts = np.searchsorted(image_of_box[order], np.arange(len(images) + 1))
         distinct = np.unique(image_of_box.astype(np.int64) * max(len(vocabulary), 1) + labels)
-        empty = np.setdiff1d(np.arange(len(vocabulary)), labels)
-        self.without_boxes = [vocabulary.names[i] for i in empty.tolist()]
+        self.with_boxes = frozenset(np.unique(labels).tolist())  # positions of categories in the vocabulary
         self.most_concepts = int(np.bincount(distinct // max(len(vocabulary), 1)).max()) if len(distinct) else 0
 
     def __len__(self) -> int:

@@ -34,7 +34,9 @@ class BoxReader:
         self.counters = source.counters
         self.facts: dict[str, Any] = {"federated": source.federated}
         if self.kind is Kind.DETECTION:
-            self.facts["categories without a box"] = source.without_boxes
+            self.facts["categories without a box"] = [
+                name for i, name in enumerate(source.vocabulary.names) if i not in source.with_boxes
+            ]
         self._source, self._indices, self._size = source, indices, shard_size
         self._folder = os.path.realpath(folder)
 
