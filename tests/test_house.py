@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "main": {"session"},
     "predict": {"data", "inference", "visualize"},
     "preflight": {"data", "inference", "models", "runs", "train", "validation"},
-    "prepare": {"data", "visualize"},
+    "prepare": {"data", "models", "visualize"},
     "prepare.__main__": {"data"},
     "convert": {"data", "runs"},
     "export": {"data", "inference", "models"},

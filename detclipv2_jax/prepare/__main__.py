@@ -20,7 +20,7 @@ draws batches as training gets them and writes histograms, as a picture and as J
 configuration names, raw files too. With both, the configuration gives canvases and numbers of concepts.
 
   python -m detclipv2_jax.prepare dictionary --input=lvis_v1_categories.json,objects365.csv,data/cc3m,… \
-    --wordnet=FOLDER --output=FILE.tsv
+    --wordnet=FOLDER [--text=weights/clip_text_vit_b32.safetensors] --output=FILE.tsv
 
 writes names with definitions for `config.*.dictionary`, and FILE.review.tsv, which tells where each definition comes
 from; `detclipv2_jax.prepare.dictionary` documents the inputs.
@@ -209,19 +209,23 @@ def inspect(
     print(f"sheets of batches, histograms.png and inspection.json are in {output}")
 
 
-def dictionary(*, input: tuple[str, ...], output: str, wordnet: str = "", num_names: int = 14_000) -> None:
+def dictionary(
+    *, input: tuple[str, ...], output: str, wordnet: str = "", text: str = "", num_names: int = 14_000
+) -> None:
     """Makes a dictionary of names with definitions.
 
     Args:
       input: lists of categories and built folders; `detclipv2_jax.prepare.dictionary` documents them
       output: TSV to write
       wordnet: dict/ folder of WordNet 3.x; empty: no glosses
+      text: converted text tower, which finds the nearest entry of names that are left without a definition
       num_names: names, filled with the most frequent phrases of captions
     """
     from detclipv2_jax.prepare import dictionary
 
-    origins = dictionary.make(input, output, wordnet=wordnet, num_names=num_names)
+    origins = dictionary.make(input, output, wordnet=wordnet, text=text, num_names=num_names)
     print(f"{sum(origins.values())} names; definitions by origin: {origins}")
+    print("\n".join(dictionary.coverage(output, input)))
     print(f'put in the config: config.detection.dictionary = "{output}"; the same for grounding and eval')
 
 

@@ -7,15 +7,23 @@
 | .csv `id,…,name`                            | last column (Objects365)            | -                              |
 | built folder                                | categories; frequent phrases        | of its categories              |
 
-A name without a definition takes that of an equal name of the other inputs, else a gloss of WordNet. WordNet's first
-sense is often wrong (crane: a writer), so that LVIS's and COCO's synsets win, and of the others the first that is a
-thing and no individual is taken. The review file lists each choice with the senses that were not chosen.
+A name without a definition takes, as DetCLIP does, that of the nearest entry: the first that there is of
+
+1. an equal name of the other inputs, also one that is written as one word ("Bow Tie", "bow-tie");
+2. its synset, of the other inputs or WordNet;
+3. a gloss of WordNet. Its first sense is often wrong (crane: a writer): the first that is a thing and no individual;
+4. its head word, found as in 1 and 3: "Other Shoes" are shoes, a "slice of red pizza" is a slice;
+5. with a text tower, the defined name whose embedding is most similar.
+
+The review file lists each choice, what it was taken from, and the senses that were not chosen.
 """
 
 from __future__ import annotations
 
 import collections
 import csv
+import importlib.resources
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +31,12 @@ from typing import NamedTuple
 from detclipv2_jax import files
 from detclipv2_jax.data import concepts
 from detclipv2_jax.data.built import PHRASES, VOCABULARY
+from detclipv2_jax.prepare.text_tower import most_similar
 
+_LISTS = ("objects365", "lvis", "coco")  # of names, in the package
+_WITHOUT_LIST = "V3Det, ODinW"
+_QUALIFIER = re.compile(r"\s*\(.*?\)|\s+(?:of|with|for|in|on)\s.*")  # what follows a head word
+_NEAREST = ("synset", "head", "text")  # first words of origins that are of another name
 # lexicographer files of nouns: animal, artifact, body, food, object, person, plant, substance
 _THINGS = frozenset({"05", "06", "08", "13", "17", "18", "20", "27"})
 _ENDINGS = ("s", "es")  # of plurals that `concepts.key` does not know: TVs, lenses
@@ -36,6 +49,7 @@ class Entry(NamedTuple):
     definition: str
     origin: str
     others: tuple[str, ...] = ()  # glosses that were not chosen
+    synset: str = ""  # crane.n.05
 
 
 class Sense(NamedTuple):
@@ -73,6 +87,12 @@ class WordNet:
                     return [self._sense(offset) for offset in self._offsets[lemma]]
         return []
 
+    def sense_of(self, synset: str) -> Sense | None:
+        """Returns the sense of a noun's synset like crane.n.05."""
+        lemma, _, number = synset.rpartition(".n.")
+        offsets = self._offsets.get(lemma.lower(), [])
+        return self._sense(offsets[int(number) - 1]) if number.isdigit() and 0 < int(number) <= len(offsets) else None
+
     def _sense(self, offset: int) -> Sense:
         head, _, gloss = self._data[offset : self._data.index(b"\n", offset)].decode().partition("|")
         fields = head.split()
@@ -82,6 +102,22 @@ class WordNet:
 
 def _parts(name: str) -> tuple[str, ...]:
     return name, *name.split("/")  # Objects365 has "Monitor/TV"
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """Returns a name as it is compared, as it is and in one word: "Bow Tie" is a "bow-tie"."""
+    key = concepts.key(name)
+    return key, re.sub(r"[\W_]", "", key)
+
+
+def _heads(name: str) -> Iterator[str]:
+    """Yields what a name may be a kind of, the longest first: "red sports car" is a sports car, a car."""
+    for part in _parts(name):
+        head = _QUALIFIER.sub("", part).strip()
+        if head and head != part:
+            yield head
+        words = head.split()
+        yield from (" ".join(words[i:]) for i in range(1, len(words)))
 
 
 def _read_json(path: Path) -> Iterator[Entry]:
@@ -98,10 +134,11 @@ def _read_json(path: Path) -> Iterator[Entry]:
                 f"--input: {path} lists no categories with a name, a text that is more than spaces: {category}"
             )
         definition = next((str(category[key]) for key in ("def", "definition", "meaning") if category.get(key)), "")
-        origin = f"{path.name} {category.get('synset', '')}".strip() if definition else ""
+        synset = str(category.get("synset") or "")
+        origin = f"{path.name} {synset}".strip() if definition else ""
         synonyms = category.get("synonyms")
         for word in dict.fromkeys((name, *map(str, synonyms if isinstance(synonyms, list) else ()))):
-            yield Entry(concepts.display_name(word), definition, origin)
+            yield Entry(concepts.display_name(word), definition, origin, synset=synset)
 
 
 def read_names(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]:
@@ -124,13 +161,51 @@ def read_names(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]
         raise ValueError(f"--input: {path} is none of .json, .csv and a built folder")
 
 
-def make(inputs: Sequence[str], output: str, *, wordnet: str = "", num_names: int = 14_000) -> dict[str, int]:
+class _Definitions:
+    """Finds the definition of a name; see the module."""
+
+    def __init__(self, listed: Iterable[Entry], wordnet: WordNet | None):
+        self._wordnet = wordnet
+        self._by_key: dict[str, Entry] = {}
+        self._by_synset: dict[str, Entry] = {}
+        for entry in listed:
+            if entry.definition:
+                for key in _keys(entry.name):
+                    self._by_key.setdefault(key, entry)
+                if entry.synset:
+                    self._by_synset.setdefault(entry.synset, entry)
+
+    def find(self, name: str, synset: str) -> Entry:
+        """Returns the entry of a name, without a definition where only a text tower could find one."""
+        senses = self._wordnet.senses(name) if self._wordnet else []
+        keys = (key for part in _parts(name) for key in _keys(part))
+        known = next((self._by_key[key] for key in keys if key in self._by_key), None) or self._of_synset(synset)
+        if known or senses:
+            return _choose(name, known, senses)
+        for head in _heads(name):
+            if (found := self._by_key.get(concepts.key(head))) is None and self._wordnet:
+                found = _choose(head, None, self._wordnet.senses(head))
+            if found and found.definition:
+                return Entry(name, found.definition, f"head word {head}: {found.origin}", found.others)
+        return Entry(name, "", "")
+
+    def _of_synset(self, synset: str) -> Entry | None:
+        if (entry := self._by_synset.get(synset)) is not None:
+            return entry._replace(origin=f"synset of {entry.name}: {entry.origin}")
+        sense = self._wordnet.sense_of(synset) if self._wordnet and synset else None
+        return Entry("", sense.gloss, f"synset {synset}: wordnet") if sense else None
+
+
+def make(
+    inputs: Sequence[str], output: str, *, wordnet: str = "", text: str = "", num_names: int = 14_000
+) -> dict[str, int]:
     """Returns how many definitions come from where, after writing the dictionary and, beside it, its review file.
 
     Args:
       inputs: files and folders; of equal names the first spelling counts.
       output: TSV `name <tab> definition`; `<stem>.review.tsv` has origin, frequency and other senses too.
       wordnet: WordNet's dict/ folder; "" for no glosses.
+      text: a converted text tower; "" leaves names without a definition that have no near entry by synset or head word.
       num_names: phrases are added, most frequent first, until there are so many names.
 
     Raises:
@@ -141,22 +216,18 @@ def make(inputs: Sequence[str], output: str, *, wordnet: str = "", num_names: in
     frequency: collections.Counter[str] = collections.Counter()
     listed = [entry for path in inputs for entry in read_names(Path(path), frequency)]
     most_frequent = sorted(frequency.items(), key=lambda item: (-item[1], item[0]))
-    senses_of = WordNet(wordnet).senses if wordnet else lambda name: []
-    defined: dict[str, Entry] = {}
-    for entry in listed:
-        if entry.definition:
-            defined.setdefault(concepts.key(entry.name), entry)
+    definitions = _Definitions(listed, WordNet(wordnet) if wordnet else None)
     entries: dict[str, Entry] = {}
-    names = [entry.name for entry in listed]
-    for i, name in enumerate((*names, *(phrase for phrase, _ in most_frequent))):
-        if i >= len(names) and len(entries) >= num_names:
+    for i, entry in enumerate((*listed, *(Entry(phrase, "", "") for phrase, _ in most_frequent))):
+        if i >= len(listed) and len(entries) >= num_names:
             break
-        key = concepts.key(name)
+        key = concepts.key(entry.name)
         if key and key not in entries:
-            known = next((defined[part] for part in map(concepts.key, _parts(name)) if part in defined), None)
-            entries[key] = _define(name, known, senses_of(name))
+            entries[key] = definitions.find(entry.name, entry.synset)
     if not entries:
         raise ValueError("--input names no categories and no phrases")
+    if text:
+        _fill(entries, text)
     rows = [(entry.name, entry.definition) for entry in entries.values()]
     _write(Path(output), ("name", "definition"), rows)
     counts: collections.Counter[str] = collections.Counter()
@@ -172,7 +243,50 @@ def make(inputs: Sequence[str], output: str, *, wordnet: str = "", num_names: in
     return dict(origins.most_common())
 
 
-def _define(name: str, known: Entry | None, senses: list[Sense]) -> Entry:
+def _fill(entries: dict[str, Entry], tower: str) -> None:
+    """Gives entries without a definition that of the defined one whose name a text tower finds most similar."""
+    wanting = [key for key, entry in entries.items() if not entry.definition]
+    # an entry that took its definition from another name would only lead to that one
+    defined = [entry for entry in entries.values() if entry.definition and not entry.origin.startswith(_NEAREST)]
+    if not wanting or not defined:
+        return
+    found = most_similar([entries[key].name for key in wanting], [entry.name for entry in defined], tower=tower)
+    for key, (i, similarity) in zip(wanting, found, strict=True):
+        near = defined[i]
+        origin = f"text {near.name} {similarity:.2f}: {near.origin}"
+        entries[key] = entries[key]._replace(definition=near.definition, origin=origin)
+
+
+def coverage(output: str, inputs: Sequence[str] = ()) -> list[str]:
+    """Returns a line for each list of names on how many of them the dictionary defines, and how.
+
+    Args:
+      output: the dictionary, with its review file beside it.
+      inputs: category files that are looked at beside the lists of the package.
+    """
+    with Path(output).with_suffix(".review.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    origins = {concepts.key(row["name"]): row["origin"].split(" ")[0] for row in rows if row["definition"]}
+    folder = importlib.resources.files(concepts.__package__) / "vocabularies"
+    lists = {name: (folder / f"{name}.tsv").read_text(encoding="utf-8").splitlines() for name in _LISTS}
+    for path in map(Path, inputs):
+        if path.suffix in (".json", ".csv"):
+            lists[path.name] = [entry.name for entry in read_names(path, collections.Counter())]
+    lines = []
+    for title, names in lists.items():
+        keys = {concepts.key(name): name for name in reversed(names)}
+        how = collections.Counter(origins.get(key, "none") for key in keys)
+        wanting = [name for key, name in reversed(keys.items()) if key not in origins]
+        some = f": {', '.join(wanting[:10])}{', …' if len(wanting) > 10 else ''}" if wanting else ""
+        near = ", ".join(f"{how[kind]} by {kind}" for kind in _NEAREST)
+        own = len(keys) - how["none"] - sum(how[kind] for kind in _NEAREST)
+        lines.append(
+            f"{title}: {len(keys)} names, {own} defined as such, {near}, {how['none']} without a definition{some}"
+        )
+    return [*lines, f"{_WITHOUT_LIST}: the package has no list of their names; give their jsons as --input"]
+
+
+def _choose(name: str, known: Entry | None, senses: list[Sense]) -> Entry:
     if known or not senses:
         others = tuple(sense.gloss for sense in senses if not known or sense.gloss != known.definition)
         return Entry(name, known.definition if known else "", known.origin if known else "", others)

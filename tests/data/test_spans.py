@@ -27,6 +27,7 @@ def spans_of(caption, parts):
         # one phrase in parts, without what stands between them
         ("a red and shiny car", ["a red", "car"], ["a red car"]),
         ("a red, shiny car", ["a red", "car"], ["a red car"]),
+        ("Look! A red and shiny car", ["A red", "car"], ["A red car"]),
         ("the man in a really big red hat", ["the man in", "red hat"], ["the man in red hat"]),
         ("both of them, the twins, sing", ["both of", "the twins"], ["both of the twins"]),
         ("the shop on, say, the corner", ["the shop on", "the corner"], ["the shop on the corner"]),

@@ -108,6 +108,89 @@ def test_synsets_of_the_category_files_win_and_choices_are_listed(tmp_path):
     assert rows["Crane"]["other senses"].count("United States") == 2
 
 
+NEAR = {
+    "Other Knives": ("a weapon", "head word Knives: lvis.json knife.n.01"),
+    "stop-sign": ("a sign", "lvis.json stop_sign.n.01"),
+    "Big Gadget/Old Crane": ("a bird that wades", "head word Crane: lvis.json crane.n.05"),
+    "slice of knife": ("a piece", "head word slice: lvis.json"),
+    "knife (toy)": ("a weapon", "head word knife: lvis.json knife.n.01"),
+    "blade": ("a weapon", "synset of knife: lvis.json knife.n.01"),
+    "old idea": ("the content of cognition", "head word idea: wordnet sense 1 of 2"),
+    "poet": ("United States poet", "synset crane.n.02: wordnet"),
+    "Gadget": ("", ""),
+    "Cranes Gadget": ("", ""),  # a gadget, not cranes
+}
+
+
+def near_inputs(tmp_path):
+    known = [
+        {"name": "knife", "synset": "knife.n.01", "def": "a weapon"},
+        {"name": "stop_sign", "synset": "stop_sign.n.01", "def": "a sign"},
+        {"name": "crane", "synset": "crane.n.05", "def": "a bird that wades"},
+        {"name": "slice", "def": "a piece"},
+    ]
+    synsets = {"blade": "knife.n.01", "poet": "crane.n.02", "Gadget": "gadget.n.09", "old idea": "idea.v.01"}
+    others = [{"name": name, "synset": synsets.get(name, "")} for name in NEAR]
+    for name, content in (("lvis", known), ("others", others)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return [str(tmp_path / "others.json"), str(tmp_path / "lvis.json")]
+
+
+def test_names_without_a_definition_take_that_of_the_nearest_entry(tmp_path):
+    output = str(tmp_path / "out.tsv")
+    origins = dictionary.make(near_inputs(tmp_path), output, wordnet=write_wordnet(tmp_path / "dict"))
+    assert origins == {"lvis.json": 5, "head": 5, "synset": 2, "none": 2}
+    rows = review(tmp_path / "out.review.tsv")
+    assert {name: (rows[name]["definition"], rows[name]["origin"]) for name in NEAR} == NEAR
+    made = read_dictionary(output)
+    assert made.definition("other knife") == "a weapon"
+    lines = dictionary.coverage(output, near_inputs(tmp_path))
+    assert lines[3:] == [
+        "others.json: 10 names, 1 defined as such, 2 by synset, 5 by head, 0 by text, 2 without a definition: "
+        "Gadget, Cranes Gadget",
+        "lvis.json: 4 names, 4 defined as such, 0 by synset, 0 by head, 0 by text, 0 without a definition",
+        "V3Det, ODinW: the package has no list of their names; give their jsons as --input",
+    ]
+    assert [line.split(":")[0] for line in lines[:3]] == ["objects365", "lvis", "coco"]
+    assert " 80 names, 2 defined as such, " in lines[2]  # knife and stop sign
+    assert lines[2].endswith(
+        "definition: person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, …"
+    )
+
+
+def test_the_longest_head_counts(tmp_path):
+    known = [{"name": "car", "def": "has wheels"}, {"name": "sports car", "def": "is low"}, {"name": "red sports car"}]
+    (tmp_path / "cars.json").write_text(json.dumps(known))
+    dictionary.make([str(tmp_path / "cars.json")], str(tmp_path / "out.tsv"))
+    assert read_dictionary(tmp_path / "out.tsv").definition("red sports car") == "is low"
+
+
+def test_what_is_left_takes_the_definition_that_a_text_tower_finds(tmp_path, monkeypatch):
+    asked = []
+
+    def most_similar(names, others, *, tower):
+        asked.append((names, others, tower))
+        return [(others.index("slice"), 0.875), (others.index("knife"), -0.5)]
+
+    monkeypatch.setattr(dictionary, "most_similar", most_similar)
+    output = str(tmp_path / "out.tsv")
+    origins = dictionary.make(
+        near_inputs(tmp_path), output, wordnet=write_wordnet(tmp_path / "dict"), text="tower.safetensors"
+    )
+    assert origins == {"lvis.json": 5, "head": 5, "synset": 2, "text": 2}
+    # what took its definition from another name is nobody's nearest entry
+    assert asked == [
+        (["Gadget", "Cranes Gadget"], ["stop-sign", "knife", "stop sign", "crane", "slice"], "tower.safetensors")
+    ]  # fmt: skip
+    rows = review(tmp_path / "out.review.tsv")
+    found = [(rows[name]["definition"], rows[name]["origin"]) for name in ("Gadget", "Cranes Gadget")]
+    assert found == [("a piece", "text slice 0.88: lvis.json"), ("a weapon", "text knife -0.50: lvis.json knife.n.01")]
+    assert " 2 by text, 0 without a definition" in dictionary.coverage(output, near_inputs(tmp_path))[3]
+    (tmp_path / "known.json").write_text(json.dumps([{"name": "knife", "def": "a weapon"}]))
+    dictionary.make([str(tmp_path / "known.json")], output, text="tower.safetensors")
+    assert len(asked) == 1  # nothing is left
+
+
 @pytest.mark.slow
 def test_frequent_phrases_of_builds_fill_the_dictionary(tmp_path):
     lines = ["a crane and a child", "a crane and an idea", "the child", "Crane, crane and boat"]
