@@ -66,6 +66,9 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
     }.items():
         assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
     assert wordnet.senses("nothing such") == wordnet.senses("") == []
+    assert wordnet.sense_of("crane.n.04").gloss == "large long-necked wading bird"
+    for synset in ("crane.n.05", "crane.n.0", "crane.n.x", "crane.v.01", "none.n.01", "crane", ""):
+        assert wordnet.sense_of(synset) is None
     with pytest.raises(ValueError, match=r"has no index\.noun, data\.noun, noun\.exc"):
         dictionary.WordNet(str(tmp_path))
 
