@@ -87,6 +87,8 @@ def test_expressions_are_whole_captions(tmp_path):
 
     assert grounding.evaluate(queries, find, task="referring") == {"accuracy": pytest.approx(2 / 3)}
     assert calls == ["same.png"]  # the photo is looked at once
+    twice = [grounding.Query("same.png", "thing", np.array([box, [200.0, 10, 20, 20]]))]  # any of its boxes counts
+    assert grounding.evaluate(twice, find, task="referring") == {"accuracy": 1.0}
 
 
 def test_what_cannot_be_found_is_left_out_and_counted(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -165,6 +166,32 @@ def test_what_was_found_belongs_to_photos_parameters_and_limits_not_to_boxes(dat
         assert fingerprint(**change) != first
     os.utime(next((tmp_path / "images").iterdir()), (1, 1))
     assert fingerprint() != first
+
+
+def test_batches_from_any_on(dataset, tmp_path):
+    evaluate, _ = _evaluator(dataset, tmp_path, batch_size=3, num_devices=1)
+    numbers = [stream.num_batches for stream in evaluate._streams]
+    assert min(numbers) > 1
+    batches = [batch.example_id.tolist() for batch in evaluate._batches(0)]
+    assert len(batches) == sum(numbers)
+    for done in range(sum(numbers) + 1):
+        assert [batch.example_id.tolist() for batch in evaluate._batches(done)] == batches[done:]
+
+
+def test_first_photos_in_their_pixels_and_numbers_of_parameters():
+    batch = types.SimpleNamespace(
+        image=np.arange(3 * 4 * 6 * 3).reshape(3, 4, 6, 3), image_mask=np.array([True, False, True]),
+        extent=np.array([[2, 5], [1, 1], [4, 3]]), scale=np.array([[0.5, 2.0], [1, 1], [3.0, 4.0]]),
+        example_id=np.array([7, 8, 9]),
+    )  # fmt: skip
+    numbers = np.arange(6).reshape(3, 2)
+    found = Detections(boxes=np.zeros((3, 2, 4)), scores=numbers / 8, labels=numbers, mask=numbers > 0)
+    first, last = loop._samples(batch, found, limit=5)
+    assert (first.example_id, first.scale.tolist(), first.labels.tolist()) == (7, [2.0, 0.5, 2.0, 0.5], [1])
+    assert (last.example_id, last.scale.tolist(), last.scores.tolist()) == (9, [4.0, 3.0, 4.0, 3.0], [0.5, 0.625])
+    np.testing.assert_array_equal(last.image, batch.image[2, :4, :3])
+    assert [sample.example_id for sample in loop._samples(batch, found, limit=1)] == [7]
+    np.testing.assert_array_equal(loop._checksum({"a": np.array([1.0, -2.0]), "b": np.float32(-5)}), [3.0, 5.0])
 
 
 def test_padding_finds_nothing():

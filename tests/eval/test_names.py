@@ -103,3 +103,8 @@ def test_boxes_that_are_to_be_ignored_are_left_out():
         ],
     }
     assert names.evaluate(truth, [row(1, 1, box, 0.5)]) == {"found": 1.0, "top1": 1.0}
+    # also where the boxes of the images are mixed
+    truth["images"].append({"id": 2})
+    others = [of | {"image_id": 2, "id": 9 + i} for i, of in enumerate(truth["annotations"][::-1])]
+    truth["annotations"] = [of for pair in zip(others, truth["annotations"], strict=True) for of in pair]
+    assert names.evaluate(truth, [row(1, 1, box, 0.5)]) == {"found": 0.5, "top1": 1.0}

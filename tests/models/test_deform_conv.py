@@ -149,6 +149,12 @@ def test_memory_does_not_hold_all_samples():
     assert compiled.memory_analysis().temp_size_in_bytes < 26 * features
 
 
+def test_channels_that_the_kernels_hold():
+    held = {(i, o) for i in (32, 48, 64, 96, 128, 256) for o in (1, 8, 16, 24, 64, 128, 192, 256, 512)
+            if deform_pallas.fits(np.zeros((3, 3, i, o), np.uint8))}  # fmt: skip
+    assert held == {(i, o) for i in (64, 128, 256) for o in (16, 64, 128, 256)}
+
+
 def test_unknown_form():
     case = cases.deform_case((1, 1), "zero")
     with pytest.raises(ValueError, match="auto, xla, gather, banded, pallas"):

@@ -1,7 +1,10 @@
 """FLOPs: by formula against traced programs, and traced against XLA's own count."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from detclipv2_jax import config as config_lib
@@ -23,7 +26,6 @@ def small(**head):
     ("kind", "canvas", "scope", "head"),
     [
         (Kind.DETECTION, (800, 1344), "global", {}),
-        (Kind.GROUNDING, (1344, 800), "global", {"deformable": False}),
         (Kind.IMAGE_TEXT, (320, 320), "device", {"objectness": "iou"}),
     ],
 )
@@ -36,6 +38,53 @@ def test_formula_is_near_the_traced_program(kind, canvas, scope, head):
         assert flops.formula(config, kind, canvas, num_concepts=num_concepts, **counts) == pytest.approx(
             traced, rel=0.05
         )
+
+
+def test_what_is_added_counts_in_the_formula_as_in_the_traced_program():
+    """A small output, and all else; sides that no window divides."""
+    canvas, counts = (96, 160), {"table_rows": 40, "num_devices": 2}
+
+    def both(**changes):
+        config = config_lib.base()
+        config.model = config_lib.model("nano")
+        config.detection.batch_size = 8
+        for section, change in changes.items():
+            config.model[section].update(change)
+        formula = flops.formula(config, Kind.DETECTION, canvas, num_concepts=30, **counts)
+        return np.array([formula, flops.of_step(config, Kind.DETECTION, canvas, **counts)(30)])
+
+    base = both()
+    assert base[0] == pytest.approx(base[1], rel=0.005)
+    for changes in (
+        {"head": {"objectness": "iou"}},
+        {"head": {"deformable": False}, "swin": {"depths": (2, 1, 3, 2)}, "text": {"num_layers": 3}},
+    ):
+        formula, traced = both(**changes) - base
+        assert formula == pytest.approx(traced, rel=0.01), changes
+
+
+@pytest.mark.parametrize(
+    ("selection", "scope", "canvas", "compared"),
+    [
+        ("text_batch", "global", (320, 320), 3 * 100 + 2134),
+        ("text_batch_centerness", "device", (320, 320), 3 * 100 + 2134 / 4),
+        ("text_sample", "global", (320, 320), 3 * 100),
+        ("centerness", "global", (64, 64), 3 * 86),  # fewer anchors than proposals
+    ],
+)
+def test_regions_that_are_compared_with_concepts(selection, scope, canvas, compared):
+    config = config_lib.base()
+    config.loss.selection, config.loss.selection_scope = selection, scope
+    assert flops._num_compared(config, "image_text", canvas, 4) == compared
+    assert flops._num_compared(config, "grounding", (800, 1344), 4) == 3 * 22_400
+
+
+def test_the_peak_is_of_all_devices_of_a_known_chip():
+    def mesh(kind):
+        return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)] * 4), size=4)
+
+    assert flops.peak_per_second(mesh("NVIDIA H100 80GB HBM3")) == 4 * 989e12
+    assert flops.peak_per_second(mesh("cpu")) is None
 
 
 def test_of_the_paper_s_backbones():
@@ -58,7 +107,7 @@ def test_traced_programs_agree_with_xla():
     def loss(params):
         return jnp.sum(model.apply(params, tokens))
 
-    for function, times in ((loss, 1), (jax.grad(loss), 3)):
+    for function, times in ((loss, 1), (jax.grad(loss), flops.TRAINING)):
         traced = flops.of(function, params)
         xla = jax.jit(function).lower(params).cost_analysis()["flops"]
         assert traced <= xla <= 1.05 * traced
