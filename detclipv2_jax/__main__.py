@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("main", "trains, and evaluates on the way"),
     "eval": ("main", "evaluates a checkpoint"),
     "predict": ("predict", "finds any words on any images"),
+    "demo": ("demo", "opens a page for the browser: photos, words, captions, example boxes"),
     "prepare": ("prepare", "builds data sets and dictionaries; shows what training gets"),
     "preflight": ("preflight", "compiles every step for accelerators that are not there, and checks the data"),
     "convert": ("convert", "turns published weights of towers into ours"),

@@ -43,7 +43,8 @@ def parse(module: str, arguments: list[str]) -> dict[str, Any]:
 
     argparse.ArgumentParser.parse_args, commands.run = parse_and_stop, run  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
-    sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))  # scripts import what lies beside them
+    for folder in ("benchmarks", "demo"):  # scripts import what lies beside them
+        sys.path.insert(0, str(pathlib.Path(__file__).parent / folder))
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

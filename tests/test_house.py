@@ -49,6 +49,8 @@ MAY_IMPORT = {
     "export": {"data", "inference", "models"},
     "export.__main__": {"inference"},
     "claims.__main__": {"data", "eval", "visualize"},
+    "demo": {"data", "inference", "visualize"},
+    "demo.__main__": {"inference"},
 }
 
 

@@ -11,7 +11,7 @@ from mutations.fault import Fault
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
     "geometry", "models", "losses", "data", "runs", "inference", "visualize", "eval", "train_step.py", "train.py",
-    "config.py", "chips.py", "files.py", "prepare", "preflight", "convert", "export", "claims",
+    "config.py", "chips.py", "files.py", "prepare", "preflight", "convert", "export", "claims", "demo",
 )  # fmt: skip
 
 

@@ -335,7 +335,11 @@ def read(path: str | os.PathLike[str]) -> Photo:
       UnusableError: it is no image.
       OSError: it cannot be read.
     """
-    data = files.read_bytes(path)
+    return decode_photo(files.read_bytes(path))
+
+
+def decode_photo(data: bytes) -> Photo:
+    """Returns the photo of an encoded image; UnusableError if it is none."""
     header = read_header(data)
     factor = 1 if header.size[0] * header.size[1] <= MAX_PIXELS else 2
     height, width = (-(-side // factor) for side in header.displayed_size)

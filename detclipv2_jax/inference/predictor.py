@@ -122,10 +122,10 @@ class Predictor:
         )
 
     @classmethod
-    def from_checkpoint(cls, workdir: str | pathlib.Path) -> Predictor:
+    def from_checkpoint(cls, workdir: str | pathlib.Path, *, keep_vocabularies: bool = True) -> Predictor:
         """Returns the predictor of a training run's newest checkpoint; ValueError if there is none of that model.
 
-        Embeddings of vocabularies are kept in `<workdir>/vocabularies`.
+        Embeddings of vocabularies are kept in `<workdir>/vocabularies`, unless `keep_vocabularies` is False.
         """
         config, params, step = checkpoints.load_for_inference(workdir)
         try:
@@ -135,7 +135,8 @@ class Predictor:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{workdir}/config.json: no model has the values of config.model ({reason})") from error
         checkpoints.report_differences(params, shapes, what=f"the checkpoint of step {step} in {workdir}")
-        return cls(config, model, params, step=step, cache=pathlib.Path(workdir) / "vocabularies")
+        cache = pathlib.Path(workdir) / "vocabularies" if keep_vocabularies else None
+        return cls(config, model, params, step=step, cache=cache)
 
     @overload
     def __call__(self, images: str | os.PathLike[str], words: Words = (), **settings: Any) -> Found: ...
@@ -219,9 +220,10 @@ class Predictor:
         All images are put on the canvas of that image; maps cover it without padding. `figures.alignment` draws them.
         """
         photos = self.photos(images, index=index)
-        text = self.vocabulary(phrases)[1][: len(phrases)]
-        found = self.detector.align(self.params, photos, text[None], np.array([index], np.int32))
-        found = jax.tree.map(lambda array: np.asarray(array)[0], found)
+        names, text, _ = self.vocabulary(phrases)
+        padded, _ = vocabulary.pad(text[: len(names)], multiple=8)  # few sizes are compiled
+        found = self.detector.align(self.params, photos, padded[None], np.array([index], np.int32))
+        found = jax.tree.map(lambda array: np.asarray(array)[0, : len(names)], found)
         return found.replace(maps=found.photo_maps(photos.extent[index]))
 
     def ground(self, image: Any, phrases: Float[np.ndarray, "p d"], *, max_detections: int) -> Detections:

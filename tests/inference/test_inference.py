@@ -266,6 +266,15 @@ def test_predictor_says_what_is_wrong(predictor, tmp_path):
         predictor([image], ["red"], max_detections=0)
 
 
+def test_predictor_aligns_captions_of_any_number_of_phrases(predictor):
+    image, sizes = planted.paint((64, 128), {"red": (5, 5, 35, 35)}), []
+    for num in (1, 2, 7, 8):
+        found = predictor.align([image], [f"{color} {i}" for i, color in enumerate(["red", "blue"] * 4)][:num])
+        assert found.scores.tolist() == [10.0, 0.0, 10.0, 0.0, 10.0, 0.0, 10.0, 0.0][:num]
+        sizes.append(predictor.detector._compiled_align._cache_size())
+    assert len(set(sizes)) == 1  # one program for all
+
+
 def test_predictor_aligns_a_caption(predictor):
     images = [planted.paint((60, 100), {"red": (5, 5, 35, 35)}), planted.paint((90, 60), {"blue": (5, 5, 40, 40)})]
     found = predictor.align(images, ["red", "blue"], index=0)

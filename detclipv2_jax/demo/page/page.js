@@ -1,0 +1,370 @@
+"use strict";
+// The page's state is `page`; the server knows photos and the model, and keeps nothing of who asks what.
+
+const $ = (id) => document.getElementById(id);
+const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800"];
+const PLACE_IOU = 0.5; // boxes that overlap more are one place
+const DELAY_MS = 400; // after the last key
+const QUICK_S = 1.0; // a model that answers within it is asked while words are typed
+const NUM_WEAK = 3; // boxes named where none has the score asked for
+const page = { photos: [], photo: null, image: null, rows: [], examples: [], phrases: [], phrase: null, seconds: 0, asked: 0 };
+
+async function ask(path, body, headers = { "Content-Type": "application/json" }) {
+  const options = body === undefined ? {} : { method: "POST", body, headers };
+  let answer;
+  try {
+    answer = await fetch(path, options);
+  } catch {
+    throw new Error("the server does not answer; is it still running?");
+  }
+  if (!answer.ok) {
+    let message = `the server says ${answer.status}`;
+    try { message = (await answer.json()).error; } catch { /* no JSON: the status is all there is */ }
+    throw new Error(message);
+  }
+  return answer;
+}
+
+// Runs what a click or key asked for; what goes wrong is shown, not lost.
+async function attempt(task) {
+  $("error").hidden = true;
+  try {
+    await task();
+  } catch (error) {
+    $("error").textContent = error.message;
+    $("error").hidden = false;
+    $("status").textContent = "";
+  }
+}
+
+function request() {
+  if (!page.photo) throw new Error("choose a photo first");
+  const examples = page.examples.map(({ name, photo, box }) => ({ name, photo, box }));
+  return { photo: page.photo.id, words: $("words").value, vocabulary: $("vocabulary").value, examples };
+}
+
+const hasQuery = () => Boolean($("words").value.trim() || $("vocabulary").value || page.examples.length);
+
+async function find() {
+  const body = request();
+  const asked = ++page.asked;
+  $("status").textContent = "looking…";
+  const answer = await (await ask("api/find", JSON.stringify(body))).json();
+  if (asked !== page.asked) return; // a newer question is under way
+  Object.assign(page, { rows: answer.rows, seconds: answer.seconds, numNames: answer.num_names, phrase: null, body });
+  draw();
+}
+
+// Shows the photo alone: nothing is asked of it.
+function forget() {
+  Object.assign(page, { rows: [], body: null, asked: page.asked + 1 });
+  $("status").textContent = "";
+  draw();
+}
+
+function overlap(a, b) {
+  const width = Math.min(a[0] + a[2], b[0] + b[2]) - Math.max(a[0], b[0]);
+  const height = Math.min(a[1] + a[3], b[1] + b[3]) - Math.max(a[1], b[1]);
+  if (width <= 0 || height <= 0) return 0;
+  return (width * height) / (a[2] * a[3] + b[2] * b[3] - width * height);
+}
+
+// The rows that are drawn, best first.
+function shownRows(rows) {
+  const threshold = Number($("threshold").value);
+  const kept = [];
+  for (const row of rows) {
+    if (row.score < threshold) break;
+    if (!$("one-name").checked || kept.every((better) => overlap(better.bbox, row.bbox) <= PLACE_IOU)) kept.push(row);
+  }
+  return kept;
+}
+
+const colorOf = (row) => PALETTE[(row.category_id - 1) % PALETTE.length];
+
+function drawBox(context, factor, [x, y, width, height], color, label) {
+  const line = Math.max(2, context.canvas.width / 400);
+  const sides = [x * factor, y * factor, width * factor, height * factor];
+  context.lineWidth = line + 2;
+  context.strokeStyle = "#fff";
+  context.strokeRect(...sides);
+  context.lineWidth = line;
+  context.strokeStyle = color;
+  context.strokeRect(...sides);
+  if (!label) return;
+  context.font = "14px system-ui, sans-serif";
+  const wide = context.measureText(label).width + 8;
+  const left = Math.max(0, Math.min(sides[0], context.canvas.width - wide));
+  const top = sides[1] >= 20 ? sides[1] - 20 : sides[1];
+  context.fillStyle = color;
+  context.fillRect(left, top, wide, 20);
+  context.fillStyle = "#fff";
+  context.strokeStyle = "#000";
+  context.lineWidth = 2;
+  context.strokeText(label, left + 4, top + 15);
+  context.fillText(label, left + 4, top + 15);
+}
+
+function draw() {
+  const canvas = $("canvas"), context = canvas.getContext("2d");
+  if (!page.image) return;
+  const factor = Math.min(900 / page.photo.width, 640 / page.photo.height);
+  canvas.width = Math.round(page.photo.width * factor);
+  canvas.height = Math.round(page.photo.height * factor);
+  const phrase = page.phrase;
+  context.drawImage(phrase ? phrase.image : page.image, 0, 0, canvas.width, canvas.height);
+  $("scale").hidden = !phrase;
+  const rows = phrase ? [] : shownRows(page.rows);
+  for (const row of [...rows].reverse()) drawBox(context, factor, row.bbox, colorOf(row), `${row.name} ${row.score.toFixed(2)}`);
+  if (phrase) {
+    const [x1, y1, x2, y2] = phrase.box;
+    drawBox(context, factor, [x1, y1, x2 - x1, y2 - y1], PALETTE[5], phrase.text);
+    $("low").textContent = phrase.low.toFixed(2);
+    $("high").textContent = phrase.high.toFixed(2);
+    $("status").textContent = `“${phrase.text}”: similarity ${phrase.score.toFixed(2)} at its best region`;
+  }
+  if (page.drag) drawBox(context, factor, page.drag, PALETTE[4], "");
+  canvas.dataset.boxes = rows.length;
+  if (!phrase) list(rows);
+  for (const button of $("phrases").children) button.setAttribute("aria-pressed", button.textContent === phrase?.text);
+}
+
+function list(rows) {
+  $("found").replaceChildren(...rows.map((row) => {
+    const item = document.createElement("li"), swatch = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.style.background = colorOf(row);
+    item.append(swatch, `${row.name} ${row.score.toFixed(2)}`);
+    return item;
+  }));
+  if (!page.body) return;
+  const least = Number($("threshold").value).toFixed(2);
+  const best = page.rows.slice(0, NUM_WEAK).map((row) => `${row.name} ${row.score.toFixed(2)}`).join(", ");
+  const said = rows.length ? `${rows.length} found` : best ? `nothing scores ${least}; the best: ${best}` : "nothing found";
+  $("status").textContent = `${said}, of ${page.numNames} names, in ${page.seconds.toFixed(2)} s`;
+}
+
+function loaded(url) {
+  return new Promise((resolve, reject) => {
+    const image = new Image();
+    image.onload = () => resolve(image);
+    image.onerror = () => reject(new Error("a picture could not be loaded"));
+    image.src = url;
+  });
+}
+
+async function choose(photo) {
+  const image = await loaded(`photo/${photo.id}`);
+  Object.assign(page, { photo, image, rows: [], phrases: [], phrase: null, body: null });
+  $("phrases").replaceChildren();
+  $("found").replaceChildren();
+  for (const button of $("photos").children) button.setAttribute("aria-pressed", button.dataset.id === photo.id);
+  $("status").textContent = `${photo.name}, ${photo.width} × ${photo.height} px`;
+  draw();
+  if (hasQuery()) await find();
+}
+
+function addPhoto(photo, { first = false } = {}) {
+  page.photos.push(photo);
+  const button = document.createElement("button"), image = document.createElement("img");
+  button.type = "button";
+  button.dataset.id = photo.id;
+  button.title = photo.name;
+  image.src = `thumb/${photo.id}`;
+  image.alt = photo.name;
+  button.append(image);
+  button.addEventListener("click", () => attempt(() => choose(photo)));
+  if (first) $("photos").prepend(button);
+  else $("photos").append(button);
+}
+
+async function upload(file) {
+  if (file.size > page.maxBytes) throw new Error(`${file.name} has more than ${page.maxBytes / 1e6} MB; choose a smaller one`);
+  $("status").textContent = "uploading…";
+  const headers = { "Content-Type": "application/octet-stream", "X-Name": encodeURIComponent(file.name) };
+  const photo = await (await ask("api/upload", file, headers)).json();
+  addPhoto(photo, { first: true });
+  await choose(photo);
+}
+
+// --- a caption
+
+async function align() {
+  const body = request(), field = $("caption");
+  const marked = field.value.slice(field.selectionStart, field.selectionEnd).trim();
+  $("status").textContent = "comparing…";
+  const answer = await (await ask("api/align", JSON.stringify({ photo: body.photo, caption: field.value, phrase: marked }))).json();
+  for (const phrase of answer.phrases) phrase.image = await loaded(phrase.map);
+  page.phrases = answer.phrases;
+  $("phrases").replaceChildren(...answer.phrases.map((phrase) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = phrase.text;
+    button.addEventListener("click", () => {
+      page.phrase = page.phrase === phrase ? null : phrase; // a second click shows the boxes again
+      draw();
+    });
+    return button;
+  }));
+  page.phrase = answer.phrases[0];
+  draw();
+}
+
+// --- examples
+
+function point(event) {
+  const canvas = $("canvas"), area = canvas.getBoundingClientRect();
+  const at = (value, low, size, most) => Math.max(0, Math.min(most, ((value - low) / size) * most));
+  return [at(event.clientX, area.left, area.width, page.photo.width), at(event.clientY, area.top, area.height, page.photo.height)];
+}
+
+function drawing(on) {
+  $("draw-example").setAttribute("aria-pressed", on);
+  $("canvas").classList.toggle("drawing", on);
+}
+
+const isDrawing = () => $("draw-example").getAttribute("aria-pressed") === "true";
+
+function dragged(event) {
+  const [x, y] = point(event), [left, top] = page.from;
+  page.drag = [Math.min(x, left), Math.min(y, top), Math.abs(x - left), Math.abs(y - top)];
+  draw();
+}
+
+async function dropped(event) {
+  dragged(event);
+  const [x, y, width, height] = page.drag;
+  page.from = page.drag = null;
+  draw();
+  if (width < 1 || height < 1) throw new Error("the box has no area: press in one corner, pull to the other, let go");
+  const name = $("example-name").value.trim();
+  if (!name) throw new Error("give the example a name");
+  page.examples.push({ name, photo: page.photo.id, box: [x, y, x + width, y + height], image: page.image, width: page.photo.width });
+  drawing(false);
+  listExamples();
+  await find();
+}
+
+function listExamples() {
+  $("examples").replaceChildren(...page.examples.map((example, i) => {
+    const item = document.createElement("li"), canvas = document.createElement("canvas"), remove = document.createElement("button");
+    const factor = example.image.naturalWidth / example.width, [x1, y1, x2, y2] = example.box.map((side) => side * factor);
+    canvas.width = 80;
+    canvas.height = Math.max(1, Math.round((80 * (y2 - y1)) / (x2 - x1)));
+    canvas.getContext("2d").drawImage(example.image, x1, y1, x2 - x1, y2 - y1, 0, 0, canvas.width, canvas.height);
+    remove.type = "button";
+    remove.textContent = "remove";
+    remove.addEventListener("click", () => attempt(async () => {
+      page.examples.splice(i, 1);
+      listExamples();
+      if (hasQuery()) await find();
+      else forget();
+    }));
+    item.append(canvas, `${example.name} `, remove);
+    return item;
+  }));
+}
+
+async function findEverywhere() {
+  const body = request();
+  $("everywhere").replaceChildren();
+  for (const [i, photo] of page.photos.entries()) {
+    $("status").textContent = `photo ${i + 1} of ${page.photos.length}…`;
+    const answer = await (await ask("api/find", JSON.stringify({ ...body, photo: photo.id }))).json();
+    const rows = shownRows(answer.rows);
+    if (!rows.length) continue;
+    const button = document.createElement("button"), canvas = document.createElement("canvas"), caption = document.createElement("span");
+    const image = await loaded(`photo/${photo.id}`), factor = 320 / photo.width;
+    canvas.width = 320;
+    canvas.height = Math.round(photo.height * factor);
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    for (const row of [...rows].reverse()) drawBox(canvas.getContext("2d"), factor, row.bbox, colorOf(row), "");
+    caption.textContent = `${rows[0].name} ${rows[0].score.toFixed(2)}` + (rows.length > 1 ? ` and ${rows.length - 1} more` : "");
+    button.type = "button";
+    button.title = photo.name;
+    button.dataset.score = rows[0].score;
+    button.append(canvas, caption);
+    button.addEventListener("click", () => attempt(() => choose(photo)));
+    const after = [...$("everywhere").children].find((other) => Number(other.dataset.score) < rows[0].score);
+    $("everywhere").insertBefore(button, after ?? null); // best first
+  }
+  $("status").textContent = `on ${$("everywhere").children.length} of ${page.photos.length} photos`;
+}
+
+// --- results as files
+
+function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+function result() {
+  if (!page.body) throw new Error("nothing was looked for yet");
+  return page.rows.filter((row) => row.score >= Number($("threshold").value));
+}
+
+async function savePicture() {
+  result();
+  const body = JSON.stringify({ ...page.body, threshold: Number($("threshold").value) });
+  save(await (await ask("api/picture", body)).blob(), "found.png");
+}
+
+// --- what starts all that
+
+function listen() {
+  const submits = { ask: find, tell: align };
+  for (const [id, task] of Object.entries(submits)) {
+    $(id).addEventListener("submit", (event) => { event.preventDefault(); attempt(task); });
+  }
+  $("show").addEventListener("submit", (event) => event.preventDefault());
+  let timer = 0;
+  $("words").addEventListener("input", () => {
+    clearTimeout(timer);
+    if (!hasQuery()) forget();
+    else if (page.photo && page.seconds < QUICK_S) timer = setTimeout(() => attempt(find), DELAY_MS);
+  });
+  $("words").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); clearTimeout(timer); attempt(find); }
+  });
+  $("vocabulary").addEventListener("change", () => { if (page.photo && hasQuery()) attempt(find); });
+  $("threshold").addEventListener("input", () => {
+    $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+    draw();
+  });
+  $("one-name").addEventListener("change", draw);
+  $("upload").addEventListener("change", () => {
+    const [file] = $("upload").files;
+    if (file) attempt(() => upload(file));
+    $("upload").value = "";
+  });
+  $("draw-example").addEventListener("click", () => drawing(!isDrawing()));
+  $("find-everywhere").addEventListener("click", () => attempt(findEverywhere));
+  $("json").addEventListener("click", () => attempt(async () => {
+    save(new Blob([JSON.stringify(result(), null, 1)], { type: "application/json" }), "found.json");
+  }));
+  $("picture").addEventListener("click", () => attempt(savePicture));
+  const canvas = $("canvas");
+  canvas.addEventListener("pointerdown", (event) => {
+    if (!isDrawing() || !page.photo) return;
+    page.phrase = null;
+    page.from = point(event);
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener("pointermove", (event) => { if (page.from) dragged(event); });
+  canvas.addEventListener("pointerup", (event) => { if (page.from) attempt(() => dropped(event)); });
+}
+
+attempt(async () => {
+  listen();
+  const start = await (await ask("api/start")).json();
+  page.maxBytes = start.max_bytes;
+  $("model").textContent = start.model;
+  for (const name of start.vocabularies) $("vocabulary").append(new Option(name, name));
+  for (const photo of start.photos) addPhoto(photo);
+  if (page.photos.length) await choose(page.photos[0]);
+  else $("status").textContent = "Upload a photo.";
+  document.body.dataset.ready = "true";
+});
