@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import detection_json, grounding_json, write_image
+from PIL import Image
 
 from detclipv2_jax.data import box_json, evaluation_set, sources
 from detclipv2_jax.data.concepts import Vocabulary
@@ -58,6 +59,20 @@ def test_sizes_that_are_not_given_are_those_of_the_files(tmp_path):
     images = [{"file_name": "a.jpg"}, {"file_name": "a.jpg", "height": 5, "width": 6}, {"file_name": "b.jpg"}, 3]
     box_json.probe_sizes(images, str(tmp_path), follow_links=False)
     assert [(image.get("height"), image.get("width")) for image in images[:3]] == [(20, 30), (5, 6), (None, None)]
+
+
+def test_sizes_that_canvases_need_are_those_of_upright_photos(tmp_path):
+    write_image(tmp_path / "0.jpg", (20, 30), 0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(tmp_path / "0.jpg").save(tmp_path / "1.jpg", exif=turned)
+    content = detection_json()
+    content["images"] = [{"id": image["id"], "file_name": f"{i}.jpg"} for i, image in enumerate(content["images"][:3])]
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    source = box_json.read_detection(str(tmp_path / "d.json"), str(tmp_path), max_bad_share=1)
+    source.sizes[:] = 0  # as of photos that were not probed
+    source.fill_sizes()
+    assert source.sizes.tolist() == [[20, 30], [30, 20], [0, 0]]  # the third is missing
 
 
 def test_categories_that_are_dropped_are_gone_before_boxes_are_read(tmp_path):

@@ -92,6 +92,7 @@ def test_a_source_travels_to_other_processes(world):
     source = read_built(build(world, "detection"), Kind.DETECTION)
     before = source[3]
     copy = pickle.loads(pickle.dumps(source))
+    assert copy._examples is None  # opened anew there
     assert (copy[3].image, copy[3].concepts, copy.describe(3)) == (before.image, before.concepts, source.describe(3))
     assert len(pickle.dumps(source)) < 5000
 

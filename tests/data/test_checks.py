@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from zipfile import BadZipFile
 
 import pytest
 from PIL import Image
@@ -19,6 +20,23 @@ def test_a_share_may_be_bad_and_not_more():
     checks.refuse_above_share(bad, 8, 0.5, what="photos", where="here")
     with pytest.raises(DataError, match=r"here: 4 of 8 photos cannot be used \(3 burnt, 1 torn\); .* allows 49\.00%"):
         checks.refuse_above_share(bad, 8, 0.49, what="photos", where="here")
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError, EOFError, IndexError, KeyError, OverflowError, RecursionError, TypeError, BadZipFile]
+)
+def test_a_file_of_another_form_is_one_error(error):
+    @checks.documented
+    def read(path, fails):
+        if fails:
+            raise error("of some kind")
+        return path
+
+    assert read("a.json", fails=False) == "a.json"
+    with pytest.raises(
+        DataError, match=rf"a\.json does not have the documented form \({error.__name__}: '?of some kind"
+    ):
+        read("a.json", fails=True)
 
 
 def test_names_that_leave_their_folder():
@@ -76,6 +94,10 @@ def test_photos_of_other_sets_by_the_number_of_coco(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"images": [{"file_name": "own/42.jpg"}]}))
     paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
     assert leakage.held_out_photos(paths) == {"000000000042", "000000000007", "42.jpg"}
+    for name in ("COCO_train2014_", "COCO_val2017_", "COCO_test2015_", "a/b/", ""):
+        assert leakage.photo_of(f"{name}000000000042.jpeg") == "000000000042"
+    for name in ("COCO_val2014_000000000042.jpg.png", "x000000000042.jpg", "100000000042.jpg", "0000042.jpg"):
+        assert leakage.photo_of(name) == name
     (tmp_path / "b.json").write_text("[]")
     with pytest.raises(ValueError, match=r"--validation: .*b\.json is no COCO-format json"):
         leakage.held_out_photos(paths)
@@ -131,6 +153,8 @@ def test_dropped_names_are_known_ones():
     assert selection.dropped_names(["stop_sign", "cat"], ["stop sign", "cat", "dog"], "f") == {"stop sign", "cat"}
     with pytest.raises(DataError, match="f has no category 'cta', which drop_categories names; did you mean cat"):
         selection.dropped_names(["cta"], ["cat"], "f")
+    with pytest.raises(DataError, match=r"did you mean stop sign, stop signs, shop sign\?"):
+        selection.dropped_names(["stop sigm"], ["stop sign", "stop signs", "shop sign", "dog"], "f")
 
 
 def test_categories_without_a_box_are_said(caplog):

@@ -175,6 +175,24 @@ def test_boxes_are_tight(shape):
         np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.0)
 
 
+def test_an_eighth_of_the_combinations_is_held_out_and_no_caption_names_one_twice():
+    held_out = [
+        scenes.Thing(shape, color, texture, (0.5, 0.5), 0.1, 0.0).held_out
+        for shape in (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES)
+        for color in scenes.COLORS
+        for texture in scenes.TEXTURES
+    ]
+    assert sum(held_out[: 16 * 40]) == 16 * 40 / 8
+    assert not any(held_out[16 * 40 :])
+    rng, shapes = np.random.default_rng(0), ("star", "cup")
+    scene = scenes.draw(rng, shapes=shapes, size_px=256, training=True, distinct=True)
+    assert len(scene.things) > 2
+    for _ in range(400):
+        *_, phrases = scenes._image_text_line(rng, scene, "x.jpg", shapes=shapes).rstrip("\n").split("\t")
+        names = [" ".join(phrase.split()[-2:]) for phrase in json.loads(phrases)]
+        assert len(set(names)) == len(names)
+
+
 def test_things_are_turned_clockwise():
     """The apex of a triangle points up, and to the right after a quarter turn: most of it lies at the other side."""
     for angle, side in ((0.0, (0, 1)), (90.0, (-1, 0)), (180.0, (0, -1)), (-90.0, (1, 0))):
@@ -199,6 +217,17 @@ def test_colors_are_those_of_the_names_and_areas_those_of_the_boxes(folder):
             inside = image[int(y) : int(y + height), int(x) : int(x + width)]
             assert np.abs(inside[..., 0] - inside[..., 2] - (color[0] - color[2])).min() < 70
     assert checked > 10
+
+
+def test_boxes_are_neither_too_large_nor_too_small_on_the_whole():
+    errors = []
+    for shape in (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES):
+        for angle, center in ((0.0, (0.5, 0.5)), (25.0, (0.3, 0.7))):
+            image = np.full((128, 128, 3), 128, np.float32)
+            box = scenes._paint(image, scenes.Thing(shape, "red", "plain", center, 0.2, angle))
+            ys, xs = np.nonzero(np.abs(image - 128).max(axis=2) > 40)
+            errors.append(box - [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+    np.testing.assert_allclose(np.mean(errors, axis=0), 0, atol=0.25)
 
 
 def test_things_stay_apart_and_inside():

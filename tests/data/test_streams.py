@@ -169,6 +169,7 @@ def test_a_batch_may_cross_epochs(config):
 def test_scales_are_drawn_from_the_range(config):
     config.detection.batch_size = 16
     stream = train_streams(config)[0]
+    assert stream.num_batches == 1  # of 4 examples
     extents = np.concatenate([stream.batch(n).extent for n in range(4)])
     short = extents.min(axis=1)
     assert short.min() >= 28  # a 40 × 120 photo is bounded by the canvas' width: 96 / 120 * 40 = 32
@@ -251,6 +252,10 @@ def test_full_table_cuts_negatives_and_counts_them(config):
 
 def test_too_many_boxes_lose_the_smallest(config):
     config.detection.max_boxes = 1
+    content = detection_json()
+    small = [{"image_id": image["id"], "category_id": 1, "bbox": [0, 0, 4, 3]} for image in content["images"]]
+    content["annotations"] = small + content["annotations"]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
     stream = train_streams(config)[0]
     batch = stream.batch(0)
     areas = np.prod((batch.boxes[:, 0, 2:] - batch.boxes[:, 0, :2]) / batch.scale[:, ::-1], axis=1)
@@ -258,7 +263,7 @@ def test_too_many_boxes_lose_the_smallest(config):
     table = names_of_table(batch)
     names = [NAMES[(example + 1) % 6].replace("_", " ") for example in batch.example_id]  # of the second box
     assert [table[row] for row in batch.box_concepts[:, 0]] == names
-    assert stream.counters["boxes cut: more than max_boxes"] == stream.overflow["num_boxes_cut"] == 4
+    assert stream.counters["boxes cut: more than max_boxes"] == stream.overflow["num_boxes_cut"] == 4 * 2
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(8, [0, 1, 3, 4, 5]), (2, [0, 1, 3]), (1, [0, 3])])
@@ -508,6 +513,7 @@ def test_unusable_images_give_way_to_the_next_and_are_counted_once(config, world
     assert_equal(batch, train_streams(config)[-1].batch(0))
     stream.batch(1)
     assert stream.overflow["num_images_skipped"] == 0  # none that was not known
+    stream.batch(2)
     assert stream.counters["image of pairs skipped: truncated image"] == 1
     assert stream.counters["image of pairs skipped: missing file"] == 1
     changed = intact.example_id != batch.example_id
@@ -563,6 +569,16 @@ def test_kinds_without_files_and_empty_canvases_are_left_out(config):
     config.image_text.pairs = config.image_text.images = ""
     config.detection.max_examples = 1
     assert [stream.name for stream in train_streams(config)] == ["detection/64x96"]
+
+
+def test_a_photo_of_another_size_than_its_annotation_is_skipped(config):
+    content = detection_json()
+    content["images"][0] |= {"height": 41, "width": 120}
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.max_bad_share = 0.5
+    stream = train_streams(config)[0]
+    stream.batch(0)
+    assert dict(stream.counters) == {"image of detection skipped: size differs from the annotation's": 1}
 
 
 def test_streams_have_the_weight_of_their_kind_and_the_first_what_was_repaired(config):

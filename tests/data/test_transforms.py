@@ -148,7 +148,14 @@ def test_jpeg_is_decoded_no_smaller_than_the_target():
     image = pixels((256, 384), 1)
     data = encode(image, "JPEG", quality=95)
     header = transforms.read_header(data)
-    for target, decoded in [((256, 384), 256), ((129, 193), 256), ((128, 192), 128), ((60, 90), 64), ((10, 15), 32)]:
+    for target, decoded in [
+        ((256, 384), 256),
+        ((129, 193), 256),
+        ((128, 192), 128),
+        ((128, 193), 256),
+        ((60, 90), 64),
+        ((10, 15), 32),
+    ]:
         assert transforms.decode(data, header, size=target).shape[0] == decoded
     # the reduced picture is the large one, averaged
     small = placed(data, canvas=(64, 96), short_side=64)[0].astype(float)
