@@ -36,16 +36,16 @@ def test_the_loss_on_eight_photographs_halves(shared_data, tmp_path):
         "detection.canvases": "((160,160),)",
         "detection.short_side": "(160,160)",
         "detection.long_side": 160,
-        "num_steps": 100,
+        "num_steps": 40,
         "log_every_steps": 1,
     }
-    # one device and compiled with optimisation, as a user runs it: 100 steps are worth it
+    # one device and compiled with optimisation, as a user runs it: 40 steps are worth it
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     arguments = [f"--config.{key}={value}" for key, value in changes.items()]
     done = subprocess.run([*line, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     history = losses(tmp_path, "detection")
-    assert len(history) == 100
+    assert len(history) == 40
     assert history[-1] < 0.5 * history[0]
 
 
