@@ -245,8 +245,11 @@ def test_a_wheel_s_configurations_come_before_a_checkout_s(tmp_path, monkeypatch
     for folder in (package / "configs", package.parent / "configs"):
         folder.mkdir(parents=True)
         (folder / "demo.py").write_text("")
+        (folder / "notes.txt").write_text("")
     monkeypatch.setattr(commands, "__file__", str(package / "commands.py"))
     assert commands.config_file("demo") == str(package / "configs" / "demo.py")
+    with pytest.raises(ValueError, match=r"no configuration notes: demo$"):
+        commands.config_file("notes")
 
 
 def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):

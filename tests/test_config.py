@@ -115,6 +115,13 @@ def test_what_goes_by_scores_needs_them(micro):
         assert part in str(error.value), part
 
 
+def test_generated_scenes_may_be_what_scores_come_from(micro):
+    micro.checkpoint.keep_best, micro.eval.every_epochs = True, 1
+    validation.validate(micro, num_devices=8)
+    micro.scenes.num_eval, micro.eval.annotations = 0, "a.json"
+    validation.validate(micro, num_devices=8)
+
+
 def test_json_round_trip(micro):
     again = config_json.from_json(config_json.to_json(micro))
     assert config_lib.differences(micro, again) == []

@@ -45,8 +45,10 @@ def test_lines_that_are_cut_by_a_block_are_whole():
 def test_utf_16_is_refused_by_name(tmp_path, encoding):
     path = tmp_path / "text"
     path.write_bytes(json.dumps({"images": ["a"]}).encode(encoding))
+    # with a mark the text says which it is
+    name = {"utf-16": "UTF-16", "utf-32": "UTF-32"}.get(encoding, "UTF-16 or UTF-32")
     for read in (files.read_lines, files.read_json):
-        with pytest.raises(ValueError, match=f"{path} is UTF-.*save it as UTF-8"):
+        with pytest.raises(ValueError, match=f"{path} is {name}; save it as UTF-8"):
             read(path)
     with pytest.raises(ValueError, match="is UTF-"), path.open("rb") as file:
         list(files.byte_lines(file, where=path))
@@ -152,6 +154,8 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         interrupted()
     assert files.read_json(path)["AP"] == 1
     assert list(path.parent.iterdir()) == [path]
+    files.write_json(path, "half \udcff")
+    assert files.read_json(path) == "half \udcff"
     files.write_text(path, ["a", "b"])
     assert path.read_text() == "ab"
     assert list(path.parent.iterdir()) == [path]

@@ -1,13 +1,18 @@
-"""The loop's small decisions: what is due, which step was best, what is traced."""
+"""The loop's small decisions: what is due, which step was best, what is traced, reported, kept and compiled first."""
 
+import signal
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs.order import StepOrder
+from detclipv2_jax.runs.state import TrainState
 
 
 def test_what_is_due():
@@ -79,3 +84,117 @@ def test_the_order_of_a_run_follows_its_configuration():
 def test_a_step_beyond_the_run_is_not_replayed():
     with pytest.raises(ValueError, match="--replay=24: the run has 23 steps"):
         train.replay_step(run_of(), 24)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_is_written_of_a_step_and_what_stops_a_run(logged, stop, finite, caplog):
+    written, shown = [], []
+    writer = types.SimpleNamespace(write=lambda step, values: written.append((step, values)))
+    progress = types.SimpleNamespace(flops=5.0, show=shown.append, rates=lambda: {"rate": 2.0})
+    values = {"loss": 0.5 if finite else np.nan, "num_concepts": 7.0, "finite": float(finite)}
+    values |= {"grad_norm": 3.0, "grad_norm_fpn": 1.0 if finite else np.inf, "grad_norm_swin": 2.0}
+
+    def finish():
+        train.finish_step(
+            9, "detection", values, logged=logged, stop=stop, cost=lambda num: 10 * num, examples=lambda: "a: 1, 2",
+            writer=writer, progress=progress,
+        )  # fmt: skip
+
+    told = (
+        "step 9 was not applied, its loss or gradient is not finite: detection/grad_norm 3, detection/loss nan, "
+        "detection/num_concepts 7; gradients that are not finite: fpn; examples of process 0: a: 1, 2"
+    )
+    if finite or not stop:
+        finish()
+    else:
+        with pytest.raises(train.NonFiniteError) as error:
+            finish()
+        assert str(error.value) == f"{told}. --replay=9 runs it again, config.nonfinite=skip goes on past such steps"
+    assert (told in caplog.text) == (not finite and not stop)
+    expected = {f"detection/{name}": value for name, value in values.items() if name != "finite"}
+    assert progress.flops == 75.0
+    np.testing.assert_equal(shown, [expected])
+    np.testing.assert_equal(written, [(9, expected | {"rate": 2.0})] if logged or not finite else [])
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_best_state_so_far_is_saved(keep_best):
+    done = []
+    kept = types.SimpleNamespace(
+        mark_best=lambda step, *, score, value: done.append((step, score, value)),
+        save=lambda step, state: done.append((step, state)),
+    )
+    run = run_of()
+    run.config.checkpoint.keep_best, run.config.optimizer.schedule = keep_best, "constant"
+    run.config.optimizer.warmup_steps, run.config.optimizer.stop_patience = 0, 2
+    scores = {}
+    for step, value, over in ((5, 0.5, False), (10, 0.7, False), (15, 0.7, False), (20, 0.6, True)):
+        scores[step] = {"AP": 1 - value, "AP50": value}
+        state, decision = train._conclude(run, f"state {step}", scores, kept, step=step)
+        assert (state, decision) == (f"state {step}", (1.0, over))
+    best = [(5, "AP50", 0.5), (5, "state 5"), (10, "AP50", 0.7), (10, "state 10"), *[(10, "AP50", 0.7)] * 2]
+    assert done == (best if keep_best else [])
+
+
+def test_steps_are_compiled_in_the_order_of_their_first_use(monkeypatch):
+    monkeypatch.setattr(sharding, "batch_shapes", lambda config, kind, *_, **sizes: (kind, sizes["table_rows"]))
+    compiled = []
+
+    def step(key):
+        def lower(state, batch):
+            return types.SimpleNamespace(compile=lambda: compiled.append((key, state["a"].shape, batch)))
+
+        return types.SimpleNamespace(lower=lower)
+
+    keys = [
+        (Kind.DETECTION, (64, 64)),
+        (Kind.GROUNDING, (64, 96)),
+        (Kind.DETECTION, (64, 64)),
+        (Kind.IMAGE_TEXT, (8, 8)),
+    ]
+    streams = [
+        types.SimpleNamespace(kind=kind, canvas=canvas, capacities={"table": 10 + i}, num_verified=0)
+        for i, (kind, canvas) in enumerate(keys)
+    ]
+    order = types.SimpleNamespace(upcoming=lambda start: {3: [1, 2, 0], 9: []}[start])
+    run = types.SimpleNamespace(streams=streams, order=order, config=None, mesh=sharding.make_mesh())
+    steps = {key: step(key) for key in keys}
+    ahead = train.compile_ahead(run, steps, {"a": jax.numpy.zeros((2, 3))}, start=3)
+    for key in keys:
+        ahead.wait(key)
+    ahead.close()
+    assert compiled == [(keys[1], (2, 3), (Kind.GROUNDING, 11)), (keys[0], (2, 3), (Kind.DETECTION, 12))]
+    train.compile_ahead(run, steps, {}, start=9).close()
+    assert len(compiled) == 2
+
+
+def test_averaged_parameters_are_scored_where_they_are_kept():
+    written, seen = [], []
+    writer = types.SimpleNamespace(write=lambda step, values: written.append((step, values)))
+
+    def evaluator(params, *, step):
+        seen.append((params, step))
+        return {"AP": 0.5}
+
+    for ema, params in ((None, "own"), ("averaged", "averaged")):
+        state = TrainState(np.int32(7), "own", None, ema)
+        assert train._evaluate_state(evaluator, state, writer, kind="forgetting") == {"AP": 0.5}
+        assert seen.pop() == (params, 7)
+        assert written.pop() == (7, {"forgetting/AP": 0.5})
+
+
+def test_checks_go_on_after_a_problem_and_stops_are_named():
+    problems = []
+    for error in ("first", "second"):
+        with train.listed(problems):
+            raise ValueError(error)
+    with train.listed(problems):
+        pass
+    with pytest.raises(TypeError), train.listed(problems):
+        raise TypeError
+    assert problems == ["first", "second"]
+    for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
+        stopped = train.Preempted(number, 12)
+        assert (str(stopped), stopped.number) == (f"stopped by {name} after step 12, which is saved", number)

@@ -80,7 +80,12 @@ def test_sources_with_weights_have_streams_of_their_own(config, world):
 
 def test_raw_files_and_several_folders_are_one_stream(config, world):
     folder = build(world, "grounding")
-    config.grounding.data = (folder, folder)
+    with config.grounding.ignore_type():
+        config.grounding.data = folder  # one folder may be a text
+    streams = [stream for stream in train_streams(config) if stream.kind is Kind.GROUNDING]
+    assert sum(stream.num_examples for stream in streams) == 14
+    with config.grounding.ignore_type():
+        config.grounding.data = (folder, folder)
     streams = [stream for stream in train_streams(config) if stream.kind is Kind.GROUNDING]
     assert sum(stream.num_examples for stream in streams) == 21
     config.grounding.max_examples = 2

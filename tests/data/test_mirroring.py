@@ -17,4 +17,9 @@ def test_words_of_other_languages():
     found = pattern((" links ", "左"), english=False)
     assert speaks_of_sides(["Links der Katze"], found)
     assert not speaks_of_sides(["Linkshänder", "left"], found)
+    assert speaks_of_sides(["links_1"], found)
+    assert speaks_of_sides(["links2"], found)
+    dotted = pattern(("l.r", "a(b"), english=False)  # words, no patterns
+    assert speaks_of_sides(["the l.r side"], dotted)
+    assert not speaks_of_sides(["the lir side", "ab"], dotted)
     assert speaks_of_sides(["猫の左側"], found)  # no spaces between words there

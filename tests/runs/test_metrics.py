@@ -61,7 +61,9 @@ def test_rates_and_waiting(monkeypatch):
 
 def test_lines_after_the_start_are_removed_and_the_start_stays(tmp_path):
     lines = [{"step": step, "eval/AP": 0.1 * step, "loss": 1.0} for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "e')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": "1"}\n{"loss": 2.0}\n[1]\n{"step": 3, "e'
+    )
     writer = metrics.MetricsWriter(tmp_path, 2)
     assert writer.recorded("eval") == [(1, {"AP": 0.1}), (2, {"AP": 0.2})]
     assert writer.recorded("forgetting") == []

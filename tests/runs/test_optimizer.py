@@ -121,6 +121,11 @@ def test_plateaus_lower_the_rate_and_end_the_run(micro):
     # nothing is held against a run that still warms up: the first 5 epochs
     c.warmup_steps = 51
     assert [decision.factor for decision in ways_down([0.5] + [0.0] * 7, c)] == pytest.approx([1] * 6 + [0.1] * 2)
+    # what is better than the one before is no gain if another was better still
+    c.warmup_steps, c.patience = 0, 3
+    factors = [decision.factor for decision in ways_down([0.5, 0.4, 0.45, 0.44, 0.1], c)]
+    assert factors == pytest.approx([1, 1, 1, 0.1, 0.1])
+    c.patience = 2
     # other schedules may end early too, and keep their rate
     c.schedule, c.stop_patience, c.warmup_steps = "cosine", 3, 0
     assert ways_down([0.1, 0, 0, 0], c) == [(1.0, False)] * 3 + [(1.0, True)]

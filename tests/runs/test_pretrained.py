@@ -46,6 +46,9 @@ def test_tables_are_resized_as_by_torch(old, new):
     expected = np.load(GOLDEN / "layouts.npz")[f"table/{old}/{new}"]
     assert resized.shape == expected.shape
     np.testing.assert_allclose(resized, expected, atol=1e-5)
+    table = cases.relative_position_table(old)
+    assert pretrained.resize_table(table, rows=(2 * new - 1) ** 2 + 1) is table  # of no window
+    assert pretrained.resize_table(table[1:], rows=(2 * new - 1) ** 2).shape == table[1:].shape
 
 
 def test_files_are_fitted_to_the_model(micro, tmp_path):
@@ -72,6 +75,7 @@ def test_files_are_fitted_to_the_model(micro, tmp_path):
     notes = "\n".join(notes)
     assert f"they start fresh: {', '.join(pretrained.FRESH)}" in notes
     assert "fitted to the model (4): " in notes
+    assert f"parameters from {tmp_path / 'swin.safetensors'}, converted from layout timm" in notes
     assert "stage1_block0/attention/relative_position_table (225, 1) -> (49, 1)" in notes
     assert "fitted to the model (1): text_encoder/position_embedding (77, 16) -> (16, 16)" in notes
     assert pretrained.load_all(start_files(micro, swin="", text=""), shapes) == ({}, [])

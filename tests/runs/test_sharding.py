@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from oracle.towers import make_batch
 
+from detclipv2_jax import session
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
@@ -73,6 +75,19 @@ def test_a_state_begins_at_step_zero_with_its_parameters_as_average(ema):
     for tree in (placed.params, *moments, *([placed.ema] if ema else [])):
         assert {name: place.spec for name, place in tree.items()} == expected
     assert placed.step.spec == placed.opt_state[0].count.spec == P()
+
+
+def test_shapes_of_batches_are_those_of_the_streams(micro, tmp_path):
+    micro.scenes.update({"num_detection": 8, "num_grounding": 8, "num_image_text": 8, "num_eval": 0, "size_px": 32})
+    config = session.with_scenes(micro, tmp_path)
+    for stream in train_streams(config):
+        sizes = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
+        expected = sharding.batch_shapes(config, stream.kind, stream.canvas, **sizes)
+        found = stream.batch(0)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for name, own, array in zip(found._fields, expected, found, strict=True):
+            if isinstance(array, np.ndarray):
+                assert (own.shape, own.dtype) == (array.shape, array.dtype), name
 
 
 def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):

@@ -1,6 +1,6 @@
 """All faults, room by room."""
 
-from tests.mutations.listed import data, demo, geometry, inference, kinds, losses, models, reading, runs, tools
+from tests.mutations.listed import data, demo, geometry, inference, kinds, later, losses, models, reading, runs, tools
 
-ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds)
+ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later)
 FAULTS = [fault for room in ROOMS for fault in room.FAULTS]
