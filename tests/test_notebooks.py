@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # pictures that each shows
-PICTURES = {"word_region_alignment": 4, "look_at_a_batch": 4, "your_own_data": 3}
+PICTURES = {"word_region_alignment": 4, "example_boxes": 3, "look_at_a_batch": 4, "your_own_data": 3}
 
 
 def read(name):
