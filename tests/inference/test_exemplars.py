@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import planted
 import pytest
+from deltas import encode_deltas
 from PIL import Image
 
 from detclipv2_jax.geometry import anchors as anchor_lib
@@ -41,6 +42,10 @@ def test_a_box_is_described_by_the_central_region_that_overlaps_it():
     extent, original = np.array([[48, 64], [24, 64]], np.int32), np.array([[96, 128], [12, 32]], np.int32)
     photos = Photos(None, extent, (extent / original).astype(np.float32), original)
     boxes = np.array([[40, 30, 110, 80], [2, 1, 30, 11]], np.float32)
+    centers = (anchors[:, 1] + anchors[:, 3]) / 2
+    padding = int(np.flatnonzero(centers >= extent[1, 0])[0])  # has the very box, but does not count
+    regions.box_deltas[1, padding] = encode_deltas(anchors[padding], boxes[1] * 2)
+    regions.centerness[1, padding] = 9.0
     found = jax.jit(functools.partial(describe, canvas=CANVAS))(regions, boxes, photos)
     for i in range(2):
         best, most = None, -1.0
