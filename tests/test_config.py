@@ -37,19 +37,47 @@ def test_every_config_is_valid_on_one_and_on_many_devices(name, variant):
         validation.validate(config, num_devices=num_devices)
 
 
-def test_swin_t_has_the_values_of_table_9():
-    c = load("swin_t")
-    assert c.epochs == 12
-    assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.optimizer.warmup_steps) == (2.8e-4, 0.05, 1000)
-    assert (c.optimizer.b1, c.optimizer.b2, c.model.swin.drop_path_rate) == (0.9, 0.999, 0.2)
-    assert (c.detection.batch_size, c.grounding.batch_size, c.image_text.batch_size) == (128, 128, 6144)
-    assert (c.detection.num_concepts, c.grounding.num_concepts, c.model.text.context_length) == (150, 100, 16)
-    assert (c.loss.contrastive_weight, c.loss.temperature, c.loss.label_smoothing) == (0.1, 0.5, 0.1)
-    assert (c.loss.box_weight, c.loss.centerness_weight, c.loss.num_proposals) == (2.0, 1.0, 100)
-    assert c.image_text.canvases == ((320, 320),)
-    assert c.detection.canvases == ((800, 1344), (1344, 800))
-    large = load("swin_l")
-    assert (large.optimizer.learning_rate, large.detection.batch_size, large.image_text.batch_size) == (4e-4, 256, 6144)
+TABLE_9 = (  # row, keys, values of Swin-T, values of Swin-L where they differ
+    ("epochs", "epochs", 12),
+    ("optimizer AdamW, betas", "optimizer.b1 optimizer.b2", (0.9, 0.999)),
+    ("weight decay", "optimizer.weight_decay", 0.05),
+    ("learning rate, image encoder", "optimizer.learning_rate", 2.8e-4, 4e-4),
+    ("learning rate, text encoder", "text_rate", 2.8e-5, 4e-5),
+    ("schedule", "optimizer.schedule optimizer.warmup_steps optimizer.min_learning_rate", ("cosine", 1000, 0.0)),
+    ("batch, detection and grounding", "detection.batch_size grounding.batch_size", (128, 128), (256, 256)),
+    ("batch, image-text pairs", "image_text.batch_size", 6144),
+    ("resolution, boxes", "detection.canvases grounding.canvases", (((800, 1344), (1344, 800)),) * 2),
+    ("long side, boxes", "detection.long_side grounding.long_side", (1333, 1333)),
+    ("multi-scale training", "detection.short_side grounding.short_side", ((480, 800),) * 2),
+    ("resolution, pairs", "image_text.canvases image_text.short_side", (((320, 320),), (320, 320))),
+    ("random flip", "detection.flip_prob grounding.flip_prob image_text.flip_prob", (0.5, 0.5, 0.5)),
+    ("weight of the contrastive loss", "loss.contrastive_weight", 0.1),
+    ("weights of box and centerness", "loss.box_weight loss.centerness_weight", (2.0, 1.0)),
+    ("temperature, label smoothing", "loss.temperature loss.label_smoothing", (0.5, 0.1)),
+    ("proposals k", "loss.num_proposals", 100),
+    ("concepts M", "detection.num_concepts grounding.num_concepts", (150, 100)),
+    ("tokens of a text", "model.text.context_length", 16),
+    ("drop path", "model.swin.drop_path_rate", 0.2),
+    ("mixed precision, checkpointing", "model.dtype model.remat", ("bfloat16", "blocks")),
+)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_l"])
+def test_pretraining_has_the_values_of_table_9(name):
+    """Prints them: pytest -s."""
+    c = load(name)
+    factors = {factor for regex, factor, _ in c.optimizer.groups if regex.startswith("text_encoder")}
+    values = config_lib.flat(c) | {"text_rate": max(factors) * c.optimizer.learning_rate}
+    assert len(factors) == 1
+    print(f"\n{name:36} {'paper':40} here")
+    wrong = []
+    for row, keys, *expected in TABLE_9:
+        found = tuple(values[key] for key in keys.split())
+        found, paper = found if len(found) > 1 else found[0], expected[-1 if name == "swin_l" else 0]
+        print(f"{row:36} {paper!s:40} {found}")
+        if paper != (pytest.approx(found) if isinstance(found, float) else found):
+            wrong.append(row)
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swin_l"])

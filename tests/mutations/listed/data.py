@@ -35,7 +35,7 @@ FAULTS = [
         ("np.argsort(-areas, kind=\"stable\")[: self.max_boxes]", "np.argsort(areas, kind=\"stable\")[: self.max_boxes]", "::test_too_many_boxes_lose_the_smallest"),
         ("if seen[group[i]] <= max_box_concepts:", "if seen[group[i]] < max_box_concepts:", "::test_identical_boxes_keep_their_different_concepts"),
         ("more=not (self.num_verified and record.federated)", "more=True", "::test_one_field_makes_a_json_federated"),
-        ("if record.federated:", "if True:", "::test_images_of_other_sources_stay_as_they_are_beside_federated_ones"),
+        ("np.array([example.record.federated for example in examples], bool)", "np.ones(len(examples), bool)", "::test_images_of_other_sources_stay_as_they_are_beside_federated_ones"),
         ("negatives[i][negatives[i] < self.capacity]", "negatives[i]", "::test_only_as_many_verified_negatives_as_there_is_room_for_and_never_what_is_doubtful"),
         ("known = np.setdiff1d(known, concepts[i][doubtful])", "known = np.concatenate([known, concepts[i][doubtful]])", "::test_one_field_makes_a_json_federated"),
         ("np.stack([group, concepts])", "np.stack([group, np.arange(len(group))])", "::test_identical_boxes_keep_their_different_concepts"),

@@ -4,7 +4,7 @@ from tests.mutations.fault import plant
 
 FAULTS = [
     *plant(
-        "config.py", "test_config.py::test_swin_t_has_the_values_of_table_9 test_config.py::test_fine_tuning_has_the_values_of_tables_10_and_11 test_config.py::test_every_config_is_valid_on_one_and_on_many_devices",
+        "config.py", "test_config.py::test_pretraining_has_the_values_of_table_9 test_config.py::test_fine_tuning_has_the_values_of_tables_10_and_11 test_config.py::test_every_config_is_valid_on_one_and_on_many_devices",
         ("drop_path_rate = 0.0 if nano else 0.2", "drop_path_rate = 0.0 if nano else 0.1"),
         ("context_length = 16", "context_length = 24"),
         ("c.b2 = 0.999", "c.b2 = 0.99"),
