@@ -195,6 +195,9 @@ def test_part_of_a_folder_with_definitions_and_without_categories(world):
     assert less.counters["dropped category"] == 2
     with pytest.raises(ValueError, match="has no category beside those that drop_categories names"):
         read_built(folder, Kind.DETECTION, dropped=names)
+    report = pathlib.Path(folder, built.REPORT)
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"dropped": {"missing file": 2}}))
+    assert read_built(folder, Kind.DETECTION).counters == {"missing file (when built)": 2}
     info = pathlib.Path(folder, built.INFO)
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(ValueError, match="names the format 'tfrecord'; `prepare` writes array_record"):
