@@ -179,10 +179,15 @@ def test_only_whole_records_are_examples():
 
 
 def test_part_of_a_folder_with_definitions_and_without_categories(world):
+    content = json.loads((world / "detection.json").read_text())
+    last, used = content["images"][-1]["id"], {row["category_id"] for row in content["annotations"]}
+    more = [{"image_id": last, "category_id": key, "bbox": [1, 1, 9, 9]} for key in used]
+    content["annotations"] += more
+    (world / "detection.json").write_text(json.dumps(content))
     folder = build(world, "detection")
     whole = read_built(folder, Kind.DETECTION)
     numbers = [len(whole[i].concepts) for i in range(len(whole))]
-    assert whole.most_concepts == max(numbers)
+    assert whole.most_concepts == max(numbers) > max(numbers[:-1])
     names = whole.vocabulary.names
     dictionary = Vocabulary(names, tuple(f"a {name}" for name in names))
     for num in (1, 2, 5):
