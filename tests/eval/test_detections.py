@@ -56,6 +56,15 @@ def test_a_file_is_read_in_parts_as_at_once(tmp_path_factory, num, part_chars, i
     ]
 
 
+def test_nested_objects_do_not_keep_a_file_from_being_cut(tmp_path, monkeypatch):
+    rows = [{"deep": {"a": {"b": {"c": i}}}} | row(score=i / 64) for i in range(60)]
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(detections, "PART_CHARS", 250)  # two rows or three
+    parts = list(detections.read(tmp_path / "found.json"))
+    assert len(parts) > 20
+    assert as_rows(parts) == as_rows(detections.read(rows))
+
+
 @pytest.mark.parametrize(
     "change",
     [
