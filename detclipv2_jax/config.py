@@ -257,7 +257,8 @@ def _eval_section() -> ConfigDict:
     c.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by
     c.score_threshold = 0.0  # boxes at or below are left out
     c.nms_iou = 0.6  # a box that overlaps a better one of its word by more is left out
-    c.pre_nms = 1000  # (anchor, word) pairs an image that enter NMS
+    # best (anchor, word) pairs an image that enter NMS: where it keeps max_detections of them, more change nothing
+    c.pre_nms = 3000
     c.max_detections = 300  # boxes an image
     c.num_pictures = 8  # images drawn into pictures/
     return c
@@ -268,7 +269,7 @@ def lvis(section: ConfigDict, annotations: str = "lvis_v1_minival_inserted_image
     section.annotations = f"data/lvis/{annotations}"
     section.images = "data/coco"
     section.dictionary = DICTIONARY
-    section.pre_nms = 2000
+    section.pre_nms = 10_000
     section.max_detections = 1000  # fixed AP counts them all, standard AP the best 300 of them
 
 

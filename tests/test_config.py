@@ -95,7 +95,7 @@ def test_pretraining_uses_one_dictionary_and_is_scored_as_eval_lvis_does(name):
         assert (c.detection.definitions, c.grounding.definitions, c.eval.definitions) == (True, False, True)
         for key in protocol.eval:
             assert c.eval[key] == protocol.eval[key] or key == "batch_size"
-        assert (c.eval.pre_nms, c.eval.max_detections) == (2000, 1000)
+        assert (c.eval.pre_nms, c.eval.max_detections) == (10_000, 1000)
     assert load(name).name == {"swin_t": "swin_t_full", "swin_l": "swin_l"}[name]
     with pytest.raises(ValueError, match=f"'o366' of configs/{name}.py is unknown; allowed are o365, o365_cc3m, "):
         load(name, "o366")
@@ -292,7 +292,7 @@ def test_what_no_table_says_is_as_decided():
         "loss.selection_scope": "global", "loss.matching": "one_to_one", "loss.side": "text_to_image",
         "loss.chunk_bytes": 134_217_728, "optimizer.clip_norm": 35.0, "optimizer.decay_at": (2 / 3, 11 / 12),
         "optimizer.decay_factor": 0.1, "optimizer.patience": 5, "optimizer.ema_decay": 0.0,
-        "eval.nms_iou": 0.6, "eval.pre_nms": 1000, "eval.max_detections": 300, "eval.score_threshold": 0.0,
+        "eval.nms_iou": 0.6, "eval.pre_nms": 3000, "eval.max_detections": 300, "eval.score_threshold": 0.0,
         "eval.short_side": 800, "eval.long_side": 1333, "eval.max_bad_share": 0.0, "eval.batch_size": 32,
         "detection.max_boxes": 300, "grounding.max_boxes": 100, "image_text.max_phrases": 8,
         "detection.short_side": (480, 800), "detection.long_side": 1333, "image_text.short_side": (320, 320),

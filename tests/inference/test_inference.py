@@ -115,6 +115,20 @@ def test_chunks_and_padding_change_nothing(ties):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), whole, parts)
 
 
+def test_more_candidates_change_nothing_once_they_fill_the_detections():
+    """Then the result is that of all pairs, which are more than mmdetection's 1,000 anchors a level with all words."""
+    regions, text, photos = _case(ties=False, num_images=1)
+    options = OPTIONS | {"score_threshold": 0.0, "max_detections": 20}
+    found = {
+        pre_nms: _detect(regions, text, jnp.ones(12, bool), photos, word_chunk=4, **options | {"pre_nms": pre_nms})
+        for pre_nms in (20, 200, 12 * len(ANCHORS))
+    }
+    few, enough, every = found.values()
+    assert enough.mask.all()
+    jax.tree.map(np.testing.assert_array_equal, enough, every)
+    assert few.mask.sum() < 20
+
+
 def test_more_room_than_pairs():
     regions, text, photos = _case(ties=False, num_images=1, num_words=1)
     options = OPTIONS | {"pre_nms": 500, "max_detections": 500, "nms_iou": 1.0, "score_threshold": 0.0}
@@ -299,9 +313,9 @@ def test_the_alignment_of_a_photo_is_drawn_from_a_checkpoint(predictor, tmp_path
 
 def test_limits_take_the_given_values_only():
     config = planted.make()[0].eval
-    limits = Limits.from_config(config, nms_iou=0.0, max_detections=2000)
-    assert (limits.score_threshold, limits.nms_iou, limits.max_detections) == (config.score_threshold, 0.0, 2000)
-    assert limits.pre_nms == 2000  # no fewer candidates than detections
+    limits = Limits.from_config(config, nms_iou=0.0, max_detections=4000)
+    assert (limits.score_threshold, limits.nms_iou, limits.max_detections) == (config.score_threshold, 0.0, 4000)
+    assert limits.pre_nms == 4000  # no fewer candidates than detections
     for name in ("score_threshold", "nms_iou"):
         assert getattr(Limits.from_config(config, **{name: 1.0}), name) == 1.0
         for value in (-0.01, 1.01, 1.9):
