@@ -117,6 +117,27 @@ def test_an_evaluation_has_photos_without_boxes_and_the_truth(world, config):
     assert sources.open_evaluation(config.eval, prefix="config.eval") is None
 
 
+def test_categories_with_boxes_are_told_apart_by_their_texts(world):
+    content, path = detection_json(), world / "e.json"
+    first, second = content["categories"][:2]
+    for names, definitions, fine in (
+        (("crane", "crane"), ("a bird", "a machine"), True),
+        (("crane", "Crane"), ("a bird", "a bird"), False),
+        (("crane", "crane"), ("", ""), False),
+    ):
+        for category, name, definition in zip((first, second), names, definitions, strict=True):
+            category |= {"name": name, "def": definition}
+        path.write_text(json.dumps(content))
+        if fine:
+            evaluation_set.read_evaluation(str(path), str(world / "images"))
+        else:
+            with pytest.raises(DataError, match=r"the categories 1 and 2 are both called .* and have boxes"):
+                evaluation_set.read_evaluation(str(path), str(world / "images"))
+    content["annotations"] = [row for row in content["annotations"] if row["category_id"] != 2]
+    path.write_text(json.dumps(content))
+    evaluation_set.read_evaluation(str(path), str(world / "images"))  # what has no box is not found
+
+
 def test_a_line_of_pairs():
     parse = sources.parse_pair
     assert parse(b'a.jpg\t a cat \t["cat", " ", " a dog "]') == ("a.jpg", "a cat", ["cat", "a dog"], [])

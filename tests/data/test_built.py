@@ -96,6 +96,9 @@ def test_raw_files_and_several_folders_are_one_stream(config, world):
 def test_a_source_travels_to_other_processes(world):
     source = read_built(build(world, "detection"), Kind.DETECTION)
     before = source[3]
+    files = [source.file(i) for i in range(len(source))]
+    assert [files.count(name) for name in dict.fromkeys(files)] == [3, 3, 1]  # images of a shard
+    assert all(pathlib.Path(name).is_file() for name in files)
     copy = pickle.loads(pickle.dumps(source))
     assert copy._examples is None  # opened anew there
     assert (copy[3].image, copy[3].concepts, copy.describe(3)) == (before.image, before.concepts, source.describe(3))

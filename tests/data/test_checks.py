@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from detclipv2_jax.data import checks, leakage, selection, workers
-from detclipv2_jax.data.schema import DataError
+from detclipv2_jax.data.schema import DataError, UnusableError
 
 
 def test_a_share_may_be_bad_and_not_more():
@@ -44,6 +44,22 @@ def test_names_that_leave_their_folder():
         assert checks.unsafe_path(name)
     for name in ("a.jpg", "b/a.jpg", "b/..a.jpg", "a b.jpg"):
         assert not checks.unsafe_path(name)
+
+
+def test_links_are_followed_where_they_may_be(tmp_path):
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_text("")
+    folder = os.path.realpath(tmp_path / "in")
+    os.symlink(tmp_path / "out" / "a.jpg", tmp_path / "in" / "out.jpg")
+    os.symlink(tmp_path / "out", tmp_path / "in" / "outside")
+    os.symlink(tmp_path / "in" / "a.jpg", tmp_path / "in" / "b.jpg")
+    assert checks.resolve(folder, "a.jpg") == f"{folder}/a.jpg"
+    assert checks.resolve(folder, "b.jpg") == f"{folder}/a.jpg"
+    for name in ("out.jpg", "outside/a.jpg"):
+        assert checks.resolve(folder, name, follow_links=True) == f"{folder}/{name}"  # as it is called
+        with pytest.raises(UnusableError, match="link out of the image folder: follow_links allows them"):
+            checks.resolve(folder, name)
 
 
 def test_missing_paths_are_named_by_their_keys(tmp_path):

@@ -42,6 +42,7 @@ FAULTS = [
         ("if dictionary and kind is Kind.DETECTION:", "if dictionary:"),
         ("if not any(stays):", "if False:"),
         ("self.__dict__ | {\"_examples\": None}", "self.__dict__"),
+        ("index, side=\"right\")", "index, side=\"left\")"),
     ),
     *plant(
         "data/catalog.py", "data/test_built.py",
@@ -51,6 +52,7 @@ FAULTS = [
         "data/checks.py", "data/test_checks.py",
         ("\\0{facts.st_size}\\0", "\\0"),
         ("RecursionError,\n            TypeError,", "RecursionError,"),
+        ("if not follow_links and os.path.islink(path):", "if os.path.islink(path):"),
     ),
     *plant(
         "data/concepts.py", "data/test_concepts.py",
@@ -61,6 +63,7 @@ FAULTS = [
         "data/evaluation_set.py", "data/test_box_json.py",
         ("counters | truth.odd | num_dropped", "counters"),
         ("definitions: bool = False", "definitions: bool = True"),
+        ("texts(definitions=True)", "texts(definitions=False)"),
     ),
     *plant(
         "data/leakage.py", "data/test_checks.py",
