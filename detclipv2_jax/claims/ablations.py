@@ -10,6 +10,10 @@ import numpy as np
 
 # what every row changes in configs/demo.py; at the start's rate of 1e-3 the first pairs undo half of what it learned
 GOING_ON: dict[str, Any] = {
+    # 100 steps an epoch of boxes, as many of pairs
+    "scenes.num_detection": 1600,
+    "scenes.num_grounding": 320,
+    "scenes.num_image_text": 1600,
     "epochs": 2,
     "grounding.from_epoch": 0,
     "image_text.from_epoch": 0,
