@@ -215,3 +215,8 @@ def test_buckets_are_not_here():
     for place in ("gs://bucket/run", "s3://bucket"):
         with pytest.raises(ValueError, match=f"^--workdir={place} is not on this machine.*mount the bucket"):
             files.check_here(place, where="--workdir")
+
+
+def test_lines_that_are_no_json_objects_are_counted(tmp_path):
+    (tmp_path / "lines").write_text('{"a": 1}\n\n[1]\n{"a"\n3\n{"b": [2]}\n{"c')
+    assert files.read_json_lines(tmp_path / "lines") == ([{"a": 1}, {"b": [2]}], 4)

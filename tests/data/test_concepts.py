@@ -176,3 +176,10 @@ def test_numbers_for_draws_come_in_fours_and_the_memory_of_texts_has_a_bound():
         encoded = encoder(texts)
         np.testing.assert_array_equal(encoded.tokens, concepts.Encoder()(texts).tokens)
         assert len(encoder._cache) <= max(3, len(texts))
+
+
+def test_long_texts_of_positives_and_negatives_are_counted_once_each():
+    encoder = Encoder(max_length=5)
+    long, short = "a long red thing", "cat"
+    table = concepts.build_table(encoder([short, long]), encoder(["a long blue thing", long, short]), capacity=8)
+    assert (table.num_truncated, table.num_cut, table.rows.tolist()) == (2, 0, [0, 1])

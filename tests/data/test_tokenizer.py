@@ -114,3 +114,7 @@ def test_bytes_and_merges_are_those_of_the_vocabulary():
     assert (merges < 512 + np.arange(len(merges))[:, None]).all()  # of what is there already
     # "in" is the first merge of CLIP's file, "th" the second
     assert merges[:2].tolist() == [[ids[ord(a)], ids[ord(b)]] for a, b in ("in", "th")]
+
+
+def test_control_characters_are_left_out():
+    assert tokenizer.clean("a\x07 red\x7f \tcat\n") == "a red cat"

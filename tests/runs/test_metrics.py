@@ -71,3 +71,15 @@ def test_lines_after_the_start_are_removed_and_the_start_stays(tmp_path):
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [*lines[:2], {"step": 3, "loss": None}]
+
+
+def test_the_bar_shows_loss_terms_and_speed(monkeypatch):
+    now, shown = 10.0, []
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    progress = metrics.Progress(0, 5)
+    monkeypatch.setattr(progress._bar, "set_postfix", shown.append)
+    progress.step(12)
+    now = 14.0
+    progress.show({"a/loss": 0.12345, "a/loss_box": 2.0, "a/grad_norm": 3.0})
+    progress.close()
+    assert shown == [{"a/loss": "0.123", "a/loss_box": "2.000", "img/s": "3.0"}]

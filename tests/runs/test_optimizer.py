@@ -83,6 +83,14 @@ def test_learning_rate_warms_up_linearly_and_ends_at_zero(micro):
     assert [float(rate(step)) / peak for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
 
 
+def test_a_run_shorter_than_its_warmup_only_warms_up(micro):
+    micro.optimizer.warmup_steps = 10
+    rate = learning_rate(micro.optimizer, 5)
+    assert [float(rate(step)) for step in range(6)] == pytest.approx(
+        [step / 10 * micro.optimizer.learning_rate for step in range(6)]
+    )
+
+
 def test_other_learning_rates(micro):
     c = micro.optimizer
     c.warmup_steps, c.decay_at, c.decay_factor, c.min_learning_rate = 10, (2 / 3, 11 / 12), 0.1, c.learning_rate / 50

@@ -81,6 +81,20 @@ def test_files_are_fitted_to_the_model(micro, tmp_path):
     assert pretrained.load_all(start_files(micro, swin="", text=""), shapes) == ({}, [])
 
 
+def test_short_types_become_float32_and_norms_that_are_there_are_taken(tmp_path):
+    shapes = {"swin/norm2/bias": (3,), "swin/norm2/scale": (3,), "swin/a/kernel": (2, 3), "head/bias": (1,)}
+    stored = {name: seeded.parameter(name, shape).astype(np.float16) for name, shape in shapes.items()}
+    del stored["swin/norm2/bias"]
+    save_file(stored, tmp_path / "swin.safetensors")
+    params, notes = pretrained.load(tmp_path / "swin.safetensors", "swin", shapes)
+    assert params.keys() == {"swin/norm2/scale", "swin/a/kernel"}
+    for name, value in params.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, stored[name])
+    assert notes[0].endswith("converted from layout unknown")
+    assert notes[1:] == ["not in the file, they start fresh: swin/norm2/bias"]
+
+
 def test_weights_of_another_size_are_refused_with_names(micro, tmp_path):
     large = layouts.swin_shapes(16, (1, 1, 1, 2), [(49, 1)] * 2 + [(49, 2)] * 2)
     write(tmp_path / "large.safetensors", large)

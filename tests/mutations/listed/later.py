@@ -57,6 +57,7 @@ FAULTS = [
     *plant(
         "data/concepts.py", "data/test_concepts.py",
         ("2 * num + 64 + 2 * (num % 2)", "2 * num + 64"),
+        ("int(truncated.sum()),", "int(positives.truncated.sum()),"),
         ("if len(cache) + len(missing) > self._cache_size:", "if len(cache) > self._cache_size:"),
     ),
     *plant(
@@ -177,6 +178,7 @@ FAULTS = [
     *plant(
         "files.py", "test_files.py",
         (".hexdigest()[:12]", ".hexdigest()[:3]"),
+        ("num_other += 1", "num_other = 1"),
         ("file.truncate(0)", "pass"),
         ("path.parent.mkdir(parents=True, exist_ok=True)", "path.parent.mkdir(exist_ok=True)"),
         (".{path.stem}.{os.getpid()}{path.suffix}", ".{path.stem}{path.suffix}"),
