@@ -56,6 +56,12 @@ def test_a_box_at_exactly_the_threshold_stays(between):
         assert result == list(range(len(boxes) if stays else len(boxes) - 1))
 
 
+def test_points_overlap_nothing_not_even_themselves_and_are_kept_once():
+    points = np.random.default_rng(0).integers(0, 9, (300, 2)).astype(np.float32)
+    boxes, scores = np.concatenate([points, points], axis=1), np.linspace(1, 0, 300, dtype=np.float32)
+    assert kept(nms(boxes, scores, iou_threshold=0.5, max_outputs=400)) == list(range(300))
+
+
 def test_nothing_to_keep():
     case = cases.nms_case("random")
     nothing = np.zeros(len(case.scores), bool)
