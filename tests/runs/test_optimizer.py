@@ -59,6 +59,7 @@ def test_ten_parameters_in_no_group_are_named():
 
 
 def test_the_table_of_parameters():
+    pytest.importorskip("clu")
     params = {"head": {"kernel": np.zeros((2, 3)), "kernel_two": np.zeros(4)}, "text": np.zeros((), np.float32)}
     groups = (("text", 0.1, False), ("head/.*", 1.0, True), (".*", 7.0, True))
     rows = overview(params, groups, frozen="head/kernel").splitlines()

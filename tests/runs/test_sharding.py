@@ -7,9 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from oracle.towers import make_batch
 
-from detclipv2_jax import session
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
@@ -79,6 +77,10 @@ def test_a_state_begins_at_step_zero_with_its_parameters_as_average(ema):
 
 def test_shapes_of_batches_are_those_of_the_streams(micro, tmp_path):
     micro.scenes.update({"num_detection": 8, "num_grounding": 8, "num_image_text": 8, "num_eval": 0, "size_px": 32})
+    pytest.importorskip("grain")
+    from detclipv2_jax import session
+    from detclipv2_jax.data.streams import train_streams
+
     config = session.with_scenes(micro, tmp_path)
     for stream in train_streams(config):
         sizes = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
