@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import numpy as np
-import tqdm
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
@@ -278,6 +277,8 @@ class Predictor:
 
     def _describe(self, queries: Sequence[list[exemplars_lib.Example]]) -> Float[np.ndarray, "q d"]:
         """Returns an embedding for every list of examples: the mean of their unit embeddings, of one length for all."""
+        import tqdm  # here: words need fewer packages
+
         means, length = [], self.detector.query_length(self.params)
         for examples in tqdm.tqdm(queries, desc="examples", unit="name", leave=False, disable=None):
             embeddings = []
