@@ -24,6 +24,7 @@ _OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 _MAX_LINE_BYTES = 1 << 26  # a longer line is no text
 _MAX_NAME_BYTES = 120  # file systems take 255; suffixes, step numbers and partial files need room
 _UNSAFE = re.compile(r"[^\w .,()+=@-]|^[ .-]|[ .]$")

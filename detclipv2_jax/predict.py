@@ -28,12 +28,10 @@ import tqdm
 from absl import logging
 
 from detclipv2_jax import commands
-from detclipv2_jax.files import printable, safe_names, write_json
+from detclipv2_jax.files import IMAGE_SUFFIXES, printable, safe_names, write_json
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.exemplars import Example
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 
 
 def run(
@@ -162,7 +160,7 @@ def list_images(images: str, *, output: str = "") -> list[pathlib.Path]:
         where = "stdin"
     elif os.path.isdir(images):
         paths = _images_of_folder(images, without=os.path.realpath(output) if output else "")
-        where = f"the folder {images} (it looks for {' '.join(SUFFIXES)})"
+        where = f"the folder {images} (it looks for {' '.join(IMAGE_SUFFIXES)})"
     elif os.path.isfile(images):  # before the pattern: names may hold brackets
         return [pathlib.Path(images)]
     else:
@@ -184,7 +182,7 @@ def _images_of_folder(folder: str, *, without: str) -> list[pathlib.Path]:
         folders[:] = [name for name in folders if name not in linked and os.path.join(inside, name) != without]
         for name in names:
             suffix = pathlib.Path(name).suffix.lower()
-            if suffix in SUFFIXES:
+            if suffix in IMAGE_SUFFIXES:
                 paths.append(pathlib.Path(place, name))
             else:
                 left_out[suffix or "without suffix"] += 1

@@ -45,15 +45,20 @@ def curves(
     panels = _panels(read_metrics(metrics))
     groups = sorted({group for lines in panels.values() for group in lines} - {"", *_GROUPS})
     colors = {group: hex_color(drawing.nth_color(i)) for i, group in enumerate([*_GROUPS, *groups])} | {"": "#191919"}
-    bars = dict[str, float]()
+    single: dict[str, Series] = {}
+    bars = dict[str, tuple[float, str]]()  # value and colour
     if names:
         missing = sorted(set(names) - panels.keys())
         if missing:
             raise ValueError(f"{metrics} has no {', '.join(missing)}; it has {', '.join(sorted(panels))}")
         panels = {name: panels[name] for name in names}
     elif moving := {name: lines for name, lines in panels.items() if any(map(_moves, lines.values()))}:
-        single = {name: lines["eval"][1] for name, lines in panels.items() if "eval" in lines and name not in moving}
-        bars = {name: values[-1] for name, values in single.items() if not name.startswith(("fixed_", "found"))}
+        single = {name: lines for name, lines in panels.items() if name not in moving and re.match("A[PR]|top1", name)}
+        bars = {
+            f"{name} {group.removeprefix('eval')}".strip(): (values[-1], colors[group])
+            for name, lines in single.items()
+            for group, (_, values) in lines.items()
+        }
         panels = moving
     columns = min(4, len(panels) + bool(bars))
     rows = math.ceil((len(panels) + bool(bars)) / columns)
@@ -64,13 +69,14 @@ def curves(
     if bars:
         position = sum(name.startswith("loss") for name in panels)
         axes = places.pop(position)
-        axes.barh(list(bars)[::-1], list(bars.values())[::-1], color=colors["eval"])
+        heights, shades = zip(*bars.values(), strict=True)
+        axes.barh(list(bars)[::-1], heights[::-1], color=shades[::-1])
         axes.set_title("scores (%)", fontsize=11)
         axes.tick_params(labelsize=min(9, 90 / len(bars)))
     for axes, (quantity, lines) in zip(places, panels.items(), strict=False):
         _draw_lines(axes, lines, colors)
         axes.set_title(f"{quantity} (%)" if _is_score(quantity) else quantity, fontsize=11)
-    shown = {group for lines in panels.values() for group in lines} | ({"eval"} if bars else set())
+    shown = {group for lines in [*panels.values(), *single.values()] for group in lines}
     line = functools.partial(matplotlib.lines.Line2D, [], [], linewidth=3)
     handles = [line(color=color, label=group) for group, color in colors.items() if group in shown - {""}]
     figure.legend(handles=handles, loc="outside upper center", ncols=max(len(handles), 1), frameon=False, fontsize=11)

@@ -246,7 +246,8 @@ def test_what_matters_most_comes_first_and_scores_are_in_percent(tmp_path, monke
     rows = [
         {"step": step, "timing/images_per_second": 10.0 - step, "detection/grad_norm": step, "eval/top1": 0.1 * step,
          "timing/step_seconds": 20.0 if step == 1 else 0.2 + step / 1000, "detection/loss_box": 1 / step,
-         "eval/AP": 0.2 * step, "eval/APc": -1, "eval/fixed_AP": 0.3, "eval/AR@300": 0.5}
+         "eval/AP": 0.2 * step, "eval/APc": -1, "forgetting/before/AR@300": 0.25,
+         "eval/fixed_AP": 0.3, "eval/AR@300": 0.5}
         for step in range(1, 101)
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -258,10 +259,12 @@ def test_what_matters_most_comes_first_and_scores_are_in_percent(tmp_path, monke
     assert panels["AP (%)"].lines[0].get_ydata()[1] == pytest.approx(40)
     assert panels["step_seconds"].get_ylim()[1] < 1  # the first step compiles
     assert panels["loss_box"].get_ylim()[1] > 0.9
-    ((_, label),) = [(bar, text.get_text()) for bar, text in zip(panels["scores (%)"].patches,
-                     panels["scores (%)"].get_yticklabels(), strict=True)]  # fmt: skip
-    assert label == "AR@300"
-    assert panels["scores (%)"].patches[0].get_width() == pytest.approx(50)
+    scores = panels["scores (%)"]
+    labels = [text.get_text() for text in scores.get_yticklabels()]
+    assert dict(zip(labels, (bar.get_width() for bar in scores.patches), strict=True)) == {
+        "AR@300": pytest.approx(50), "AR@300 forgetting/before": pytest.approx(25)
+    }  # fmt: skip
+    assert len({bar.get_facecolor() for bar in scores.patches}) == 2
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]\n", "{\n", '{"loss": 1}\n'])
