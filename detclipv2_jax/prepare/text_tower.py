@@ -65,7 +65,8 @@ def _read(path: str) -> dict[str, Any]:
         with safe_open(path, framework="np") as file:
             names = [name for name in file.keys() if name.startswith(_ROOT)]  # noqa: SIM118  (not a dict)
             params = {name.removeprefix(_ROOT): file.get_tensor(name).astype(np.float32) for name in names}
-    except (OSError, SafetensorError, TypeError) as error:
+    # the last three: types that NumPy lacks
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"--text={path} cannot be read: {error}") from error
     if not {"projection/kernel", "position_embedding"} <= params.keys():
         raise ValueError(

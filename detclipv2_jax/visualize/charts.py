@@ -118,7 +118,7 @@ def _draw_lines(axes: Axes, lines: Series, colors: Mapping[str, str]) -> None:
         axes.plot(steps, mean, color=colors[group], linewidth=1.8, marker="o" if len(steps) < 3 else "")
     top = max(np.quantile(values, 0.98) for _, values in lines.values())
     if top > 0 and top < 0.3 * axes.get_ylim()[1]:  # a first step that compiles hides no others
-        axes.set_ylim(top=1.5 * top)
+        axes.set_ylim(min(0.0, *(values.min() for _, values in lines.values())), 1.5 * top)
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=9)
     axes.grid(color="0.9")
