@@ -27,6 +27,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import detclipv2_jax
 from detclipv2_jax import files
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
@@ -60,7 +61,10 @@ def run(
         # a process beside the workers removes what an interrupted command leaves of them, and would warn of it
         given = os.environ.get("PYTHONWARNINGS")
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker")))
+    from_start = signal.getsignal(signal.SIGINT) is detclipv2_jax.stop
     try:
+        if from_start:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         function, options = parse(command, about=about, arguments=sys.argv[1:] if arguments is None else arguments)
         with _watched():
             result = function(**options)
@@ -69,6 +73,9 @@ def run(
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        if from_start:  # nothing is at work any more
+            signal.signal(signal.SIGINT, detclipv2_jax.stop)
     if isinstance(result, str):
         print(result)
     return result if isinstance(result, int) else 0

@@ -15,6 +15,7 @@ import planted
 import portpicker
 import pytest
 
+from detclipv2_jax import __main__ as detclip
 from detclipv2_jax import config_json
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def start(module, argv, *, before="pass", **variables):
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
 
 
-def interrupted(processes, *, times=1, limit_s=200):
+def interrupted(processes, *, times=1, limit_s=200, apart_s=1):
     """Returns status and stderr of processes that get Ctrl-C as from a terminal, when all of them are at work."""
     said = [[] for _ in processes]
     timers = [threading.Timer(limit_s, process.kill) for process in processes]
@@ -50,7 +51,7 @@ def interrupted(processes, *, times=1, limit_s=200):
     for _ in range(times):
         for process in processes:
             os.killpg(process.pid, signal.SIGINT)
-        time.sleep(1)  # two that wait at once are one
+        time.sleep(apart_s)  # two that wait at once are one
     for process, lines in zip(processes, said, strict=True):
         lines += process.stderr
         process.wait(timeout=limit_s)
@@ -108,6 +109,43 @@ def test_commands(tmp_path, module):
     before = f"import {where} as exchanged; exchanged.{part} = {WAIT}"
     with start(module, [text.format(**places) for text in argv], before=before) as process:
         ends_with_a_line(interrupted([process])[0])
+
+
+# an import that takes long, and whose exceptions somebody catches
+IMPORTED = """
+import sys, time
+print("at work", file=sys.stderr, flush=True)
+try:
+    time.sleep(600)
+except BaseException:
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def slow_import(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imports")
+    (folder / "absl.py").write_text(IMPORTED)
+    (folder / "detclip").write_text("from detclipv2_jax.__main__ import main\nmain()\n")
+    return folder
+
+
+MODULES = sorted({module for module, _ in detclip.COMMANDS.values()})
+
+
+@pytest.mark.parametrize("command", [*MODULES, "-m detclipv2_jax eval.coco", "detclip predict"])
+def test_ctrl_c_while_a_command_imports(slow_import, command):
+    first, _, name = command.rpartition(" ")
+    argv = {"": ["-m", f"detclipv2_jax.{name}"], "detclip": [slow_import / "detclip", name]}.get(first, command.split())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(slow_import), str(ROOT)])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, *argv], cwd=slow_import, env=environment, **pipes) as process:
+        ends_with_a_line(interrupted([process], limit_s=60, apart_s=0)[0])
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+    code = "import signal, detclipv2_jax; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.slow
