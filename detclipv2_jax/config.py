@@ -201,6 +201,9 @@ def loss() -> ConfigDict:
     c.selection_scope = "global"  # device: the paper's per-GPU batch; global: independent of the device count
     c.selection_pre_nms = 1000  # anchors that enter the selection's NMS
     c.selection_nms_iou = 0.6  # of that NMS: a region that overlaps a better one by more is left out
+    # what of a caption is matched with regions: phrases (it and its noun phrases, an embedding each) | tokens (all of
+    # its tokens: FILIP's late interaction)
+    c.interaction = "phrases"
     c.matching = "one_to_one"  # of a phrase with regions: max_size | one_to_one | one_to_many (Table 2b)
     c.matching_temperature = 0.1  # tau_t of one_to_many (Eq. 4); the paper gives no value
     c.side = "text_to_image"  # of the contrast: text_to_image | image_to_text | bilateral (Table 2c)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.data.schema import Batch, Federated, Kind
@@ -36,6 +35,7 @@ from detclipv2_jax.losses.contrastive import Proposed
 from detclipv2_jax.losses.localization import localization_losses
 from detclipv2_jax.losses.proposals import Proposals
 from detclipv2_jax.models.detclip import DetCLIP, Regions
+from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs.optimizer import without_frozen
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED
 from detclipv2_jax.runs.state import TrainState
@@ -117,9 +117,12 @@ class Program:
     def num_chunks(self) -> int:
         return self.config.optimizer.accumulate[self.kind.value]
 
-    def encode_concepts(self, params: Any, tokens: Int[Array, "t l"]) -> Concepts:
-        """Returns what logits need beside regions."""
-        text: Any = self.model.apply({"params": params}, tokens, method="encode_text")
+    def encode_concepts(self, params: Any, tokens: Int[Array, "t l"], *, every_token: bool = False) -> Concepts:
+        """Returns what logits need beside regions; of `every_token` each token is a concept."""
+        method = "encode_tokens" if every_token else "encode_text"
+        text: Any = self.model.apply({"params": params}, tokens, method=method)
+        if every_token:
+            text = text.reshape(-1, text.shape[-1])
         return Concepts(text, *self.model.apply({"params": params}, method="logit_parameters"))
 
     def encode_images(self, params: Any, batch: Batch, key: jax.Array) -> Regions:
@@ -146,10 +149,13 @@ def make_step(
     """
     program = Program(kind, model, config, canvas, mesh)
     gradients = _pair_gradients if kind is Kind.IMAGE_TEXT else _box_gradients
+    every_token = kind is Kind.IMAGE_TEXT and config.loss.interaction == "tokens"
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        encode = functools.partial(program.encode_concepts, tokens=batch.concept_tokens)
+        if every_token:
+            batch = by_token(batch, mesh)
+        encode = functools.partial(program.encode_concepts, tokens=batch.concept_tokens, every_token=every_token)
         concepts, concepts_vjp = jax.vjp(encode, state.params)  # 1
         loss, metrics, grads, concept_grads = gradients(program, state.params, concepts, batch, key)  # 2
         grads = jax.tree.map(jnp.add, grads, concepts_vjp(concept_grads)[0])  # 3
@@ -179,27 +185,27 @@ def _apply(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
-def _split(tree: Any, num_chunks: int, mesh: Mesh) -> Any:
-    """Returns the tree with the batch axis cut into [num_chunks, rows]; each device's rows stay on it."""
+def by_token(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns a batch of pairs whose concepts are the tokens of captions, [SOS] and [EOS] too; phrases are none.
 
-    def split(x: Array) -> Array:
-        per_device = x.shape[0] // (mesh.size * num_chunks)
-        x = x.reshape(mesh.size, num_chunks, per_device, *x.shape[1:]).swapaxes(0, 1)
-        x = x.reshape(num_chunks, mesh.size * per_device, *x.shape[3:])
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH)))
-
-    return jax.tree.map(split, tree)
-
-
-def _join(tree: Any, mesh: Mesh) -> Any:
-    """Undoes `_split`."""
-
-    def join(x: Array) -> Array:
-        num_chunks, rows = x.shape[:2]
-        x = x.reshape(num_chunks, mesh.size, rows // mesh.size, *x.shape[2:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x.reshape(num_chunks * rows, *x.shape[3:]), NamedSharding(mesh, BATCH))
-
-    return jax.tree.map(join, tree)
+    The table has a row for every token of every caption; those of equal captions are the same concepts.
+    """
+    captions = batch.caption_concepts[:, 0]
+    rows = NamedSharding(mesh, BATCH)
+    tokens = jax.lax.with_sharding_constraint(batch.concept_tokens[captions], rows)
+    b, length = tokens.shape
+    place = jnp.arange(length, dtype=jnp.int32)[None]
+    # padding has the id of "!", so that only the place of [EOS], the largest id, tells where a caption ends
+    mask = (place <= jnp.argmax(tokens, axis=1)[:, None]) & batch.caption_mask[:, :1]
+    first = Table.of(batch.concept_ids, batch.concept_mask).canonical[captions]
+    ids = (first[:, None] * length + place).reshape(-1).astype(jnp.uint32)
+    return batch._replace(
+        concept_tokens=tokens,
+        concept_mask=mask.reshape(-1),
+        concept_ids=jnp.stack([jnp.zeros_like(ids), ids], axis=1),
+        caption_concepts=jnp.arange(b * length, dtype=jnp.int32).reshape(b, length),
+        caption_mask=mask,
+    )
 
 
 def _image_part(batch: Batch) -> Batch:
@@ -227,7 +233,7 @@ def _box_gradients(program: Program, params: Any, concepts: Concepts, batch: Bat
     if program.num_chunks == 1:
         total = value_and_grad(params, concepts, (_image_part(batch), targets), 0)
     else:
-        chunks = _split((_image_part(batch), targets), program.num_chunks, program.mesh)
+        chunks = sharding.split_rows((_image_part(batch), targets), program.num_chunks, program.mesh)
 
         def body(total: Any, indexed: tuple) -> tuple[Any, None]:
             index, chunk = indexed
@@ -340,10 +346,10 @@ def _pair_gradients(program: Program, params: Any, concepts: Concepts, batch: Ba
 
     # every image is embedded twice: first for the loss, which needs all of them, then for the gradient of what was
     # chosen the first time
-    chunks = _split(_image_part(batch), program.num_chunks, program.mesh)
+    chunks = sharding.split_rows(_image_part(batch), program.num_chunks, program.mesh)
     indices = jnp.arange(program.num_chunks)
     _, (embedded, chosen) = jax.lax.scan(lambda _, xs: (None, embed(params, xs[1], xs[0])), None, (indices, chunks))
-    regions, joined = _join((embedded, chosen), program.mesh)
+    regions, joined = sharding.join_rows((embedded, chosen), program.mesh)
     (loss, metrics), (region_grads, concept_grads) = contrast_and_grad(regions, concepts, joined)
 
     def body(total: Any, xs: tuple) -> tuple[Any, None]:
@@ -355,7 +361,7 @@ def _pair_gradients(program: Program, params: Any, concepts: Concepts, batch: Ba
         return jax.tree.map(jnp.add, total, jax.vjp(embed_again, params)[1](region_grad)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    region_grads = _split(region_grads, program.num_chunks, program.mesh)
+    region_grads = sharding.split_rows(region_grads, program.num_chunks, program.mesh)
     grads, _ = jax.lax.scan(body, zeros, (indices, chunks, region_grads, chosen.indices))
     return loss, metrics, grads, concept_grads
 

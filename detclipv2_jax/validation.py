@@ -78,6 +78,7 @@ RULES = (
     _one_of("model.head.objectness", atss_head.OBJECTNESS),
     _one_of("loss.selection", proposals.SELECTIONS),
     _one_of("loss.selection_scope", proposals.SCOPES),
+    _one_of("loss.interaction", contrastive.INTERACTIONS),
     _one_of("loss.matching", contrastive.MATCHINGS),
     _one_of("loss.side", contrastive.SIDES),
     _one_of("optimizer.schedule", optimizer.SCHEDULES),
@@ -175,6 +176,8 @@ def _of_model(config: ConfigDict) -> Iterator[str]:
             f"config.loss.selection is {selection!r} but config.model.head.objectness is {head!r}; that selection "
             "needs the head of the same name"
         )
+    if (config.loss.interaction, config.loss.matching) == ("tokens", "max_size"):
+        yield "config.loss.matching max_size takes the caption as a whole; it needs config.loss.interaction phrases"
     for section, size, parts in (("text", "width", "num_heads"), ("head", "channels", "num_groups")):
         values = config.model[section]
         if values[size] % max(values[parts], 1):

@@ -1,6 +1,7 @@
 """The check of a whole configuration, its JSON form, and the configuration files."""
 
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -288,7 +289,7 @@ def test_what_no_table_says_is_as_decided():
     expected = {
         "loss.focal_alpha": 0.25, "loss.focal_gamma": 2.0, "loss.objectness_weight": 1.0,
         "loss.selection_pre_nms": 1000, "loss.selection_nms_iou": 0.6, "loss.matching_temperature": 0.1,
-        "loss.selection": "text_batch",
+        "loss.selection": "text_batch", "loss.interaction": "phrases",
         "loss.selection_scope": "global", "loss.matching": "one_to_one", "loss.side": "text_to_image",
         "loss.chunk_bytes": 134_217_728, "optimizer.clip_norm": 35.0, "optimizer.decay_at": (2 / 3, 11 / 12),
         "optimizer.decay_factor": 0.1, "optimizer.patience": 5, "optimizer.ema_decay": 0.0,
@@ -328,6 +329,7 @@ EDGES = [
     ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 100),), ((0, 32),), ((32,),)]),
     ("detection.images eval.annotations", ["a", "/a"], ["gs://a", "s3://b"]),
     ("loss.selection_scope", ["device", "global"], ["host"]),
+    ("loss.interaction", ["phrases", "tokens"], ["words"]),
     ("model.dtype", ["float32", "bfloat16"], ["float16"]),
     ("nonfinite", ["stop", "skip"], ["go on"]),
 ]  # fmt: skip
@@ -373,6 +375,16 @@ def test_heads_of_the_selection_and_the_nearest_batch(micro):
     with pytest.raises(ValueError, match=r"optimizer\.stop_patience need scores") as error:
         validation.validate(micro, num_devices=8)
     assert "= 8; the nearest that is: 24" in str(error.value)
+
+
+def test_the_largest_box_has_no_token(micro):
+    for interaction, matching in itertools.product(("phrases", "tokens"), ("max_size", "one_to_many")):
+        micro.loss.interaction, micro.loss.matching = interaction, matching
+        if (interaction, matching) == ("tokens", "max_size"):
+            with pytest.raises(ValueError, match=r"loss\.matching max_size .* needs config\.loss\.interaction phrases"):
+                validation.validate(micro, num_devices=8)
+        else:
+            validation.validate(micro, num_devices=8)
 
 
 def test_unknown_names_say_what_is_allowed():

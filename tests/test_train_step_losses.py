@@ -44,6 +44,13 @@ CASES = {
         1,
         {"selection": "text_sample", "selection_nms_iou": 0.3, "side": "image_to_text"},
     ),
+    "tokens": (Kind.IMAGE_TEXT, 1, {"interaction": "tokens", "side": "bilateral"}),
+    "tokens in chunks": (
+        Kind.IMAGE_TEXT,
+        2,
+        {"interaction": "tokens", "matching": "one_to_many", "selection_scope": "device", "side": "image_to_text"},
+    ),
+    "tokens on one device": (Kind.IMAGE_TEXT, 2, {"interaction": "tokens", "selection": "text_sample"}),
 }
 
 
@@ -72,14 +79,15 @@ def compiled(case):
     kind, num_chunks, switches = CASES[case]
     config = configuration(kind, num_chunks, **switches)
     model = StandIn(objectness=config.model.head.objectness != "none")
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(devices=jax.devices()[:1] if "one device" in case else None)
     tx = optax.chain(recorder(), optax.scale(-RATE))
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=CANVAS, mesh=mesh)
-    return config, model, jit_towers(model), mesh, tx, jax.jit(step)
+    tokens = kind is Kind.IMAGE_TEXT and config.loss.interaction == "tokens"
+    return config, model, jit_towers(model, text="encode_tokens" if tokens else "encode_text"), mesh, tx, jax.jit(step)
 
 
 def run(case, batch, *, step=3, change=None):
-    """Returns (state before, state after, metrics, gradient) of one step on eight devices."""
+    """Returns (state before, state after, metrics, gradient) of one step on all devices of the case."""
     _, model, _, mesh, tx, function = compiled(case)
     params = model.init(jax.random.key(1))["params"]
     state = train_state.create(params, tx, ema=True)
@@ -94,14 +102,14 @@ def run(case, batch, *, step=3, change=None):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_the_oracle(case):
     kind, num_chunks, _ = CASES[case]
-    config, _, towers, *_ = compiled(case)
+    config, _, towers, mesh, *_ = compiled(case)
     # names that repeat over devices; all different, so that the last chunk of concepts overlaps the one before; few
     # names; almost nothing to learn from
     for seed, options in enumerate(({"distinct": 20}, {"distinct": 32}, {"distinct": 3}, {"share": 0.0})):
         batch = make_batch(kind, seed=seed, federated="federated" in case, **options)
         before, _, metrics, grads = run(case, batch, step=seed)
         loss, expected, wanted = expected_step(
-            towers, before.params, batch, kind=kind, config=config, canvas=CANVAS, step=seed, num_devices=8,
+            towers, before.params, batch, kind=kind, config=config, canvas=CANVAS, step=seed, num_devices=mesh.size,
             num_chunks=num_chunks,
         )  # fmt: skip
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6), options

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 MATCHINGS = ("max_size", "one_to_one", "one_to_many")
+INTERACTIONS = ("phrases", "tokens")  # of captions with regions, see docs/decisions.md
 SIDES = ("text_to_image", "image_to_text", "bilateral")
 
 

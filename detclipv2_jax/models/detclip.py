@@ -86,6 +86,10 @@ class DetCLIP(nn.Module):
         """Returns L2-normalised float32 concept embeddings."""
         return l2_normalize(self.text_encoder(tokens))
 
+    def encode_tokens(self, tokens: Int[Array, "t l"]) -> Float[Array, "t l d"]:
+        """Returns L2-normalised float32 embeddings of every token; that of [EOS] is the concept's."""
+        return l2_normalize(self.text_encoder(tokens, every_token=True))
+
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Returns (scale, bias) of the logits, stored as they are (not as a logarithm)."""
         return self.scale, self.bias

@@ -56,9 +56,19 @@ def of_step(
         return of(lambda params: model.apply(params, *arguments, method=method, **options), params)
 
     towers = TRAINING * (batch_size * forward("encode_image", image, extent, train=False))
-    towers += TRAINING * table_rows * forward("encode_text", tokens)
     rows = _num_compared(config, kind, canvas, num_devices)
+    if num_tokens := _num_tokens(config, kind):
+        towers += TRAINING * batch_size * forward("encode_tokens", tokens)
+        return lambda num_concepts: towers + 2.0 * batch_size * rows * settings.embed_dim * num_tokens
+    towers += TRAINING * table_rows * forward("encode_text", tokens)
     return lambda num_concepts: towers + 2.0 * batch_size * rows * settings.embed_dim * num_concepts
+
+
+def _num_tokens(config: ConfigDict, kind: str) -> int:
+    """Returns how many concepts a batch has of which every token of a caption is one, padding included; else 0."""
+    if kind != "image_text" or config.loss.interaction != "tokens":
+        return 0
+    return config[kind].batch_size * config.model.text.context_length
 
 
 def _num_compared(config: ConfigDict, kind: str, canvas: tuple[int, int], num_devices: int) -> float:
@@ -122,7 +132,10 @@ def formula(
 ) -> float:
     """Returns what `of_step` counts, from sizes alone."""
     num_images, rows = config[kind].batch_size, _num_compared(config, kind, canvas, num_devices)
+    if num_tokens := _num_tokens(config, kind):
+        table_rows, num_concepts = num_images, num_tokens
     towers = num_images * formula_image(config.model, canvas) + table_rows * formula_text(config.model)
+    towers += max(num_tokens - num_images, 0) * config.model.text.width * config.model.embed_dim  # projections
     return 2.0 * (TRAINING * towers + num_images * rows * num_concepts * config.model.embed_dim)
 
 

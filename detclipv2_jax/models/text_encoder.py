@@ -33,10 +33,11 @@ class TextEncoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "t l"]) -> Float[Array, "t d"]:
+    def __call__(self, tokens: Int[Array, "t l"], *, every_token: bool = False) -> Float[Array, "t *l d"]:
         """Returns float32 embeddings, not normalised: the projected feature at [EOS], the largest id of a row.
 
-        Rows may be shorter than `context_length`, not longer.
+        Of `every_token` the feature is projected if that is asked for. Rows may be shorter than `context_length`, not
+        longer.
         """
         length = tokens.shape[1]
         if length > self.context_length:
@@ -54,8 +55,8 @@ class TextEncoder(nn.Module):
         x = x + position[None, :length].astype(self.dtype)
         block = TextBlock(self.num_heads, self.num_layers, self.dtype, parent=None)
         x = repeat(self, [block], [f"block{i}" for i in range(self.num_layers)], x, remat=self.remat)
-        # every position but [EOS] is unused: pick it before the norm and the projection
-        x = jnp.take_along_axis(x, jnp.argmax(tokens, axis=-1)[:, None, None], axis=1)[:, 0]
+        if not every_token:  # every position but [EOS] is unused: pick it before the norm and the projection
+            x = jnp.take_along_axis(x, jnp.argmax(tokens, axis=-1)[:, None, None], axis=1)[:, 0]
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         x = nn.Dense(
             self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal(self.width**-0.5), name="projection"

@@ -79,6 +79,29 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def split_rows(tree: Any, num_chunks: int, mesh: Mesh) -> Any:
+    """Returns the tree with the batch axis cut into [num_chunks, rows]; each device's rows stay on it."""
+
+    def split(x: jax.Array) -> jax.Array:
+        per_device = x.shape[0] // (mesh.size * num_chunks)
+        x = x.reshape(mesh.size, num_chunks, per_device, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(num_chunks, mesh.size * per_device, *x.shape[3:])
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH)))
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any, mesh: Mesh) -> Any:
+    """Undoes `split_rows`."""
+
+    def join(x: jax.Array) -> jax.Array:
+        num_chunks, rows = x.shape[:2]
+        x = x.reshape(num_chunks, mesh.size, rows // mesh.size, *x.shape[2:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(num_chunks * rows, *x.shape[3:]), NamedSharding(mesh, BATCH))
+
+    return jax.tree.map(join, tree)
+
+
 def batch_shapes(
     config: ConfigDict,
     kind: Kind,

@@ -79,6 +79,22 @@ def test_regions_that_are_compared_with_concepts(selection, scope, canvas, compa
     assert flops._num_compared(config, "grounding", (800, 1344), 4) == 3 * 22_400
 
 
+def test_every_token_of_every_caption_is_compared():
+    config = small()
+    config.loss.interaction = "tokens"
+    counts = {"table_rows": 1, "num_devices": 1}
+    traced = flops.of_step(config, "image_text", (320, 320), **counts)
+    assert traced(0) == traced(7)
+    formula = flops.formula(config, "image_text", (320, 320), num_concepts=0, **counts)
+    assert formula == pytest.approx(traced(0), rel=0.05)
+    config.loss.interaction = "phrases"
+    b = config.image_text.batch_size
+    counts["table_rows"] = b
+    phrases = flops.of_step(config, "image_text", (320, 320), **counts)(16 * b)
+    projections = 3 * 2 * 15 * b * config.model.text.width * config.model.embed_dim
+    assert traced(0) - phrases == pytest.approx(projections)
+
+
 def test_the_peak_is_of_all_devices_of_a_known_chip():
     def mesh(kind):
         return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)] * 4), size=4)

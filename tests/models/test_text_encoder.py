@@ -1,5 +1,6 @@
 """The text tower and its gradients against transformers and open_clip (whose layout is OpenAI's)."""
 
+import functools
 import pathlib
 import sys
 
@@ -59,6 +60,16 @@ def test_nothing_after_the_end_matters():
     run = jax.jit(model.apply)
     np.testing.assert_allclose(run(variables, tokens), run(variables, changed), atol=1e-6)
     np.testing.assert_allclose(run(variables, tokens[:8, :9]), run(variables, tokens)[:8], atol=1e-5)
+
+
+def test_of_every_token_that_of_the_end_is_the_sentence_and_later_words_change_no_earlier_one():
+    model, variables = build("nano")
+    tokens = cases.text_tokens()
+    each = jax.jit(functools.partial(model.apply, every_token=True))
+    ends = np.take_along_axis(np.asarray(each(variables, tokens)), tokens.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+    np.testing.assert_allclose(ends, jax.jit(model.apply)(variables, tokens), atol=1e-5)
+    changed = np.where(np.arange(16)[None] > 3, 1234, tokens)
+    np.testing.assert_allclose(each(variables, changed)[:, :4], each(variables, tokens)[:, :4], atol=1e-5)
 
 
 def test_an_empty_row_is_finite_and_long_rows_are_an_error():

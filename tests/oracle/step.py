@@ -188,9 +188,27 @@ def select(outputs, batch, *, canvas, settings, num_devices):
     return chosen, [boxes[i][rows] for i, rows in enumerate(chosen)]
 
 
+def by_token(outputs, batch):
+    """Returns both with all tokens of captions, [SOS] to [EOS], as concepts; equal ones have the text and the place."""
+    t, length, _ = outputs.text.shape
+    first, shape = first_rows(batch), (len(batch.image), length)
+    used, rows, mask = np.zeros((t, length), bool), np.zeros(shape, int), np.zeros(shape, bool)
+    for i, (concepts, present) in enumerate(zip(batch.caption_concepts, batch.caption_mask, strict=True)):
+        if present[0]:
+            end = 1 + list(batch.concept_tokens[concepts[0]]).index(49407)
+            used[concepts[0], :end] = mask[i, :end] = True
+            rows[i, :end] = concepts[0] * length + np.arange(end)
+    ids = np.array([(first[row], place) for row in range(t) for place in range(length)])
+    batch = batch._replace(concept_mask=used.reshape(-1), concept_ids=ids, caption_concepts=rows, caption_mask=mask)
+    return dataclasses.replace(outputs, text=outputs.text.reshape(t * length, -1)), batch
+
+
 def pair_step(outputs, batch, *, canvas, settings, num_devices):
     """Returns (loss, metrics, gradients) of an image-text batch."""
     outputs = outputs.float64()
+    shape_of_text = outputs.text.shape
+    if settings.interaction == "tokens":
+        outputs, batch = by_token(outputs, batch)
     grads = outputs.zeros()
     chosen, boxes = select(outputs, batch, canvas=canvas, settings=settings, num_devices=num_devices)
     b, k = len(chosen), max(map(len, chosen))
@@ -217,5 +235,5 @@ def pair_step(outputs, batch, *, canvas, settings, num_devices):
     weight = settings.contrastive_weight
     for i in range(b):
         grads.embeddings[i, chosen[i]] = weight * regions_bar[i, : len(chosen[i])]
-    grads.text, grads.scale = weight * text_bar, weight * scale_bar
+    grads.text, grads.scale = weight * text_bar.reshape(shape_of_text), weight * scale_bar
     return weight * loss, {"loss_contrastive": loss, **metrics}, grads

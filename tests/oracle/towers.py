@@ -39,6 +39,10 @@ class StandIn(nn.Module):
     def encode_text(self, tokens):
         return l2_normalize(self.text_encoder[tokens[:, 1] % 64])
 
+    def encode_tokens(self, tokens):
+        # an embedding says what stood before, too
+        return l2_normalize(jnp.cumsum(self.text_encoder[tokens % 64], axis=1))
+
     def logit_parameters(self):
         return self.scale, self.bias
 
@@ -82,6 +86,8 @@ def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20
     used = np.flatnonzero(concept_mask)
     tokens = np.zeros((t, 16), np.int32)
     tokens[:, 0], tokens[:, 1], tokens[:, 2], tokens[:, 3] = 49406, 320 + concept, 500 + concept % 3, 49407
+    tokens[concept % 5 == 1, 2:4] = 49407, 0  # shorter
+    tokens[concept % 5 == 2, 2] = 0  # the id of "!", which is that of padding, too
     extent = np.stack([rng.integers(side // 3, side + 1, b) for side in canvas], axis=1).astype(np.int32)
     extent[0] = canvas
     box_mask = rng.uniform(size=(b, n)) < share
@@ -123,8 +129,8 @@ def recorder():
     )
 
 
-def jit_towers(model):
-    """Returns a function of (parameters, image, extent, tokens, key, bars or None).
+def jit_towers(model, *, text="encode_text"):
+    """Returns a function of (parameters, image, extent, tokens, key, bars or None); `text` is the text tower's method.
 
     It returns the outputs of both towers, and the gradient to the parameters that the outputs' gradients `bars` give.
     """
@@ -133,9 +139,17 @@ def jit_towers(model):
         def forward(params):
             arguments = {"train": True, "rngs": {"dropout": key}}
             regions = model.apply({"params": params}, image, extent, **arguments, method="encode_image")
-            text = model.apply({"params": params}, tokens, method="encode_text")
+            concepts = model.apply({"params": params}, tokens, method=text)
             scale, bias = model.apply({"params": params}, method="logit_parameters")
-            return [regions.embeddings, regions.box_deltas, regions.centerness, regions.objectness, text, scale, bias]
+            return [
+                regions.embeddings,
+                regions.box_deltas,
+                regions.centerness,
+                regions.objectness,
+                concepts,
+                scale,
+                bias,
+            ]
 
         outputs, pull = jax.vjp(forward, params)
         return outputs, None if bars is None else pull(bars)[0]

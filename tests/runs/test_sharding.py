@@ -105,6 +105,16 @@ def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, same, batch)
 
 
+def test_chunks_take_rows_of_every_device_and_are_joined_again():
+    mesh = sharding.make_mesh(devices=jax.devices()[:4])
+    rows = np.arange(16)
+    tree = {"a": rows, "b": np.stack([rows, -rows], axis=1)}
+    chunks = sharding.split_rows(tree, 2, mesh)
+    assert chunks["a"].tolist() == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]  # four rows a device
+    np.testing.assert_array_equal(chunks["b"], np.stack([chunks["a"], -chunks["a"]], axis=2))
+    jax.tree.map(np.testing.assert_array_equal, sharding.join_rows(chunks, mesh), tree)
+
+
 def test_every_parameter_has_its_place_and_counts_are_those_of_processes(monkeypatch):
     mesh = sharding.make_mesh(fsdp=4)
     placed = sharding.param_shardings(mesh, {"a": jax.ShapeDtypeStruct((8, 3), np.float32), "b": np.zeros(())})

@@ -92,6 +92,9 @@ FAULTS = [
     *plant(
         "train_step.py", STEP,
         ("boxes / centerness_sum", "boxes / num_positive"),
+        ("[:, None]) & batch.caption_mask[:, :1]", "[:, None]) | ~batch.caption_mask[:, :1]"),
+        ("place <= jnp.argmax(tokens", "place < jnp.argmax(tokens"),
+        ("(first[:, None] * length + place)", "(captions[:, None] * length + place)"),
         ("weights.box_weight * metrics", "metrics"),
         ("weights.centerness_weight * metrics", "metrics"),
         ("weights.objectness_weight * metrics", "metrics"),
