@@ -4,11 +4,16 @@
 
 | FORMAT      | what is written                                                  | what reads it                   |
 |-------------|------------------------------------------------------------------|---------------------------------|
-| safetensors | weights, config.json, the words given and their embeddings       | weights.py beside it: NumPy     |
+| hub         | weights, config.json, the words given and their embeddings, and  | Predictor.from_pretrained       |
+|             | README.md, a model card: what a page of the model hub is made of |                                 |
+| safetensors | the same without the card                                        | weights.py beside it: NumPy     |
 | stablehlo   | the same, and programs: image and text embeddings in, boxes out, | detector.py beside it: jax      |
 |             | one for each canvas, and one that embeds tokens                  |                                 |
 | saved_model | a TensorFlow SavedModel: image and words as strings in, boxes    | TensorFlow with tensorflow-text |
 |             | and names out                                                    |                                 |
+
+Every command that takes --checkpoint takes the folder of the first three. Of the hub's it may be put there at once:
+--push=USER/NAME (after `hf auth login`; pip install 'detclipv2_jax[hub]').
 
 Both programs are the whole inference but resizing: normalisation, scores, best pairs, NMS. Number of images and of
 words are free. They run on CPU, TPU and CUDA. Photos must lie on a canvas as `config.eval` says: resized to the largest
@@ -27,7 +32,7 @@ from detclipv2_jax import commands
 def run(
     *,
     checkpoint: str,
-    format: Literal["safetensors", "stablehlo", "saved_model"],
+    format: Literal["hub", "safetensors", "stablehlo", "saved_model"],
     output: str,
     words: str = "",
     words_file: str = "",
@@ -36,11 +41,15 @@ def run(
     nms_iou: float | None = None,
     max_detections: int | None = None,
     dtype: Literal["", "float32", "bfloat16"] = "",
+    weights: Literal["float32", "bfloat16", "float16"] = "float32",
+    license: str = "",
+    push: str = "",
+    private: bool = False,
 ) -> None:
     """Writes the newest checkpoint of a run, and prints the files.
 
     Args:
-      checkpoint: workdir of a training run
+      checkpoint: workdir of a training run, or folder of an export
       format: what to write
       output: folder to write, new or empty
       words: e.g. "cat, red car" or "ram: male sheep, red car"; not for a SavedModel, which takes any words
@@ -50,12 +59,17 @@ def run(
       nms_iou: IoU above which a better box removes another; default: the run's config.eval.nms_iou
       max_detections: boxes an image; default: the run's config.eval.max_detections
       dtype: compute type; default: the run's config.model.dtype. Results in bfloat16 depend on the compiler
+      weights: type in which the hub's format stores them
+      license: of the weights, for the card: its identifier on the hub, e.g. apache-2.0; default: the card names none
+      push: USER/NAME of the model on the hub that the folder becomes
+      private: make that model a private one
 
     Raises:
       ValueError: no checkpoint, a folder with something in it, or a limit that makes no sense.
     """
-    from detclipv2_jax.export import programs
+    from detclipv2_jax.export import card, programs
     from detclipv2_jax.inference import Limits, Predictor, parse_words
+    from detclipv2_jax.runs import hub
 
     folder = pathlib.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -65,13 +79,31 @@ def run(
         asked = parse_words(words, words_file=words_file, vocabulary=vocabulary)
     if format == "saved_model" and asked:
         raise ValueError("--words: a SavedModel takes its words when it runs; leave them out")
-    predictor = programs.portable(Predictor.from_checkpoint(checkpoint), dtype=dtype)
-    limits = Limits.from_config(
-        predictor.config.eval, score_threshold=score_threshold, nms_iou=nms_iou, max_detections=max_detections
-    )
-    programs.write(folder, predictor, format, limits=limits, words=asked)
+    if format != "hub" and (license or push or private or weights != "float32"):
+        raise ValueError(f"--license, --push, --private and --weights are of --format=hub, not of {format}")
+    if license:
+        card.check_license(license)
+    if push:
+        hub.check_push(push)
+    predictor = Predictor.from_checkpoint(checkpoint)
+    asked = asked or dict(predictor.words)
+    if format == "hub":
+        predictor = programs.stored(predictor, weights=weights, dtype=dtype)
+        text = card.write(predictor, pathlib.Path(checkpoint), license=license, weights=weights, words=asked)
+        programs.write_model(folder, predictor, words=asked, dtype=weights)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        if not license:
+            print("note: the card names no licence; --license=… says how the weights may be used")
+    else:
+        predictor = programs.portable(predictor, dtype=dtype)
+        limits = Limits.from_config(
+            predictor.config.eval, score_threshold=score_threshold, nms_iou=nms_iou, max_detections=max_detections
+        )
+        programs.write(folder, predictor, format, limits=limits, words=asked)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size / 1e6:10.2f} MB  {path}")
+    if push:
+        print(hub.push(folder, push, private=private))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -15,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.export import Exported, export, symbolic_shape
-from safetensors.numpy import save_file
 
-from detclipv2_jax import config_json
 from detclipv2_jax.export import scripts
 from detclipv2_jax.inference import WORD_CHUNK, Limits, Photos, Predictor
 from detclipv2_jax.models import detclip
+from detclipv2_jax.runs import exported
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -36,12 +34,19 @@ def portable(predictor: Predictor, *, dtype: str = "") -> Predictor:
     return Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
 
 
+def stored(predictor: Predictor, *, weights: str, dtype: str = "") -> Predictor:
+    """Returns the predictor with weights rounded as `weights` stores them; it computes in `dtype` if that is given."""
+    config = predictor.config.copy_and_resolve_references()
+    config.model.dtype = dtype or config.model.dtype
+    params = exported.cast(exported.cast(predictor.params, weights), "float32")
+    return Predictor(config, detclip.from_config(config.model), jax.device_put(params), step=predictor.step)
+
+
 def write(
     folder: pathlib.Path, predictor: Predictor, form: str, *, limits: Limits, words: Mapping[str, str] | None
 ) -> None:
     """Writes an export: "safetensors", "stablehlo" or "saved_model"; ValueError if a library is missing."""
-    flat = flax.traverse_util.flatten_dict(predictor.params, sep="/")
-    weights = {name: np.asarray(flat[name]) for name in sorted(flat)}
+    weights = _by_name(predictor.params)
     if form == "saved_model":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets
         try:
@@ -52,27 +57,33 @@ def write(
             ) from None
         saved_model.save(folder, make_modules(predictor, weights, limits), weights)
         return
-    _write_weights(folder, predictor, weights, words)
+    write_model(folder, predictor, words=words)
+    _copy_script("weights.py", folder)
     if form == "stablehlo":
         for name, module in make_modules(predictor, weights, limits).items():
             (folder / f"{name}.stablehlo").write_bytes(module.serialize())
         _copy_script("detector.py", folder)
 
 
-def _write_weights(
-    folder: pathlib.Path, predictor: Predictor, weights: dict[str, np.ndarray], words: Mapping[str, str] | None
+def write_model(
+    folder: pathlib.Path, predictor: Predictor, *, words: Mapping[str, str] | None, dtype: str = "float32"
 ) -> None:
-    """Writes weights.safetensors, config.json, the vocabulary if there are words, and weights.py, which reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"layout": "detclipv2_jax", "step": str(predictor.step)}
-    save_file(weights, folder / "weights.safetensors", metadata=about)
-    (folder / "config.json").write_text(config_json.to_json(predictor.config))
-    if words:
-        names, text, mask = predictor.vocabulary(words)
-        listed = {"words": names, "definitions": [words[name] for name in names]}
-        (folder / "vocabulary.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
-        save_file({"embeddings": text[mask]}, folder / "vocabulary.safetensors", metadata=about)
-    _copy_script("weights.py", folder)
+    """Writes what `Predictor.from_pretrained` reads, weights stored as `dtype`; no code."""
+    _, text, mask = predictor.vocabulary(words) if words else ((), np.zeros((0, 0)), np.zeros(0, bool))
+    exported.save(
+        folder,
+        config=predictor.config,
+        params=predictor.params,
+        step=predictor.step,
+        dtype=dtype,
+        words=words,
+        embeddings=text[mask],
+    )
+
+
+def _by_name(params: Any) -> dict[str, np.ndarray]:
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    return {name: np.asarray(flat[name]) for name in sorted(flat)}
 
 
 def _copy_script(name: str, folder: pathlib.Path) -> None:

@@ -20,9 +20,8 @@ from detclipv2_jax.inference import vocabulary
 from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.exemplars import Exemplars, OneImage
-from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
-from detclipv2_jax.runs import checkpoints, state
+from detclipv2_jax.runs import exported, hub, state
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -108,6 +107,7 @@ class Predictor:
         self, config: ConfigDict, model: DetCLIP, params: Any, *, step: int = 0, cache: str | pathlib.Path | None = None
     ):
         self.config, self.params, self.step = config, params, step
+        self.words: Mapping[str, str] = {}  # name → definition, looked for where a call names none
         self.detector = Detector(model)
         self._embed = vocabulary.Cache(
             functools.partial(self.detector.encode_vocabulary, params),
@@ -124,18 +124,42 @@ class Predictor:
     def from_checkpoint(cls, workdir: str | pathlib.Path, *, keep_vocabularies: bool = True) -> Predictor:
         """Returns the predictor of a training run's newest checkpoint; ValueError if there is none of that model.
 
-        Embeddings of vocabularies are kept in `<workdir>/vocabularies`, unless `keep_vocabularies` is False.
+        `workdir` may be the folder of an export. Embeddings of vocabularies are kept in `<workdir>/vocabularies` unless
+        `keep_vocabularies` is False.
         """
-        config, params, step = checkpoints.load_for_inference(workdir)
-        try:
-            model = detclip.from_config(config.model)
-            shapes = state.param_shapes(model, context_length=config.model.text.context_length)
-        except Exception as error:  # of whatever part of the model cannot have the sizes of a stranger's config.json
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{workdir}/config.json: no model has the values of config.model ({reason})") from error
-        checkpoints.report_differences(params, shapes, what=f"the checkpoint of step {step} in {workdir}")
         cache = pathlib.Path(workdir) / "vocabularies" if keep_vocabularies else None
+        if exported.is_export(workdir):
+            return cls._of_export(workdir, cache=cache)
+        from detclipv2_jax.runs import checkpoints  # here: an export is read without orbax
+
+        config, params, step = checkpoints.load_for_inference(workdir)
+        what = f"the checkpoint of step {step} in {workdir}"
+        model = state.checked_model(config, params, what=what, folder=workdir)
         return cls(config, model, params, step=step, cache=cache)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Predictor:
+        """Returns the predictor of an export: of its folder, or of a model of the hub, which is downloaded once.
+
+        Only data are read, no code. The words it was exported with are looked for where a call names none.
+
+        Args:
+          source: folder that `python -m detclipv2_jax.export` wrote, or USER/NAME on the hub (needs huggingface_hub).
+          revision: branch, tag or commit on the hub.
+
+        Raises:
+          ValueError: no such folder or model, or it is damaged; the message says what is wrong and what to do.
+        """
+        return cls._of_export(hub.local_folder(source, revision=revision), cache=None)
+
+    @classmethod
+    def _of_export(cls, folder: str | os.PathLike[str], *, cache: pathlib.Path | None) -> Predictor:
+        export = exported.load(folder)
+        predictor = cls(export.config, export.model, export.params, step=export.step, cache=cache)
+        if export.words:
+            predictor.words = export.words
+            predictor._embed.remember(_texts(export.words), export.embeddings)
+        return predictor
 
     @overload
     def __call__(self, images: str | os.PathLike[str], words: Words = (), **settings: Any) -> Found: ...
@@ -245,6 +269,8 @@ class Predictor:
 
         Warns of texts that are longer than the model's context and lose their end.
         """
+        if not (words or exemplars or isinstance(words, str)):
+            words = self.words or words
         if isinstance(words, str) or not (words or exemplars):
             raise ValueError(
                 f"words must be a list of words, or a dict name → definition, but are {words!r}"
@@ -254,7 +280,7 @@ class Predictor:
         names = tuple(words)
         if not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"words must be texts that are not empty, not {list(names)!r}")
-        texts = [concepts.concept_text(name, definitions[name]) for name in names]
+        texts = _texts(definitions)
         vocabulary.warn_truncated(texts, max_length=self.config.model.text.context_length)
         parts = [self._embed(texts)] if texts else []
         if exemplars:
@@ -309,6 +335,11 @@ class Predictor:
             raise ValueError(f"cannot read the image {name}: {error}") from error
         extent, original_size = np.array(placed, np.int32)
         return Photos(out, extent, (extent / original_size).astype(np.float32), original_size)
+
+
+def _texts(words: Mapping[str, str]) -> list[str]:
+    """Returns what is encoded for name → definition."""
+    return [concepts.concept_text(name, definition) for name, definition in words.items()]
 
 
 def _stack(photos: Sequence[Photos]) -> Photos:

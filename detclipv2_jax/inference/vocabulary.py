@@ -151,6 +151,10 @@ class Cache:
             self._last_key, self._last = key, self._find(texts, key, path)
         return self._last
 
+    def remember(self, texts: Sequence[Any], embeddings: Embeddings) -> None:
+        """Takes the embeddings of texts from elsewhere, as the last vocabulary."""
+        self._last_key, self._last = self.key(texts), embeddings
+
     def _find(self, texts: Sequence[Any], key: str, path: pathlib.Path | None) -> Embeddings:
         if path is not None and path.exists():
             try:

@@ -26,10 +26,9 @@ from jax.experimental import multihost_utils
 
 from detclipv2_jax import files
 from detclipv2_jax.files import write_text
-from detclipv2_jax.runs import pretrained
-from detclipv2_jax.runs.optimizer import named_shapes
-from detclipv2_jax.runs.state import TrainState
-from detclipv2_jax.runs.workdir import room
+from detclipv2_jax.runs import exported
+from detclipv2_jax.runs.state import TrainState, report_differences
+from detclipv2_jax.runs.workdir import read_config, room
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -262,22 +261,6 @@ class Checkpoints:
             self._manager.close()
 
 
-def report_differences(stored: Any, expected: Any, *, what: str) -> None:
-    """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`, if there are any."""
-    if lines := pretrained.differences(named_shapes(stored), named_shapes(expected)):
-        raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
-
-
-def read_config(workdir: str | pathlib.Path) -> ConfigDict:
-    """Returns the configuration of a run; ValueError if `workdir` holds none."""
-    from detclipv2_jax import config_json  # here: its values can be had without ml_collections
-
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run")
-    return config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
-
-
 @contextlib.contextmanager
 def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoints, int, str]]:
     """Yields (config, checkpoints, step and item that count) of a run; raises as `load_for_inference`."""
@@ -296,11 +279,14 @@ def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoin
 def load_for_inference(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, int]:
     """Returns (config, parameters, step) of a run's best checkpoint where it keeps that one, else of its newest.
 
-    They are the averaged parameters if the run keeps them.
+    They are the averaged parameters if the run keeps them. `workdir` may also be the folder of an export.
 
     Raises:
       ValueError: `workdir` holds no run or no intact checkpoint.
     """
+    if exported.is_export(workdir):
+        export = exported.load(workdir)
+        return export.config, export.params, export.step
     with _opened(workdir) as (config, checkpoints, step, item):
         try:
             return config, checkpoints.restore_params(step, item), step
@@ -321,9 +307,13 @@ def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> 
     """
     from detclipv2_jax import config as config_lib
 
-    with _opened(workdir) as (config, checkpoints, step, item):
-        try:
-            report_differences(checkpoints.stored(step, item), shapes, what=f"init_from.checkpoint {workdir}")
-        except ValueError as error:
-            lines = [f"  config.model.{line}" for line in config_lib.differences(config.model, model)]
-            raise ValueError("\n".join([f"{error}\nits configuration -> this one:", *lines])) from None
+    if exported.is_export(workdir):
+        config, stored, _ = load_for_inference(workdir)
+    else:
+        with _opened(workdir) as (config, checkpoints, step, item):
+            stored = checkpoints.stored(step, item)
+    try:
+        report_differences(stored, shapes, what=f"init_from.checkpoint {workdir}")
+    except ValueError as error:
+        lines = [f"  config.model.{line}" for line in config_lib.differences(config.model, model)]
+        raise ValueError("\n".join([f"{error}\nits configuration -> this one:", *lines])) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
@@ -11,8 +12,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
+from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
+from detclipv2_jax.runs import pretrained
+from detclipv2_jax.runs.optimizer import named_shapes
 from detclipv2_jax.runs.sharding import REPLICATED, param_shardings
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 @flax.struct.dataclass
@@ -36,6 +43,27 @@ def init_params(model: DetCLIP, key: jax.Array, *, context_length: int) -> Any:
 def param_shapes(model: DetCLIP, *, context_length: int) -> Any:
     """Returns the tree of parameter shapes without computing anything."""
     return jax.eval_shape(lambda key: init_params(model, key, context_length=context_length), jax.random.key(0))
+
+
+def report_differences(stored: Any, expected: Any, *, what: str) -> None:
+    """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`, if there are any."""
+    if lines := pretrained.differences(named_shapes(stored), named_shapes(expected)):
+        raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
+
+
+def checked_model(config: ConfigDict, params: Any, *, what: str, folder: str | os.PathLike[str]) -> DetCLIP:
+    """Returns the model of a configuration; ValueError if there is none, or `params` (`what`) are not its parameters.
+
+    Both come from a folder, and may be a stranger's.
+    """
+    try:
+        model = detclip.from_config(config.model)
+        shapes = param_shapes(model, context_length=config.model.text.context_length)
+    except Exception as error:  # of whatever part of the model cannot have the sizes of a stranger's config.json
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder}/config.json: no model has the values of config.model ({reason})") from error
+    report_differences(params, shapes, what=what)
+    return model
 
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: Any, *, ema: bool) -> TrainState:

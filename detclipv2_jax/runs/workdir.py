@@ -8,8 +8,12 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from detclipv2_jax import files
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # of an OSError that says that the disk takes no more; EFBIG: a limit on the size of files
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -17,6 +21,19 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 class WorkdirError(RuntimeError):
     """A workdir cannot take a run or what it writes; the message says why and what to do."""
+
+
+def read_config(workdir: str | pathlib.Path) -> ConfigDict:
+    """Returns the configuration of a run or an export; ValueError if `workdir` holds none."""
+    from detclipv2_jax import config_json  # here: its values can be had without ml_collections
+
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is no workdir: it has no config.json; give the --workdir of a training run, or the folder of "
+            "an export"
+        )
+    return config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,21 @@ FAULTS = [
         ("side % 32 == 0 and", "side % 16 == 0 and"),
     ),
     *plant(
+        "runs/exported.py", "export/test_from_pretrained.py",
+        ("parts & weights.keys()", "parts - weights.keys() - parts", "::test_what_is_wrong_is_one_error"),
+        ("not (path / \"checkpoints\").is_dir() and", "", "::test_a_folder_with_checkpoints_is_a_run"),
+        ("and not np.isfinite(converted.astype(np.float32)).all()", "and False", "::test_a_number_too_large_for_a_type_is_named"),
+        ("re.fullmatch(r\"[0-9]{1,15}\", step)", "step.isdigit()", "::test_weights_in_several_files"),
+        ("or len(words) != len(content[\"words\"])", "", "::test_what_is_wrong_is_one_error"),
+        slow=True,
+    ),
+    *plant(
+        "export/card.py", "export/test_from_pretrained.py::test_the_card_says_what_the_run_says",
+        ("if value >= 0", "if True"),
+        ("about |= {\"license\": license} if license else {}", "about[\"license\"] = license", "export/test_from_pretrained.py::test_without_a_licence_there_is_no_such_field"),
+        slow=True,
+    ),
+    *plant(
         "data/batches.py", "data/test_streams.py",
         ("texts = record.concepts if self.kind is Kind.DETECTION else (record.caption,)", "texts = (record.caption,)"),
         ("concepts[row][record.box_concepts[kept]]", "concepts[row][record.box_concepts[:num]]"),
