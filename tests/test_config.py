@@ -18,6 +18,7 @@ FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
     "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"),
     "swin_l": ("o365", "full"),
+    "detclip_v1": ("o365_goldg", "full"),
     "coco_json": ("nano", "overfit", "swin_t"),
     "eval_lvis": ("val",),
     "finetune_lvis": ("swin_l",),
@@ -100,6 +101,23 @@ def test_pretraining_uses_one_dictionary_and_is_scored_as_eval_lvis_does(name):
     assert load(name).name == {"swin_t": "swin_t_full", "swin_l": "swin_l"}[name]
     with pytest.raises(ValueError, match=f"'o366' of configs/{name}.py is unknown; allowed are o365, o365_cc3m, "):
         load(name, "o366")
+
+
+def test_detclip_v1_is_swin_t_without_what_v2_added():
+    v1, v2 = load("detclip_v1"), load("swin_t")
+    changed = {line.partition(":")[0] for line in config_lib.differences(v1, v2) if not line.startswith("chips.")}
+    assert changed == {
+        "name",
+        "grounding.data",
+        "image_text.data",
+        "model.text.context_length",
+        "model.head.deformable",
+    }
+    assert (v1.model.text.context_length, v1.model.head.deformable, v1.image_text.data) == (48, False, ())
+    assert v1.grounding.data == (*v2.grounding.data, "data/yfcc1m_boxes")
+    assert load("detclip_v1", "o365_goldg").grounding.data == v2.grounding.data
+    with pytest.raises(ValueError, match=r"'o365' of configs/detclip_v1\.py is unknown; allowed are full, o365_goldg"):
+        load("detclip_v1", "o365")
 
 
 def test_a_missing_dictionary_is_listed_with_the_command_that_builds_it():

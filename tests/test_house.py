@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "main": {"session"},
     "predict": {"data", "inference", "visualize"},
     "preflight": {"data", "inference", "models", "runs", "train", "validation"},
-    "prepare": {"data", "models", "visualize"},
+    "prepare": {"data", "inference", "models", "visualize"},
     "prepare.__main__": {"data"},
     "convert": {"data", "runs"},
     "export": {"data", "inference", "models", "runs"},

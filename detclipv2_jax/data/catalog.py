@@ -58,6 +58,15 @@ DATASETS = {  # by the name of the built folder
         "its TSV of addresses, downloaded by img2dataset as webdataset shards; some 2M links are dead",
         "image_text --input=data/raw/cc12m",
     ),
+    "yfcc1m_boxes": Dataset(
+        "DetCLIP v1: 1M pairs of YFCC100M with pseudo boxes",
+        Kind.GROUNDING,
+        1_000_000,
+        "pairs downloaded by img2dataset as webdataset shards to data/raw/yfcc1m, then python -m detclipv2_jax.prepare "
+        "pseudo_boxes --checkpoint=runs/detclip_v1_o365_goldg --input=data/raw/yfcc1m --dictionary=data/dictionary.tsv "
+        "--output=data/raw/yfcc1m_boxes",
+        "grounding_json --input=data/raw/yfcc1m_boxes/grounding.json --images=data/raw/yfcc1m_boxes",
+    ),
     "lvis": Dataset(
         "LVIS v1 train",
         Kind.DETECTION,

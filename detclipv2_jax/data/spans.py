@@ -56,6 +56,23 @@ def phrase_of(caption: str, spans: Any) -> str:
     return next(iter(phrases_of(caption, spans)), "")
 
 
+def span_of(caption: str, phrase: str, *, taken: Sequence[tuple[int, int]] = ()) -> tuple[int, int] | None:
+    """Returns where whole words of a caption are a phrase, in whatever case; None where they are not.
+
+    That is the first place that overlaps none of the spans that are `taken`; where there is none, the first place.
+    """
+    found = [match.span() for match in re.finditer(re.escape(phrase), caption, re.IGNORECASE)]
+    whole = [
+        (start, end)
+        for start, end in found
+        if start < end
+        and not (start > 0 and _goes_on(caption, start))
+        and not (end < len(caption) and _goes_on(caption, end))
+    ]
+    free = (span for span in whole if all(span[1] <= start or end <= span[0] for start, end in taken))
+    return next(free, whole[0] if whole else None)
+
+
 def problem_of(caption: str, spans: Any) -> str:
     """Returns why spans give no phrase, "" if they do.
 

