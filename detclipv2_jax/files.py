@@ -52,6 +52,12 @@ def check_here(place: str, *, where: str) -> None:
         )
 
 
+def check_empty(folder: Path) -> None:
+    """Raises a ValueError where a folder to be written, --output, holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output: {folder} holds something already; give a new folder")
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """Returns the content of a regular file; a pipe or device, which may give nothing or have no end, is not opened.
 

@@ -220,3 +220,12 @@ def test_buckets_are_not_here():
 def test_lines_that_are_no_json_objects_are_counted(tmp_path):
     (tmp_path / "lines").write_text('{"a": 1}\n\n[1]\n{"a"\n3\n{"b": [2]}\n{"c')
     assert files.read_json_lines(tmp_path / "lines") == ([{"a": 1}, {"b": [2]}], 4)
+
+
+def test_a_folder_to_write_is_new_or_empty(tmp_path):
+    files.check_empty(tmp_path)
+    files.check_empty(tmp_path / "new")
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path, tmp_path / "a"):
+        with pytest.raises(ValueError, match=r"--output: .* holds something already; give a new folder"):
+            files.check_empty(path)

@@ -10,11 +10,11 @@ import pytest
 from test_main import _steps_are_compiled_once, lines, start, with_steps  # noqa: F401  (steps are shared here too)
 
 from configs import finetune_odinw
-from detclipv2_jax import session, train
+from detclipv2_jax import interpolate, session, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import loop, odinw
 from detclipv2_jax.inference import Detector
-from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs import checkpoints, exported
 from detclipv2_jax.runs.optimizer import param_name, verdict
 from detclipv2_jax.runs.state import TrainState
 
@@ -103,6 +103,29 @@ def test_the_best_checkpoint_is_known_and_scored(tuned):
         assert stored["AP"] == result[f"forgetting/{ending}/AP"]
         assert (stored["protocol"]["images_evaluated"], stored["protocol"]["ema"]) == (4, True)
         assert stored["protocol"]["checkpoint_step"] == step
+
+
+@pytest.mark.slow
+def test_weights_between_a_run_and_its_start_are_scored_on_both_sets(tuned, tmp_path, monkeypatch):
+    workdir, _ = tuned
+    config, params, _ = checkpoints.load_for_inference(workdir)
+    exported.save(tmp_path / "start", config=config, params=jax.tree.map(lambda x: 0.5 * x, params), step=0)
+    scored, evaluate = [], loop.Evaluator.__call__
+    # of α = 0, 1, 0.5, on the new data and the old; what such a model really reaches is 0
+    given = iter((0.1, 0.4, 0.5, 0.2, 0.48, 0.39))
+
+    def call(self, params, *, step):
+        scored.append((len(evaluate(self, params, step=step)) > 10, float(jax.numpy.abs(params["logit_bias"]))))
+        return {"AP": next(given)}
+
+    monkeypatch.setattr(loop.Evaluator, "__call__", call)
+    data = {"new_annotations": f"{workdir}/data/eval.json", "new_images": f"{workdir}/data"}
+    options = {"before": str(tmp_path / "start"), "output": str(tmp_path / "kept"), "steps": 2}
+    assert "| 0.5 (best) | 48.0 | 39.0 | 95.0 | 97.5 |" in interpolate.run(checkpoint=str(workdir), **options, **data)
+    bias = float(abs(params["logit_bias"]))
+    assert scored == [(True, pytest.approx(share * bias)) for share in (0.5, 0.5, 1.0, 1.0, 0.75, 0.75)]
+    kept = checkpoints.load_for_inference(tmp_path / "kept")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 0.75 * y, rtol=1e-6), kept[1], params)
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "validation": {"eval", "losses", "models", "runs", "train"},
     "session": {"data", "eval", "runs", "train", "validation"},
     "main": {"session"},
+    "interpolate": {"eval", "runs", "visualize"},
     "predict": {"data", "inference", "visualize"},
     "preflight": {"data", "inference", "models", "runs", "train", "validation"},
     "prepare": {"data", "inference", "models", "visualize"},

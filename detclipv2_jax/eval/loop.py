@@ -251,12 +251,17 @@ def make(
 
 def make_second(config: ConfigDict, detector: Detector, workdir: pathlib.Path) -> Evaluator | None:
     """Returns the evaluator of `config.forgetting`, which writes to <workdir>/forgetting; None if it names no files."""
-    second = config.forgetting
-    if not (second.annotations or second.images):
+    own = second(config)
+    return own and make(own, detector, workdir / "forgetting", prefix="config.forgetting")
+
+
+def second(config: ConfigDict) -> ConfigDict | None:
+    """Returns the configuration whose `eval` is the second set of `config.forgetting`; None if it names no files."""
+    if not (config.forgetting.annotations or config.forgetting.images):
         return None
     config = config.copy_and_resolve_references()
-    config.eval.update(second)
-    return make(config, detector, workdir / "forgetting", prefix="config.forgetting")
+    config.eval.update(config.forgetting)
+    return config
 
 
 def make_streams(config: ConfigDict, *, prefix: str = "config.eval") -> list[EvalStream]:

@@ -27,6 +27,7 @@ import sys
 from typing import Literal
 
 from detclipv2_jax import commands
+from detclipv2_jax.files import check_empty
 
 
 def run(
@@ -72,8 +73,7 @@ def run(
     from detclipv2_jax.runs import hub
 
     folder = pathlib.Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output: {folder} holds something already; give a new folder")
+    check_empty(folder)
     asked = None
     if words or words_file or vocabulary:
         asked = parse_words(words, words_file=words_file, vocabulary=vocabulary)

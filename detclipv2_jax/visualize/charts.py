@@ -153,6 +153,36 @@ def lines(
     return render(figure, path)
 
 
+def trade_off(
+    points: Sequence[tuple[float, float, float]],
+    *,
+    chosen: int,
+    score: str,
+    path: str | pathlib.Path | None = None,
+) -> drawing.Picture:
+    """Returns the curve of models between two: the score on old data over that on new data, `chosen` marked.
+
+    Args:
+      points: (share of the way, score on new data, score on old data), from the first model to the last.
+      chosen: position of the one that is kept.
+      score: what is measured.
+      path: where to write the picture.
+    """
+    shares, new, old = np.array(points).T
+    figure = Figure(figsize=(6.0, 4.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    line, mark = (hex_color(color) for color in drawing.PALETTE[:2])
+    axes.plot(100 * new, 100 * old, color=line, linewidth=2.0, marker="o")
+    axes.plot(100 * new[chosen], 100 * old[chosen], color=mark, marker="*", markersize=18)
+    for share, x, y in zip(shares, 100 * new, 100 * old, strict=True):
+        axes.annotate(f"{share:g}", (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.set_xlabel(f"{score} on the new data (%)")
+    axes.set_ylabel(f"{score} on the old data (%)")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    return render(figure, path)
+
+
 def bars(
     names: Sequence[str],
     values: Float[np.ndarray, " n"],

@@ -164,7 +164,7 @@ FAULTS = [
         ("sample.boxes * sample.scale", "sample.boxes"),
         ("unsized = {\"ap\", \"annotations\", \"annotations_sha256\", \"repaired\"}", "unsized = {\"ap\"}"),
         ("label_of[truth.category[rows]]", "truth.category[rows]"),
-        ("if not (second.annotations or second.images):", "if not second.annotations:"),
+        ("if not (config.forgetting.annotations or config.forgetting.images):", "if not config.forgetting.annotations:"),
         ("(workdir / \"checkpoints\").is_dir() or not", "not"),
         slow=True,
     ),

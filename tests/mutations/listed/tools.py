@@ -128,8 +128,18 @@ FAULTS = [
     *plant(
         "export/__main__.py", "export/test_export.py::test_wrong_arguments",
         ("if format == \"saved_model\" and asked:", "if False:"),
-        ("not folder.is_dir() or any(folder.iterdir())", "not folder.is_dir()"),
         slow=True,
+    ),
+    *plant(
+        "files.py", "test_files.py::test_a_folder_to_write_is_new_or_empty",
+        ("not folder.is_dir() or any(folder.iterdir())", "not folder.is_dir()"),
+    ),
+    *plant(
+        "interpolate.py", "test_interpolate.py",
+        ("key=lambda pair: min(pair[1])", "key=lambda pair: max(pair[1])", "::test_the_smaller_share_judges"),
+        ("return [ends[0], *(score(round(i / steps, 4)) for i in range(1, steps)), ends[1]]", "return [*ends, *(score(round(i / steps, 4)) for i in range(1, steps))]"),
+        ("config.eval.num_pictures = 0", "config.eval.num_pictures += 0"),
+        ("    shares(ends)\n", "", "::test_what_cannot_be_interpolated_is_said_at_once"),
     ),
     *plant(
         "export/scripts/detector.py", "export/test_export.py::test_numbers_of_words_share_a_program",
