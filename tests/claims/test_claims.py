@@ -304,19 +304,6 @@ def write_world(folder):
     (folder / "eval.json").write_text(json.dumps(world()))
 
 
-def test_lines_are_drawn_with_their_mean(tmp_path):
-    x = np.array([0.5, 1.0])
-    series = {
-        "with": [(x, np.array([10.0, 20.0])), (x, np.array([12.0, 24.0]))],
-        "without": [(x, np.array([1.0, 2.0]))],
-    }
-    picture = charts.lines(series, x="share", y="AP", path=tmp_path / "lines.png")
-    assert (tmp_path / "lines.png").stat().st_size > 1000
-    colors = {tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}
-    assert len(colors) > 10
-    assert not np.array_equal(picture, charts.lines({"with": series["with"]}, x="share", y="AP"))
-
-
 def test_seeds_that_all_rows_have():
     finding = ablations.Finding("", {"a": "x", "b": "y", "not run": "z"}, (), num_seeds=2)
     results = {(row, seed): {} for row, seed in (("x", 0), ("x", 1), ("y", 1), ("y", 2), ("x", 2))}

@@ -162,7 +162,13 @@ def test_contact_sheet_says_what_a_batch_holds(kind, tmp_path, monkeypatch):
     picture = figures.training_batch(_batch(kind), kind=kind, max_images=2, path=tmp_path / "batch.png")
     assert (tmp_path / "batch.png").stat().st_size > 1000
     *cells, heading, footer = texts
-    assert heading.startswith(f"{kind.value}: 2 of 3 images on 96×128 canvases")
+    filled = (
+        "5 of 8 concepts, 6 of 9 captions and phrases" if kind is Kind.IMAGE_TEXT else "6 of 12 boxes, 5 of 8 concepts"
+    )
+    assert heading == (
+        f"{kind.value}: 2 of 3 images on 96×128 canvases (hatched: padding); of the padded arrays hold data: "
+        f"3 of 3 images, {filled}"
+    )
     assert len(cells) == 2
     assert cells[0].startswith("example 0: 192×200 px as 96×100\n")
     if kind is Kind.IMAGE_TEXT:
@@ -204,7 +210,6 @@ def test_alignment_shows_region_and_map_of_every_phrase(tmp_path):
     assert [_has(part, drawing.PALETTE[1]).any() for part in thirds] == [True, False, True]
     heat = drawing.heat(np.full((120, 180, 3), 128, np.uint8), maps[0]).astype(int)
     assert heat[84, 52].sum() > heat[20, 150].sum() + 100  # bright where it is similar
-    assert drawing.heat(_photo(), np.ones((3, 3), np.float32)).shape == (120, 180, 3)  # no division by the range
 
 
 def test_curves_have_a_panel_a_quantity(tmp_path):
@@ -381,17 +386,6 @@ def test_curves_of_a_workdir(tmp_path, capsys):
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
     assert _command("curves", "--metrics", tmp_path, "--names=nothing", "--output", tmp_path / "x.png") == 1
     assert "has no nothing; it has loss" in capsys.readouterr().err
-
-
-def test_targets_show_the_anchors_of_every_box(tmp_path):
-    batch = _batch(Kind.DETECTION)
-    picture = figures.targets(batch, max_images=2, path=tmp_path / "targets.png")
-    assert picture.shape[1] == 2 * 420
-    for color in drawing.PALETTE[:2]:
-        assert _has(picture, color).sum() > 100  # box and dots
-    assert not _has(picture, drawing.PALETTE[2]).any()  # the third box is padding
-    empty = batch._replace(box_mask=np.zeros_like(batch.box_mask))
-    assert not _has(figures.targets(empty), drawing.PALETTE[0]).any()
 
 
 def test_bars_are_ordered_and_one_is_marked():

@@ -1,6 +1,19 @@
 """All faults, room by room."""
 
-from tests.mutations.listed import data, demo, geometry, inference, kinds, later, losses, models, reading, runs, tools
+from tests.mutations.listed import (
+    data,
+    demo,
+    geometry,
+    inference,
+    kinds,
+    later,
+    losses,
+    models,
+    reading,
+    runs,
+    tools,
+    unseen,
+)
 
-ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later)
+ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later, unseen)
 FAULTS = [fault for room in ROOMS for fault in room.FAULTS]
