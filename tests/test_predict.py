@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import predict
 from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.inference import Predictor, vocabulary
 from detclipv2_jax.models import detclip
+from detclipv2_jax.predict import __main__ as predict
+from detclipv2_jax.predict import inputs
 from detclipv2_jax.runs import checkpoints, state
 
 
@@ -104,22 +105,22 @@ def test_an_image_that_cannot_be_read_stops_nothing(photos, caplog):
 
 def test_ways_to_name_images(photos, monkeypatch):
     names = [photos / name for name in ("a.png", "b.jpg", "c.png")]
-    assert predict.list_images(str(photos)) == names
-    assert predict.list_images(str(photos / "*.png")) == [names[0], names[2]]
-    assert predict.list_images(str(photos.parent / "**" / "*.jpg")) == [names[1]]
-    assert predict.list_images(str(photos.parent)) == names  # of a sub-folder
-    assert predict.list_images(str(names[1])) == [names[1]]
+    assert inputs.list_images(str(photos)) == names
+    assert inputs.list_images(str(photos / "*.png")) == [names[0], names[2]]
+    assert inputs.list_images(str(photos.parent / "**" / "*.jpg")) == [names[1]]
+    assert inputs.list_images(str(photos.parent)) == names  # of a sub-folder
+    assert inputs.list_images(str(names[1])) == [names[1]]
     bracket = photos / "x[1].png"
     names[0].rename(bracket)
-    assert predict.list_images(str(bracket)) == [bracket]
+    assert inputs.list_images(str(bracket)) == [bracket]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{names[1]}\n\n {names[2]}\n"))
-    assert predict.list_images("-") == names[1:]
+    assert inputs.list_images("-") == names[1:]
     with pytest.raises(ValueError, match=r"no image in '.*absent\*'; quote the pattern"):
-        predict.list_images(str(photos / "absent*"))
+        inputs.list_images(str(photos / "absent*"))
     empty = photos / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"no image in the folder .*empty \(it looks for \.jpg"):
-        predict.list_images(str(empty))
+        inputs.list_images(str(empty))
 
 
 def test_what_was_drawn_into_the_folder_of_photos_is_no_photo(photos):
@@ -168,11 +169,11 @@ def test_what_is_found_goes_to_supervision(photos, monkeypatch):
 
 def test_pictures_have_names_of_their_own(tmp_path):
     paths = [pathlib.Path(name) for name in ("x/1.jpg", "y/1.png", "z/1.png", "1_2.jpg")]
-    names = [path.name for path in predict.name_pictures(paths, tmp_path)]
+    names = [path.name for path in inputs.name_pictures(paths, tmp_path)]
     assert names[:3] == ["1.jpg", "1_2.jpg", "1_3.jpg"]
     assert len(set(names)) == 4
     with pytest.raises(ValueError, match="would overwrite an image of the input"):
-        predict.name_pictures([tmp_path / "1.jpg"], tmp_path)
+        inputs.name_pictures([tmp_path / "1.jpg"], tmp_path)
 
 
 def test_definitions_and_truncation_reach_the_model(photos, caplog):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from detclipv2_jax import predict
 from detclipv2_jax.data import sources, transforms
 from detclipv2_jax.data.schema import UnusableError
+from detclipv2_jax.predict import inputs
 
 CORNERS = np.zeros((40, 60, 3), np.uint8)
 CORNERS[:20, :30], CORNERS[20:, :30], CORNERS[:20, 30:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -201,7 +201,7 @@ def test_a_folder_is_searched_whole_and_what_is_left_out_is_counted(tmp_path, ca
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "linked").symlink_to(tmp_path / "b")
-    found = predict.list_images(str(tmp_path), output=str(tmp_path / "out"))
+    found = inputs.list_images(str(tmp_path), output=str(tmp_path / "out"))
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b/c.PNG", "b/d/e.avif", "b/f.gif"]
     (message,) = (record.getMessage() for record in caplog.records)
     assert all(part in message for part in ("2 .txt", "1 .heic", "1 without suffix", "1 linked folder"))
@@ -209,7 +209,7 @@ def test_a_folder_is_searched_whole_and_what_is_left_out_is_counted(tmp_path, ca
 
 def test_names_that_are_not_utf_8_get_pictures(tmp_path):
     paths = [pathlib.Path(os.fsdecode(name)) for name in (b"\xff.jpg", b"\xfe.jpg", b"plain.jpg", b"a/plain.jpg")]
-    pictures = predict.name_pictures(paths, tmp_path)
+    pictures = inputs.name_pictures(paths, tmp_path)
     assert len(set(pictures)) == 4
     for picture in pictures:
         picture.touch()

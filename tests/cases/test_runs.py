@@ -294,7 +294,7 @@ def test_ctrl_c_ends_other_commands_with_one_line(finished, tmp_path, command):
             ]
             before = "import time; from detclipv2_jax.inference import Predictor; "
             before += f"Predictor.iterate = lambda *_, **__: {wait}"
-            process = start("predict", argv, before=before, run="sys.exit(commands.run(command.run))")
+            process = start("predict.__main__", argv, before=before, run="sys.exit(commands.run(command.run))")
         case _:
             argv = ["coco_json", f"--input={folder}/data/detection.json", f"--output={tmp_path}/out", "--shard_size=4"]
             argv.append(f"--workers={2 if 'processes' in command else 1}")

@@ -72,9 +72,18 @@ FAULTS = [
         ("jnp.clip(-bias / scale, 0.1, 1.0)", "jnp.clip(-scale / bias, 0.1, 1.0)"),
     ),
     *plant(
-        "predict.py", "test_predict.py",
+        "predict/__main__.py", "test_predict.py",
         ("if both := sorted(shown.keys() & drawn.keys()):", "if both := \"\":", "::test_examples_of_a_data_set"),
         ("by_word = words or words_file or vocabulary or not shown", "by_word = True", "::test_examples_are_looked_for_beside_words"),
+    ),
+    *plant(
+        "predict/formats.py", "predict/test_formats.py",
+        ("corners.mean(axis=1), corners[:, 1] - corners[:, 0]", "corners[:, 0], corners[:, 1] - corners[:, 0]"),
+        ("reshape(-1, 2, 2) / (width, height)", "reshape(-1, 2, 2) / (height, width)"),
+        ('"id": i, "file_name": file_name', '"id": i - 1, "file_name": file_name'),
+        ("if files.read_lines(folder / \"data.yaml\")[0] == _YOLO_MARK:", "if True:"),
+        ("relative_to(root.parent)", "relative_to(root)"),
+        ("urllib.parse.quote(relative)", "os.fsdecode(relative)"),
     ),
     *plant(
         "inference/vocabulary.py", "inference/test_vocabulary.py",

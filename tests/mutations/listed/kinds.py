@@ -112,9 +112,13 @@ FAULTS = [
         ("np.arange(len(text) + padding) < len(text)", "np.arange(len(text) + padding) < len(text) + padding"),
     ),
     *plant(
-        "predict.py", "test_predict.py::test_boxes_of_a_photo_that_is_read_at_half_size_are_of_the_whole test_predict.py::test_everything_is_written",
-        ("found.boxes / photo.scale[None]", "found.boxes * photo.scale[None]"),
+        "predict/__main__.py", "test_predict.py::test_boxes_of_a_photo_that_is_read_at_half_size_are_of_the_whole test_predict.py::test_everything_is_written",
         ("to_coco(image_id=i + 1)", "to_coco(image_id=i)"),
+        slow=True,
+    ),
+    *plant(
+        "predict/search.py", "test_predict.py::test_boxes_of_a_photo_that_is_read_at_half_size_are_of_the_whole test_predict.py::test_everything_is_written",
+        ("found.boxes / photo.scale[None]", "found.boxes * photo.scale[None]"),
         slow=True,
     ),
     *plant(

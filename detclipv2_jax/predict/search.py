@@ -1,0 +1,44 @@
+"""What is looked for, and on which photos it was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from detclipv2_jax.data.transforms import Photo
+from detclipv2_jax.inference import Found, Predictor
+from detclipv2_jax.inference.exemplars import Exemplars
+
+Key = TypeVar("Key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search(Generic[Key]):
+    """Words and examples, and how a predictor looks for them."""
+
+    predictor: Predictor
+    words: Mapping[str, str]  # name → definition
+    exemplars: Exemplars
+    settings: Mapping[str, Any]  # of `Predictor.iterate`
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the labels."""
+        return self.predictor.vocabulary(self.words, self.exemplars)[0]
+
+    def find(self, photos: Iterable[tuple[Key, Photo]]) -> Iterator[tuple[Key, Photo, Found]]:
+        """Yields what is found on photos, in whatever order batches fill; boxes are in pixels of the photo itself."""
+        loaded: dict[int, tuple[Key, Photo]] = {}
+
+        def pixels() -> Iterator[np.ndarray]:
+            for i, (key, photo) in enumerate(photos):
+                loaded[i] = key, photo
+                yield photo.pixels
+
+        for i, found in self.predictor.iterate(pixels(), self.words, exemplars=self.exemplars, **self.settings):
+            key, photo = loaded.pop(i)
+            yield key, photo, dataclasses.replace(found, boxes=found.boxes / photo.scale[None], size=photo.size)
