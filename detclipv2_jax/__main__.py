@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("main", "trains, and evaluates on the way"),
     "eval": ("main", "evaluates a checkpoint"),
     "predict": ("predict", "finds any words on any images"),
+    "interpolate": ("interpolate", "keeps weights between a run and its fine-tune, scored on new and old data"),
     "demo": ("demo", "opens a page for the browser: photos, words, captions, example boxes"),
     "prepare": ("prepare", "builds data sets and dictionaries; shows what training gets"),
     "preflight": ("preflight", "compiles every step for accelerators that are not there, and checks the data"),

@@ -69,7 +69,8 @@ def write(
     lines += [f"| licence | {license or 'none was named when this was exported: ask whoever gave it to you'} |", ""]
     if not scores:
         return "\n".join([*lines, f"No scores of step {step:,} lay beside the run when this was exported.", ""])
-    lines += [f"Scores in % on {dataset}:", "", f"| {' | '.join(scores)} |", "|---" * len(scores) + "|"]
+    rounded = "" if weights == "float32" else f", of the weights in float32 that became {weights}"
+    lines += [f"Scores in % on {dataset}{rounded}:", "", f"| {' | '.join(scores)} |", "|---" * len(scores) + "|"]
     lines += [f"| {' | '.join(map(str, scores.values()))} |", "", "Protocol:", ""]
     lines += [f"* {key}: {printable(protocol[key])}" for key in _PROTOCOL if key in protocol]
     return "\n".join([*lines, ""])

@@ -267,7 +267,10 @@ def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoin
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
     if not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir} has no checkpoints; the run must train until its first one")
+        raise ValueError(
+            f"{workdir} has no checkpoints; the run must train until its first one. If it is an export, it lacks "
+            f"{exported.WEIGHTS}: download or export it again"
+        )
     item = "ema" if config.optimizer.ema_decay else "params"
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.intact_step([item], first=checkpoints.best_step())

@@ -99,7 +99,8 @@ def load(folder: str | os.PathLike[str]) -> Export:
     weights, step = _read_weights(folder)
     config = read_config(folder)
     params = flax.traverse_util.unflatten_dict(weights, sep="/")
-    model = state.checked_model(config, params, what=f"{folder / WEIGHTS}", folder=folder)
+    what = f"{folder}: weights and config.json are not of one model, export it again: what it holds"
+    model = state.checked_model(config, params, what=what, folder=folder)
     params = jax.device_put(cast(params, "float32"), jax.local_devices()[0])
     return Export(config, model, params, step, *_read_vocabulary(folder, width=config.model.embed_dim))
 

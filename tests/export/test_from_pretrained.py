@@ -316,6 +316,7 @@ def test_the_card_says_what_the_run_says(folders):
 def test_without_a_licence_there_is_no_such_field(folders):
     text = (folders["bfloat16"] / "README.md").read_text()
     assert "license" not in yaml.safe_load(text.split("---\n")[1])
+    assert ", of the weights in float32 that became bfloat16:" in text
     assert "| licence | none was named when this was exported: ask whoever gave it to you |" in text
 
 
