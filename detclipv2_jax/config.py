@@ -324,6 +324,9 @@ def base() -> ConfigDict:
     c.seed = 0  # parameters, order of steps, augmentation
     c.epochs = 12  # passes over every source
     c.num_steps = 0  # caps the run (steps); 0: all epochs
+    # how kinds of data share the steps: ("proportional", 1.0): by their numbers of batches | ("capped", 4.0): at most 4
+    # steps of pairs a step of boxes | ("temperature", 2.0): by the square roots of their numbers, epochs as long
+    c.mixing = ("proportional", 1.0)
     c.model = model("swin_t")
     c.init_from = init_from()
     for kind in KINDS:

@@ -31,7 +31,7 @@ from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.ahead import Ahead
 from detclipv2_jax.runs.metrics import MetricsWriter, Progress, prefix
 from detclipv2_jax.runs.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
-from detclipv2_jax.runs.order import StepOrder
+from detclipv2_jax.runs.order import StepOrder, mixed
 from detclipv2_jax.runs.replay import replay
 from detclipv2_jax.runs.state import TrainState
 from detclipv2_jax.visualize import alignment, charts, figures
@@ -122,13 +122,16 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
 def make_order(config: ConfigDict, streams: list[streams_lib.Stream]) -> StepOrder:
     """Returns the order of the steps of a run."""
+    num_batches, kinds = [stream.num_batches for stream in streams], [stream.kind for stream in streams]
+    num_steps = [num * stream.weight for num, stream in zip(num_batches, streams, strict=True)]
+    factors = mixed(num_steps, kinds, mixture=config.mixing[0], value=config.mixing[1])
     return StepOrder(
-        [stream.num_batches for stream in streams],
+        num_batches,
         epochs=config.epochs,
         seed=config.seed,
-        weights=[stream.weight for stream in streams],
+        weights=[stream.weight * factor for stream, factor in zip(streams, factors, strict=True)],
         num_steps=config.num_steps,
-        from_epochs=[config[stream.kind.value].from_epoch for stream in streams],
+        from_epochs=[config[kind.value].from_epoch for kind in kinds],
     )
 
 

@@ -18,7 +18,7 @@ from detclipv2_jax.config import KINDS, base, flat, for_chip
 from detclipv2_jax.eval import result
 from detclipv2_jax.losses import contrastive, proposals
 from detclipv2_jax.models import atss_head, deform_conv, detclip, window_attention
-from detclipv2_jax.runs import optimizer
+from detclipv2_jax.runs import optimizer, order
 from detclipv2_jax.train import NONFINITE
 
 
@@ -61,6 +61,11 @@ def _texts(key: str) -> Rule:
     return Rule(key, holds, 'texts, e.g. ("a", "b")')
 
 
+def _is_mixture(value: Any) -> bool:
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    return pair and value[0] in order.MIXTURES and _numbers(value[1:]) and value[1] > 0
+
+
 def _is_regex(value: str) -> bool:
     try:
         re.compile(value)
@@ -99,6 +104,7 @@ RULES = (
     ),
     *map(_texts, (f"{kind}.unflippable_words" for kind in KINDS)),
     *map(_texts, (f"{section}.drop_categories" for section in ("detection", "eval", "forgetting"))),
+    Rule("mixing", _is_mixture, f'({" | ".join(order.MIXTURES)}, a number above 0), e.g. ("capped", 4.0)'),
     Rule("optimizer.frozen", _is_regex, "a regular expression"),
     *(
         Rule(

@@ -318,6 +318,7 @@ def test_what_no_table_says_is_as_decided():
         "image_text.long_side": 320, "detection.flip_prob": 0.5, "image_text.flip_prob": 0.5,
         "detection.max_bad_share": 0.01, "detection.few_shot_seed": 3, "checkpoint.every_steps": 1000,
         "checkpoint.keep": 3, "checkpoint.keep_best": False, "nonfinite": "stop", "seed": 0, "num_steps": 0,
+        "mixing": ("proportional", 1.0),
         "timeout_s": 600, "input.timeout_s": 300, "log_every_steps": 50, "pictures_every_steps": 1000,
     }  # fmt: skip
     values = config_lib.flat(c)
@@ -348,6 +349,11 @@ EDGES = [
     ("detection.images eval.annotations", ["a", "/a"], ["gs://a", "s3://b"]),
     ("loss.selection_scope", ["device", "global"], ["host"]),
     ("loss.interaction", ["phrases", "tokens"], ["words"]),
+    (
+        "mixing",
+        [("capped", 4), ("temperature", 1e-9), ["proportional", 1.0]],
+        [("capped", 0.0), ("capped",), ("equal", 1.0), ("capped", "4"), "capped", ()],
+    ),
     ("model.dtype", ["float32", "bfloat16"], ["float16"]),
     ("nonfinite", ["stop", "skip"], ["go on"]),
 ]  # fmt: skip

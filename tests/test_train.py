@@ -76,6 +76,9 @@ def test_the_order_of_a_run_follows_its_configuration():
     ]
     order = train.make_order(config, streams)
     assert (order.total_steps, order.num_steps) == (5 * 4 + 4 * 6, 7)
+    config.mixing = ("temperature", 1e9)  # kinds are even: 5 of 10 steps an epoch each
+    assert train.make_order(config, streams).epoch_ends.tolist() == [5, 15, 25, 35, 45]
+    config.mixing = ("proportional", 1.0)
     config.seed += 1
     other = train.make_order(config, streams)
     assert [order.draw(step) for step in range(44)] != [other.draw(step) for step in range(44)]

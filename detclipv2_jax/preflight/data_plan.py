@@ -20,6 +20,7 @@ from detclipv2_jax.data.streams import Stream, eval_streams, train_streams
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import learning_rate, named_shapes
+from detclipv2_jax.runs.order import mixed
 from detclipv2_jax.runs.state import param_shapes
 
 LVIS_NAMES = 1203
@@ -41,15 +42,21 @@ class Plan:
 def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     """Returns the plan of a run whose folders hold what the published data sets of their names have."""
     plan = Plan()
-    for kind in Kind:
-        section = config[kind.value]
-        known = [DATASETS[name] for folder in section.data if (name := PurePath(folder).name) in DATASETS]
-        if not known:
-            continue
-        num_examples = sum(dataset.num_examples for dataset in known)
-        batches = (config.epochs - section.from_epoch) * section.weight * num_examples / section.batch_size
+    by_kind = {
+        kind: [
+            DATASETS[PurePath(folder).name] for folder in config[kind.value].data if PurePath(folder).name in DATASETS
+        ]
+        for kind in Kind
+    }
+    by_kind = {kind: known for kind, known in by_kind.items() if known}
+    examples = {kind: sum(dataset.num_examples for dataset in known) for kind, known in by_kind.items()}
+    batches = [config[kind.value].weight * num / config[kind.value].batch_size for kind, num in examples.items()]
+    factors = mixed(batches, list(by_kind), mixture=config.mixing[0], value=config.mixing[1])
+    for (kind, known), num_batches, factor in zip(by_kind.items(), batches, factors, strict=True):
+        section, num_examples = config[kind.value], examples[kind]
         for height, width in section.canvases:
-            plan.num_steps[f"{kind}/{height}x{width}"] = batches / len(section.canvases)
+            num_steps = (config.epochs - section.from_epoch) * num_batches * factor / len(section.canvases)
+            plan.num_steps[f"{kind}/{height}x{width}"] = num_steps
         num_names = sum(dataset.num_names for dataset in known)
         rows = table_capacity(
             section, kind, num_images=section.batch_size // num_hosts, table_multiple=num_devices // num_hosts,

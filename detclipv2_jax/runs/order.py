@@ -14,6 +14,37 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from detclipv2_jax.data.schema import Kind
+
+MIXTURES = ("proportional", "capped", "temperature")
+
+
+def mixed(num_steps: Sequence[float], kinds: Sequence[Kind], *, mixture: str, value: float) -> list[float]:
+    """Returns the factor on every stream's number of steps with which kinds of data share an epoch as they should.
+
+    proportional: 1. capped: pairs have at most `value` steps a step of data with boxes, if there is such data; what is
+    left over comes in later epochs. temperature: a kind's share goes with its number of steps to the power of
+    1 / `value`, and an epoch is as long as before; above 1 that evens kinds out.
+
+    Args:
+      num_steps: an epoch, of every stream.
+      kinds: of the streams.
+      mixture: one of MIXTURES.
+      value: above 0.
+    """
+    totals = dict.fromkeys(kinds, 0.0)
+    for kind, num in zip(kinds, num_steps, strict=True):
+        totals[kind] += num
+    factors = dict.fromkeys(kinds, 1.0)
+    boxes = sum(num for kind, num in totals.items() if kind is not Kind.IMAGE_TEXT)
+    if mixture == "capped" and boxes and totals.get(Kind.IMAGE_TEXT):
+        factors[Kind.IMAGE_TEXT] = min(1.0, value * boxes / totals[Kind.IMAGE_TEXT])
+    if mixture == "temperature":
+        shares = {kind: num ** (1.0 / value) for kind, num in totals.items() if num}
+        length = sum(totals.values()) / sum(shares.values()) if shares else 0.0
+        factors |= {kind: length * share / totals[kind] for kind, share in shares.items()}
+    return [factors[kind] for kind in kinds]
+
 
 @dataclasses.dataclass(frozen=True)
 class Draw:

@@ -1,7 +1,9 @@
 """The plan of a run from its files: steps, tables, and what is found wrong."""
 
 import building
+import pytest
 
+from configs import swin_t
 from detclipv2_jax.data.catalog import DATASETS
 from detclipv2_jax.preflight import data_plan
 
@@ -57,3 +59,13 @@ def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world, mo
     )
     config.detection.data = (str(leaking),)
     assert "leaking: 7 photos of the evaluation are among its 7" in "".join(check(config).problems)
+
+
+def test_published_numbers_are_mixed_as_the_run_mixes_them():
+    config = swin_t.get_config()
+    plain = data_plan.expected(config, num_hosts=8, num_devices=32).num_steps
+    config.mixing = ("capped", 0.1)
+    capped = data_plan.expected(config, num_hosts=8, num_devices=32).num_steps
+    boxes = sum(num for name, num in plain.items() if not name.startswith("image_text"))
+    assert capped == plain | {"image_text/320x320": pytest.approx(0.1 * boxes)}
+    assert plain["image_text/320x320"] == pytest.approx(12 * 13_000_000 / 6144)

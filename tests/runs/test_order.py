@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detclipv2_jax.runs.order import StepOrder
+from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.runs.order import MIXTURES, StepOrder, mixed
 
 PAPER = (5156, 6016, 2116)  # batches an epoch of O365, GoldG and CC15M (docs/decisions.md)
 
@@ -73,6 +74,57 @@ def test_num_steps_caps_the_run_but_not_the_horizon():
     capped = StepOrder((4, 4), epochs=10, seed=0, num_steps=7)
     assert (capped.num_steps, capped.total_steps) == (7, 80)
     assert StepOrder((4, 4), epochs=1, seed=0, num_steps=700).num_steps == 8
+
+
+def test_kinds_share_an_epoch_as_the_mixture_says():
+    kinds = [Kind.DETECTION, Kind.DETECTION, Kind.GROUNDING, Kind.IMAGE_TEXT, Kind.IMAGE_TEXT]
+    num_steps = [30.0, 10.0, 60.0, 600.0, 300.0]
+    for mixture, value, expected in (
+        ("proportional", 0.5, num_steps),
+        ("capped", 9.0, num_steps),
+        ("capped", 10.0, num_steps),
+        ("capped", 2.0, [30.0, 10.0, 60.0, 400 / 3, 200 / 3]),  # 200 of pairs beside 100 of boxes
+        ("temperature", 1.0, num_steps),
+        # the roots of 40, 60 and 900
+        (
+            "temperature",
+            2.0,
+            [
+                num * 1000 / (40**0.5 + 60**0.5 + 30) / all_of**0.5
+                for num, all_of in zip(num_steps, (40, 40, 60, 900, 900), strict=True)
+            ],
+        ),
+        ("temperature", 1e9, [250.0, 250 / 3, 1000 / 3, 2000 / 9, 1000 / 9]),
+    ):
+        factors = mixed(num_steps, kinds, mixture=mixture, value=value)
+        assert np.multiply(num_steps, factors) == pytest.approx(expected), (mixture, value)
+    assert mixed([7.0, 5.0], [Kind.IMAGE_TEXT] * 2, mixture="capped", value=0.1) == [1.0, 1.0]  # nothing to be beside
+    for mixture in MIXTURES:  # weights of 0
+        zeros = [0.0, 4.0], [Kind.DETECTION, Kind.IMAGE_TEXT]
+        assert np.multiply(zeros[0], mixed(*zeros, mixture=mixture, value=2.0)).tolist() == zeros[0]
+        assert mixed([0.0], [Kind.GROUNDING], mixture=mixture, value=2.0) == [1.0]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixed_run_is_read_in_order_without_gaps_from_any_step(mixture):
+    num_batches, kinds = [10, 20, 90], [Kind.DETECTION, Kind.GROUNDING, Kind.IMAGE_TEXT]
+
+    def make():
+        weights = mixed(num_batches, kinds, mixture=mixture, value=1.5)
+        return StepOrder(num_batches, epochs=3, seed=2, weights=weights)
+
+    whole, seen = make(), [0, 0, 0]
+    for step in range(whole.num_steps):
+        if step % 50 == 0:  # as after a restart
+            resumed = make()
+            assert resumed.next_positions(step) == seen
+            assert resumed.draw(step) == whole.draw(step)
+        draw = whole.draw(step)
+        assert draw.position == seen[draw.stream]
+        seen[draw.stream] += 1
+    # 45 steps of pairs beside 30 of boxes; 10 : 20 : 90 to the power of 2/3 are 4.64 : 7.37 : 20.1 of 120 steps
+    expected = {"proportional": [10, 20, 90], "capped": [10, 20, 45], "temperature": [17, 28, 75]}[mixture]
+    assert seen == [3 * num for num in expected]
 
 
 def test_nothing_to_draw_is_an_error():

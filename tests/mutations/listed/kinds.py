@@ -157,8 +157,8 @@ FAULTS = [
     ),
     *plant(
         "preflight/data_plan.py", "preflight/test_preflight.py::test_steps_and_sizes_of_the_paper_s_run",
-        ("(config.epochs - section.from_epoch) * section.weight", "config.epochs * section.weight", "::test_a_kind_that_begins_later_has_fewer_steps"),
-        ("batches / len(section.canvases)", "batches"),
+        ("(config.epochs - section.from_epoch) * num_batches", "config.epochs * num_batches", "::test_a_kind_that_begins_later_has_fewer_steps"),
+        ("* factor / len(section.canvases)", "* factor"),
         ("(1 - MAX_MISSING_SHARE) * published.num_examples", "MAX_MISSING_SHARE * published.num_examples", "data/test_data_plan.py::test_a_built_folder_that_is_too_small_and_was_not_compared"),
         slow=True,
     ),
