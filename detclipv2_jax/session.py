@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
@@ -162,7 +162,23 @@ def in_workdir(
             path, text = workdir / "config.json", config_json.to_json(config)
             if not path.exists() or (training and path.read_bytes() != text.encode()):
                 write_text(path, [text])
+            if training:
+                stack.enter_context(said_when_preempted(workdir / "preempted"))
         return work()
+
+
+@contextlib.contextmanager
+def said_when_preempted(path: pathlib.Path) -> Iterator[None]:
+    """Leaves a word at `path` where the run ends inside because it was told to, and none otherwise.
+
+    A scheduler that ends all processes with the first of them does not see the exit status that says so.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except train_lib.Preempted as stop:
+        write_text(path, [f"{stop}\n"])
+        raise
 
 
 def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: bool) -> None:

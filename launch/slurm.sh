@@ -29,11 +29,15 @@ again=75 # exit status of a run that was preempted and has saved
 run() { if [[ -n "$DRY_RUN" ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 
 cd -- "$CODE"
+trap : TERM # a cluster may send the signal to this shell as well, which must live to queue the job up again
+# where the run says that it has saved: srun reports 143 or 137 if it ends tasks before their own status is known
+word="$WORKDIR/preempted"
+[[ -n "$DRY_RUN" ]] || rm -f -- "$word"
 status=0
 # one process that fails takes the others along; each line of the log says whose it is
 run srun --kill-on-bad-exit=1 --label "$PYTHON" -m detclipv2_jax.main --distributed=on --preempted_status=$again \
   --config="$CONFIG" --workdir="$WORKDIR" "$@" || status=$?
-if ((status == again)); then
+if ((status == again)) || { ((status != 0)) && [[ -e "$word" ]]; }; then
   run scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

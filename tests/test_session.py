@@ -1,11 +1,12 @@
 """Checks around a run, what may change when it goes on, and the last lines."""
 
 import json
+import signal
 
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import config_json, session
+from detclipv2_jax import config_json, session, train
 
 
 def test_what_may_change_when_a_run_goes_on(micro, tmp_path):
@@ -130,3 +131,26 @@ def test_a_workdir_says_what_it_holds(micro, tmp_path, training):
     assert path.read_text() == config_json.to_json(other if training else micro)
     if training:
         assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"a": "2"}
+
+
+def test_a_run_that_was_told_to_stop_leaves_a_word_and_no_other(tmp_path):
+    word = tmp_path / "preempted"
+    with pytest.raises(train.Preempted), session.said_when_preempted(word):
+        raise train.Preempted(signal.SIGTERM, 7)
+    assert word.read_text() == "stopped by SIGTERM after step 7, which is saved\n"
+    with pytest.raises(ValueError, match="other"), session.said_when_preempted(word):
+        raise ValueError("other")
+    assert not word.exists()
+
+
+def test_it_is_left_in_the_workdir_of_a_run(micro, tmp_path):
+    def stop():
+        raise train.Preempted(signal.SIGTERM, 7)
+
+    with pytest.raises(train.Preempted):
+        session.in_workdir(stop, micro, tmp_path, training=True, data={})
+    assert (tmp_path / "preempted").exists()
+    session.in_workdir(dict, micro, tmp_path, training=False, data={})
+    assert (tmp_path / "preempted").exists()  # an evaluation does not go on with it
+    session.in_workdir(dict, micro, tmp_path, training=True, data={})
+    assert not (tmp_path / "preempted").exists()
