@@ -259,3 +259,35 @@ def test_examples_of_a_data_set(photos):
     (photos.parent / "shown.json").write_text('{"red": []}')
     with pytest.raises(ValueError, match="both have examples of 'red'; name one otherwise"):
         _run(photos, words="", exemplars=str(photos.parent / "shown.json"), **given)
+
+
+def test_thresholds_are_chosen_written_and_used_again(photos):
+    folder = photos.parent / "known"
+    given = {
+        "thresholds_from": str(planted.write_dataset(folder, num_images=12)),
+        "threshold_images": f"{folder}/images",
+    }
+    _, everything, output = _run(photos, score_threshold=0.0, max_detections=50)
+    _, rows, _ = _run(photos, score_threshold=0.0, max_detections=50, **given)
+    chosen = json.loads((output / "thresholds.json").read_text())
+    assert chosen["rule"] == "best F1"
+    assert {name: one["examples"] for name, one in chosen["words"].items()} == {"red": 12, "blue": 8}
+    assert all(one["f1"] > 0.9 for one in chosen["words"].values())
+    threshold = {name: one["threshold"] for name, one in chosen["words"].items()}
+    assert rows == [row for row in everything if row["score"] > threshold[row["name"]]]
+    assert 0 < len(rows) < len(everything)
+    (photos.parent / "kept.json").write_text(json.dumps(chosen))
+    again = {"thresholds": str(photos.parent / "kept.json")}
+    assert _run(photos, score_threshold=0.0, max_detections=50, **again)[1] == rows
+    _run(photos, min_precision=0.95, **given)
+    assert json.loads((output / "thresholds.json").read_text())["rule"] == "precision of at least 0.95"
+    for wrong, message in (
+        (given | again, "exclude each other"),
+        ({"min_precision": 0.5}, "--min_precision needs --thresholds_from"),
+        (given | {"min_precision": 1.5}, "--min_precision is 1.5; it must lie above 0"),
+        (given | {"threshold_images": ""}, "--threshold_images is empty; it must name a folder"),
+        (given | {"threshold_images": str(photos)}, "cannot read 0.png in"),
+        (given | {"words": "cat"}, r"no category of .* is called like a word"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _run(photos, **wrong)

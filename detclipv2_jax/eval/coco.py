@@ -101,6 +101,16 @@ class _Evaluation(COCOeval):
                 box["ignore"] = box["ignore"] or box["left_out"]
 
 
+def matched(truth: Truth, found: Found, *, iou: float) -> COCOeval:
+    """Returns pycocotools' evaluation whose `evalImgs` say which detections match at one IoU, of all of them."""
+    evaluation = _Evaluation(_index(truth, _boxes_of(truth)), _index(truth, _rows_of(found)), "bbox")
+    params = evaluation.params
+    params.iouThrs, params.areaRng, params.areaRngLbl = np.array([iou]), [params.areaRng[0]], ["all"]
+    params.maxDets = [max(len(found.scores), 1)]
+    evaluation.evaluate()
+    return evaluation
+
+
 def _boxes_of(truth: Truth) -> Iterator[dict[str, Any]]:
     """Yields the annotations as pycocotools wants them; its ids begin with 1, and 0 would not be found."""
     columns = (truth.image + 1, truth.category + 1, truth.boxes, truth.areas, truth.crowd.astype(int), truth.ignored)

@@ -15,12 +15,14 @@ category ids the words, then the examples' names, from 1) and a picture of every
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tqdm
 
 from detclipv2_jax import commands
@@ -29,6 +31,7 @@ from detclipv2_jax.files import write_json
 if TYPE_CHECKING:
     from detclipv2_jax.inference import Found
     from detclipv2_jax.inference.exemplars import Example
+    from detclipv2_jax.predict.search import Search
 
 
 def run(
@@ -46,6 +49,10 @@ def run(
     score_threshold: float | None = None,
     nms_iou: float | None = None,
     max_detections: int | None = None,
+    thresholds: str = "",
+    thresholds_from: str = "",
+    threshold_images: str = "",
+    min_precision: float | None = None,
     batch_size: int = 1,
     draw_threshold: float = 0.2,
     max_drawn: int = 20,
@@ -68,6 +75,11 @@ def run(
       nms_iou: a box is removed by a better one of its word if their IoU is above it; default: the run's
         config.eval.nms_iou
       max_detections: boxes an image; default: the run's config.eval.max_detections
+      thresholds: json of a threshold for every word, which --thresholds_from wrote
+      thresholds_from: COCO json of a few photos whose boxes are known; every word gets the threshold with the best F1
+        on them, and they are written to thresholds.json in the output
+      threshold_images: folder of its photos
+      min_precision: in place of the best F1, most boxes with at least this share of right ones
       batch_size: images a step; more is faster on a GPU or TPU
       draw_threshold: boxes with at least this score are drawn, or the best few of a photo that has none
       max_drawn: boxes a picture at most, a place once, with its best word
@@ -85,6 +97,8 @@ def run(
     folder = pathlib.Path(output)
     if batch_size < 1 or max_drawn < 0:
         raise ValueError(f"--batch_size={batch_size} must be 1 or more, --max_drawn={max_drawn} 0 or more")
+    if min_precision is not None and not thresholds_from:
+        raise ValueError("--min_precision needs --thresholds_from, the annotated photos it is reached on")
     formats_lib.check(formats, folder)
     shown = _examples(exemplars, exemplars_from, images=exemplar_images, per_class=per_class)
     by_word = words or words_file or vocabulary or not shown
@@ -94,6 +108,11 @@ def run(
     limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     settings = {"batch_size": min(batch_size, len(paths)), **limits}
     search = Search[int](Predictor.from_checkpoint(checkpoint), asked, shown, settings)
+    if thresholds_from or thresholds:
+        chosen = _thresholds(
+            search, thresholds, thresholds_from, images=threshold_images, min_precision=min_precision, folder=folder
+        )
+        search = dataclasses.replace(search, thresholds=chosen)
     found_of: dict[int, Found] = {}
     # None: shown on a terminal only
     with tqdm.tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as progress:
@@ -125,6 +144,21 @@ def _write(output: pathlib.Path, paths: Sequence[pathlib.Path], found_of: Mappin
     rows = [row | {"file_name": str(paths[i])} for i in sorted(found_of) for row in found_of[i].to_coco(image_id=i + 1)]
     write_json(output / "detections.json", rows, indent=None)
     return len(rows)
+
+
+def _thresholds(
+    search: Search, path: str, annotations: str, *, images: str, min_precision: float | None, folder: pathlib.Path
+) -> np.ndarray:
+    """Returns the threshold of every word, read from a json or chosen on annotated photos."""
+    from detclipv2_jax.eval import thresholds as thresholds_lib
+    from detclipv2_jax.predict import thresholds as from_photos
+
+    if path and annotations:
+        raise ValueError("--thresholds and --thresholds_from exclude each other: give one of them")
+    if path:
+        return thresholds_lib.of_words(thresholds_lib.read(path), search.names)
+    target = folder / "thresholds.json"
+    return from_photos.choose(search, annotations, images=images, min_precision=min_precision, path=target)
 
 
 def _examples(path: str, drawn_from: str, *, images: str, per_class: int) -> dict[str, list[Example]]:

@@ -24,6 +24,7 @@ class Search(Generic[Key]):
     words: Mapping[str, str]  # name → definition
     exemplars: Exemplars
     settings: Mapping[str, Any]  # of `Predictor.iterate`
+    thresholds: np.ndarray | None = None  # of every word: only boxes above it are kept
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -41,4 +42,7 @@ class Search(Generic[Key]):
 
         for i, found in self.predictor.iterate(pixels(), self.words, exemplars=self.exemplars, **self.settings):
             key, photo = loaded.pop(i)
-            yield key, photo, dataclasses.replace(found, boxes=found.boxes / photo.scale[None], size=photo.size)
+            kept = slice(None) if self.thresholds is None else found.scores > self.thresholds[found.labels]
+            found = dataclasses.replace(found, boxes=found.boxes / photo.scale[None], size=photo.size)
+            columns = {name: getattr(found, name)[kept] for name in ("boxes", "scores", "labels")}
+            yield key, photo, dataclasses.replace(found, **columns)

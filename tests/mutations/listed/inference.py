@@ -77,6 +77,19 @@ FAULTS = [
         ("by_word = words or words_file or vocabulary or not shown", "by_word = True", "::test_examples_are_looked_for_beside_words"),
     ),
     *plant(
+        "eval/thresholds.py", "eval/test_thresholds.py",
+        ("2 * num_right / (num + max(num_boxes, 1))", "num_right / (num + max(num_boxes, 1))"),
+        ("np.flatnonzero(good)[-1]", "np.flatnonzero(good)[0]"),
+        ("(lowest + below) / 2", "lowest"),
+        ("few = one.num_boxes < MIN_EXAMPLES", "few = False"),
+        ("order = order[counted[order]]", "order = order"),
+        ("float(threshold if threshold < lowest else np.nextafter(lowest, 0.0))", "float(lowest)"),
+    ),
+    *plant(
+        "predict/search.py", "test_predict.py::test_thresholds_are_chosen_written_and_used_again",
+        ("found.scores > self.thresholds[found.labels]", "found.scores > self.thresholds.min()"),
+    ),
+    *plant(
         "predict/formats.py", "predict/test_formats.py",
         ("corners.mean(axis=1), corners[:, 1] - corners[:, 0]", "corners[:, 0], corners[:, 1] - corners[:, 0]"),
         ("reshape(-1, 2, 2) / (width, height)", "reshape(-1, 2, 2) / (height, width)"),
