@@ -258,6 +258,9 @@ def _eval_section() -> ConfigDict:
     c.every_steps = 0  # steps between evaluations; 0: only at the end
     c.every_epochs = 0  # the same in passes over the data; 0: not
     c.monitor = "AP"  # the score that plateau, early stop and checkpoint.keep_best go by
+    # what ranks boxes: words (times centerness), or by whatever is an object, as OLN, and named by its best word:
+    # centerness | objectness (the head of model.head.objectness) | centerness_objectness (their geometric mean)
+    c.score = "words"
     c.score_threshold = 0.0  # boxes at or below are left out
     c.nms_iou = 0.6  # a box that overlaps a better one of its word by more is left out
     # best (anchor, word) pairs an image that enter NMS: where it keeps max_detections of them, more change nothing

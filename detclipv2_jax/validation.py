@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import files
 from detclipv2_jax.config import KINDS, base, flat, for_chip
 from detclipv2_jax.eval import result
+from detclipv2_jax.inference import detect
 from detclipv2_jax.losses import contrastive, proposals
 from detclipv2_jax.models import atss_head, deform_conv, detclip, window_attention
 from detclipv2_jax.runs import optimizer, order
@@ -87,6 +88,7 @@ RULES = (
     _one_of("loss.matching", contrastive.MATCHINGS),
     _one_of("loss.side", contrastive.SIDES),
     _one_of("optimizer.schedule", optimizer.SCHEDULES),
+    _one_of("eval.score", detect.SCORES),
     _one_of("eval.monitor", result.MONITORS),
     _one_of("nonfinite", NONFINITE),
     *_at_least(1, "epochs", "log_every_steps", "checkpoint.every_steps", "checkpoint.keep", "mesh.fsdp"),

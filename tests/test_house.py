@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "eval": {"data", "inference", "models", "runs", "visualize"},
     "train_step": {"data", "geometry", "losses", "models", "runs"},
     "train": {"data", "eval", "inference", "models", "runs", "train_step", "visualize"},
-    "validation": {"eval", "losses", "models", "runs", "train"},
+    "validation": {"eval", "inference", "losses", "models", "runs", "train"},
     "session": {"data", "eval", "runs", "train", "validation"},
     "main": {"session"},
     "interpolate": {"eval", "runs", "visualize"},

@@ -25,7 +25,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import EvalStream, eval_streams
-from detclipv2_jax.eval import coco, lvis, names
+from detclipv2_jax.eval import coco, lvis, names, proposals
 from detclipv2_jax.eval.detections import Found
 from detclipv2_jax.eval.result import Parts, Rows, write_detections, write_scores
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, vocabulary
@@ -33,6 +33,8 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, processes
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED, make_mesh, param_shardings
 from detclipv2_jax.visualize import figures
+
+SCORE = "sigmoid(logit) * sigmoid(centerness)"
 
 
 class Evaluator:
@@ -112,9 +114,13 @@ class Evaluator:
                 "images_listed": len(self._truth.truth.images),
             }
             write_scores(self._workdir / "eval", name=name, scores=scores, protocol=protocol)
-            name_scores = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
-            table = self._scorer.table({name: scores[name] for name in scores if name not in name_scores})
-            logging.info("step %d: %s; in %%:\n%s\n%s", step, self._scorer.AP_KIND, table, names.table(name_scores))
+            tables = [
+                (self._scorer, lambda name: not name.startswith((*names.SCORES, proposals.LEAD))),
+                (names, lambda name: name.startswith(names.SCORES)),
+                (proposals, lambda name: name.startswith(proposals.LEAD)),
+            ]
+            lines = [part.table({name: scores[name] for name in scores if of(name)}) for part, of in tables]
+            logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, "\n".join(filter(None, lines)))
             ids = [self._truth.truth.image_ids.ids[self._truth.images[sample.example_id]] for sample in samples]
             for sample, image_id in zip(samples, files.safe_names(ids), strict=True):
                 self._draw(sample, path=self._workdir / "pictures" / f"{name}_found_{image_id}.jpg", step=step)
@@ -180,7 +186,9 @@ class Evaluator:
         found = Found(rows.image_ids, rows.category_ids, rows.xywh(), rows.scores.astype(np.float64))
         evaluated = [truth.image_ids.ids[i] for i in self._truth.images]
         scores = self._scorer.evaluate(truth, found, image_ids=evaluated, share=share)
-        return scores | names.evaluate(truth, found, image_ids=evaluated)
+        scores |= names.evaluate(truth, found, image_ids=evaluated)
+        by_words = self._limits.score == "words"
+        return scores if by_words else scores | proposals.evaluate(truth, found, image_ids=evaluated)
 
     def _draw(self, sample: _Sample, *, path: pathlib.Path, step: int) -> None:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""
@@ -224,9 +232,9 @@ class Evaluator:
             "annotations": str(truth.annotations),
             "annotations_sha256": self._annotations_sha256,
             "repaired": truth.truth.odd,
-            "score": "sigmoid(logit) * sigmoid(centerness)",
+            "score": SCORE if self._limits.score == "words" else self._limits.score,
             "score_threshold": self._limits.score_threshold,
-            "nms": "within each category",
+            "nms": "over all categories" if self._limits.class_agnostic else "within each category",
             "nms_iou": self._limits.nms_iou,
             "pre_nms": self._limits.pre_nms,
             "max_detections": self._limits.max_detections,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
 WORD_CHUNK = 128
+# what ranks boxes: their words times centerness; or, whatever they show, the heads of the regression tower (OLN)
+SCORES = ("words", "centerness", "objectness", "centerness_objectness")
 AnyArray = Array | np.ndarray
 Pairs = tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]  # minus scores, anchors, words
 
@@ -54,6 +56,7 @@ class Limits:
     max_detections: int = flax.struct.field(pytree_node=False)  # boxes an image
     # boxes of different words remove each other too
     class_agnostic: bool = flax.struct.field(pytree_node=False, default=False)
+    score: str = flax.struct.field(pytree_node=False, default="words")  # of SCORES; others than words name no class
 
     @classmethod
     def from_config(
@@ -63,6 +66,7 @@ class Limits:
         score_threshold: float | None = None,
         nms_iou: float | None = None,
         max_detections: int | None = None,
+        score: str | None = None,
     ) -> Limits:
         """Returns the limits of `config.eval`, each replaced where given; ValueError if one is out of range."""
         score_threshold = config.score_threshold if score_threshold is None else score_threshold
@@ -73,8 +77,12 @@ class Limits:
                 raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
         if max_detections < 1:
             raise ValueError(f"max_detections is {max_detections}; it must be at least 1")
+        score = config.score if score is None else score
+        if score not in SCORES:
+            raise ValueError(f"score is {score!r}; allowed are {', '.join(SCORES)}")
         pre_nms = max(config.pre_nms, max_detections)
-        return cls(score_threshold, nms_iou, pre_nms=pre_nms, max_detections=max_detections)
+        by_words = score == "words"
+        return cls(score_threshold, nms_iou, pre_nms, max_detections, class_agnostic=not by_words, score=score)
 
 
 def detect(
@@ -97,6 +105,9 @@ def detect(
     3. their boxes in the original image, cut at its border; those without area or not above the threshold are left out;
     4. NMS within each word (over all words if they are `class_agnostic`), the best `max_detections`.
 
+    With another score than words, 1. it is that of an anchor alone, 2. the best `pre_nms` anchors are taken, and the
+    boxes that stay are called by their best word.
+
     Args:
       regions: of a canvas (padded network image) whose `anchors` are given.
       text: L2-normalised word embeddings; w must be a multiple of `word_chunk`, see `vocabulary.pad`.
@@ -109,18 +120,24 @@ def detect(
     """
     anchors = jnp.asarray(anchors)
     # 1
-    centerness = jnp.where(anchor_lib.on_photo(anchors, photos.extent), jax.nn.sigmoid(regions.centerness), 0.0)
+    by_words = limits.score == "words"
+    own_scores = _own_scores(regions, "centerness" if by_words else limits.score)
+    own_scores = jnp.where(anchor_lib.on_photo(anchors, photos.extent), own_scores, 0.0)
     # 2
-    scores, anchor_of, words = _best_pairs(
-        regions.embeddings,
-        text,
-        text_mask,
-        centerness,
-        scale=scale,
-        bias=bias,
-        num=limits.pre_nms,
-        word_chunk=word_chunk,
-    )
+    if by_words:
+        scores, anchor_of, words = _best_pairs(
+            regions.embeddings,
+            text,
+            text_mask,
+            own_scores,
+            scale=scale,
+            bias=bias,
+            num=limits.pre_nms,
+            word_chunk=word_chunk,
+        )
+    else:
+        scores, anchor_of = jax.lax.top_k(own_scores, min(limits.pre_nms, own_scores.shape[1]))
+        words = jnp.zeros_like(anchor_of)
     # 3
     deltas = jnp.take_along_axis(regions.box_deltas, anchor_of[..., None], axis=1)
     boxes = box_lib.decode_deltas(anchors[anchor_of], deltas)
@@ -131,12 +148,36 @@ def detect(
     keep = functools.partial(nms_lib.nms, iou_threshold=limits.nms_iou, max_outputs=limits.max_detections)
     classes = jnp.zeros_like(words) if limits.class_agnostic else words
     kept, used = jax.vmap(lambda b, s, m, c: keep(b, s, mask=m, classes=c))(boxes, scores, mask, classes)
+    labels = jnp.take_along_axis(words, kept, axis=1)
+    if not by_words:
+        anchor_of = jnp.take_along_axis(anchor_of, kept, axis=1)
+        labels = _best_words(jnp.take_along_axis(regions.embeddings, anchor_of[..., None], axis=1), text, text_mask)
     return Detections(
         boxes=jnp.take_along_axis(boxes, kept[..., None], axis=1) * used[..., None],
         scores=jnp.take_along_axis(scores, kept, axis=1) * used,
-        labels=jnp.take_along_axis(words, kept, axis=1) * used,
+        labels=labels * used,
         mask=used,
     )
+
+
+def _own_scores(regions: Regions, score: str) -> Float[Array, "b a"]:
+    """Returns what heads of the regression tower say of every anchor: one of them, or the geometric mean of both."""
+    centerness = jax.nn.sigmoid(regions.centerness)
+    if score == "centerness":
+        return centerness
+    if regions.objectness is None:
+        raise ValueError(f"score {score!r} needs a model with the extra head: it has model.head.objectness='none'")
+    objectness = jax.nn.sigmoid(regions.objectness)
+    return objectness if score == "objectness" else jnp.sqrt(centerness * objectness)
+
+
+def _best_words(
+    embeddings: Float[Array, "b n d"], text: Float[AnyArray, "w d"], text_mask: Bool[AnyArray, " w"]
+) -> Int[Array, "b n"]:
+    """Returns the most similar word of every region, the first of equals."""
+    words = jnp.asarray(text).astype(embeddings.dtype)
+    similarity = jnp.einsum("bnd,wd->bnw", embeddings, words, preferred_element_type=jnp.float32)
+    return jnp.argmax(jnp.where(jnp.asarray(text_mask)[None, None], similarity, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
 def _best_pairs(

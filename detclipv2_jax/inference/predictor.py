@@ -181,6 +181,7 @@ class Predictor:
           score_threshold: only boxes above it; None: the configuration's `eval` value, as for the next two.
           nms_iou: a box is removed by a better one of its word if their IoU is above it.
           max_detections: boxes an image.
+          score: what ranks boxes, see `config.eval.score`.
           batch_size: images a step; a new value compiles anew.
 
         Raises:
@@ -257,7 +258,7 @@ class Predictor:
           phrases: rows of what `vocabulary` gives; their number is padded to a multiple of 8: few sizes are compiled.
           max_detections: boxes a phrase.
         """
-        limits = Limits.from_config(self.config.eval, max_detections=max_detections)
+        limits = Limits.from_config(self.config.eval, max_detections=max_detections, score="words")
         padded, _ = vocabulary.pad(phrases, multiple=8)
         found = self.detector.ground(self.params, _stack([self._photo(image)]), padded, limits)
         return jax.tree.map(lambda array: np.asarray(array)[: len(phrases)], found)

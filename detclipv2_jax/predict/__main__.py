@@ -54,6 +54,7 @@ def run(
     threshold_images: str = "",
     min_precision: float | None = None,
     batch_size: int = 1,
+    score: str | None = None,
     draw_threshold: float = 0.2,
     max_drawn: int = 20,
     formats: tuple[str, ...] = (),
@@ -80,6 +81,8 @@ def run(
         on them, and they are written to thresholds.json in the output
       threshold_images: folder of its photos
       min_precision: in place of the best F1, most boxes with at least this share of right ones
+      score: words, or centerness, objectness, centerness_objectness: boxes of whatever is an object, each called by its
+        best word; default: the run's config.eval.score
       batch_size: images a step; more is faster on a GPU or TPU
       draw_threshold: boxes with at least this score are drawn, or the best few of a photo that has none
       max_drawn: boxes a picture at most, a place once, with its best word
@@ -106,7 +109,7 @@ def run(
     paths = inputs.list_images(images, output=output)
     pictures = inputs.name_pictures(paths, folder / "pictures")
     limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
-    settings = {"batch_size": min(batch_size, len(paths)), **limits}
+    settings = {"batch_size": min(batch_size, len(paths)), "score": score, **limits}
     search = Search[int](Predictor.from_checkpoint(checkpoint), asked, shown, settings)
     if thresholds_from or thresholds:
         chosen = _thresholds(

@@ -72,7 +72,8 @@ class Labeller:
         thresholds = {"score_threshold": score_threshold, "completion_threshold": completion_threshold}
         self._limits, self._completing = (
             dataclasses.replace(
-                Limits.from_config(config, score_threshold=threshold, nms_iou=nms_iou), class_agnostic=True
+                Limits.from_config(config, score_threshold=threshold, nms_iou=nms_iou, score="words"),
+                class_agnostic=True,
             )
             for threshold in thresholds.values()
         )

@@ -43,13 +43,15 @@ def _case(*, ties: bool, num_images: int = 3, num_words: int = 12):
     return regions, jnp.asarray(text, jnp.float32), photos
 
 
-@functools.partial(jax.jit, static_argnames=("word_chunk", "pre_nms", "max_detections", "class_agnostic"))
+@functools.partial(jax.jit, static_argnames=("word_chunk", "pre_nms", "max_detections", "class_agnostic", "score"))
 def _detect(regions, text, text_mask, photos, word_chunk, **options):
     options = {"limits": Limits(**options), "word_chunk": word_chunk}
     return detect(regions, text, text_mask, photos, anchors=ANCHORS, scale=SCALE, bias=BIAS, **options)
 
 
-def _oracle(regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_nms, max_detections, class_agnostic):
+def _oracle(
+    regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_nms, max_detections, class_agnostic, own=None
+):
     """Every score, a stable sort over (anchor, word), decoding and greedy NMS as loops; yields rows of each image."""
     for i in range(len(regions.centerness)):
         # the same arithmetic as the program: the order of nearly equal scores is not what is tested here
@@ -57,8 +59,10 @@ def _oracle(regions, text, text_mask, photos, *, score_threshold, nms_iou, pre_n
         scores = np.array(jax.nn.sigmoid(logits) * jax.nn.sigmoid(regions.centerness[i])[:, None])
         center_x, center_y = (ANCHORS[:, 0] + ANCHORS[:, 2]) / 2, (ANCHORS[:, 1] + ANCHORS[:, 3]) / 2
         height, width = np.asarray(photos.extent[i])
+        if own is not None:
+            scores = np.array(own[i])[:, None]
         scores[(center_x >= width) | (center_y >= height)] = 0
-        scores[:, ~np.asarray(text_mask)] = 0
+        scores[:, ~np.asarray(text_mask)[: scores.shape[1]]] = 0
         order = np.argsort(-scores.reshape(-1), kind="stable")[:pre_nms]
         kept = []
         for anchor, word in zip(*np.divmod(order, scores.shape[1]), strict=True):
@@ -102,6 +106,29 @@ def test_detect_equals_brute_force(ties, class_agnostic):
         np.testing.assert_allclose(found.scores[i][: len(rows)], scores, rtol=1e-6)
         np.testing.assert_allclose(found.boxes[i][: len(rows)], boxes, atol=1e-3)
         assert not found.scores[i][len(rows) :].any()
+
+
+@pytest.mark.parametrize("score", ["centerness", "objectness", "centerness_objectness"])
+def test_proposals_are_scored_without_words_and_called_by_the_best_one(score):
+    regions, text, photos = _case(ties=False)
+    objectness = jnp.asarray(np.random.default_rng(1).normal(size=regions.centerness.shape), jnp.float32)
+    regions = regions.replace(objectness=objectness)
+    text_mask = jnp.arange(12) < 10
+    found = _detect(regions, text, text_mask, photos, word_chunk=4, class_agnostic=True, score=score, **OPTIONS)
+    heads = {"centerness": jax.nn.sigmoid(regions.centerness), "objectness": jax.nn.sigmoid(objectness)}
+    own = np.prod([heads[name] for name in score.split("_")], axis=0) ** (1 / len(score.split("_")))
+    expected = list(_oracle(regions, text, text_mask, photos, class_agnostic=True, own=own, **OPTIONS))
+    for i, rows in enumerate(expected):
+        boxes, scores, _ = map(np.array, zip(*rows, strict=True))
+        assert found.mask[i].sum() == len(rows) > 1
+        np.testing.assert_allclose(found.scores[i][: len(rows)], scores, rtol=1e-6)
+        np.testing.assert_allclose(found.boxes[i][: len(rows)], boxes, atol=1e-3)
+        best = np.argmax(np.asarray(regions.embeddings[i]) @ np.asarray(text[:10]).T, axis=1)
+        anchors = [np.argmin(abs(own[i] - value)) for value in scores]
+        np.testing.assert_array_equal(found.labels[i][: len(rows)], best[anchors])
+    if score != "centerness":
+        with pytest.raises(ValueError, match="needs a model with the extra head"):
+            _detect(regions.replace(objectness=None), text, text_mask, photos, word_chunk=4, score=score, **OPTIONS)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -322,6 +349,10 @@ def test_limits_take_the_given_values_only():
             with pytest.raises(ValueError, match=f"{name} is {value}; it must lie between 0 and 1"):
                 Limits.from_config(config, **{name: value})
     assert Limits.from_config(config, max_detections=1).max_detections == 1
+    assert (limits.score, limits.class_agnostic) == ("words", False)
+    assert Limits.from_config(config, score="centerness").class_agnostic
+    with pytest.raises(ValueError, match="score is 'iou'; allowed are words, centerness, objectness, "):
+        Limits.from_config(config, score="iou")
     with pytest.raises(ValueError, match="max_detections is 0; it must be at least 1"):
         Limits.from_config(config, max_detections=0)
 

@@ -5,8 +5,8 @@ from tests.mutations.fault import plant
 FAULTS = [
     *plant(
         "inference/detect.py", "inference/test_inference.py::test_detect_equals_brute_force inference/test_inference.py::test_chunks_and_padding_change_nothing",
-        ("jnp.where(anchor_lib.on_photo(anchors, photos.extent), jax.nn.sigmoid(regions.centerness), 0.0)", "jax.nn.sigmoid(regions.centerness)"),
-        ("jnp.where(anchor_lib.on_photo(anchors, photos.extent), jax.nn.sigmoid(regions.centerness), 0.0)", "jnp.where(anchor_lib.on_photo(anchors, photos.extent), 1.0, 0.0)"),
+        ("own_scores = jnp.where(anchor_lib.on_photo(anchors, photos.extent), own_scores, 0.0)", ""),
+        ("own_scores = jnp.where(anchor_lib.on_photo(anchors, photos.extent), own_scores, 0.0)", "own_scores = jnp.where(anchor_lib.on_photo(anchors, photos.extent), 1.0, 0.0)"),
         ("jax.nn.sigmoid(scale * similarity + bias)", "jax.nn.sigmoid(scale * similarity)"),
         ("1.0 / jnp.asarray(photos.scale)[:, None]", "1.0 * jnp.asarray(photos.scale)[:, None]"),
         ("boxes = box_lib.clip(boxes, jnp.asarray(photos.original_size)[:, None])", "boxes = boxes"),
@@ -16,6 +16,20 @@ FAULTS = [
         ("position % word_chunk + first_word", "position % word_chunk"),
         ("rows = jnp.sort(rows, axis=-1)", "rows = rows"),
         ("* mask[None, None]", ""),
+    ),
+    *plant(
+        "inference/detect.py", "inference/test_inference.py::test_proposals_are_scored_without_words_and_called_by_the_best_one",
+        ("jnp.sqrt(centerness * objectness)", "centerness * objectness"),
+        ("objectness = jax.nn.sigmoid(regions.objectness)", "objectness = centerness"),
+        ("jnp.where(jnp.asarray(text_mask)[None, None], similarity, -jnp.inf)", "similarity"),
+        ("_best_words(jnp.take_along_axis(regions.embeddings, anchor_of[..., None], axis=1), text, text_mask)", "_best_words(regions.embeddings[:, : kept.shape[1]], text, text_mask)"),
+    ),
+    *plant(
+        "eval/proposals.py", "eval/test_proposals.py::test_objects_are_found_under_whatever_name eval/test_proposals.py::test_a_place_counts_once_and_300_of_an_image",
+        ("frequency != letter", "frequency == letter"),
+        ("truth.ignored | others", "others"),
+        ("_places(detections_lib.find(detections, truth, evaluated))", "dataclasses.replace(detections_lib.find(detections, truth, evaluated), categories=0 * detections_lib.find(detections, truth, evaluated).categories)"),
+        ("images=[{\"id\": image[\"id\"]} for image in truth.images],", ""),
     ),
     *plant(
         "inference/detect.py", "inference/test_inference.py::test_limits_take_the_given_values_only",
