@@ -144,6 +144,7 @@ def test_small_floats_of_safetensors_are_read(tmp_path, kind, dtype):
     write_tensor(tmp_path / "x.safetensors", kind, values.astype(dtype).tobytes(), [2, 2])
     read = reading.read(tmp_path / "x.safetensors")["w"]
     np.testing.assert_array_equal(read.astype(np.float32), values)
+    assert read.dtype.name == ("bfloat16" if kind == "BF16" else "float32")
 
 
 def test_other_types_of_safetensors_are_one_error(tmp_path):

@@ -361,6 +361,8 @@ def test_what_speaks_of_sides_is_not_mirrored(folder, kind, text, words, mirrore
         ("café red toy car", [[6, 17]], spans.OTHER_UNITS),  # bytes
         ("😀 red toy car", [[3, 14]], spans.OTHER_UNITS),  # UTF-16
         ("😀 a b", [[3, 5]], spans.OTHER_UNITS),  # at the space
+        ("café red", [[5, 9]], spans.OTHER_UNITS),  # beyond the end
+        ("red car", [[0, float("inf")]], spans.NOT_IN_CAPTION),
         ("wow !!! car", [[4, 7]], spans.NOT_IN_CAPTION),
         ("red car", [[7, 0]], spans.NOT_IN_CAPTION),
         ("red car", [[[0, 3]]], spans.NOT_IN_CAPTION),
@@ -385,6 +387,9 @@ def test_spans_that_give_no_phrase(caption, given, problem):
         ("red toy car", [[4, 7], [0, 11]], "red toy car", ["spans that overlap or cover nothing"]),
         ("red toy car", [[0, 7], [4, 5]], "red toy", ["spans that overlap or cover nothing"]),
         ("red toy car", [["0", 3]], "red", ["span that is not two whole numbers"]),
+        ("red toy car", [[False, 3]], "red", ["span that is not two whole numbers"]),
+        ("red toy car", [[0, 3], [3, 7]], "red toy", []),
+        ("red toy car", [[-3, 3]], "red", []),
         ("red toy car", [[0.0, 3.0]], "red", ["span that is not two whole numbers"]),
         ("red\ntoy\tcar here", [[0, 11]], "red toy car", []),
         ("the old table near the table", [[23, 28], [4, 7]], "old table", []),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import resource
 import runpy
@@ -127,6 +128,19 @@ def test_scores_are_those_of_the_subsets():
     assert (half["novel_AP"], half["novel_AP50"], half["novel_AR"]) == (60.0, 100.0, 60.0)
 
 
+def test_every_place_counts_once_with_its_best_word(monkeypatch):
+    asked = []
+    monkeypatch.setattr(claims.lvis, "evaluate", lambda truth, rows: asked.append((truth, rows)) or {
+        "AP": 0.1, "AP50": 0.12345, "AR@300": 0.2
+    })  # fmt: skip
+    rows = [found(2, category, [0, 0, 10, 10], score) for category, score in ((2, 0.5), (1, 0.4))]
+    scores = claims.score(world(), [*rows, found(1, 1, [0, 0, 10, 10], 0.3)])
+    truth, agnostic = asked[-1]
+    assert [(row["image_id"], row["category_id"], row["score"]) for row in agnostic] == [(2, 1, 0.5), (1, 1, 0.3)]
+    assert [(box["category_id"], box["ignore"]) for box in truth["annotations"]] == [(1, 1), (1, 1), (1, 0)]
+    assert (scores["novel_AR"], scores["base_AP50"]) == (20.0, 12.35)
+
+
 def results(margins, *, row="pairs"):
     """Returns results of finding 2 in which a row leads the others' AP by the margin of each seed."""
     rows = ablations.FINDINGS[1].rows.values()
@@ -213,6 +227,7 @@ if row == fails: sys.exit(3)
 (workdir / "eval").mkdir()
 (workdir / "checkpoints").mkdir()
 rows = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}]
+(workdir / "eval" / "step_00000010_detections.json").write_text("[]")
 (workdir / "eval" / "step_00000020_detections.json").write_text(json.dumps(rows))
 scores = [{"step": 10, "eval/APr": 0.1, "eval/APf": 0.3}, {"step": 20, "eval/APr": 0.2, "eval/APf": 0.4}]
 lines = [scores[0], {"step": 15, "detection/loss": 1.0}, scores[1]]
@@ -234,7 +249,10 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "command", command)
     folders = {name: tmp_path / name for name in ("results", "work", "output")}
     arguments = [f"--{name}={folder}" for name, folder in folders.items()] + ["--jobs=1", f"--config={RECIPE}"]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert commands.run(claims.main, arguments=arguments) == 1
+    with pytest.raises(SystemExit, match="143"):  # what runs is stopped first
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
     assert "the run bilateral, seed 0, failed" in capsys.readouterr().err
     assert started == ["start", "pairs", "bilateral"]
     assert (folders["work"] / "start_0" / "checkpoints").exists()
@@ -263,6 +281,26 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ablations.ROWS, "pairs", ablations.ROWS["pairs"] | {"loss.temperature": 0.3})
     assert commands.run(claims.main, arguments=arguments) == 1
     assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "start", "world"),
+    [("start_plain", "", "world_1"), ("plain_pairs", "start_plain_1", "world_1"),
+     ("pairs_base_words", "start_1", "world_1_base_words")],
+)  # fmt: skip
+def test_a_run_has_its_world_and_its_start(tmp_path, monkeypatch, row, start, world):
+    written = []
+    monkeypatch.setattr(claims.scenes, "write", lambda **options: written.append(options))
+    code = "import os; print(os.environ['MALLOC_ARENA_MAX'], os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    monkeypatch.setattr(claims, "command", lambda *_: [sys.executable, "-S", "-c", code])
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    config = claims.configuration(RECIPE, row, 1)
+    process = claims.start(RECIPE, row, 1, config, work=tmp_path, core=min(os.sched_getaffinity(0)))
+    assert process.wait() == 0
+    assert (tmp_path / f"{row}_1" / "log.txt").read_text() == f"1 {tmp_path / 'compiled'}\n"
+    assert config.init_from.checkpoint == (start and str(tmp_path / start))
+    assert written == [config.scenes.to_dict()]
+    assert written[0]["folder"] == str(tmp_path / world)
 
 
 def test_what_was_stopped_counts_to_the_time_of_a_run(tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from zipfile import BadZipFile
 
 import pytest
@@ -203,6 +204,24 @@ def test_workers_do_not_get_ctrl_c_while_they_start():
     with workers.starting():
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_worker_waits_for_its_parent_and_does_not_get_ctrl_c(monkeypatch):
+    done, started = [], []
+    thread = types.SimpleNamespace(start=lambda: done.append("watches"))
+    monkeypatch.setattr(workers.threading, "Thread", lambda **options: started.append(options) or thread)
+    monkeypatch.setattr(workers.os, "_exit", lambda status: done.append(status))
+    parent = types.SimpleNamespace(join=lambda: done.append("waited"))
+    monkeypatch.setattr(workers.multiprocessing, "parent_process", lambda: parent)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        workers.end_with_parent()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    started[0]["target"]()
+    assert done == ["watches", "waited", 1]
+    assert started[0]["daemon"]
 
 
 def test_a_worker_ends_when_its_parent_does():

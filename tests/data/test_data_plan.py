@@ -1,9 +1,12 @@
 """The plan of a run from its files: steps, tables, and what is found wrong."""
 
+import json
+
 import building
 import pytest
 
 from configs import swin_t
+from detclipv2_jax.data.built import REPORT
 from detclipv2_jax.data.catalog import DATASETS
 from detclipv2_jax.preflight import data_plan
 
@@ -25,18 +28,25 @@ def test_a_run_on_raw_files(config):
     }  # fmt: skip
     assert plan.table_rows == {"detection": 16, "grounding": 32, "image_text": 48}
     assert plan.num_concepts["detection"] == 6
+    assert plan.num_words == data_plan.LVIS_NAMES  # there is nothing to evaluate
+    notes = "\n".join(plan.notes)
+    size = "7 images, 2 batches an epoch, 4 steps = 2.29 passes, concept table 24 rows a host"
+    assert f"image_text/64x64: {size}" in notes
+    assert "no evaluation" in notes
+    assert "no image is largest" not in notes
     assert any(note.startswith("schedule: 12 of 12 steps; the learning rate ends at 0 ") for note in plan.notes)
 
 
 def test_photos_of_the_evaluation_and_other_problems(config, world):
     for image in (world / "images").iterdir():
         image.write_bytes(b"no picture")
-    plan = check(config, epochs=2, optimizer={"warmup_steps": 1000}, num_steps=5)
+    plan = check(config, epochs=2, optimizer={"warmup_steps": 12}, num_steps=5)
     text = "\n".join(plan.problems)
     assert "detection: 7 photos of the evaluation are among its 7" in text
     assert "pairs: 7 photos" in text
     assert "cannot be used" in text
-    assert "warmup_steps is 1000, but the run has only 12 steps" in text
+    assert "warmup_steps is 12, but the run has only 12 steps" in text
+    assert plan.num_words == 6
     assert "config.num_steps=5 ends the run early" in plan.notes
 
 
@@ -50,6 +60,7 @@ def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world, mo
     plan = check(config)
     assert f"has 7 examples; {known.title} has {known.num_examples:,}" in "".join(plan.problems)
     assert any("was not compared with photos of validation sets" in note for note in plan.notes)
+    assert not any("no image is largest" in note for note in plan.notes)  # of kinds without data
     for published, enough in ((8, False), (7, True)):  # seven of eight are less than nine tenths
         monkeypatch.setitem(DATASETS, name, known._replace(num_examples=published))
         assert ("has 7 examples" not in "".join(check(config).problems)) == enough
@@ -59,6 +70,10 @@ def test_a_built_folder_that_is_too_small_and_was_not_compared(config, world, mo
     )
     config.detection.data = (str(leaking),)
     assert "leaking: 7 photos of the evaluation are among its 7" in "".join(check(config).problems)
+    report = json.loads((leaking / REPORT).read_text())
+    report["validation photos"]["left out"] = True
+    (leaking / REPORT).write_text(json.dumps(report))
+    assert "of the evaluation" not in "".join(check(config).problems)
 
 
 def test_published_numbers_are_mixed_as_the_run_mixes_them():

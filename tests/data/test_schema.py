@@ -15,6 +15,7 @@ def test_kinds_are_the_configuration_names():
 
 def test_batch_is_a_pytree_of_its_fields():
     batch = Batch(*(np.full(2, i) for i in range(len(Batch._fields))))
+    assert Batch._field_defaults == {"federated": None}
     doubled = jax.tree.map(lambda x: 2 * x, batch)
     assert isinstance(doubled, Batch)
     assert doubled.caption_mask[0] == 2 * Batch._fields.index("caption_mask")
@@ -22,6 +23,7 @@ def test_batch_is_a_pytree_of_its_fields():
 
 def test_record_cannot_be_changed():
     record = Record(Kind.IMAGE_TEXT, "s", 0, b"", (0, 0), np.zeros((0, 4), np.float32), (), np.zeros(0, np.int32))
+    assert (record.caption, record.negatives, record.not_negatives, record.federated) == ("", (), (), False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.caption = "x"
 

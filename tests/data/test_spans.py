@@ -34,6 +34,11 @@ def spans_of(caption, parts):
         ("a red and shiny car near that wreck", ["a red", "car", "that wreck"], ["a red car", "that wreck"]),
         ("a cat - and", ["a cat", "-"], ["a cat -"]),
         ("a cat. - and", ["a cat", "-"], ["a cat"]),  # a part that says nothing
+        ("see a dog: it", ["a dog:"], ["a dog"]),
+        ("a dog; big animal", ["a dog", "big animal"], ["a dog", "big animal"]),
+        ("a cat, another dog", ["a cat", "another dog"], ["a cat", "another dog"]),
+        ("the man IN the hat", ["the man IN", "the hat"], ["the man IN the hat"]),
+        ("cold 😀 here", ["😀"], ["😀"]),  # a sign says something
     ],
 )  # fmt: skip
 def test_phrases_of_one_box(caption, parts, phrases):

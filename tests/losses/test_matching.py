@@ -9,13 +9,13 @@ from detclipv2_jax.losses.concept_table import unique_rows
 
 def test_scores_choices_and_votes_equal_loops():
     rng = np.random.default_rng(0)
-    b, k, t, d, m = 3, 4, 10, 5, 3
+    b, k, t, d, m = 3, 200, 10, 5, 3  # more regions than eight bits count
     regions, text = rng.normal(size=(b, k, d)).astype(np.float32), rng.normal(size=(t, d)).astype(np.float32)
     text[7] = text[2]
     canonical, mask = np.arange(t, dtype=np.int32), np.arange(t) != 4
     canonical[7] = 2
     unique = unique_rows(canonical, mask)
-    region_mask = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1]], bool)
+    region_mask = rng.random((b, k)) < [[1.0], [0.5], [0.01]]
     rows = rng.choice(np.flatnonzero(mask), size=(5, m))
     weights = rng.random((5, m)).astype(np.float32)
     settings = matching.Settings((), "max_sim", 1.0, 8 * b * k * 3)  # 3 concepts at once

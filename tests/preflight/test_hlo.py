@@ -99,6 +99,19 @@ def test_a_loop_over_rows_moves_each_row_once():
     assert traffic.memory == 10 * ((row + index) + (row + index)) + 2 * 10 * row
     assert traffic.network == {"all-gather": 20 * 128 * 4}
     assert traffic.unknown_loops == 0
+    assert {row.instruction: row.times for row in traffic.rows} == {"row": 10, "new": 10, "o": 1}
+    called = hlo.traffic(PROGRAM.replace("ENTRY %main", "%main") + CALL)
+    assert called == traffic  # also how often each row is moved
+    backward = hlo.traffic(PROGRAM.replace("direction=LT", "direction=GT"))
+    assert (backward.unknown_loops, backward.memory) == (1, 2 * (row + index) + 2 * 10 * row)
+
+
+CALL = """
+ENTRY %entry (e: f32[10,128]) -> f32[10,128] {
+  %e = f32[10,128]{1,0:T(8,128)} parameter(0)
+  ROOT %k = f32[10,128]{1,0:T(8,128)} call(%e), to_apply=%main
+}
+"""
 
 
 BRANCHES = """HloModule m
@@ -138,13 +151,16 @@ ENTRY %main (a: f32[10,128], u: f32[1,128], i: s32[], m: pred[10]) -> f32[10,128
   %i = s32[] parameter(2)
   %m = pred[10]{0} parameter(3)
   %n = pred[10]{0} not(%m)
+  %q = s32[1000]{0} iota(), iota_dimension=0
+  %h = s4[6]{0} negate(%q)
   ROOT %r = f32[10,128]{1,0} dynamic-update-slice(%a, %u, %i)
 }
 """
 
 
 def test_a_row_that_is_replaced_moves_a_row_and_a_truth_value_a_byte():
-    assert hlo.traffic(ROW).memory == 2 * 128 * 4 + 2 * 10
+    # and a number of four bits half a one; numbers in a row are not stored before they are read
+    assert hlo.traffic(ROW).memory == 2 * 128 * 4 + 2 * 10 + 6 / 2 + 1000 * 4
 
 
 SLICES = """HloModule m
@@ -158,6 +174,32 @@ ENTRY %main (a: bf16[12,64,128]) -> bf16[1,64,128] {
   ROOT %r = bf16[1,64,128]{2,1,0} add(%d, %e)
 }
 """
+
+
+AHEAD = """HloModule m
+
+%pick (p.0: f32[10,128], p.1: s32[2,1]) -> f32[2,128] {
+  %p.0 = f32[10,128]{1,0} parameter(0)
+  %p.1 = s32[2,1]{1,0} parameter(1)
+  ROOT %g = f32[2,128]{1,0} gather(%p.0, %p.1), offset_dims={1}
+}
+
+ENTRY %main (a: f32[10,128], i: s32[2,1]) -> f32[2,128] {
+  %a = f32[10,128]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %c = (f32[10,128]{1,0}, f32[10,128]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %d = f32[10,128]{1,0} copy-done(%c)
+  %s = ((f32[10,128], s32[2,1]), f32[2,128], u32[]{:S(2)}) async-start(%a, %i), calls=%pick
+  %t = f32[2,128]{1,0} async-done(%s)
+  ROOT %r = f32[2,128]{1,0} fusion(%d, %i), kind=kLoop, calls=%pick
+}
+"""
+
+
+def test_what_is_copied_is_read_and_written_once_and_of_what_is_gathered_only_the_rows_count():
+    rows = {row.instruction: row.memory for row in hlo.traffic(AHEAD).rows}
+    whole, picked, indices = 10 * 128 * 4, 2 * 128 * 4, 2 * 4
+    assert rows == {"c": 2 * whole, "g": 2 * picked, "r": 2 * picked + indices}
 
 
 def test_a_slice_that_is_fetched_ahead_moves_itself_and_not_the_whole():

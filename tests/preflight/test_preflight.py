@@ -12,6 +12,7 @@ from configs import swin_t
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.chips import GIB
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.models import flops
 from detclipv2_jax.preflight import compile_step, data_plan
 from detclipv2_jax.preflight import report as preflight
 from detclipv2_jax.preflight.compile_step import Topology
@@ -37,6 +38,7 @@ def test_topologies():
     assert (V5E.num_devices, V5E.num_hosts) == (32, 8)
     assert (Topology.parse("h100:8").num_hosts, Topology.parse("h100:32").num_hosts) == (1, 4)
     assert Topology.parse("v5p:4x4x4").num_devices == 64
+    assert [Topology.parse(name).num_hosts for name in ("h100:9", "v5e:3x3", "v5e:1x1")] == [2, 3, 1]
     for name in ("v7:4x4", "v5e", "h100:", "v5e:4x"):
         with pytest.raises(ValueError, match="v5e:4x8"):
             Topology.parse(name)
@@ -51,7 +53,26 @@ def test_steps_and_sizes_of_the_paper_s_run():
     # a host has 16 images; names are known to be 365, phrases are not, pairs have a caption and 8 phrases
     assert plan.table_rows == {"detection": 8 * 368, "grounding": 8 * 1600, "image_text": 8 * 768 * 9}
     assert plan.num_concepts == plan.table_rows | {"detection": 365}
+    names = compile_step.step_names(config)
+    assert preflight._sizes_of(plan, names[0]) == (8 * 368, 365, 1203)
+    assert preflight._sizes_of(plan, "prediction/800x1344") == (0, 0, 1203)
+    given = {"table_rows": 8 * 368, "num_devices": 32, "num_concepts": 365}
+    assert preflight._by_formula(config, V5E, names[0], plan) == flops.formula(
+        config, Kind.DETECTION, config.detection.canvases[0], **given
+    )
     assert set(plan.num_steps) | {"prediction/800x1344", "prediction/1344x800"} == set(compile_step.step_names(config))
+
+
+def test_steps_are_those_of_kinds_with_data():
+    config = swin_t.get_config()
+    for kind in Kind:
+        config[kind.value].data = ()
+    config.eval.canvases = ((320, 320),)
+    assert compile_step.step_names(config) == ["prediction/320x320"]
+    config.image_text.pairs = "pairs.tsv"
+    assert compile_step.step_names(config)[0] == "image_text/320x320"
+    config.image_text.pairs, config.grounding.annotations = "", "a.json"
+    assert {name.split("/")[0] for name in compile_step.step_names(config)} == {"grounding", "prediction"}
 
 
 def test_a_kind_that_begins_later_has_fewer_steps():
@@ -68,8 +89,10 @@ def test_a_kind_that_begins_later_has_fewer_steps():
 def test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more(micro):
     micro.eval.canvases = ((320, 320),)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    sizes = compile_step.Sizes(0, 0, 256)
-    counts = compile_step.program(micro, "prediction/320x320", mesh, "tpu", sizes).flops()
+    sizes = compile_step.Sizes(0, 0, 130)
+    program = compile_step.program(micro, "prediction/320x320", mesh, "tpu", sizes)
+    assert [x.shape for x in program.arguments[2:4]] == [(256, micro.model.embed_dim), (256,)]  # whole chunks of words
+    counts = program.flops()
     assert counts["model"] == pytest.approx(counts["formula"], rel=0.05)
     assert counts["executed"] > counts["model"]  # the banded form of the deformable layer
 
@@ -125,11 +148,11 @@ def test_values_that_would_fit_are_found(monkeypatch, tmp_path):
 
 def test_pairs_are_recomputed_before_they_are_embedded_twice(monkeypatch, tmp_path):
     def measured(step, config):
-        return result(18.0 if config.model.remat == "blocks" else 14.0)
+        return result(18.0) if config.model.remat == "blocks" else result(14.0, executed=6e14)
 
     report, well, compiled = run(monkeypatch, tmp_path, measured, only=["image_text"])
     assert not well
-    assert "--config.model.remat=all (14.0 GiB" in report
+    assert "--config.model.remat=all (14.0 GiB, +50% FLOPs)" in report
     assert len(compiled) == 2
 
 
@@ -155,6 +178,8 @@ def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
             15.84,
         ),
         ("Ran out of memory on HBM, the total memory required for HLO temporaries (1536M) exceeds it", 1.5),
+        ("Used 3145728K of 2G hbm.", 3.0),
+        ("Used 2.5T of 15.75G hbm.", 2560.0),
         ("too large", math.inf),
     ],
 )
@@ -170,6 +195,59 @@ def test_a_refusal_without_a_number_is_no_number_and_all_is_tried(monkeypatch, t
     assert not well
     assert "more than 15.8 GiB (the compiler does not say how much), DOES NOT FIT; would: --config." in report
     assert [accumulate["detection"] for _, accumulate, _ in compiled] == [1, 2, 4]
+
+
+def test_one_report_of_the_data_and_one_of_each_topology(monkeypatch, tmp_path):
+    config, totals = swin_t.get_config(), {32: 16.0, 64: 9.0}
+    config.eval.batch_size = 64
+    modules = {"modules": [["swin", "forward", 1e9]]}  # of which there is a table on demand
+    monkeypatch.setattr(
+        preflight, "measure", lambda config, topology, *_: result(totals[topology.num_devices]) | modules
+    )
+    options = {"only": ["prediction/8"], "cache": tmp_path, "check_data": False}
+    text, well = preflight.run(config, ["v5e:4x8", "v5e:8x8"], **options)
+    assert not well  # the first does not fit
+    assert re.findall("### .*", text) == ["### Data", "### v5e:4x8: 32 × 15.8 GiB", "### v5e:8x8: 64 × 15.8 GiB"]
+    assert "by module" not in text
+
+
+def test_what_is_tried_for_a_step_that_does_not_fit():
+    config = swin_t.get_config()
+    config.eval.batch_size, config.model.remat = 128, "blocks"
+    config.detection.batch_size = config.image_text.batch_size = 128
+    assert list(preflight.alternatives(config, "prediction/8x8", 32)) == [{"eval.batch_size": n} for n in (64, 32)]
+    remat = {"model.remat": "all"}
+    for kind in ("detection", "image_text"):
+        chunks = [{f"optimizer.accumulate.{kind}": n} for n in (2, 4)]
+        first = chunks if kind == "detection" else [remat]
+        expected = [*first, *(chunk | remat for chunk in chunks)]
+        assert list(preflight.alternatives(config, f"{kind}/8x8", 32)) == expected
+    config.model.remat = "all"
+    assert list(preflight.alternatives(config, "detection/8x8", 32)) == [
+        {"optimizer.accumulate.detection": n} for n in (2, 4)
+    ]
+    assert list(preflight.alternatives(config, "image_text/8x8", 128)) == []
+    # of a step four times too large: what may be enough, and no more programs than are compiled in a while
+    row = preflight.Row(V5E, "detection/8x8", {"memory": {"total": 4 * preflight.CHIPS["v5e"].memory}})
+    tried = [{"a": 2}, {"a": 4}, remat | {"a": 2}, {"a": 8}, {"a": 16}, {"a": 32}]
+    assert preflight._likely(row, tried) == [tried[i] for i in (1, 2, 3, 4)]
+    barely = preflight.Row(V5E, "detection/8x8", {"memory": {"total": 1.9 * preflight.CHIPS["v5e"].memory}})
+    assert preflight._likely(barely, tried) == tried[:4]
+
+
+def test_a_step_that_takes_all_memory_fits():
+    memory = preflight.CHIPS["v5e"].memory
+    fits = [preflight.Row(V5E, "a/8x8", {"memory": {"total": total}}).fits for total in (memory, memory + 1)]
+    assert fits == [True, False]
+
+
+def test_why_a_process_ended():
+    assert preflight.failure(-9, "") == (
+        "killed by signal 9 (this machine ran out of memory: compiling takes 8 GB and more)"
+    )
+    assert preflight.failure(-15, "a\n") == "killed by signal 15"
+    assert preflight.failure(1, "Traceback\n\nKeyError: 3\n \n") == "exit status 1: KeyError: 3"
+    assert preflight.failure(2, "\n") == "exit status 2: without a message"
 
 
 def test_traffic_by_module(monkeypatch, tmp_path):
