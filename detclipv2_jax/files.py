@@ -58,8 +58,10 @@ def check_empty(folder: Path) -> None:
         raise ValueError(f"--output: {folder} holds something already; give a new folder")
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Returns the content of a regular file; a pipe or device, which may give nothing or have no end, is not opened.
+def read_bytes(path: str | os.PathLike[str], *, num: int = -1) -> bytes:
+    """Returns the content of a regular file, or its first bytes.
+
+    A pipe or device, which may give nothing or have no end, is not opened.
 
     Raises:
       NotRegularError: the path names something else.
@@ -68,7 +70,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise NotRegularError(f"{os.fspath(path)} is not a regular file")
     with open(path, "rb") as file:
-        return file.read()
+        return file.read(num)
+
+
+def beginning(path: str | os.PathLike[str]) -> bytes:
+    """Returns the first 4 KiB of a text file; errors as `read_bytes` and `without_mark`."""
+    return without_mark(read_bytes(path, num=4096), where=path)
 
 
 def without_mark(data: bytes, *, where: str | os.PathLike[str]) -> bytes:

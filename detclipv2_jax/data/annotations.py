@@ -204,14 +204,13 @@ def flags_of(
       DataError: a flag has no meaning; the message names the file, `where`, and the entry.
     """
     values = [row.get(key, 0) for row in rows]
-    if {*map(type, values)} <= {int, bool}:
+    if {*map(type, values)} <= {int, bool} and {*values} <= {0, 1}:
         return np.array(values, bool)
     for i, value in enumerate(values):
         if value is None or isinstance(value, str | float):
             odd[f"{key} that is no whole number"] += 1
-            number = _FLAGS.get(str(value).strip().lower()) if isinstance(value, str) else value or 0
-            values[i] = number in (1, True) if number in (0, 1) else None
-        if values[i] is None or not isinstance(values[i], int):
+            values[i] = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else value or 0
+        if not isinstance(values[i], int | float) or values[i] not in (0, 1):
             raise DataError(f"{where}: annotations[{i}] has {key} {shown(value)}; 0 and 1 have a meaning")
     return np.array(values, bool)
 

@@ -163,8 +163,7 @@ def read_pairs(
 
 def is_json(path: Path) -> bool:
     """Returns whether a file that should be a TSV looks like a json."""
-    with path.open("rb") as file:
-        return files.without_mark(file.read(4096), where=path).lstrip().startswith((b"{", b"[{"))
+    return files.beginning(path).lstrip().startswith((b"{", b"[{"))
 
 
 def _missing_files(kind: Kind, section: Any, prefix: str) -> list[str]:

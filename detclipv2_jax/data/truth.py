@@ -25,6 +25,7 @@ LISTS = ("images", "annotations", "categories")
 FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent
 _NUM_NAMED = 3  # entries in a message
+_MOST = 0.5  # of the boxes: more cannot be cut at the border or below a pixel by chance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,6 +121,8 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     if not len(kept):
         raise DataError(f"{name} has no usable box: there is nothing to score against")
     crowd, ignored = (annotations_lib.flags_of(rows, key, odd, where=name)[kept] for key in ("iscrowd", "ignore"))
+    if (crowd | ignored).all():
+        odd["box that is a crowd's or ignored, as all are: there is nothing to be found"] = len(kept)
     image, category, boxes = image[kept], category[kept], boxes[kept]
     areas = annotations_lib.areas_of([rows[i] for i in kept] if len(kept) < len(rows) else rows, boxes, odd)
     check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
@@ -225,10 +228,13 @@ def check_form(
     max_bad_share: float,
     odd: collections.Counter[str],
 ) -> None:
-    """Counts boxes that are cut or tiny; DataError where all look like another form of boxes, unless all may be bad."""
+    """Counts boxes that are cut or tiny; DataError where most are, or all look like another form, unless all may be."""
     sizes = np.array([annotations_lib.size_of(entry) for entry in images], np.float64).reshape(-1, 2)[image]
     cut, below, look = annotations_lib.suspicious(boxes, sizes)
     odd["box cut at the border"], odd["box below a pixel"] = cut.sum(), below.sum()
+    doubtful = cut | below
+    if not look and doubtful.sum() > max(_MOST, max_bad_share) * len(boxes):
+        look = "look like another form of boxes, or of photos of another size"
     if look and max_bad_share < 1:
         raise DataError(
             f"{name}: its {len(boxes)} boxes {look} ({cut.sum()} are cut at the border, {below.sum()} below a pixel). "

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax.data.annotations import MAX_NUMBER, shown
+from detclipv2_jax import files
+from detclipv2_jax.data.annotations import MAX_NUMBER, shown, size_of, suspicious
 from detclipv2_jax.data.truth import Truth, json_kind
 
 PART_CHARS = 1 << 23  # of a file of detections read at once: some 80,000 rows, 60 MB
+_NUM_LOOKED_AT = 100_000  # boxes, for the form of all
 _NEEDED = "an object with image_id, category_id, bbox (x, y, width, height) and score; all must be finite numbers"
 
 
@@ -66,6 +68,10 @@ def find(detections: Any, truth: Truth, evaluated: Int[np.ndarray, " e"]) -> Fou
         parts.append((images.astype(np.int32), categories.astype(np.int32), chunk.boxes, chunk.scores))
         start += len(images)
     images, categories, boxes, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sample = slice(None, None, 1 + len(boxes) // _NUM_LOOKED_AT)
+    sizes = np.array([size_of(image) for image in truth.images], np.float64)[images[sample]]
+    if look := suspicious(boxes[sample], sizes)[2]:
+        odd[f"detection of a file whose boxes {look}"] = len(boxes)
     return Found(images, categories, boxes, scores, {what: num for what, num in odd.items() if num})
 
 
@@ -141,6 +147,10 @@ def _columns(rows: list[Any]) -> Columns:
     for what, array, shape in (("bbox has", boxes, (len(rows), 4)), ("score is", scores, (len(rows),))):
         if array.dtype.kind not in "if" or array.shape != shape or not (np.abs(array) <= MAX_NUMBER).all():
             raise ValueError(f"its {what} something else")
+    numbers = np.column_stack([boxes, scores])
+    may_be_true = np.flatnonzero(((numbers == 0) | (numbers == 1)).any(axis=1)).tolist()  # NumPy takes true for 1
+    if any(isinstance(value, bool) for i in may_be_true for value in (*rows[i]["bbox"], rows[i]["score"])):
+        raise ValueError("its bbox or score has true or false")
     if (boxes[:, 2:] < 0).any():
         raise ValueError("its bbox has a negative size")
     return Columns(
@@ -153,7 +163,9 @@ def _columns(rows: list[Any]) -> Columns:
 
 def _read_list(path: str | pathlib.Path) -> Iterator[Any]:
     """Yields the objects of a file with one JSON list in several lists, or else the whole content."""
-    with _reading(path), open(path, encoding="utf-8-sig") as file:
+    with _reading(path), contextlib.ExitStack() as stack:
+        files.beginning(path)  # of a pipe there is none, and UTF-16 has its own message
+        file = stack.enter_context(open(path, encoding="utf-8-sig"))
         text = file.read(PART_CHARS)
         if text.lstrip().startswith("["):
             text = text.lstrip()[1:]
@@ -177,7 +189,7 @@ def _reading(path: str | pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -234,6 +235,8 @@ def test_what_cannot_be_used_is_named_or_counted(name, tmp_path):
         (lambda content: content["images"].clear(), "has no images"),
         (lambda content: content.update(categories={"1": "cat"}), "is no COCO annotation file"),
         (set_all("iscrowd", ["perhaps"]), r'annotations\[0\] has iscrowd "perhaps"; 0 and 1 have a meaning'),
+        (set_all("iscrowd", [-1]), r"annotations\[0\] has iscrowd -1; 0 and 1"),  # Open Images: not known
+        (set_all("ignore", [0, 2]), r"annotations\[1\] has ignore 2; 0 and 1"),
         (set_all("ignore", [[1]]), r"annotations\[0\] has ignore \[1\]"),
         (set_all("neg_category_ids", [5], of="images"), r"image 1 has neg_category_ids 5, not a list of ids"),
     ],
@@ -380,6 +383,43 @@ def test_whole_photos_and_single_boxes_look_like_what_they_are():
         assert truth.read(with_boxes(boxes)).odd == {}
 
 
+@pytest.mark.parametrize("box", [[150, 100, 100, 100], [-60, 20, 100, 40], [50, 50, 0.5, 20]])
+def test_most_boxes_cut_or_below_a_pixel_are_refused(box):
+    content = make_truth(num_images=5)  # two boxes an image
+    for num in range(1, 11):
+        content["annotations"][num - 1]["bbox"] = box
+        if num <= 5:
+            assert sum(truth.read(content).odd.values()) == num
+        else:
+            with pytest.raises(
+                ValueError, match=rf"10 boxes look like another form .*\({num if box[2] > 1 else 0} are"
+            ):
+                truth.read(content)
+            truth.read(content, max_bad_share=num / 10)
+
+
+@pytest.mark.parametrize("flag", ["ignore", "iscrowd"])
+def test_a_truth_in_which_nothing_is_to_be_found_says_so(flag):
+    content = make_truth()
+    set_all(flag, [1] * 5)(content)
+    assert scored(content, perfect(content)) == (pytest.approx(1.0), {})
+    content["annotations"][5][flag] = True
+    said = "box that is a crowd's or ignored, as all are: there is nothing to be found"
+    assert scored(content, perfect(content)) == (-1, {said: 6})
+
+
+def test_detections_of_another_form_are_said():
+    corners = many_boxes(7)
+    right = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    read = truth.read(with_boxes(right))
+    rows = perfect(with_boxes(right))
+    for boxes, look in ((right, None), (corners, "look like x1, y1, x2, y2"), (right / 640, "look relative to")):
+        found = detections.find(
+            [row | {"bbox": box} for row, box in zip(rows, boxes.tolist(), strict=True)], read, read.places(None)
+        )
+        assert [(look in what, num) for what, num in found.odd.items()] == ([(True, 60)] if look else [])
+
+
 # --- agreement
 
 
@@ -423,6 +463,9 @@ def test_both_evaluators_agree_on_files_that_both_can_read(seed):
         ({"score": None}, "row 2 is .*its score is something else"),
         ({"score": math.nan}, "row 2 is .*its score is something else"),
         ({"bbox": ["1", "2", "3", "4"]}, "row 2 is .*its bbox has something else"),
+        ({"score": True}, "row 2 is .*its score is something else"),
+        ({"bbox": [9, 9, True, 30]}, "row 2 is .*its bbox or score has true or false"),
+        ({"bbox": [False, 9, 30, 30]}, "row 2 is .*its bbox or score has true or false"),
         ({"bbox": [1, 2, 3]}, "row 2 is .*its bbox has something else"),
         ({"bbox": [1, 2, 1e300, 4]}, "row 2 is .*its bbox has something else"),
         ({"bbox": [9, 9, -3, 4]}, "row 2 is .*its bbox has a negative size"),
@@ -457,3 +500,18 @@ def test_ids_of_another_type_are_counted(change, tmp_path, capsys):
         assert printed["AP"] == pytest.approx(1.0)
         assert list(printed["protocol"]["repaired"].values()) == [1]
         assert "note: 1 × " in captured.err
+
+
+def test_a_file_of_detections_may_have_a_mark_and_is_refused_by_name_if_it_is_no_text(tmp_path):
+    content = make_truth()
+    text, path = json.dumps(perfect(content)), tmp_path / "found.json"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert coco.evaluate(content, path)["AP"] == pytest.approx(1.0)
+    for encoding in ("utf-16", "utf-16-le", "utf-32-be"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=r"found\.json is UTF-.*save it as UTF-8"):
+            coco.evaluate(content, path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        lvis.evaluate(content, path)
