@@ -146,7 +146,7 @@ def read_arrays(
         which may have any size.
       OSError: it cannot be opened.
     """
-    with io.BytesIO(data) if data is not None else open(path, "rb") as file:
+    with io.BytesIO(read_bytes(path) if data is None else data) as file:
         try:
             with np.load(file, allow_pickle=False) as stored:
                 if any(entry.compress_type for entry in stored.zip.infolist()):

@@ -209,6 +209,18 @@ def test_marks_are_taken_off_and_wide_characters_refused():
             files.without_mark(data, where="w")
 
 
+def test_the_beginning_of_a_text_is_read_and_of_a_pipe_nothing(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfab" + b"c" * 9000)
+    assert files.beginning(tmp_path / "text") == b"ab" + b"c" * 4091
+    (tmp_path / "text").write_bytes("ab".encode("utf-16"))
+    with pytest.raises(ValueError, match="text is UTF-16"):
+        files.beginning(tmp_path / "text")
+    os.mkfifo(tmp_path / "pipe")
+    for read in (files.beginning, lambda path: files.read_arrays(path, ("a",))):
+        with pytest.raises((OSError, ValueError), match="pipe is not a regular file"):
+            read(tmp_path / "pipe")
+
+
 def test_buckets_are_not_here():
     for place in ("runs/demo", "/data/a", "gs", "a b", ""):
         files.check_here(place, where="--workdir")

@@ -247,11 +247,11 @@ def vocabulary_of(content: dict[str, Any], path: Path, dictionary: Vocabulary | 
         if not name:
             raise ValueError(f"{path}: categories[{i}] ({shown(category)}) needs an id and a name")
         names.append(name)
-        own = category.get("def") or category.get("definition") or ""
-        definitions.append(own or (dictionary.definition(name) if dictionary else ""))
-    texts = [str(value) for value in ids]
-    if len(set(texts)) < len(texts):
-        raise ValueError(f"{path} lists two categories with the id {max(texts, key=texts.count)}")
+        texts = (category.get("def"), category.get("definition"), dictionary and dictionary.definition(name))
+        definitions.append(next((text for text in texts if isinstance(text, str) and text.strip()), ""))
+    keys = [str(value) for value in ids]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{path} lists two categories with the id {max(keys, key=keys.count)}")
     return Vocabulary(tuple(names), tuple(definitions), tuple(ids))
 
 

@@ -87,6 +87,9 @@ class BuiltSource:
             check_metadata(self.folder)
             builder = tfds.builder_from_directory(self.folder)
             self._split = builder.info.splits["train"]
+            for path in self._split.filepaths:  # a pipe would be waited for
+                if os.path.exists(path) and not os.path.isfile(path):
+                    raise ValueError(f"{path} is not a regular file; build the folder again")
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._examples = builder.as_data_source("train", deserialize_method=raw)
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,8 +26,9 @@ _WORD, _LAST_WORD = re.compile("[a-z]+"), re.compile("[a-z]+$")
 
 
 def display_name(name: str) -> str:
-    """Returns a category name as words: "aerosol_can" is "aerosol can"."""
-    return " ".join(name.replace("_", " ").split())
+    """Returns a category name as words: "aerosol_can" is "aerosol can"; "" where nothing of it would be seen."""
+    words = " ".join(name.replace("_", " ").split())
+    return words if any(unicodedata.category(letter)[0] not in "CZ" for letter in words) else ""
 
 
 def concept_text(name: str, definition: str = "") -> str:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Sequence
 
 _ENGLISH = (
-    r"(?:left|right)(?:most|wards?|[ -]?hand(?:ed|er|ers|side)?)?",
+    r"(?:top|bottom|upper|lower|front|rear|back|turn|keep)?(?:left|right)"
+    r"(?:most|wards?|side|turn|arrow|[ -]?hand(?:ed|er|ers|side)?)?",
     r"(?:anti|counter)?[ -]?clock[ -]?wise",
+    r"ccw",
 )
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # of "turnLeft"
 

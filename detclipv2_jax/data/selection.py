@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import logging
 
-from detclipv2_jax.data.annotations import Ids, usable_id
+from detclipv2_jax.data.annotations import Ids, boxes_of, usable_id
 from detclipv2_jax.data.checks import probe_images, refuse_above_share, unsafe_path
 from detclipv2_jax.data.concepts import display_name
 from detclipv2_jax.data.schema import DataError
@@ -85,11 +85,13 @@ def few_shot(content: dict[str, Any], *, num_shots: int, seed: int) -> dict[str,
     """
     present = collections.defaultdict(set)  # categories of every image
     usable = set()
-    for annotation in content["annotations"]:
+    boxes, _ = boxes_of(content["annotations"])
+    for annotation, (_, _, width, height) in zip(content["annotations"], boxes.tolist(), strict=True):
         present[annotation.get("image_id")].add(annotation.get("category_id"))
-        if min((annotation.get("bbox") or ())[2:], default=0) > 1:
+        if width > 1 and height > 1:
             usable.add(annotation.get("image_id"))
-    ids = sorted(usable & {image.get("id") for image in content["images"]})
+    listed = (image.get("id") for image in content["images"] if isinstance(image, dict))
+    ids = sorted(usable & {*map(usable_id, listed)} - {None}, key=lambda key: (isinstance(key, str), key))
     random.Random(seed).shuffle(ids)
     num_images: collections.Counter[Any] = collections.Counter()
     taken = set()

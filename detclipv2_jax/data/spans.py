@@ -93,6 +93,8 @@ def oddities_of(caption: str, spans: Any) -> Sequence[str]:
     """Returns what is odd in spans that give a phrase all the same."""
     joined = _joined(spans)
     odd = []
+    if any(int(start) < 0 for start, _ in spans):
+        odd.append("span that begins before the caption")
     if any(end > len(caption) for _, end in joined):
         odd.append("span that ends after the caption")
     if any(end < len(caption) and _goes_on(caption, end) for _, end in joined):

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import files
 from detclipv2_jax.data.built import REPORT
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.data.streams import train_streams
@@ -91,7 +92,10 @@ def _kind_of(folder: str) -> str:
         raise ValueError(
             f"--data={folder} is no folder that `python -m detclipv2_jax.prepare KIND` has built: it has no {REPORT}"
         )
-    return json.loads(path.read_bytes())["kind"]
+    report = files.read_json(path)
+    if not isinstance(report, dict) or report.get("kind") not in tuple(Kind):
+        raise ValueError(f"{path} is damaged: it does not say which kind of data the folder holds")
+    return report["kind"]
 
 
 def measure(batch: Batch, kind: Kind) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pytest
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind, UnusableError
+from detclipv2_jax.prepare import inspect
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +220,26 @@ def test_pairs_without_a_concept_are_counted(built, tmp_path):
     write_records(tmp_path / "pairs", lambda record: record["concepts"].bytes_list.ClearField("value"))
     with pytest.raises(UnusableError, match="record that is no example in"):
         read_built(str(tmp_path / "pairs"), Kind.IMAGE_TEXT)[0]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_opened(folder, make):
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        path.unlink()
+        make(path)
+        with pytest.raises((OSError, ValueError), match=rf"{path.name} is not a regular file"):
+            read_built(str(folder), Kind.DETECTION)[0]
+        (path.rmdir if path.is_dir() else path.unlink)()
+        path.write_bytes(data)
+    assert len(read_built(str(folder), Kind.DETECTION)[0].boxes)
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[]", b'{"kind": ["detection"]}', b'{"kind": "boxes"}'])
+def test_inspect_refuses_a_damaged_report(folder, tmp_path, data):
+    (folder / "build_report.json").write_bytes(data)
+    with pytest.raises(ValueError, match="does not say which kind of data the folder holds"):
+        inspect.inspect(str(tmp_path / "out"), folders=[str(folder)])
 
 
 def test_what_is_not_changed_is_read(built):

@@ -81,7 +81,9 @@ def test_utf_16_is_refused_by_name_in_every_reader(folder, name, encoding):
         read(path, folder)
 
 
-@pytest.mark.parametrize("name", [None, "", " ", "_", "\t", "__", True, ["cat"], {"en": "cat"}, "missing"])
+@pytest.mark.parametrize(
+    "name", [None, "", " ", "_", "\t", "__", "\u200b\x01", True, ["cat"], {"en": "cat"}, "missing"]
+)
 def test_a_category_without_a_name_is_one_error_that_shows_it(folder, name):
     category = {"id": 1} if name == "missing" else {"id": 1, "name": name}
     content = DETECTION | {"categories": [{"id": 2, "name": "owl"}, category]}
@@ -96,7 +98,7 @@ def test_a_category_without_a_name_is_one_error_that_shows_it(folder, name):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ["\tdefinition", " \tdefinition", "_\tdefinition"])
+@pytest.mark.parametrize("line", ["\tdefinition", " \tdefinition", "_\tdefinition", "\u200b\tdefinition"])
 def test_a_dictionary_names_the_line_without_a_name(tmp_path, line):
     (tmp_path / "dictionary.tsv").write_text(f"name\tdefinition\n\ncat\tan animal\n\n{line}\n")
     with pytest.raises(ValueError, match="has no name in line 5"):

@@ -114,7 +114,7 @@ def small(folder):
 # --- names and ids
 
 
-@pytest.mark.parametrize("name", [None, "", " ", "_", "__ ", [], True, {"a": 1}])
+@pytest.mark.parametrize("name", [None, "", " ", "_", "__ ", "\u200b", "\xa0\x01", [], True, {"a": 1}])
 def test_categories_without_a_name_are_refused(folder, name):
     with pytest.raises(ValueError, match=r"categories\[1\] .* needs an id and a name"):
         read(folder, detection_json(names=("cup", name)))
@@ -137,6 +137,39 @@ def test_boxes_of_outlines(folder):
     source = read(folder, content)
     assert source.counters == {"box taken from the outline for want of a bbox": 4}
     assert source[2].boxes.tolist() == [[3, 4, 23, 24]]
+
+
+def test_shots_are_chosen_by_boxes_of_outlines_and_ids_of_both_types(folder):
+    content = detection_json(names=("cup", "fork", "knife", "plate"))
+    for place, name in ((1, "one"), (2, "2")):
+        content["images"][place]["id"] = content["annotations"][place]["image_id"] = name
+    chosen = read(folder, content, num_shots=1).image_ids
+    assert sorted(map(str, chosen)) == ["0", "2", "3", "one"]
+    for row in content["annotations"]:
+        x, y, width, height = row.pop("bbox")
+        row["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
+    content["annotations"][3] = {**content["annotations"][3], "segmentation": [[1, 2, True]]}
+    assert set(read(folder, content, num_shots=1, max_bad_share=0.5).image_ids) == {*chosen} - {3}
+
+
+def test_definitions_that_are_no_texts_are_none(folder):
+    content = detection_json(names=("cup", "fork", "knife"))
+    for category, given in zip(content["categories"], (["a mug"], float("nan"), " "), strict=True):
+        category |= {"def": given, "definition": "for the table"}
+    assert read(folder, content).vocabulary.definitions == ("for the table",) * 3
+
+
+def test_names_that_differ_in_case_are_dropped_as_they_are_written(folder):
+    content = detection_json(names=("Cup", "cup"))
+    assert read(folder, content, dropped=Dropped(("Cup",))).vocabulary.names == ("cup",)
+    (folder / "d.json").write_text(json.dumps(content))
+    building.build("coco_json", input=str(folder / "d.json"), images=str(folder), output=str(folder / "built"))
+    config = small(folder)
+    config.detection.data, config.detection.drop_categories = (str(folder / "built"),), ("cup",)
+    assert drawn(config)[2].names == ("Cup",)
+    config.detection.drop_categories = ("CUP",)
+    with pytest.raises(ValueError, match="has no category 'CUP', which drop_categories names"):
+        drawn(config)
 
 
 def test_lists_of_lvis_may_name_categories_as_text_and_hold_nothing_else(folder):
@@ -287,7 +320,8 @@ def test_lists_of_words_are_checked():
         "arrow left", "turn_left", "Left-hand glove", "leftmost", "RIGHT", "turnLeft", "LeftTurn",
         "right-handed scissors", "clockwise", "counter-clockwise arrow", "anticlockwise",
         "counter clockwise", "rightwards arrow", "left2", "2_right", "left/right", "righthand",
-        "a man on the left.", "lefthander",
+        "a man on the left.", "lefthander", "topleft", "bottomright corner", "turnleft", "leftside", "LEFTTURN",
+        "ccw_arrow",
     ],
 )  # fmt: skip
 def test_texts_that_speak_of_sides(text):
@@ -295,8 +329,12 @@ def test_texts_that_speak_of_sides(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["bright light", "leftover", "copyright", "cleft", "clock", "upright piano", "alright", "fright", "wisely"]
-)
+    "text",
+    [
+        "bright light", "leftover", "copyright", "cleft", "clock", "upright piano", "alright", "fright", "wisely",
+        "downright", "rights", "stopright",
+    ],
+)  # fmt: skip
 def test_texts_that_do_not(text):
     assert not mirroring.speaks_of_sides([text], mirroring.pattern((), english=True))
 
@@ -381,6 +419,7 @@ def test_spans_that_give_no_phrase(caption, given, problem):
 @pytest.mark.parametrize(
     ("caption", "given", "phrase", "odd"),
     [
+        ("red toy car", [[-8, 3]], "red", ["span that begins before the caption"]),
         ("red toy car", [[8, 99]], "car", ["span that ends after the caption"]),
         ("red toy cars", [[8, 11]], "car", ["span that ends within a word"]),
         ("red toy car", [[0, 7], [4, 11]], "red toy car", ["spans that overlap or cover nothing"]),

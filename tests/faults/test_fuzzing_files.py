@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import pathlib
 import re
 import shutil
 
@@ -105,6 +106,35 @@ def test_files_of_built_folders(built, tmp_path, name):
         assert source.sizes.ndim == 2
 
     fuzz(one, errors=(ValueError,))
+
+
+@pytest.mark.parametrize("whole_file", [True, False])
+def test_records_of_built_folders(built, tmp_path, whole_file):
+    """Shards with changed bytes, and records that a shard holds as whole ones."""
+    shutil.copytree(built, tmp_path / "built")
+    source = read_built(str(tmp_path / "built"), Kind.DETECTION)
+    (path,) = map(pathlib.Path, {source.file(i) for i in range(len(source)) if source[i]})
+    data, num = path.read_bytes(), len(source)
+    records = [bytes(source._examples[i]) for i in range(num)]
+
+    def one(rng):
+        if whole_file:
+            path.write_bytes(mutated_bytes(data, rng))
+            opened = read_built(str(tmp_path / "built"), Kind.DETECTION)
+        else:
+            opened = source
+            opened._examples = [mutated_bytes(record, rng) if rng.random() < 0.8 else record for record in records]
+        num_read = 0
+        for i in range(num):
+            with contextlib.suppress(UnusableError):
+                record = opened[i]
+                assert np.isfinite(record.boxes).all()
+                assert {*record.box_concepts.tolist()} <= {*range(len(record.concepts))}
+                num_read += 1
+        if not num_read:
+            raise UnusableError("nothing of it")
+
+    assert fuzz(one, errors=(UnusableError,)) > NUM_INPUTS // 50
 
 
 def test_config_json():
