@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
 from typing import NamedTuple
+
+from absl import logging
 
 GIB = 1 << 30
 # of a GPU's memory, which `main` takes; jax by itself takes three quarters
@@ -49,3 +54,29 @@ CHIPS = {
 def chip_of(device_kind: str) -> Chip | None:
     """Returns the accelerator with jax's name for a device, None where the table has none."""
     return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)), None)
+
+
+def has_nvidia_gpu() -> bool:
+    """Returns whether the machine has an NVIDIA GPU with a driver, whatever JAX sees."""
+    if os.path.exists("/dev/nvidia0"):
+        return True
+    try:  # of Windows' Linux there are no such devices
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+@functools.cache
+def warn_of_unused_accelerator() -> None:
+    """Says in the log, once, how to install JAX for a GPU or TPU that the machine has and JAX does not use."""
+    import jax  # here: --help needs none
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or jax.default_backend() != "cpu":  # as it was asked to, or well
+        return
+    found = {
+        ("cuda13", "an NVIDIA GPU"): has_nvidia_gpu(),
+        ("tpu", "a TPU"): any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))),
+    }
+    for extra, what in (key for key, there in found.items() if there):
+        install = f"pip install 'detclipv2_jax[{extra}]'"
+        logging.warning("this machine has %s that JAX does not see, and runs on its CPUs: %s", what, install)

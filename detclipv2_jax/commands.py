@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import faulthandler
 import inspect
+import logging as python_logging
 import os
 import pathlib
 import platform
@@ -29,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 import detclipv2_jax
 from detclipv2_jax import files
+from detclipv2_jax.chips import has_nvidia_gpu
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
 GRACE_S = 3.0  # after Ctrl-C, for a command to end by itself
@@ -58,6 +60,8 @@ def run(
         logging.use_absl_handler()
         logging.set_verbosity(logging.WARNING)
         flags.FLAGS.mark_as_parsed()  # absl's own, which libraries read
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only of what is C++ in JAX and TensorFlow
+        python_logging.getLogger("jax._src.xla_bridge").addFilter(_is_wanted)
         # a process beside the workers removes what an interrupted command leaves of them, and would warn of it
         given = os.environ.get("PYTHONWARNINGS")
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker")))
@@ -79,6 +83,11 @@ def run(
     if isinstance(result, str):
         print(result)
     return result if isinstance(result, int) else 0
+
+
+def _is_wanted(record: python_logging.LogRecord) -> bool:
+    """Returns whether JAX's word belongs in the log: that CUDA cannot start is no error where there is no GPU."""
+    return "plugin configuration error" not in record.getMessage() or has_nvidia_gpu()
 
 
 def end_last() -> None:

@@ -354,6 +354,8 @@ def base() -> ConfigDict:
     c.forgetting = forgetting()
     c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
+    # services that get the scalars as well: mlflow, wandb. They find their server and key by their own variables
+    c.trackers = ()
     c.log_every_steps = 50  # every n-th step of a kind is logged: detection, grounding, image-text
     # the first batch of a stream is drawn and every n-th after it; pairs with the best region of each phrase. 0: only
     # the first

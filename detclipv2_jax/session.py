@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import commands, config_json, files, validation
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train as train_lib
-from detclipv2_jax.chips import CUDA_SHARE, chip_of
+from detclipv2_jax.chips import CUDA_SHARE, chip_of, warn_of_unused_accelerator
 from detclipv2_jax.data import identity, scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
@@ -32,7 +32,7 @@ from detclipv2_jax.runs.workdir import WorkdirError, only_run, room
 # keys that may change when a run is continued: how long it trains and how it is watched, not what it learns
 CHANGEABLE = (
     "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
-    "eval", "input", "mesh", "chips", "closing",
+    "eval", "input", "mesh", "chips", "closing", "trackers",
 )  # fmt: skip
 
 
@@ -124,18 +124,6 @@ def prepare(
     # only after all processes have checked everything: a run that fails before must not take the workdir
     processes.barrier("all is checked", timeout_s=config.timeout_s)
     return functools.partial(in_workdir, work, config, workdir, training=training, data=data)
-
-
-def warn_of_unused_accelerator() -> None:
-    """Says in the log how to install JAX for a GPU or TPU that the machine has and JAX does not use."""
-    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":  # as it was asked to
-        return
-    for extra, what, places in (
-        ("cuda13", "an NVIDIA GPU", ("/dev/nvidia0",)), ("tpu", "a TPU", ("/dev/accel0", "/dev/vfio/0")),
-    ):  # fmt: skip
-        if any(map(os.path.exists, places)):
-            install = f"pip install 'detclipv2_jax[{extra}]'"
-            logging.warning("this machine has %s that JAX does not see, and runs on its CPUs: %s", what, install)
 
 
 def in_workdir(
@@ -274,6 +262,7 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
     for name, what in {
         "checkpoints": "parameters and optimizer state",
         "metrics.jsonl": "loss terms, speed and scores by step (TensorBoard events beside it)",
+        "parameters.txt": "names, shapes and groups of the parameters",
         "eval": "detections in COCO format and scores",
         "forgetting": "the same of the second set",
         "pictures": "what the model saw and found",

@@ -21,6 +21,7 @@ from detclipv2_jax import train_step
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
+from detclipv2_jax.files import write_text
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.runs import checkpoints as checkpoints_lib
@@ -34,6 +35,7 @@ from detclipv2_jax.runs.optimizer import learning_rate, make_optimizer, named_sh
 from detclipv2_jax.runs.order import StepOrder, mixed
 from detclipv2_jax.runs.replay import replay
 from detclipv2_jax.runs.state import TrainState
+from detclipv2_jax.runs.trackers import check_installed, opener
 from detclipv2_jax.visualize import alignment, charts, figures
 
 NONFINITE = ("stop", "skip")  # what a loss or gradient that is not finite does to the run
@@ -83,6 +85,8 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     detector, evaluator, second = Detector(model, mesh=mesh), None, None
     problems: list[str] = []
+    with listed(problems):
+        check_installed(config.trackers)
     with listed(problems):
         streams = streams_lib.train_streams(config, **place, table_multiple=jax.local_device_count())
     with listed(problems):
@@ -158,18 +162,17 @@ def train(run: Run) -> dict[str, float]:
         )
         state = initial_state(run, checkpoints)
         start = int(state.step)
-        if first_process:
-            logging.info(
-                "parameters:\n%s", overview(state.params, config.optimizer.groups, frozen=config.optimizer.frozen)
-            )
-        logging.info("step %d of %d, %d devices", start, order.num_steps, mesh.size)
+        if first_process and not (table := run.workdir / "parameters.txt").exists():
+            write_text(table, [overview(state.params, config.optimizer.groups, frozen=config.optimizer.frozen), "\n"])
+        size = sum(x.size for x in jax.tree.leaves(state.params))
+        logging.info("step %d of %d, %d devices, %.4g M parameters", start, order.num_steps, mesh.size, size / 1e6)
 
         # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
         steps = {key: jitted_step(run, *key) for key in {(stream.kind, stream.canvas) for stream in run.streams}}
         ahead = stack.enter_context(contextlib.closing(compile_ahead(run, steps, state, start=start)))
         readers: dict[int, Iterator[Batch]] = {}
         positions = order.next_positions(start)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start)))
+        writer = stack.enter_context(contextlib.closing(_metrics_writer(run, start)))
         peak_flops = flops.peak_per_second(mesh)
         progress = stack.enter_context(contextlib.closing(Progress(start, order.num_steps, peak_flops)))
 
@@ -210,7 +213,7 @@ def train(run: Run) -> dict[str, float]:
                 # else every Python call while a step is traced would be an event: millions
                 options.python_tracer_level = 0
                 jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
-            ahead.wait((stream.kind, stream.canvas))
+            ahead.wait((stream.kind, stream.canvas), what=f"the step of {stream.name}")
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
             if finish_last:
@@ -320,6 +323,12 @@ def _conclude(
         factor = jax.device_put(np.float32(decision.factor), NamedSharding(run.mesh, sharding.REPLICATED))
         state = dataclasses.replace(state, opt_state=optimizer_lib.with_rate_factor(state.opt_state, factor))
     return state, decision
+
+
+def _metrics_writer(run: Run, start: int) -> MetricsWriter:
+    """Returns what writes the scalars of a run that goes on from step `start`."""
+    trackers = opener(run.workdir, run.config)
+    return MetricsWriter(run.workdir, start, monitor=run.config.eval.monitor, open_trackers=trackers)
 
 
 def recorded(writer: MetricsWriter, kind: str) -> dict[int, dict[str, float]]:
@@ -470,7 +479,7 @@ def finish_step(
     finite = metrics.pop(f"{kind}/finite") > 0
     progress.show(metrics)
     if logged or not finite:
-        writer.write(step, metrics | progress.rates())
+        writer.write(step, metrics | progress.rates(), seconds_left=progress.seconds_left())
     if not finite:
         message = f"step {step} was not applied, its loss or gradient is not finite: {described(metrics, examples())}"
         if stop:

@@ -19,7 +19,7 @@ from detclipv2_jax.eval import result
 from detclipv2_jax.inference import detect
 from detclipv2_jax.losses import contrastive, proposals
 from detclipv2_jax.models import atss_head, deform_conv, detclip, window_attention
-from detclipv2_jax.runs import optimizer, order
+from detclipv2_jax.runs import optimizer, order, trackers
 from detclipv2_jax.train import NONFINITE
 
 
@@ -106,6 +106,7 @@ RULES = (
     ),
     *map(_texts, (f"{kind}.unflippable_words" for kind in KINDS)),
     *map(_texts, (f"{section}.drop_categories" for section in ("detection", "eval", "forgetting"))),
+    Rule("trackers", lambda value: set(value) <= trackers.TRACKERS.keys(), f"some of {', '.join(trackers.TRACKERS)}"),
     Rule("mixing", _is_mixture, f'({" | ".join(order.MIXTURES)}, a number above 0), e.g. ("capped", 4.0)'),
     Rule("optimizer.frozen", _is_regex, "a regular expression"),
     *(

@@ -1,7 +1,10 @@
 """The table of accelerators against the makers' data sheets."""
 
+import os
+
 import pytest
 
+from detclipv2_jax import chips
 from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB, chip_of
 
 
@@ -28,3 +31,32 @@ def test_devices_are_known_by_the_beginning_of_their_name(device_kind, name):
     assert chip_of(device_kind).name == name
     assert chip_of("cpu") is None
     assert chip_of("TPU") is None
+
+
+@pytest.mark.parametrize(
+    ("present", "status", "platforms", "said"),
+    [
+        ("/dev/nvidia0", None, "", ["pip install 'detclipv2_jax[cuda13]'"]),
+        ("", 0, "", ["pip install 'detclipv2_jax[cuda13]'"]),
+        ("", 9, "", []),  # nvidia-smi without a GPU
+        ("/dev/accel0", None, "", ["pip install 'detclipv2_jax[tpu]'"]),
+        ("/dev/nvidia0", None, "cpu", []),  # as it was asked to
+        ("", None, "", []),
+    ],
+)
+def test_an_accelerator_that_jax_does_not_see_is_said_once(present, status, platforms, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    if status is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    exists = os.path.exists
+    monkeypatch.setattr(chips.os.path, "exists", lambda path: exists(path) if path[:5] != "/dev/" else path == present)
+    warned = []
+    monkeypatch.setattr(chips.logging, "warning", lambda text, what, install: warned.append(install))
+    chips.warn_of_unused_accelerator.cache_clear()
+    for _ in range(2):
+        chips.warn_of_unused_accelerator()
+    assert warned == said
+    assert chips.has_nvidia_gpu() == (present == "/dev/nvidia0" or status == 0)
+    chips.warn_of_unused_accelerator.cache_clear()

@@ -14,7 +14,7 @@ import pytest
 
 import detclipv2_jax
 from detclipv2_jax import __main__ as detclip
-from detclipv2_jax import commands, session, validation
+from detclipv2_jax import commands, validation
 from detclipv2_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -201,26 +201,6 @@ def test_where_compiled_programs_are_kept(arguments, variable, expected, monkeyp
     assert folder == expected or (expected.endswith("/") and re.fullmatch(rf"{expected}\w+-[0-9a-f]{{8}}", folder))
 
 
-@pytest.mark.parametrize(
-    ("present", "platforms", "said"),
-    [
-        ("/dev/nvidia0", None, ["pip install 'detclipv2_jax[cuda13]'"]),
-        ("/dev/accel0", None, ["pip install 'detclipv2_jax[tpu]'"]),
-        ("/dev/nvidia0", "cpu", []),  # as it was asked to
-        ("", None, []),
-    ],
-)
-def test_an_accelerator_that_jax_does_not_see_is_said(present, platforms, said, monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    if platforms:
-        monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    monkeypatch.setattr(session.os.path, "exists", lambda path: path == present)
-    warned = []
-    monkeypatch.setattr(session.logging, "warning", lambda text, what, install: warned.append(install))
-    session.warn_of_unused_accelerator()
-    assert warned == said
-
-
 def test_the_version():
     assert run("--version").stdout.strip() == detclipv2_jax.__version__ == importlib.metadata.version("detclipv2_jax")
 
@@ -268,3 +248,20 @@ def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):
     end()
     assert slept[1:] == [commands.GRACE_S + 1, f"exit {commands.INTERRUPTED}"]
     assert capfd.readouterr().err == "over\nover\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_cuda_that_cannot_start_is_no_error_without_a_gpu(there, tmp_path):
+    plugin = tmp_path / "jax_plugins" / "xla_cuda99"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('Unable to load CUDA')\n")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {0 if there else 9}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    code = "from detclipv2_jax import chips, commands\nchips.os.path.exists = lambda path: False\n"
+    code += "def run():\n    import jax\n    return jax.default_backend()\nraise SystemExit(commands.run(run))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("JAX_PLATFORMS")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "cpu\n", done.stderr
+    assert ("Unable to load CUDA" in done.stderr) == there
+    assert there or not done.stderr

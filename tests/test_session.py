@@ -41,7 +41,7 @@ def test_what_may_change_when_a_run_goes_on(micro, tmp_path):
     }
     assert set(session.CHANGEABLE) == {
         "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
-        "eval", "input", "mesh", "chips", "closing",
+        "eval", "input", "mesh", "chips", "closing", "trackers",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from detclipv2_jax.chips import warn_of_unused_accelerator
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
@@ -39,6 +40,7 @@ class Detector:
     """
 
     def __init__(self, model: DetCLIP, *, mesh: Mesh | None = None):
+        warn_of_unused_accelerator()
         self.model, self.mesh = model, mesh
         whole = None if mesh is None else NamedSharding(mesh, REPLICATED)
         encode = self._split(self._encode, REPLICATED, BATCH)

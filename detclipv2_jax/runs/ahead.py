@@ -6,6 +6,8 @@ import concurrent.futures
 import contextlib
 from collections.abc import Callable, Hashable, Mapping
 
+from absl import logging
+
 
 class Ahead:
     """Compiles programs one after the other, in the order given, until `close`.
@@ -17,12 +19,20 @@ class Ahead:
     def __init__(self, programs: Mapping[Hashable, Callable[[], object]]):
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._compiled = {key: self._thread.submit(program) for key, program in programs.items()}
+        self._waited = set[Hashable]()
 
-    def wait(self, key: Hashable) -> None:
-        """Returns when the program of a key is compiled, or has failed to; at once where there is none."""
-        if key in self._compiled:
+    def wait(self, key: Hashable, *, what: str) -> None:
+        """Returns when the program of a key is compiled, or has failed to; at once where there is none.
+
+        The log says so of `what` is compiled now, or by the first call of a program that is not compiled here.
+        """
+        running = self._compiled.pop(key, None)
+        if key not in self._waited and not (running and running.done()):
+            logging.info("compiling %s", what)
+        self._waited.add(key)
+        if running:
             with contextlib.suppress(Exception):
-                self._compiled.pop(key).result()
+                running.result()
 
     def close(self) -> None:
         """Ends the thread, after the program that it is at."""

@@ -10,7 +10,7 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
@@ -18,6 +18,7 @@ from absl import logging
 from tqdm import tqdm
 
 from detclipv2_jax import files
+from detclipv2_jax.runs.trackers import Tracker
 from detclipv2_jax.runs.workdir import gone
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Progress:
 
     def __init__(self, start: int, total: int, peak_flops: float | None = None):
         self._peak_flops = peak_flops  # a second, of all devices
+        self._begun, self._done, self._left = time.monotonic(), 0, total - start
         self._bar = tqdm(
             initial=start, total=total, unit="step", dynamic_ncols=True, mininterval=0.5,
             disable=jax.process_index() != 0 or not sys.stderr.isatty(),
@@ -57,7 +59,7 @@ class Progress:
     def step(self, num_images: int) -> None:
         """Counts one step."""
         self._bar.update()
-        self._steps += 1
+        self._steps, self._done = self._steps + 1, self._done + 1
         self._images += num_images
 
     def show(self, metrics: dict[str, float]) -> None:
@@ -80,6 +82,10 @@ class Progress:
             rates["timing/flop_utilization"] = self.flops / (elapsed * self._peak_flops)
         self._reset()
         return rates
+
+    def seconds_left(self) -> float:
+        """Returns how long the other steps take if they take what those of this process took, with all between them."""
+        return (time.monotonic() - self._begun) / max(self._done, 1) * (self._left - self._done)
 
     def close(self) -> None:
         """Ends the bar."""
@@ -114,13 +120,23 @@ class Events:
 
 
 class MetricsWriter:
-    """Scalars to metrics.jsonl (one flat object a line), TensorBoard and the log; process 0 only.
+    """Scalars to metrics.jsonl (an object a line), TensorBoard and trackers, and a line to the log; process 0 only.
 
-    Lines of steps after `start` are from a run that was continued from an older checkpoint; they are removed.
+    Lines of steps after `start` are from a run that was continued from an older checkpoint; they are removed. `monitor`
+    is the score that the log names; `open_trackers` makes the trackers when the first line is written.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        *,
+        monitor: str = "AP",
+        open_trackers: Callable[[], list[Tracker]] = list,
+    ):
         self._path = workdir / "metrics.jsonl"
+        self._monitor, self._score = f"eval/{monitor}", ""  # the last score, for the log
+        self._open_trackers, self._trackers = open_trackers, list[Tracker]()
         self._file: TextIO | None = None  # opened by the first line: a run that is done writes nothing
         self._kept: list[dict[str, Any]] = []
         self._events: Events | None = None
@@ -133,6 +149,12 @@ class MetricsWriter:
                 logging.warning("%s: %d lines that are no json objects with a step are removed", self._path, num_other)
             if num_other or len(self._kept) < len(rows):
                 files.write_text(self._path, (json.dumps(row) + "\n" for row in self._kept))
+            for row in self._kept:
+                self._remember(row)
+
+    def _remember(self, scalars: Mapping[str, float | None]) -> None:
+        if (score := scalars.get(self._monitor)) is not None:
+            self._score = f"{self._monitor.removeprefix('eval/')} {100 * score:.1f}%"
 
     def recorded(self, kind: str) -> list[tuple[int, dict[str, float]]]:
         """Returns (step, scores) of a kind's evaluations that the file held at the start; [] but on process 0."""
@@ -142,13 +164,18 @@ class MetricsWriter:
         )
         return [(step, scores) for step, scores in found if scores]
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars of a step; WorkdirError if the file was removed, which nobody would notice."""
+    def write(self, step: int, scalars: dict[str, float], *, seconds_left: float | None = None) -> None:
+        """Writes the scalars of a step; the log gets the losses among them, the last score and the time that is left.
+
+        Raises:
+          WorkdirError: the file was removed, which nobody would notice.
+        """
         if jax.process_index() != 0:
             return
         if self._file is None:
             self._file = self._path.open("a")
             self._events = Events(self._path.parent)
+            self._trackers = self._open_trackers()
         # JSON has no NaN; null keeps the line readable by every parser
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
@@ -157,10 +184,23 @@ class MetricsWriter:
             raise gone(self._path)
         if self._events is not None:
             self._events.write(step, scalars)
-        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+        for tracker in self._trackers:
+            tracker.write(step, {name: value for name, value in scalars.items() if math.isfinite(value)})
+        self._remember(scalars)
+        said = [f"{name.replace('/', ' ')} {value:.4g}" for name, value in scalars.items() if name.endswith("/loss")]
+        said += [self._score] if self._score else []
+        said += [f"{_duration(seconds_left)} left"] if seconds_left is not None else []
+        logging.info("step %d: %s", step, ", ".join(said) or "evaluated")
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk and with the trackers."""
         if self._file is not None and self._events is not None:
             self._file.close()
             self._events.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

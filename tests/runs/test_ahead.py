@@ -21,13 +21,29 @@ def test_programs_follow_each_other_and_errors_wait_for_the_call():
     ahead = Ahead(
         {"a": lambda: done.append("a"), "b": failing, "c": lambda: go.wait(60) and done.append("c"), "d": go.set}
     )
-    ahead.wait("b")
-    ahead.wait("nothing of that name")
+    ahead.wait("b", what="the step")
+    ahead.wait("nothing of that name", what="the step")
     assert done == ["a"]
     go.set()
-    ahead.wait("c")
+    ahead.wait("c", what="the step")
     assert done == ["a", "c"]
     ahead.close()
+
+
+def test_what_is_waited_for_is_said_once(caplog):
+    go = threading.Event()
+    ahead = Ahead({"a": lambda: None, "b": lambda: go.wait(60)})
+    with caplog.at_level("INFO", logger="absl"):
+        ahead._compiled["a"].result()
+        ahead.wait("a", what="what is there")
+        threading.Timer(0.1, go.set).start()
+        for _ in range(2):
+            ahead.wait("b", what="what takes long")
+            ahead.wait("c", what="what its call compiles")
+    ahead.close()
+    assert [record.message for record in caplog.records] == [
+        "compiling what takes long", "compiling what its call compiles",
+    ]  # fmt: skip
 
 
 def test_what_waits_is_left_when_the_run_ends():
@@ -54,7 +70,7 @@ def test_a_step_compiled_ahead_is_not_compiled_when_called(micro, tmp_path):
         lambda x: (x.shape, x.dtype, x.sharding), shapes
     )
     ahead = train.compile_ahead(run, {key: step}, state, start=0)
-    ahead.wait(key)
+    ahead.wait(key, what="the step")
     ahead.close()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))

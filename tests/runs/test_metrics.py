@@ -83,3 +83,32 @@ def test_the_bar_shows_loss_terms_and_speed(monkeypatch):
     progress.show({"a/loss": 0.12345, "a/loss_box": 2.0, "a/grad_norm": 3.0})
     progress.close()
     assert shown == [{"a/loss": "0.123", "a/loss_box": "2.000", "img/s": "3.0"}]
+
+
+def test_a_line_of_the_log_says_loss_last_score_and_time_left(tmp_path, monkeypatch, caplog):
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "eval/fixed_AP": 0.25, "eval/AP": 0.5}\n')
+    writer, progress = metrics.MetricsWriter(tmp_path, 10, monitor="fixed_AP"), metrics.Progress(10, 100)
+    values = {"detection/loss": 1.23456, "detection/loss_box": 2.0, "detection/grad_norm": 3.0}
+    with caplog.at_level("INFO", logger="absl"):
+        for seconds in (30.0, 90.0, 9000.0):
+            now += seconds
+            progress.step(8)
+            writer.write(11, values, seconds_left=progress.seconds_left())
+        writer.write(12, {"eval/fixed_AP": 0.125, "eval/AP": 0.75})
+        writer.write(13, values)
+        writer.write(13, {"forgetting/AP": 0.5})
+    writer.close()
+    progress.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 11: detection loss 1.235, fixed_AP 25.0%, 44 min left",
+        "step 11: detection loss 1.235, fixed_AP 25.0%, 1 h 28 min left",
+        "step 11: detection loss 1.235, fixed_AP 25.0%, 73 h 28 min left",
+        "step 12: fixed_AP 12.5%",
+        "step 13: detection loss 1.235, fixed_AP 12.5%",
+        "step 13: fixed_AP 12.5%",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1] == {"step": 11, **values}  # all of them
+    assert rows[4]["eval/AP"] == 0.75
