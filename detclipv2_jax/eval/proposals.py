@@ -2,9 +2,9 @@
 
   python -m detclipv2_jax.eval.proposals --annotations=FILE --detections=FILE
 
-prints AR of the best 300 boxes an image, over IoU 0.50:0.95, as fractions: of all objects, of small, medium and large
-ones, and of those of rare, common and frequent categories (r, c, f): where the rare ones had no box in training, ARr is
-that of novel objects. A place that was found under several names counts once, with its best score.
+prints AR of the best 10, 100 and 300 boxes an image, over IoU 0.50:0.95, as fractions: of all objects, of small, medium
+and large ones, and of those of rare, common and frequent categories (r, c, f): where the rare ones had no box in
+training, ARr is that of novel objects. A box that was found under several names counts once, with its best score.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from detclipv2_jax.eval import detections as detections_lib
 from detclipv2_jax.eval.detections import Found
 
 LEAD = "agnostic_"
-KIND = f"class-agnostic AR, IoU 0.50:0.95, best {lvis.MAX_AN_IMAGE} boxes an image"
+LIMITS = (10, 100, lvis.MAX_AN_IMAGE)  # boxes an image
+KIND = f"class-agnostic AR, IoU 0.50:0.95, best {', '.join(map(str, LIMITS))} boxes an image"
 
 
 def evaluate(
@@ -36,7 +37,9 @@ def evaluate(
     *,
     image_ids: Collection[Any] | None = None,
 ) -> dict[str, float]:
-    """Returns agnostic_AR and, led alike, ARs, ARm, ARl and ARr, ARc, ARf where the file has frequencies, as fractions.
+    """Returns agnostic_AR@10, @100 and @300, and alike ARs, ARm, ARl and, where the file says so, ARr, ARc, ARf.
+
+    They are fractions.
 
     Crowds and boxes with an "ignore" flag need not be found. -1: nothing to measure.
 
@@ -63,15 +66,28 @@ def evaluate(
     for letter in ("", *(letter for letter in FREQUENCIES if letter in truth.frequencies)):
         others = np.zeros(len(frequency), bool) if not letter else frequency != letter
         part = dataclasses.replace(agnostic, ignored=truth.ignored | others)
-        measured = lvis.evaluate(part, found, image_ids=image_ids)
-        for size in lvis.AREAS if not letter else [""]:
-            scores[f"{LEAD}AR{size or letter}"] = measured[f"AR{size}@{lvis.MAX_AN_IMAGE}"]
+        for limit in LIMITS:
+            measured = lvis.evaluate(part, _best(found, limit), image_ids=image_ids)
+            for size in lvis.AREAS if not letter else [""]:
+                scores[f"{LEAD}AR{size or letter}@{limit}"] = measured[f"AR{size}@{lvis.MAX_AN_IMAGE}"]
     return scores
 
 
 def table(scores: dict[str, float]) -> str:
-    """Returns scores as a line of text, in percent; a dash where there was nothing to measure."""
-    return "   ".join(f"{name} {'-' if value < 0 else format(100 * value, '.1f')}" for name, value in scores.items())
+    """Returns scores as a line of text for each limit, in percent; a dash where there was nothing to measure."""
+    lines: dict[str, list[str]] = {}
+    for name, value in scores.items():
+        text = f"{name} {'-' if value < 0 else format(100 * value, '.1f')}"
+        lines.setdefault(name.partition("@")[2], []).append(text)
+    return "\n".join("   ".join(line) for line in lines.values())
+
+
+def _best(found: Found, limit: int) -> Found:
+    """Returns the first rows of each image."""
+    order = np.argsort(found.images, kind="stable")
+    images = found.images[order]
+    place = np.arange(len(images)) - np.searchsorted(images, images)
+    return found.take(np.sort(order[place < limit]))
 
 
 def _places(found: Found) -> Found:

@@ -30,21 +30,28 @@ def test_objects_are_found_under_whatever_name():
     ]
     scores = proposals.evaluate(TRUTH, rows)
     expected = {"AR": (1 + 0.6 + 0) / 3, "ARf": 1.0, "ARr": 0.6 / 2, "ARs": 0.5, "ARm": -1.0, "ARl": 0.6}
-    assert scores == pytest.approx({f"agnostic_{name}": value for name, value in expected.items()})
-    assert proposals.table({"agnostic_AR": 0.5, "agnostic_ARm": -1.0}) == "agnostic_AR 50.0   agnostic_ARm -"
+    limits = (10, 100, 300)
+    assert scores == pytest.approx({f"agnostic_{name}@{n}": value for name, value in expected.items() for n in limits})
+    shown = proposals.table({"agnostic_AR@10": 0.5, "agnostic_AR@100": 0.75, "agnostic_ARm@10": -1.0})
+    assert shown == "agnostic_AR@10 50.0   agnostic_ARm@10 -\nagnostic_AR@100 75.0"
 
 
 def test_a_place_counts_once_and_300_of_an_image():
     wrong = [row(1, 1, [300 + i, 300, 20, 20], 0.5) for i in range(299)]
     named_twice = [row(1, category, [300, 300, 20, 20], 0.4 + category / 10) for category in (1, 2)]
     last = row(1, 2, [0, 0, 10, 10], 0.1)
-    assert proposals.evaluate(TRUTH, [*wrong, *named_twice, last])["agnostic_AR"] == pytest.approx(1 / 3)
+    assert proposals.evaluate(TRUTH, [*wrong, *named_twice, last])["agnostic_AR@300"] == pytest.approx(1 / 3)
     one_more = row(1, 1, [700, 300, 20, 20], 0.5)
-    assert proposals.evaluate(TRUTH, [*wrong, one_more, last])["agnostic_AR"] == 0.0
+    assert proposals.evaluate(TRUTH, [*wrong, one_more, last])["agnostic_AR@300"] == 0.0
+    for num, limit in ((9, 10), (99, 100)):
+        rows = [*wrong[:num], row(2, 1, [0, 0, 10, 10], 0.05), last]
+        assert proposals.evaluate(TRUTH, rows)[f"agnostic_AR@{limit}"] == pytest.approx(2 / 3)
+        rows.append(wrong[num])
+        assert proposals.evaluate(TRUTH, rows)[f"agnostic_AR@{limit}"] == pytest.approx(1 / 3)
     federated = json.loads(json.dumps(TRUTH))
     for image in federated["images"]:
         image["neg_category_ids"] = []
-    assert proposals.evaluate(federated, [last])["agnostic_ARf"] == 1.0
+    assert proposals.evaluate(federated, [last])["agnostic_ARf@10"] == 1.0
 
 
 def test_an_evaluation_by_centerness_has_the_recall_of_proposals(tmp_path):
@@ -53,8 +60,8 @@ def test_an_evaluation_by_centerness_has_the_recall_of_proposals(tmp_path):
     dataset = planted.write_dataset(tmp_path / "set", num_images=4)
     evaluate, params = _evaluator(dataset, tmp_path, score="centerness", num_pictures=0, num_devices=1)
     scores = evaluate(params, step=1)
-    assert scores["agnostic_AR"] > 0.7
-    assert scores["agnostic_ARr"] > 0.7
+    assert scores["agnostic_AR@100"] > 0.7
+    assert scores["agnostic_ARr@10"] > 0.7
     assert scores["top1"] > 0.9  # the best word of a box is its name
     protocol = json.loads((tmp_path / "eval" / "step_00000001_scores.json").read_text())["protocol"]
     assert (protocol["score"], protocol["nms"]) == ("centerness", "over all categories")
