@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import exemplars as exemplars_lib
-from detclipv2_jax.inference import vocabulary
+from detclipv2_jax.inference import tiles, vocabulary
 from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.exemplars import Exemplars, OneImage
@@ -183,6 +183,8 @@ class Predictor:
           max_detections: boxes an image.
           score: what ranks boxes, see `config.eval.score`.
           batch_size: images a step; a new value compiles anew.
+          tile: images larger than a square of this side are predicted in such tiles too (see `tiles`); 0: none are.
+          tile_overlap: least share of a tile's side that it shares with the next one.
 
         Raises:
           ValueError: an image cannot be read, no words, or a limit out of range.
@@ -199,6 +201,8 @@ class Predictor:
         *,
         exemplars: Exemplars | None = None,
         batch_size: int = 1,
+        tile: int = 0,
+        tile_overlap: float = 0.2,
         **given: Any,
     ) -> Iterator[tuple[int, Found]]:
         """Yields (position of the image, what is found) as batches of one canvas fill; see `__call__`.
@@ -207,16 +211,23 @@ class Predictor:
         """
         names, text, mask = self.vocabulary(words, exemplars)
         limits = Limits.from_config(self.config.eval, **given)
-        waiting: dict[tuple[int, ...], list[tuple[int, Photos]]] = {}
-        for i, image in enumerate(images):
-            photo = self._photo(image)
-            batch = waiting.setdefault(photo.image.shape[:2], [])
-            batch.append((i, photo))
-            if len(batch) == batch_size:
+
+        def find(images: Iterable[Any]) -> Iterator[tuple[int, Found]]:
+            waiting: dict[tuple[int, ...], list[tuple[int, Photos]]] = {}
+            for i, image in enumerate(images):
+                photo = self._photo(image)
+                batch = waiting.setdefault(photo.image.shape[:2], [])
+                batch.append((i, photo))
+                if len(batch) == batch_size:
+                    yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
+                    batch.clear()
+            for batch in filter(None, waiting.values()):
                 yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
-                batch.clear()
-        for batch in filter(None, waiting.values()):
-            yield from self._find(batch, names, text, mask, limits=limits, batch_size=batch_size)
+
+        if tile:
+            yield from tiles.iterate(find, images, tile=tile, overlap=tile_overlap, limits=limits)
+        else:
+            yield from find(images)
 
     def _find(
         self,

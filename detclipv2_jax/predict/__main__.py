@@ -55,6 +55,8 @@ def run(
     min_precision: float | None = None,
     batch_size: int = 1,
     score: str | None = None,
+    tile: int = 0,
+    tile_overlap: float = 0.2,
     draw_threshold: float = 0.2,
     max_drawn: int = 20,
     formats: tuple[str, ...] = (),
@@ -83,7 +85,9 @@ def run(
       min_precision: in place of the best F1, most boxes with at least this share of right ones
       score: words, or centerness, objectness, centerness_objectness: boxes of whatever is an object, each called by its
         best word; default: the run's config.eval.score
-      batch_size: images a step; more is faster on a GPU or TPU
+      batch_size: images (or tiles) a step; more is faster on a GPU or TPU
+      tile: side in px; larger photos are also looked at in overlapping tiles of this size, for small objects
+      tile_overlap: share of a tile's side that it shares with the next one at least
       draw_threshold: boxes with at least this score are drawn, or the best few of a photo that has none
       max_drawn: boxes a picture at most, a place once, with its best word
       formats: labels for other tools: coco, yolo, label_studio, fiftyone
@@ -91,7 +95,7 @@ def run(
     Raises:
       ValueError: no images, words or examples, checkpoint, or a limit that makes no sense.
     """
-    from detclipv2_jax.inference import Predictor, parse_words
+    from detclipv2_jax.inference import Predictor, parse_words, tiles
     from detclipv2_jax.predict import formats as formats_lib
     from detclipv2_jax.predict import inputs
     from detclipv2_jax.predict.search import Search
@@ -102,6 +106,8 @@ def run(
         raise ValueError(f"--batch_size={batch_size} must be 1 or more, --max_drawn={max_drawn} 0 or more")
     if min_precision is not None and not thresholds_from:
         raise ValueError("--min_precision needs --thresholds_from, the annotated photos it is reached on")
+    if tile:
+        tiles.check(tile=tile, overlap=tile_overlap)
     formats_lib.check(formats, folder)
     shown = _examples(exemplars, exemplars_from, images=exemplar_images, per_class=per_class)
     by_word = words or words_file or vocabulary or not shown
@@ -109,7 +115,8 @@ def run(
     paths = inputs.list_images(images, output=output)
     pictures = inputs.name_pictures(paths, folder / "pictures")
     limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
-    settings = {"batch_size": min(batch_size, len(paths)), "score": score, **limits}
+    size = batch_size if tile else min(batch_size, len(paths))
+    settings = {"batch_size": size, "tile": tile, "tile_overlap": tile_overlap, "score": score, **limits}
     search = Search[int](Predictor.from_checkpoint(checkpoint), asked, shown, settings)
     if thresholds_from or thresholds:
         chosen = _thresholds(

@@ -104,6 +104,16 @@ FAULTS = [
         ("found.scores > self.thresholds[found.labels]", "found.scores > self.thresholds.min()"),
     ),
     *plant(
+        "inference/tiles.py", "inference/test_tiles.py",
+        ("np.maximum.at(scores, best[held], scores[parts[held]])", "pass"),
+        ("stays[parts[held]] = False", "pass"),
+        ("np.array([place.x, place.y] * 2, np.float32)", "np.array([place.y, place.x] * 2, np.float32)"),
+        ("[None, *cut] if len(cut) > 1 else [None]", "cut if len(cut) > 1 else [None]"),
+        ("inside = [place.x > 0,", "inside = [True,"),
+        ("(tile - math.floor(tile * overlap))", "tile"),
+        ("/ image.scale[None]", "* image.scale[None]"),
+    ),
+    *plant(
         "predict/formats.py", "predict/test_formats.py",
         ("corners.mean(axis=1), corners[:, 1] - corners[:, 0]", "corners[:, 0], corners[:, 1] - corners[:, 0]"),
         ("reshape(-1, 2, 2) / (width, height)", "reshape(-1, 2, 2) / (height, width)"),
