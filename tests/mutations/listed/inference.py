@@ -29,7 +29,6 @@ FAULTS = [
         ("frequency != letter", "frequency == letter"),
         ("truth.ignored | others", "others"),
         ("_places(detections_lib.find(detections, truth, evaluated))", "dataclasses.replace(detections_lib.find(detections, truth, evaluated), categories=0 * detections_lib.find(detections, truth, evaluated).categories)"),
-        ("images=[{\"id\": image[\"id\"]} for image in truth.images],", ""),
     ),
     *plant(
         "inference/detect.py", "inference/test_inference.py::test_limits_take_the_given_values_only",
