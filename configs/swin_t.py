@@ -8,6 +8,8 @@
 | o365_cc3m          | Objects365, CC3M            | 31.3                                    | not run |
 | o365_goldg_cc3m    | Objects365, GoldG, CC3M     | 38.4                                    | not run |
 | full (the default) | Objects365, GoldG, CC15M    | 40.4                                    | not run |
+| o365_in1k          | Objects365, ImageNet-1k     | 30.4                                    | not run |
+| full_in1k          | full, ImageNet-1k           | 40.6                                    | not run |
 
 Hardware and time of the paper: 32 V100, about 2,100 V100-hours for `full`. Data folders and the dictionary are made by
 `python -m detclipv2_jax.prepare`; the run says which are missing and the command that builds each.

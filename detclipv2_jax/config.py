@@ -25,6 +25,8 @@ PRETRAINING = {
     "o365_cc3m": ((), ("data/cc3m",)),
     "o365_goldg_cc3m": (("data/gqa", "data/flickr30k"), ("data/cc3m",)),
     "full": (("data/gqa", "data/flickr30k"), ("data/cc3m", "data/cc12m")),
+    "o365_in1k": ((), ("data/imagenet1k",)),  # Table 13
+    "full_in1k": (("data/gqa", "data/flickr30k"), ("data/cc3m", "data/cc12m", "data/imagenet1k")),
 }
 
 
@@ -132,6 +134,8 @@ def _data_section(kind: str) -> ConfigDict:
     # photos of `images` may be links to files elsewhere (DVC, git-annex, hub caches). False: only within the folder
     c.follow_links = False
     if kind == "image_text":
+        # a factor on `weight` for folders of class names (`prepare classes`): ImageNet is repeated 3 times (Table 13)
+        c.class_weight = 3.0
         c.pairs = ""  # TSV `image <tab> caption [<tab> JSON list of noun phrases]`
         c.max_phrases = 8  # noun phrases a caption, beside the caption itself
     else:
@@ -192,6 +196,8 @@ def loss() -> ConfigDict:
     c.centerness_weight = 1.0  # of the centerness loss; detection only
     c.objectness_weight = 1.0  # of the extra head's loss; only with model.head.objectness
     c.contrastive_weight = 0.1  # lambda: of the contrastive loss (Table 2f)
+    c.class_weight = 0.1  # of the cross-entropy over class names, in place of the contrast (appendix C)
+    c.class_proposals = 1  # k: regions an image in it
     c.temperature = 0.5  # tau of the contrastive loss (Table 2e)
     c.label_smoothing = 0.1  # of the contrastive loss
     c.num_proposals = 100  # k: regions an image in the contrastive loss (Table 2d)

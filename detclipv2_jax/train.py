@@ -350,7 +350,8 @@ def compile_ahead(run: Run, steps: dict[tuple[Kind, tuple[int, int]], Any], stat
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     programs: dict[Hashable, Callable[[], object]] = {}
     for stream in (run.streams[i] for i in run.order.upcoming(start)):
-        sizes = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
+        sizes: dict[str, Any] = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
+        sizes["class_names"] = stream.class_names
         batch = sharding.batch_shapes(run.config, stream.kind, stream.canvas, **sizes, mesh=run.mesh)
 
         def compiled(key: Any = (stream.kind, stream.canvas), batch: Batch = batch) -> object:

@@ -30,6 +30,7 @@ from detclipv2_jax.geometry import atss
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.losses import concept_table, contrastive, proposals
 from detclipv2_jax.losses.alignment import AnchorTargets, FocalSettings, alignment_loss, focal_loss
+from detclipv2_jax.losses.class_names import class_name_loss
 from detclipv2_jax.losses.concept_table import Captions, Concepts, Table, UniqueRows
 from detclipv2_jax.losses.contrastive import Proposed
 from detclipv2_jax.losses.localization import localization_losses
@@ -153,9 +154,10 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if every_token:
+        by_tokens = every_token and batch.class_names is None
+        if by_tokens:
             batch = by_token(batch, mesh)
-        encode = functools.partial(program.encode_concepts, tokens=batch.concept_tokens, every_token=every_token)
+        encode = functools.partial(program.encode_concepts, tokens=batch.concept_tokens, every_token=by_tokens)
         concepts, concepts_vjp = jax.vjp(encode, state.params)  # 1
         loss, metrics, grads, concept_grads = gradients(program, state.params, concepts, batch, key)  # 2
         grads = jax.tree.map(jnp.add, grads, concepts_vjp(concept_grads)[0])  # 3
@@ -325,7 +327,10 @@ def _pair_gradients(program: Program, params: Any, concepts: Concepts, batch: Ba
     def contrast(
         regions: Float[Array, "b k d"], concepts: Concepts, chosen: Proposals
     ) -> tuple[Float[Array, ""], Metrics]:
-        loss, metrics = contrastive.word_region_loss(
+        loss_of, name, weight = contrastive.word_region_loss, "contrastive", settings.contrastive_weight
+        if batch.class_names is not None:
+            loss_of, name, weight = class_name_loss, "classification", settings.class_weight
+        loss, metrics = loss_of(
             regions,
             concepts.text,
             concepts.scale,
@@ -335,7 +340,7 @@ def _pair_gradients(program: Program, params: Any, concepts: Concepts, batch: Ba
             image_mask=batch.image_mask,
             settings=contrastive.settings_of(settings),
         )
-        return settings.contrastive_weight * loss, {"loss_contrastive": loss, **metrics}
+        return weight * loss, {f"loss_{name}": loss, **metrics}
 
     contrast_and_grad = jax.value_and_grad(contrast, argnums=(0, 1), has_aux=True)
     if program.num_chunks == 1:
@@ -376,6 +381,9 @@ def _choose(
         jnp.broadcast_to(jnp.asarray(anchors)[None], regions.box_deltas.shape),
         jax.lax.stop_gradient(regions.box_deltas),
     )
+    settings = proposals.settings_of(program.config.loss)
+    if images.class_names is not None:
+        settings = dataclasses.replace(settings, num_proposals=program.config.loss.class_proposals)
     return proposals.select_proposals(
         regions,
         box_lib.clip(boxes, images.extent[:, None]),  # before suppression, as mmdetection does
@@ -384,5 +392,5 @@ def _choose(
         table=table,
         captions=Captions(images.caption_concepts, images.caption_mask),
         batch_captions=batch_captions,
-        settings=proposals.settings_of(program.config.loss),
+        settings=settings,
     )

@@ -16,7 +16,7 @@ from detclipv2_jax.data import checks
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
-    "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full"),
+    "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full", "o365_in1k", "full_in1k"),
     "swin_l": ("o365", "full"),
     "detclip_v1": ("o365_goldg", "full"),
     "coco_json": ("nano", "overfit", "swin_t"),
@@ -307,7 +307,8 @@ def test_what_no_table_says_is_as_decided():
     expected = {
         "loss.focal_alpha": 0.25, "loss.focal_gamma": 2.0, "loss.objectness_weight": 1.0,
         "loss.selection_pre_nms": 1000, "loss.selection_nms_iou": 0.6, "loss.matching_temperature": 0.1,
-        "loss.selection": "text_batch", "loss.interaction": "phrases",
+        "loss.selection": "text_batch", "loss.interaction": "phrases", "loss.class_weight": 0.1,
+        "loss.class_proposals": 1, "image_text.class_weight": 3.0,
         "loss.selection_scope": "global", "loss.matching": "one_to_one", "loss.side": "text_to_image",
         "loss.chunk_bytes": 134_217_728, "optimizer.clip_norm": 35.0, "optimizer.decay_at": (2 / 3, 11 / 12),
         "optimizer.decay_factor": 0.1, "optimizer.patience": 5, "optimizer.ema_decay": 0.0,
@@ -331,6 +332,8 @@ EDGES = [
     ("epochs log_every_steps checkpoint.every_steps checkpoint.keep optimizer.patience timeout_s", [1], [0]),
     ("model.text.num_heads model.head.num_groups input.timeout_s", [1], [0]),
     ("detection.max_box_concepts grounding.max_box_concepts", [1, 8], [0]),
+    ("loss.class_proposals", [1, 100], [0]),
+    ("loss.class_weight image_text.class_weight", [0.0, 3.0], [-0.1]),
     ("mesh.fsdp", [1, 8], [0, 3, 16]),
     ("detection.num_shots optimizer.stop_patience eval.every_steps eval.every_epochs", [0], [-1]),
     ("loss.temperature loss.matching_temperature", [1e-9, 5.0], [0.0, -1.0]),

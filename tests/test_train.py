@@ -158,7 +158,9 @@ def test_steps_are_compiled_in_the_order_of_their_first_use(monkeypatch):
         (Kind.IMAGE_TEXT, (8, 8)),
     ]
     streams = [
-        types.SimpleNamespace(kind=kind, canvas=canvas, capacities={"table": 10 + i}, num_verified=0)
+        types.SimpleNamespace(
+            kind=kind, canvas=canvas, capacities={"table": 10 + i}, num_verified=0, class_names=i == 3
+        )
         for i, (kind, canvas) in enumerate(keys)
     ]
     order = types.SimpleNamespace(upcoming=lambda start: {3: [1, 2, 0], 9: []}[start])

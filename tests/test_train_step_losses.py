@@ -44,6 +44,13 @@ CASES = {
         1,
         {"selection": "text_sample", "selection_nms_iou": 0.3, "side": "image_to_text"},
     ),
+    "class names": (Kind.IMAGE_TEXT, 1, {"interaction": "tokens"}),  # of captions alone
+    "class names in chunks": (
+        Kind.IMAGE_TEXT,
+        2,
+        {"class_proposals": 3, "selection_scope": "device", "chunk_bytes": 1 << 20},
+    ),
+    "class names on one device": (Kind.IMAGE_TEXT, 2, {"selection": "centerness", "label_smoothing": 0.0}),
     "tokens": (Kind.IMAGE_TEXT, 1, {"interaction": "tokens", "side": "bilateral"}),
     "tokens in chunks": (
         Kind.IMAGE_TEXT,
@@ -64,7 +71,7 @@ def configuration(kind, num_chunks, head="none", frozen="", max_box_concepts=8, 
         config[kind.value].max_box_concepts = max_box_concepts
     config.optimizer.ema_decay, config.optimizer.frozen = DECAY, frozen
     values = {
-        "box_weight": 1.7, "centerness_weight": 0.6, "contrastive_weight": 0.3,
+        "box_weight": 1.7, "class_weight": 0.45, "centerness_weight": 0.6, "contrastive_weight": 0.3,
         "temperature": 0.7, "label_smoothing": 0.15, "matching_temperature": 0.4, "num_proposals": 6,
         "selection_pre_nms": 40, "selection_nms_iou": 0.5, "chunk_bytes": 8 * 2 * 6 * 7,
     }  # fmt: skip
@@ -82,7 +89,7 @@ def compiled(case):
     mesh = sharding.make_mesh(devices=jax.devices()[:1] if "one device" in case else None)
     tx = optax.chain(recorder(), optax.scale(-RATE))
     step = train_step.make_step(kind, model=model, tx=tx, config=config, canvas=CANVAS, mesh=mesh)
-    tokens = kind is Kind.IMAGE_TEXT and config.loss.interaction == "tokens"
+    tokens = config.loss.interaction == "tokens" and "class names" not in case
     return config, model, jit_towers(model, text="encode_tokens" if tokens else "encode_text"), mesh, tx, jax.jit(step)
 
 
@@ -106,7 +113,7 @@ def test_loss_and_gradients_equal_the_oracle(case):
     # names that repeat over devices; all different, so that the last chunk of concepts overlaps the one before; few
     # names; almost nothing to learn from
     for seed, options in enumerate(({"distinct": 20}, {"distinct": 32}, {"distinct": 3}, {"share": 0.0})):
-        batch = make_batch(kind, seed=seed, federated="federated" in case, **options)
+        batch = make_batch(kind, seed=seed, federated="federated" in case, class_names="class names" in case, **options)
         before, _, metrics, grads = run(case, batch, step=seed)
         loss, expected, wanted = expected_step(
             towers, before.params, batch, kind=kind, config=config, canvas=CANVAS, step=seed, num_devices=mesh.size,

@@ -87,6 +87,7 @@ class BatchMaker:
     unflippable: re.Pattern[str] | None = None  # finds what a mirrored photo would make wrong
     max_boxes: int = 0
     max_box_concepts: int = 1
+    class_names: bool = False  # captions are the names of classes
     num_captions: int = 0  # m: concepts of a caption, itself included
     num_concepts: int = 0  # M: positives and sampled negatives of an image
     num_verified: int = 0  # v: concepts that a federated image is annotated for; 0: no image is federated
@@ -160,6 +161,7 @@ class BatchMaker:
             concept_ids=np.stack([table.ids >> np.uint64(32), table.ids & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32),
             caption_concepts=caption_concepts,
             caption_mask=caption_mask,
+            class_names=np.ones(rows, bool) if self.class_names else None,
             federated=self._federated(examples, concepts, negatives) if self.num_verified else None,
         )
         return batch, notes

@@ -65,8 +65,7 @@ class BoxSource:
         follow_links: bool = False,
     ):
         self.name, self.path, self.kind = path.stem, path, kind
-        self.vocabulary = vocabulary
-        self.counters = counters
+        self.vocabulary, self.counters, self.class_names = vocabulary, counters, False
         self.image_ids = [usable_id(image["id"]) for image in images]
         self.federated = any(key in image for image in images for key in FEDERATED)
         self.sizes = np.array([size_of(image) for image in images], np.int32).reshape(-1, 2)

@@ -55,9 +55,11 @@ class BuiltSource:
         num: int,
         dropped: frozenset[str] = frozenset(),
         federated: bool = False,
+        class_names: bool = False,
     ):
         self.name, self.kind, self.vocabulary, self.counters = folder.name, kind, vocabulary, counters
         self.folder, self._dropped, self.federated = folder, dropped, federated
+        self.class_names = class_names
         try:
             index = files.read_arrays(folder / INDEX, ("sizes", "num_concepts"))
         except (OSError, ValueError) as error:
@@ -288,4 +290,5 @@ def read_built(
         num=max_examples,
         dropped=without,
         federated=bool(report.get("federated")),
+        class_names=bool(report.get("class names")),
     )

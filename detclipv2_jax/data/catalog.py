@@ -67,6 +67,14 @@ DATASETS = {  # by the name of the built folder
         "--output=data/raw/yfcc1m_boxes",
         "grounding_json --input=data/raw/yfcc1m_boxes/grounding.json --images=data/raw/yfcc1m_boxes",
     ),
+    "imagenet1k": Dataset(
+        "ImageNet-1k train, class names as captions",
+        Kind.IMAGE_TEXT,
+        1_281_167,
+        "image-net.org: ILSVRC2012 train/ with a folder a class, LOC_synset_mapping.txt with their names",
+        "classes --input=data/raw/imagenet/train --names=data/raw/imagenet/LOC_synset_mapping.txt",
+        num_names=1000,
+    ),
     "lvis": Dataset(
         "LVIS v1 train",
         Kind.DETECTION,

@@ -88,6 +88,7 @@ class Batch(NamedTuple):
     concept_ids: UInt32[Any, "t 2"]  # 64-bit id of the encoded text (high, low word), equal on all hosts
     caption_concepts: Int32[Any, "b m"]  # rows of the table, the caption first; m = 0 without captions
     caption_mask: Bool[Any, "b m"]
+    class_names: Bool[Any, " b"] | None = None  # None, or True: the caption is the name of the image's class
     federated: Federated | None = None  # None: every image is annotated for all concepts
 
 

@@ -38,6 +38,7 @@ class Source(Protocol):
     sizes: Int32[np.ndarray, "n 2"]  # annotated (height, width); 0 where unknown
     vocabulary: Vocabulary  # categories or distinct phrases; empty for image-text
     most_concepts: int  # of one example
+    class_names: bool  # whether captions are the names of images' classes
     federated: bool  # whether examples are annotated for some concepts only
     counters: dict[str, int]  # what was repaired or dropped while loading, by reason
 
@@ -58,6 +59,8 @@ class Source(Protocol):
 
 class PairSource:
     """Captioned images of a TSV; lines are parsed when asked for."""
+
+    class_names = False
 
     def __init__(self, path: Path, folder: str, *, max_examples: int, max_bad_share: float, follow_links: bool):
         self.name, self.path, self.kind = path.stem, path, Kind.IMAGE_TEXT

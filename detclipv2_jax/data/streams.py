@@ -43,6 +43,7 @@ class Stream:
       sources: the data sets behind it.
       capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
       num_verified: one more: concepts that a federated image is annotated for; 0: no image is federated.
+      class_names: whether captions are the names of classes.
       counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
         with the first stream of the kind.
       overflow: what did not fit into the batch handed out last or was skipped in it, by name of the metric.
@@ -57,7 +58,7 @@ class Stream:
         self.batch_size, self.num_examples = maker.batch_size, len(maker.members)
         self.num_batches = max(1, round(self.num_examples / self.batch_size))
         self.sources, self.max_boxes = maker.sources, maker.max_boxes
-        self.num_verified = maker.num_verified
+        self.num_verified, self.class_names = maker.num_verified, maker.class_names
         self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
         self.counters: collections.Counter[str] = collections.Counter()
         self.overflow: dict[str, int] = {}
@@ -232,7 +233,10 @@ def _kind_streams(
         vocabularies = (dictionary,) * len(sources)
     sizes: dict[str, Any]
     most_concepts = num_known = 0
-    if kind is Kind.IMAGE_TEXT:
+    if kind is Kind.IMAGE_TEXT and sources[0].class_names:
+        sizes = {"num_captions": 1, "class_names": True}
+        num_known = min(rows, sum(len(known) for known in vocabularies))
+    elif kind is Kind.IMAGE_TEXT:
         sizes = {"num_captions": section.max_phrases + 1}
     else:
         make_pool = functools.cache(lambda known: Pool(known, definitions=section.definitions, encoder=encoder))
@@ -284,7 +288,12 @@ def _grouped(sources: list[Source], section: Any, prefix: str) -> list[dict[str,
     """Returns the sources that share streams, and the streams' suffix and weight: all, or each with its own weight."""
     weights = section.source_weights
     if not weights:
-        return [{"sources": sources, "suffix": "", "weight": section.weight}] if sources else []
+        named = [source for source in sources if source.class_names]
+        others = [source for source in sources if not source.class_names]
+        groups: list[dict[str, Any]] = [{"sources": others, "suffix": "", "weight": section.weight}]
+        if named:
+            groups.append({"sources": named, "suffix": "/classes", "weight": section.weight * section.class_weight})
+        return [group for group in groups if group["sources"]]
     if len(weights) != len(sources) or min(weights) < 0:
         names = ", ".join(source.name for source in sources)
         raise ValueError(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from detclipv2_jax.losses.concept_table import Captions, Table, unique_rows
-from detclipv2_jax.losses.devices import WHOLE, gather, on_each_device, reduce_scatter
+from detclipv2_jax.losses.devices import WHOLE, gather, on_each_device, reduce_scatter, total
 from detclipv2_jax.losses.image_side import image_scores
 from detclipv2_jax.losses.matching import LOW, Settings, caption_scores
 
@@ -171,17 +171,11 @@ def _local_loss(
     loss, metrics = _info_nce(scores, side_scores, valid, axes, settings=settings)
     own_chosen = chosen[own_slots, jnp.arange(own_slots.shape[0])[:, None]]
     hits = _num_chosen(own_chosen, votes, own_slots, caption_mask)
-    num_valid = jnp.maximum(_total(valid, axes), 1.0)
+    num_valid = jnp.maximum(total(valid, axes), 1.0)
     for name, num_hits in zip(("chosen_by_own", "chosen_by_others"), hits, strict=True):
         share = num_hits / jnp.maximum(num_proposals, 1)
-        metrics[name] = _total(jnp.where(valid, share, 0.0), axes) / num_valid
+        metrics[name] = total(jnp.where(valid, share, 0.0), axes) / num_valid
     return loss, metrics
-
-
-def _total(x: Array, axes: tuple[str, ...]) -> Float32[Array, ""]:
-    """Returns the sum of x over all entries and devices."""
-    x = jnp.sum(x, dtype=jnp.float32)
-    return jax.lax.psum(x, axes) if axes else x
 
 
 def _info_nce(
@@ -200,7 +194,7 @@ def _info_nce(
     first = jax.lax.axis_index(axes) * b if axes else 0  # this device's first row among all captions
     own_rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=b)
     pairs = gather(valid, axes)[:, None] & valid[None]
-    num_valid = jnp.maximum(_total(valid, axes), 1.0)
+    num_valid = jnp.maximum(total(valid, axes), 1.0)
 
     def scaled(scores: Array) -> tuple[Array, Array]:  # and of the pairs themselves
         logits = jnp.where(pairs, scores / settings.temperature, LOW)
@@ -218,7 +212,7 @@ def _info_nce(
     def cross_entropy(normalizer: Array, logits: Array, own: Array) -> Array:
         likelihood = normalizer - (1.0 - settings.label_smoothing) * own
         smoothing = jnp.where(pairs, logits, 0.0) * (settings.label_smoothing / num_valid)
-        return (_total(jnp.where(valid, likelihood, 0.0), axes) - _total(smoothing, axes)) / num_valid
+        return (total(jnp.where(valid, likelihood, 0.0), axes) - total(smoothing, axes)) / num_valid
 
     logits, own = scaled(scores)
     losses = []
@@ -232,7 +226,7 @@ def _info_nce(
     logits, own = jax.lax.stop_gradient((logits, own))
     rank = reduce_scatter(jnp.sum(logits >= gather(own, axes)[:, None], axis=1, dtype=jnp.float32), axes)
     means = {"accuracy": rank == 1.0, "rank": rank, "similarity": own * settings.temperature}
-    return loss, {name: _total(jnp.where(valid, x, 0.0), axes) / num_valid for name, x in means.items()}
+    return loss, {name: total(jnp.where(valid, x, 0.0), axes) / num_valid for name, x in means.items()}
 
 
 def _num_chosen(

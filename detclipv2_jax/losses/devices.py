@@ -75,6 +75,12 @@ def reduce_scatter(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.psum_scatter(x, axes, tiled=True) if axes else x
 
 
+def total(x: Array, axes: tuple[str, ...]) -> Array:
+    """Returns the sum of x over all entries and devices."""
+    x = jnp.sum(x, dtype=jnp.float32)
+    return jax.lax.psum(x, axes) if axes else x
+
+
 def vary(x: _Tree, axes: tuple[str, ...]) -> _Tree:
     """Returns x marked as different on each device, as loop carries inside `shard_map` must be."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x

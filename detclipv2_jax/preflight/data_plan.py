@@ -50,14 +50,20 @@ def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     }
     by_kind = {kind: known for kind, known in by_kind.items() if known}
     examples = {kind: sum(dataset.num_examples for dataset in known) for kind, known in by_kind.items()}
-    batches = [config[kind.value].weight * num / config[kind.value].batch_size for kind, num in examples.items()]
+    passes = config.image_text.class_weight - 1.0  # of class names beside that of all
+    named = (data.num_examples for data in by_kind.get(Kind.IMAGE_TEXT, ()) if data.num_names)
+    extra = {Kind.IMAGE_TEXT: passes * sum(named)}
+    batches = [
+        config[kind.value].weight * (num + extra.get(kind, 0)) / config[kind.value].batch_size
+        for kind, num in examples.items()
+    ]
     factors = mixed(batches, list(by_kind), mixture=config.mixing[0], value=config.mixing[1])
     for (kind, known), num_batches, factor in zip(by_kind.items(), batches, factors, strict=True):
         section, num_examples = config[kind.value], examples[kind]
         for height, width in section.canvases:
             num_steps = (config.epochs - section.from_epoch) * num_batches * factor / len(section.canvases)
             plan.num_steps[f"{kind}/{height}x{width}"] = num_steps
-        num_names = sum(dataset.num_names for dataset in known)
+        num_names = sum(dataset.num_names for dataset in known) if all(dataset.num_names for dataset in known) else 0
         rows = table_capacity(
             section, kind, num_images=section.batch_size // num_hosts, table_multiple=num_devices // num_hosts,
             num_known=num_names,
@@ -68,7 +74,8 @@ def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
 
 
 def _set_table(plan: Plan, kind: Kind, rows: int, num_names: int) -> None:
-    plan.table_rows[kind], plan.num_concepts[kind] = rows, min(rows, num_names or rows)
+    if rows > plan.table_rows.get(kind, 0):  # the larger of streams' tables, whose step is the larger one
+        plan.table_rows[kind], plan.num_concepts[kind] = rows, min(rows, num_names or rows)
 
 
 def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:

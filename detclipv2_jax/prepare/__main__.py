@@ -9,6 +9,7 @@
 | grounding_json | MDETR-style json with tokens_positive: GQA, Flickr30k                              | folder   |
 | image_text     | TSV `image <tab> caption [<tab> JSON list of phrases]`                             | folder   |
 | image_text     | folder of webdataset .tar shards, also of img2dataset with .parquet: CC3M, CC12M   | -        |
+| classes        | folder of class folders, or one that TFDS has prepared: ImageNet; names in --names | -        |
 
 Without --images, file names are looked for beside the input, in images/ beside it, and one folder up. A build that was
 killed goes on where it was when the same command is given again. The last line says what to put in the config.
@@ -52,7 +53,7 @@ from detclipv2_jax import commands, files
 from detclipv2_jax.data.checks import unsafe_path
 from detclipv2_jax.data.selection import Dropped
 
-KINDS = ("coco_json", "lvis", "grounding_json", "image_text")
+KINDS = ("coco_json", "lvis", "grounding_json", "image_text", "classes")
 
 
 def run(
@@ -72,6 +73,8 @@ def run(
     follow_links: bool = False,
     validation: tuple[str, ...] = (),
     drop_validation: bool = False,
+    names: str = "",
+    split: str = "train",
     filter: str = "",
     max_misfit: float = 0.25,
     filter_group: int = 64,
@@ -94,6 +97,8 @@ def run(
       follow_links: photos may be links to files outside of --images (DVC, git-annex)
       validation: jsons of validation sets (COCO, LVIS): their photos are reported
       drop_validation: leave the photos of --validation out
+      names: classes: list of lines `class <tab or space> name`; empty: folders or labels are the names
+      split: classes: of a TFDS data set
       filter: image_text: workdir of a training run, by which captions that do not fit their photo are left out
       max_misfit: with --filter: the largest share of other photos that may fit a pair's texts better
       filter_group: with --filter: photos that are compared
@@ -103,19 +108,19 @@ def run(
       ValueError: wrong arguments, files or formats, or too much that cannot be used.
     """
     by_category = {"num_examples": num_examples, "drop_categories": drop_categories}
-    _check_kind(kind, input, by_category=by_category, filter=filter)
+    _check_kind(kind, input, by_category=by_category, filter=filter, names=names)
     if not 0.0 <= max_misfit < 1.0 or filter_group < 2:
         raise ValueError(f"--max_misfit={max_misfit} must be in [0, 1) and --filter_group={filter_group} 2 or more")
     if shard_size < 1 or workers < 1:
         raise ValueError(f"--shard_size={shard_size} and --workers={workers} must be 1 or more")
     from detclipv2_jax.data.leakage import held_out_photos
-    from detclipv2_jax.prepare import coco_json, grounding_json, image_text, lvis, shards
+    from detclipv2_jax.prepare import classes, coco_json, grounding_json, image_text, lvis, shards
     from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder
 
-    if os.path.isfile(input) and not input.endswith(image_text.TAR_SUFFIXES):
+    if os.path.isfile(input) and kind != "classes" and not input.endswith(image_text.TAR_SUFFIXES):
         images = images or _find_images(kind, Path(input))
     reader: Reader
-    builder: type[RecordBuilder]
+    builder: type[RecordBuilder] = image_text.ImageText
     chosen: dict[str, Any] = {"num_examples": num_examples, "seed": seed}
     chosen["dropped"] = Dropped(drop_categories, "--drop_categories")
     limits: dict[str, Any] = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
@@ -128,10 +133,13 @@ def run(
             builder = lvis.Lvis
         case "grounding_json":
             reader, builder = grounding_json.open_reader(input, images, **limits), grounding_json.GroundingJson
+        case "classes":
+            reader = classes.open_reader(
+                input, names=names, split=split, shard_size=shard_size, follow_links=follow_links
+            )
         case _:
             options: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
             reader = image_text.open_reader(input, images, shard_size=shard_size, **options)
-            builder = image_text.ImageText
             if filter:
                 from detclipv2_jax.prepare import filter_pairs
 
@@ -160,7 +168,7 @@ def run(
     return report
 
 
-def _check_kind(kind: str, input: str, *, by_category: dict[str, Any], filter: str) -> None:
+def _check_kind(kind: str, input: str, *, by_category: dict[str, Any], filter: str, names: str) -> None:
     """Raises a ValueError for an input that is missing, or an option that is of other kinds of data."""
     if kind not in KINDS:
         raise ValueError(f"KIND is {kind!r}; allowed are {', '.join(KINDS)}")
@@ -170,7 +178,9 @@ def _check_kind(kind: str, input: str, *, by_category: dict[str, Any], filter: s
         if given and kind not in ("coco_json", "lvis"):
             raise ValueError(f"--{flag} chooses by category; {kind} has none")
     if filter and kind != "image_text":
-        raise ValueError(f"--filter compares captions with photos; {kind} has boxes")
+        raise ValueError(f"--filter compares captions with photos; {kind} has none")
+    if names and kind != "classes":
+        raise ValueError(f"--names says what classes are called; {kind} names its own")
 
 
 def _find_images(kind: str, path: Path) -> str:

@@ -144,7 +144,7 @@ def generate(
         lengths.update(zip(new, tokenizer.num_tokens(new).tolist(), strict=True))
         if record.kind is Kind.IMAGE_TEXT:
             tally.phrases.update(phrase.lower() for phrase in record.concepts[1:])
-            if len(record.concepts) == 1:
+            if len(record.concepts) == 1 and not reader.facts.get("class names"):
                 tally.noted["caption without a noun phrase"] += 1
         tally.examples += 1
         tally.boxes += len(record.boxes)

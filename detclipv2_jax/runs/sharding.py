@@ -109,13 +109,15 @@ def batch_shapes(
     *,
     table_rows: int,
     num_verified: int = 0,
+    class_names: bool = False,
     mesh: Mesh | None = None,
 ) -> Batch:
     """Returns the shapes of a global batch, with their place on a mesh if there is one."""
     place = NamedSharding(mesh, BATCH) if mesh else None
     section = config[kind.value]
     b = section.batch_size
-    n, m = (0, section.max_phrases + 1) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
+    num_captions = 1 if class_names else section.max_phrases + 1 if kind is Kind.IMAGE_TEXT else 0
+    n, m = (0, num_captions) if kind is Kind.IMAGE_TEXT else (section.max_boxes, 0)
 
     def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
@@ -135,6 +137,7 @@ def batch_shapes(
         concept_ids=shape((table_rows, 2), np.uint32),
         caption_concepts=shape((b, m), np.int32),
         caption_mask=shape((b, m), bool),
+        class_names=shape((b,), bool) if class_names else None,
         federated=Federated(shape((b,), bool), shape((b, num_verified), np.int32), shape((b, num_verified), bool))
         if num_verified
         else None,

@@ -143,7 +143,8 @@ def test_a_folder_of_another_kind_is_refused(config, world):
 def test_sizes_of_the_published_sets():
     assert {name: (dataset.num_examples, dataset.num_names) for name, dataset in DATASETS.items()} == {
         "objects365": (660_000, 365), "gqa": (621_000, 0), "flickr30k": (149_000, 0), "cc3m": (3_000_000, 0),
-        "cc12m": (10_000_000, 0), "yfcc1m_boxes": (1_000_000, 0), "lvis": (100_170, 1203), "coco": (118_287, 80),
+        "cc12m": (10_000_000, 0),
+        "imagenet1k": (1_281_167, 1000), "yfcc1m_boxes": (1_000_000, 0), "lvis": (100_170, 1203), "coco": (118_287, 80),
     }  # fmt: skip
     assert command_of("x/gqa", Kind.DETECTION).split()[3] == "coco_json"  # a name of another kind says nothing
     assert [command_of("mine", kind).split()[3] for kind in Kind] == ["coco_json", "grounding_json", "image_text"]
@@ -155,7 +156,7 @@ def test_commands_of_the_catalog_are_commands(folder):
     words = command_of(f"data/{folder}", dataset.kind).split()
     assert words[:3] == ["python", "-m", "detclipv2_jax.prepare"]
     assert words[3] in prepare.KINDS
-    known = {"input", "images", "num_examples", "output"}
+    known = {"input", "images", "names", "num_examples", "output"}
     assert {word.removeprefix("--").split("=")[0] for word in words[4:]} <= known
 
 

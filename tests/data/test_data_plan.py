@@ -84,3 +84,5 @@ def test_published_numbers_are_mixed_as_the_run_mixes_them():
     boxes = sum(num for name, num in plain.items() if not name.startswith("image_text"))
     assert capped == plain | {"image_text/320x320": pytest.approx(0.1 * boxes)}
     assert plain["image_text/320x320"] == pytest.approx(12 * 13_000_000 / 6144)
+    named = data_plan.expected(swin_t.get_config("o365_in1k"), num_hosts=8, num_devices=32)
+    assert named.num_steps["image_text/320x320"] == pytest.approx(12 * 3 * 1_281_167 / 6144)  # passed 3 times an epoch

@@ -157,7 +157,7 @@ def box_step(outputs, batch, *, kind, canvas, settings, max_box_concepts, object
     return total, metrics, grads
 
 
-def select(outputs, batch, *, canvas, settings, num_devices):
+def select(outputs, batch, *, canvas, settings, num_devices, num_proposals=None):
     """Returns (anchors, their boxes) chosen in every image, best first: score, top of them, suppression, top k."""
     anchors, _, counts = photo_anchors(batch, canvas)
     boxes = np.stack([*map(geometry.clip, geometry.decode(anchors, outputs.box_deltas), batch.extent)])
@@ -183,7 +183,9 @@ def select(outputs, batch, *, canvas, settings, num_devices):
                 score = sigmoid(score + outputs.bias) * sigmoid(outputs.centerness[i])
         order = np.argsort(-np.where(counts[i], score, -np.inf), kind="stable")[: settings.selection_pre_nms]
         order = order[counts[i][order]]
-        kept = geometry.nms(boxes[i][order], score[order], settings.selection_nms_iou, settings.num_proposals)
+        kept = geometry.nms(
+            boxes[i][order], score[order], settings.selection_nms_iou, num_proposals or settings.num_proposals
+        )
         chosen.append(order[kept])
     return chosen, [boxes[i][rows] for i, rows in enumerate(chosen)]
 
@@ -201,6 +203,43 @@ def by_token(outputs, batch):
     ids = np.array([(first[row], place) for row in range(t) for place in range(length)])
     batch = batch._replace(concept_mask=used.reshape(-1), concept_ids=ids, caption_concepts=rows, caption_mask=mask)
     return dataclasses.replace(outputs, text=outputs.text.reshape(t * length, -1)), batch
+
+
+def class_step(outputs, batch, *, canvas, settings, num_devices):
+    """Returns (loss, metrics, gradients) of an image-text batch whose captions are the names of classes."""
+    outputs = outputs.float64()
+    grads = outputs.zeros()
+    chosen, _ = select(
+        outputs,
+        batch,
+        canvas=canvas,
+        settings=settings,
+        num_devices=num_devices,
+        num_proposals=settings.class_proposals,
+    )
+    first = first_rows(batch)
+    names = np.flatnonzero((first == np.arange(len(first))) & batch.concept_mask)
+    used = batch.image_mask & batch.caption_mask[:, 0] & np.array([len(rows) > 0 for rows in chosen])
+    losses, hits, own_scores = [], [], []
+    for i in np.flatnonzero(used):
+        regions = outputs.embeddings[i, chosen[i]]
+        scores = outputs.scale * regions.mean(axis=0) @ outputs.text[names].T
+        own = names == first[batch.caption_concepts[i, 0]]
+        target = (1 - settings.label_smoothing) * own + settings.label_smoothing / len(names)
+        logits = scores / settings.temperature
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        losses.append(-(target * np.log(p)).sum())
+        hits.append(scores.argmax() == own.argmax())
+        own_scores.append(scores[own.argmax()])
+        bar = settings.class_weight * (p - target) / settings.temperature / used.sum()
+        for anchor, region in zip(chosen[i], regions, strict=True):
+            grads.embeddings[i, anchor] = outputs.scale * bar @ outputs.text[names] / len(regions)
+            grads.text[names] += outputs.scale * bar[:, None] * region / len(regions)
+        grads.scale += bar @ scores / outputs.scale
+    loss = sum(losses) / max(len(losses), 1)
+    metrics = {"accuracy": np.mean(hits), "similarity": np.mean(own_scores), "num_concepts": float(len(names))}
+    return settings.class_weight * loss, {"loss_classification": loss, **metrics}, grads
 
 
 def pair_step(outputs, batch, *, canvas, settings, num_devices):

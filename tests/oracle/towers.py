@@ -68,13 +68,16 @@ class StandIn(nn.Module):
         )
 
 
-def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20, share=0.7, federated=False):
+def make_batch(
+    kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20, share=0.7, federated=False, class_names=False
+):
     """Returns a batch of the eight devices' rows.
 
     `distinct` names over the table, the same ones on several devices, rows in between that are not in use; photos of
     all shapes, with boxes that reach over their border; the last device has padding images only; image 1 has no box,
     caption 2 no concept. `share` of the boxes exist; with 0 only two captions do. Some boxes have several concepts.
-    Most images are annotated for some concepts only if `federated`, image 3 for none.
+    Most images are annotated for some concepts only if `federated`, image 3 for none. Captions are alone if they are
+    `class_names`, many of them equal.
     """
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, 0.7, (b, n, 2)) * canvas[::-1]
@@ -96,7 +99,7 @@ def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20
     caption_mask[2:] &= (share > 0) | (np.arange(2, b) == 3)[:, None]
     caption_mask[2] = False
     image_mask = np.arange(b) < b - b // 8
-    n, m = (0, m) if kind is Kind.IMAGE_TEXT else (n, 0)
+    n, m = (0, 1 if class_names else m) if kind is Kind.IMAGE_TEXT else (n, 0)
     return Batch(
         image=rng.integers(0, 255, (b, *canvas, 3)).astype(np.uint8),
         extent=extent,
@@ -112,6 +115,7 @@ def make_batch(kind, *, seed, canvas=(64, 96), b=16, n=4, t=32, m=3, distinct=20
         concept_ids=np.stack([concept % 3, concept], axis=1).astype(np.uint32),
         caption_concepts=rng.choice(used, (b, m)).astype(np.int32),
         caption_mask=caption_mask[:, :m],
+        class_names=np.ones(b, bool) if class_names else None,
         federated=Federated(
             images=(rng.uniform(size=b) < 0.8) | (np.arange(b) == 3),
             concepts=rng.choice(used, (b, 6)).astype(np.int32),
@@ -173,7 +177,8 @@ def expected_step(towers, params, batch, *, kind, config, canvas, step, num_devi
     outputs = oracle.Outputs(*images, *parts[0][4:])
     options = {"canvas": canvas, "settings": config.loss}
     if kind is Kind.IMAGE_TEXT:
-        loss, metrics, bars = oracle.pair_step(outputs, batch, num_devices=num_devices, **options)
+        step_of = oracle.pair_step if batch.class_names is None else oracle.class_step
+        loss, metrics, bars = step_of(outputs, batch, num_devices=num_devices, **options)
     else:
         head = config.model.head.objectness
         options |= {"objectness": head, "max_box_concepts": config[kind.value].max_box_concepts}

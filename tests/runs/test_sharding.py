@@ -84,6 +84,7 @@ def test_shapes_of_batches_are_those_of_the_streams(micro, tmp_path):
     config = session.with_scenes(micro, tmp_path)
     for stream in train_streams(config):
         sizes = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
+        sizes["class_names"] = stream.class_names
         expected = sharding.batch_shapes(config, stream.kind, stream.canvas, **sizes)
         found = stream.batch(0)
         assert jax.tree.structure(found) == jax.tree.structure(expected)

@@ -115,7 +115,7 @@ FAULTS = [
         "data/streams.py", "data/test_streams.py",
         ("self.overflow[\"num_images_skipped\"] = len(new)", "self.overflow[\"num_images_skipped\"] = len(self._skipped)"),
         ("MapDataset.range(start, self.num_batches)", "MapDataset.range(0, self.num_batches)"),
-        ("if not weights:\n        return [{\"sources\": sources, \"suffix\": \"\", \"weight\": section.weight}]", "if not weights:\n        return [{\"sources\": sources, \"suffix\": \"\", \"weight\": 1.0}]"),
+        ("\"suffix\": \"\", \"weight\": section.weight}]", "\"suffix\": \"\", \"weight\": 1.0}]"),
         ("streams[0].counters.update(source.counters)", "pass"),
         ("max(1, round(self.num_examples / self.batch_size))", "round(self.num_examples / self.batch_size)"),
         ("self._skipped |= new", "self._skipped = new"),

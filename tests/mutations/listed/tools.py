@@ -4,6 +4,21 @@ from tests.mutations.fault import plant
 
 FAULTS = [
     *plant(
+        "prepare/classes.py", "prepare/test_classes.py",
+        ("or not self.names[label]", ""),
+        ("text.split(\",\")[0]", "text"),
+        ("sorted((folder / name).rglob(\"*\"))", "sorted((folder / name).glob(\"*\"))"),
+        (" and entry.name[0] != \".\"", ""),
+        ("start = shard * self._shard_size", "start = shard"),
+        ("[{items.start}:{items.stop}]", ""),
+    ),
+    *plant(
+        "data/streams.py", "prepare/test_classes.py",
+        ("section.weight * section.class_weight", "section.class_weight"),
+        ("if not source.class_names]", "]"),
+        ("min(rows, sum(len(known) for known in vocabularies))", "0"),
+    ),
+    *plant(
         "config.py", "test_config.py::test_pretraining_has_the_values_of_table_9 test_config.py::test_fine_tuning_has_the_values_of_tables_10_and_11 test_config.py::test_every_config_is_valid_on_one_and_on_many_devices",
         ("drop_path_rate = 0.0 if nano else 0.2", "drop_path_rate = 0.0 if nano else 0.1"),
         ("context_length = 16", "context_length = 24"),
