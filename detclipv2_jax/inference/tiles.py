@@ -165,8 +165,9 @@ def merge(
 ) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " n"]]:
     """Returns the rows that stay, best first, and all scores, of which some were taken over; steps 2 and 3 above."""
     scores, stays = scores.copy(), np.ones(len(scores), bool)
-    for label in np.unique(labels[is_cut]):
-        parts, wholes = (np.flatnonzero((labels == label) & (is_cut == cut)) for cut in (True, False))
+    classes = np.zeros(len(labels), np.int32) if limits.class_agnostic else labels.astype(np.int32)
+    for label in np.unique(classes[is_cut]):
+        parts, wholes = (np.flatnonzero((classes == label) & (is_cut == cut)) for cut in (True, False))
         if not len(wholes):
             continue
         low = np.maximum(boxes[parts][:, None, :2], boxes[wholes][None, :, :2])
@@ -179,13 +180,12 @@ def merge(
         np.maximum.at(scores, best[held], scores[parts[held]])
     rows = np.flatnonzero(stays)
     padding = max(256, 1 << (len(rows) - 1).bit_length()) - len(rows)  # few sizes are compiled
-    classes = np.zeros(len(rows), np.int32) if limits.class_agnostic else labels[rows].astype(np.int32)
     chosen, used = _nms(
         np.pad(boxes[rows].astype(np.float32), ((0, padding), (0, 0))),
         np.pad(scores[rows], (0, padding)),
         iou_threshold=limits.nms_iou,
         max_outputs=limits.max_detections,
         mask=np.arange(len(rows) + padding) < len(rows),
-        classes=np.pad(classes, (0, padding)),
+        classes=np.pad(classes[rows], (0, padding)),
     )
     return rows[np.asarray(chosen)[np.asarray(used)]], scores

@@ -10,28 +10,32 @@ categories, whose definitions it takes. What has no word is shown by --exemplars
 in pixels of the photo as displayed, which is relative to the file; --exemplars_from takes them from a COCO json.
 Writes <output>/detections.json (COCO results with the name and the file of every box; image ids count the files and
 category ids the words, then the examples' names, from 1) and a picture of every image in <output>/pictures, and with
---formats=coco,yolo,label_studio,fiftyone labels for those tools (docs/predicting.md).
+--formats=coco,yolo,label_studio,fiftyone labels for those tools (docs/predicting.md). The same command goes on where it
+was killed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
 
 from detclipv2_jax import commands
-from detclipv2_jax.files import write_json
+from detclipv2_jax.files import write_text
 
 if TYPE_CHECKING:
-    from detclipv2_jax.inference import Found
     from detclipv2_jax.inference.exemplars import Example
+    from detclipv2_jax.predict.record import Record
     from detclipv2_jax.predict.search import Search
+
+RECORD = ".found.jsonl"  # in the output, until all is written
 
 
 def run(
@@ -98,6 +102,7 @@ def run(
     from detclipv2_jax.inference import Predictor, parse_words, tiles
     from detclipv2_jax.predict import formats as formats_lib
     from detclipv2_jax.predict import inputs
+    from detclipv2_jax.predict.record import Record
     from detclipv2_jax.predict.search import Search
     from detclipv2_jax.visualize import figures
 
@@ -123,11 +128,12 @@ def run(
             search, thresholds, thresholds_from, images=threshold_images, min_precision=min_precision, folder=folder
         )
         search = dataclasses.replace(search, thresholds=chosen)
-    found_of: dict[int, Found] = {}
+    searched = search.described() | {"pictures": [draw_threshold, max_drawn]}
+    record = Record(folder / RECORD, searched=searched, paths=paths, names=search.names)
     # None: shown on a terminal only
-    with tqdm.tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as progress:
-        for i, photo, found in search.find(inputs.read(paths, progress)):
-            found_of[i] = found
+    with tqdm.tqdm(total=len(paths), initial=len(record), desc="predicting", unit="image", disable=None) as progress:
+        left = [(i, path) for i, path in enumerate(paths) if path not in record]
+        for i, photo, found in search.find(inputs.read(left, progress)):
             figures.detections(
                 photo.pixels,
                 found.boxes * photo.scale[None],
@@ -139,21 +145,34 @@ def run(
                 title=os.fsencode(paths[i].name).decode(errors="replace"),
                 path=pictures[i],
             )
+            record.add(paths[i], found)
             progress.update()
-    num_boxes = _write(folder, paths, found_of)
-    formats_lib.write(formats, folder, [(paths[i], found_of[i]) for i in sorted(found_of)], names=search.names)
-    done = f"{len(found_of)} of {len(paths)} images, {num_boxes} boxes"
+    num_boxes = _write(folder, paths, record)
+    formats_lib.write(formats, folder, record, names=search.names)
+    done = f"{len(record)} of {len(paths)} images, {num_boxes} boxes"
     print(f"{done}: {folder / 'detections.json'}, pictures in {folder / 'pictures'}")
-    if num_unreadable := len(paths) - len(found_of):
+    num_unreadable = len(paths) - len(record)
+    record.remove()
+    if num_unreadable:
         print(f"error: images that could not be read: {num_unreadable}; see above", file=sys.stderr)
     return int(num_unreadable > 0)
 
 
-def _write(output: pathlib.Path, paths: Sequence[pathlib.Path], found_of: Mapping[int, Found]) -> int:
-    """Writes detections.json; returns the number of boxes."""
-    rows = [row | {"file_name": str(paths[i])} for i in sorted(found_of) for row in found_of[i].to_coco(image_id=i + 1)]
-    write_json(output / "detections.json", rows, indent=None)
-    return len(rows)
+def _write(output: pathlib.Path, paths: Sequence[pathlib.Path], record: Record) -> int:
+    """Writes detections.json, a photo after the other; returns the number of boxes."""
+    id_of, num = {path: i + 1 for i, path in enumerate(paths)}, 0
+
+    def pieces() -> Iterator[str]:
+        nonlocal num
+        yield "["
+        for path, found in record:
+            for row in found.to_coco(image_id=id_of[path]):
+                yield ", " * (num > 0) + json.dumps(row | {"file_name": str(path)}, ensure_ascii=False)
+                num += 1
+        yield "]\n"
+
+    write_text(output / "detections.json", pieces())
+    return num
 
 
 def _thresholds(

@@ -7,7 +7,7 @@ import glob
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import tqdm
 from absl import logging
@@ -16,9 +16,9 @@ from detclipv2_jax.data import transforms
 from detclipv2_jax.files import IMAGE_SUFFIXES, printable, safe_names
 
 
-def read(paths: Sequence[pathlib.Path], progress: tqdm.tqdm) -> Iterator[tuple[int, transforms.Photo]]:
+def read(paths: Iterable[tuple[int, pathlib.Path]], progress: tqdm.tqdm) -> Iterator[tuple[int, transforms.Photo]]:
     """Yields (position, photo) of files; the log names those that cannot be read, and `progress` counts them."""
-    for i, path in enumerate(paths):
+    for i, path in paths:
         try:
             yield i, transforms.read(path)
         except (OSError, ValueError) as error:

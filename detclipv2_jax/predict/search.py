@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from detclipv2_jax.data.transforms import Photo
-from detclipv2_jax.inference import Found, Predictor
+from detclipv2_jax.inference import Found, Predictor, vocabulary
 from detclipv2_jax.inference.exemplars import Exemplars
 
 Key = TypeVar("Key")
@@ -30,6 +31,22 @@ class Search(Generic[Key]):
     def names(self) -> tuple[str, ...]:
         """The names of the labels."""
         return self.predictor.vocabulary(self.words, self.exemplars)[0]
+
+    def described(self) -> dict[str, Any]:
+        """Returns all that results depend on, as json has it."""
+        shown = {
+            name: [[str(image), [float(side) for side in box]] for image, box in examples]
+            for name, examples in self.exemplars.items()
+        }
+        config = self.predictor.config
+        return {
+            "words": dict(self.words),
+            "exemplars": shown,
+            "weights": vocabulary.weights_key(self.predictor.params),
+            "configuration": json.loads(json.dumps([config.model.to_dict(), config.eval.to_dict()], default=str)),
+            "options": dict(self.settings),
+            "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
+        }
 
     def find(self, photos: Iterable[tuple[Key, Photo]]) -> Iterator[tuple[Key, Photo, Found]]:
         """Yields what is found on photos, in whatever order batches fill; boxes are in pixels of the photo itself."""

@@ -113,7 +113,7 @@ FAULTS = [
     ),
     *plant(
         "predict/__main__.py", "test_predict.py::test_boxes_of_a_photo_that_is_read_at_half_size_are_of_the_whole test_predict.py::test_everything_is_written",
-        ("to_coco(image_id=i + 1)", "to_coco(image_id=i)"),
+        ("id_of, num = {path: i + 1 for", "id_of, num = {path: i for"),
         slow=True,
     ),
     *plant(
