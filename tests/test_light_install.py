@@ -145,3 +145,14 @@ def test_a_step_trains_on_arrays_with_few_packages(micro):
         config_json.to_json(micro),
     )
     assert done.stdout.strip() == "1 1.0 True", done.stderr
+
+
+def test_the_floors_that_are_tried_are_those_that_are_asked_for():
+    asked = dict(
+        re.fullmatch(r"([\w-]+)>=([\d.]+).*", line).groups()
+        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
+    lines = [line for line in (ROOT / ".ci" / "floors.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 8
+    for name, version in (line.split("==") for line in lines):
+        assert f"{version}.".startswith(f"{asked[name]}."), name
