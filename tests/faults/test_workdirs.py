@@ -1,8 +1,10 @@
 """Damaged checkpoints, full and read-only disks, and two runs in one workdir, on real files."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import pathlib
 import re
 import resource
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -178,6 +181,40 @@ def test_a_read_only_workdir_is_refused_before_anything_is_done(small_disk):
             workdir.only_run(folder),
         ):
             pass
+
+
+def test_what_is_said_of_a_disk_that_takes_no_more(tmp_path, monkeypatch):
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(workdir.shutil, "disk_usage", lambda folder: usage)
+    with workdir.room(tmp_path, 1000):  # just enough
+        pass
+    with (
+        pytest.raises(workdir.WorkdirError, match="no room for a file: it needs"),
+        workdir.room(tmp_path, 1001, what="a file"),
+    ):
+        pass
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        reason = os.strerror(number)
+        with pytest.raises(workdir.WorkdirError, match=rf"MB left \({reason}\)"), workdir.room(tmp_path):
+            raise RuntimeError(f"of a library: {reason}")
+    with pytest.raises(PermissionError), workdir.room(tmp_path):
+        raise PermissionError(errno.EACCES, "not allowed")
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def fails(context):
+        with context:
+            shutil.rmtree(folder)
+            raise ValueError("no such file")
+
+    for context in (workdir.room(folder), workdir.only_run(folder)):
+        with pytest.raises(workdir.WorkdirError, match="run was removed while this run was using it"):
+            fails(context)
+    with pytest.raises(ValueError, match="another cause"), workdir.only_run(folder):
+        raise ValueError("another cause")
 
 
 def test_text_files_are_there_whole_or_as_they_were(tmp_path):

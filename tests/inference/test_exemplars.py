@@ -154,6 +154,7 @@ WRONG = {
     "inverted": ({"a": [("photo.jpg", (9, 5, 5, 9))]}, "has no area"),
     "outside": ({"a": [("photo.jpg", (200, 5, 220, 20))]}, "does not lie on the photo, which is 128 px wide, 64 high"),
     "half outside": ({"a": [("photo.jpg", (100, 5, 140, 20))]}, "does not lie on the photo"),
+    "five pixels outside": ({"a": [("photo.jpg", (100, 5, 133, 20))]}, "does not lie on the photo"),
     "at the rim": ({"a": [("photo.jpg", (128, 5, 128.9, 20))]}, "does not lie on the photo"),
 }
 
@@ -237,6 +238,18 @@ def test_examples_of_a_whole_data_set(tmp_path, caplog):
         assert len(set(photos)) == 3
         orders.add(tuple(photos))
     assert len(orders) > 1
+
+
+def test_categories_of_one_name_are_one_query(tmp_path):
+    path = coco(tmp_path, [(image, category, [5, 5, 9, 9], {}) for image in (1, 2, 3) for category in (1, 3)])
+    path.write_text(path.read_text().replace('"absent"', '"red cup"'))
+    options = {"images": str(tmp_path), "per_class": 2}
+    found = exemplars.from_coco(path, **options)
+    assert {name: len(examples) for name, examples in found.items()} == {"red cup": 2}
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][:2]  # one box of each
+    path.write_text(json.dumps(content))
+    assert len(exemplars.from_coco(path, **options)["red cup"]) == 2
 
 
 def test_wrong_data_sets_of_examples(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from detclipv2_jax.data import transforms
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference import Detector, Limits, Photos, Predictor, vocabulary
+from detclipv2_jax.inference import Detector, Found, Limits, Photos, Predictor, vocabulary
 from detclipv2_jax.inference.detect import detect
 from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.runs import sharding
@@ -286,6 +286,37 @@ def test_predictor_finds_words_on_images_of_any_size(predictor, tmp_path):
     for a, b in zip([found[0], found[2]], alone, strict=True):
         np.testing.assert_allclose(a.boxes, b.boxes, rtol=1e-5)
         assert a.names == b.names
+
+
+def test_every_image_is_found_once_in_batches_of_one_size(predictor, monkeypatch):
+    sizes, predict = [], predictor.detector.predict
+
+    def counted(params, photos, *more):
+        sizes.append(len(photos.image))
+        return predict(params, photos, *more)
+
+    monkeypatch.setattr(predictor.detector, "predict", counted)
+    image = planted.paint((40, 50), {"red": (10, 10, 30, 30)})
+    assert [i for i, _ in predictor.iterate([image] * 3, ["red"], batch_size=2)] == [0, 1, 2]
+    assert sizes == [2, 2]
+
+
+def test_what_was_found_is_written_and_drawn(monkeypatch):
+    boxes = np.array([[2.3333, 4, 20, 18.66666], [20, 10, 40, 30]], np.float32)
+    found = Found(boxes, np.array([0.9, 0.3], np.float32), np.array([1, 0]), ("cat", "dog"), (60, 80))
+    assert found.to_coco(image_id=3) == [
+        {"image_id": 3, "category_id": 2, "bbox": [2.333, 4.0, 17.667, 14.667], "score": 0.9, "name": "dog"},
+        {"image_id": 3, "category_id": 1, "bbox": [20.0, 10.0, 20.0, 20.0], "score": 0.3, "name": "cat"},
+    ]
+    pixels = np.full((60, 80, 3), 128, np.uint8)
+    first = Found(boxes[:1], found.scores[:1], found.labels[:1], found.vocabulary, found.size).plot(pixels)
+    for options in ({"max_drawn": 1}, {"min_score": 0.31}):
+        np.testing.assert_array_equal(found.plot(pixels, **options), first)
+    assert not np.array_equal(found.plot(pixels, min_score=0.3), first)
+    # a photo that was read at half its size
+    monkeypatch.setattr(transforms, "read", lambda path: transforms.Photo(pixels, (120, 160)))
+    twice = Found(2 * boxes, found.scores, found.labels, found.vocabulary, (120, 160))
+    np.testing.assert_array_equal(twice.plot("a.jpg"), found.plot(pixels))
 
 
 def test_predictor_says_what_is_wrong(predictor, tmp_path):

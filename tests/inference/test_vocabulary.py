@@ -36,6 +36,10 @@ def test_stored_words_are_not_encoded_again(tmp_path):
     again, tower = _cache(tmp_path / "words")
     np.testing.assert_array_equal(again(["cat", "red car"]), first)
     assert not tower.encoded
+    again.remember(["dog"], first)
+    assert again(["dog"]) is first
+    assert not tower.encoded
+    assert len(again.path(["cat"]).stem) == 16  # digits of a hash
     assert [path.suffix for path in (tmp_path / "words").iterdir()] == [".npz"]
 
 
@@ -109,6 +113,10 @@ def test_long_texts_are_named_once(caplog):
         vocabulary.warn_truncated(["cat", long, long + " again"], max_length=16)
         vocabulary.warn_truncated(["cat", "a b c d e f g h i j k l m n"], max_length=16)  # the second has just 16
     (record,) = caplog.records
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        vocabulary.warn_truncated([f"{i} {long}" for i in range(4)], max_length=16)
+    assert [f"“{i} {long}”" in caplog.records[1].getMessage() for i in range(4)] == [True, True, True, False]
+    assert caplog.records[1].getMessage().endswith("” …")
     assert record.getMessage().startswith("2 of 3 concepts have more than 16 tokens and lose their end: “a very long")
 
 

@@ -67,6 +67,16 @@ def test_the_stop_signal_of_a_single_process_is_remembered_and_given_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping(2)
     assert signal.getsignal(signal.SIGTERM) is before
+    with processes.stop_signal() as stopping:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stopping(1) == signal.SIGINT  # the first
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with processes.stop_signal():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def test_joining_is_left_alone_where_nothing_says_that_there_are_several(monkeypatch):
@@ -87,20 +97,33 @@ def test_joining_is_left_alone_where_nothing_says_that_there_are_several(monkeyp
     "variables",
     [
         {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+        {"COORDINATOR_ADDRESS": "host:2"},
         {"SLURM_NTASKS": "8"},
+        {"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"},
         {"TPU_WORKER_HOSTNAMES": "a,b"},
     ],
 )
 def test_joining_is_automatic_where_variables_say_so(monkeypatch, variables):
-    joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: joined.append(options))
+    joined, library = [], processes.distributed._jax
+    monkeypatch.setattr(library, "get_distributed_runtime_service", lambda **options: joined.append(options))
+    service = library.get_distributed_runtime_service
+
+    def initialize(**options):
+        library.get_distributed_runtime_service()
+        joined.append(options)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes, "_client", lambda: Client({}))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     processes.join("auto", timeout_s=60)
-    (options,) = joined
-    assert options["coordinator_address"] == variables.get("JAX_COORDINATOR_ADDRESS")
-    assert options["heartbeat_timeout_seconds"] == 60 < options["initialization_timeout"]
+    registration, options = joined
+    assert registration == {"cluster_register_timeout": 60}
+    assert library.get_distributed_runtime_service is service  # as before
+    address = variables.get("JAX_COORDINATOR_ADDRESS") or variables.get("COORDINATOR_ADDRESS")
+    assert options["coordinator_address"] == address
+    assert options["heartbeat_timeout_seconds"] == options["shutdown_timeout_seconds"] == 60
+    assert options["initialization_timeout"] == 90
     assert options.get("process_id") == (1 if "JAX_PROCESS_ID" in variables else None)
 
 
@@ -111,19 +134,22 @@ class Client:
         self.values = values
 
     def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values
         self.values[key] = value
 
     def key_value_try_get(self, key):
         return self.values[key]
 
     def wait_at_barrier(self, name, timeout_ms):
-        pass
+        self.waited = name, timeout_ms
 
 
 def test_another_configuration_on_one_host_is_an_error(monkeypatch):
     client = Client({})
     monkeypatch.setattr(processes, "_client", lambda: client)
-    processes.check_same("a", what="configuration", timeout_s=1)
+    for value in ("z", "a"):  # of a run before in the same processes
+        processes.check_same(value, what="configuration", timeout_s=7)
+    assert client.waited == ("configuration", 7000)
     monkeypatch.setattr(jax, "process_index", lambda: 3)
     processes.check_same("a", what="configuration", timeout_s=1)
     with pytest.raises(ValueError, match=r"configuration of process 3 .* differs from that of process 0"):
