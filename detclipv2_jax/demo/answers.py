@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from detclipv2_jax.colors import color_of, hex_color
 from detclipv2_jax.demo import album as album_lib
 from detclipv2_jax.demo.album import Album, Entry
 from detclipv2_jax.inference import Found, Predictor, parse_words, vocabulary
@@ -82,7 +83,9 @@ class Answers:
         found = self._found(request)
         entry = self.album.get(request.get("photo"))
         rows = [row | {"file_name": entry.name} for row in found.to_coco()]
-        return {"rows": rows, "num_names": len(found.vocabulary), "seconds": round(time.perf_counter() - begin, 3)}
+        colors = {name: hex_color(color_of(name)) for name in found.names}
+        seconds = round(time.perf_counter() - begin, 3)
+        return {"rows": rows, "colors": colors, "num_names": len(found.vocabulary), "seconds": seconds}
 
     def picture(self, request: dict[str, Any]) -> bytes:
         """Returns the photo with the boxes of at least the score `threshold`, as a PNG."""
@@ -117,13 +120,15 @@ class Answers:
         shown = Image.fromarray(pixels)
         shown.thumbnail((MAP_SIDE_PX, MAP_SIDE_PX))
         small = np.asarray(shown)
+        low, high = float(np.min(found.maps)), float(np.max(found.maps))  # one scale, so that maps can be compared
         rows = []
         for text, box, score, values in zip(listed, found.boxes, found.scores, found.maps, strict=True):
-            picture = album_lib.encoded(Image.fromarray(drawing.heat(small, values)), "PNG")
+            picture = album_lib.encoded(Image.fromarray(drawing.heat(small, values, low=low, high=high)), "PNG")
             row = {"text": text, "box": box.round(2).tolist(), "score": round(float(score), 3)}
-            low, high = float(values.min()), float(values.max())
             map_url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-            rows.append(row | {"low": round(low, 3), "high": round(high, 3), "map": map_url})
+            rows.append(
+                row | {"low": round(low, 3), "high": round(high, 3), "map": map_url, "color": hex_color(color_of(text))}
+            )
         return {"phrases": rows, "seconds": round(time.perf_counter() - begin, 3)}
 
     def _turn(self) -> _Turn:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.data.selection import file_name
 from detclipv2_jax.data.streams import EvalStream, eval_streams
 from detclipv2_jax.eval import coco, lvis, names, proposals
 from detclipv2_jax.eval.detections import Found
@@ -193,7 +194,6 @@ class Evaluator:
     def _draw(self, sample: _Sample, *, path: pathlib.Path, step: int) -> None:
         """Writes one picture: annotated boxes at the left, at the right as many found ones."""
         truth, image = self._truth.truth, int(self._truth.images[sample.example_id])
-        image_id = truth.image_ids.ids[image]
         rows = np.flatnonzero(truth.image == image)
         boxes = np.concatenate([truth.boxes[rows, :2], truth.boxes[rows, :2] + truth.boxes[rows, 2:]], axis=1)
         label_of = np.argsort(self._truth.categories)
@@ -205,7 +205,7 @@ class Evaluator:
             scores=sample.scores,
             max_drawn=min(20, max(3, len(rows))),
             truth=(boxes * sample.scale, label_of[truth.category[rows]].astype(np.int32)),
-            title=f"image {image_id} after {step} steps",
+            title=f"{file_name(truth.images[image])} after {step} steps",
             path=path,
         )
 

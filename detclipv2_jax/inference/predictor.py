@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
+from detclipv2_jax.colors import color_of
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import exemplars as exemplars_lib
 from detclipv2_jax.inference import tiles, vocabulary
@@ -77,20 +78,19 @@ class Found:
 
     def plot(self, image: Any, *, min_score: float = 0.0, max_drawn: int = 20) -> Image.Image:
         """Returns the image (path or RGB array) with the best boxes, their words and scores; a notebook shows it."""
+        from anyascii import anyascii
+
         is_path = isinstance(image, (str, os.PathLike))
         photo = transforms.read(image) if is_path else transforms.Photo(image, image.shape[:2])
         picture = Image.fromarray(photo.pixels)
         draw, line = ImageDraw.Draw(picture), max(1, max(picture.size) // 300)
         font = ImageFont.load_default(max(10, max(picture.size) // 45))
-        best = list(
-            zip(
-                (self.boxes * photo.scale).tolist(), self.names, self.scores.tolist(), self.labels.tolist(), strict=True
-            )
-        )
-        for box, name, score, label in reversed([row for row in best if row[2] >= min_score][:max_drawn]):
-            color = f"hsl({label * 137 % 360}, 85%, 40%)"  # the golden angle: neighbours in the list differ
+        best = list(zip((self.boxes * photo.scale).tolist(), self.names, self.scores.tolist(), strict=True))
+        for box, name, score in reversed([row for row in best if row[2] >= min_score][:max_drawn]):
+            color = color_of(name)
             draw.rectangle(box, outline=color, width=line)
-            draw.text(box[:2], f"{name} {score:.2f}", fill="white", font=font, stroke_width=line, stroke_fill=color)
+            text = f"{anyascii(name)} {score:.2f}"  # the font has few letters
+            draw.text(box[:2], text, fill="white", font=font, stroke_width=line, stroke_fill=color)
         return picture
 
 

@@ -46,6 +46,7 @@ def draw(
         num_images=len(images),
         maps=np.asarray(found.maps),
         caption=caption,
+        title="" if isinstance(images[index], np.ndarray) else pathlib.Path(images[index]).name,
         path=path,
     )
 
@@ -89,5 +90,6 @@ def draw_batch(
             num_images=photos.image.shape[0],
             maps=aligned.photo_maps(batch.extent[i]),
             caption=caption,
+            title=f"example {batch.example_id[i]}",
             path=pathlib.Path(folder) / f"{name}_{i}.jpg",
         )

@@ -19,8 +19,11 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
-from detclipv2_jax.visualize import drawing
+from detclipv2_jax.colors import PALETTE, hex_color, nth_color
+from detclipv2_jax.visualize import drawing, letters
 
 Line = tuple[np.ndarray, np.ndarray]  # steps, values
 Series = dict[str, Line]  # by name
@@ -44,7 +47,7 @@ def curves(
     """
     panels = _panels(read_metrics(metrics))
     groups = sorted({group for lines in panels.values() for group in lines} - {"", *_GROUPS})
-    colors = {group: hex_color(drawing.nth_color(i)) for i, group in enumerate([*_GROUPS, *groups])} | {"": "#191919"}
+    colors = {group: hex_color(nth_color(i)) for i, group in enumerate([*_GROUPS, *groups])} | {"": "#191919"}
     single: dict[str, Series] = {}
     bars = dict[str, tuple[float, str]]()  # value and colour
     if names:
@@ -130,26 +133,33 @@ def lines(
     *,
     x: str,
     y: str,
+    mark: tuple[float, str] | None = None,
     path: str | pathlib.Path | None = None,
 ) -> drawing.Picture:
     """Returns one panel with a colour and a marker a name: thin every line (x, y) of it, thick their mean.
 
-    Lines of a name are of one length. `x` and `y` are what the axes are called.
+    Lines of a name are of one length. `x` and `y` are what the axes are called; `mark` is an x and what happens there.
     """
-    figure = Figure(figsize=(7.0, 4.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.4, 5.2), dpi=100, layout="constrained")
     axes = figure.subplots()
+    if mark:
+        axes.axvline(mark[0], color="0.5", linestyle="--", linewidth=1.0)
+        axes.annotate(
+            mark[1], (mark[0], 0.0), xycoords=("data", "axes fraction"), xytext=(-6, 8), textcoords="offset points",
+            ha="right", va="bottom", fontsize=9, color="0.3",
+        )  # fmt: skip
     for i, (name, named_lines) in enumerate(series.items()):
-        color = hex_color(drawing.nth_color(i))
+        color = hex_color(nth_color(i))
         for places, values in named_lines:
             axes.plot(places, values, color=color, linewidth=0.6, alpha=0.5)
         mean = np.mean(np.array(named_lines), axis=0)
-        axes.plot(*mean, color=color, linewidth=2.0, marker="os^Dv"[i % 5], label=f"{name} ({len(named_lines)})")
+        axes.plot(*mean, color=color, linewidth=2.0, marker="os^Dv"[i % 5], label=f"{name} ({len(named_lines)} runs)")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_ylim(bottom=0.0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="(runs)", frameon=False, fontsize=9)
+    axes.legend(title="thick: mean of the runs; thin: each run", frameon=False, fontsize=9)
     return render(figure, path)
 
 
@@ -171,7 +181,7 @@ def trade_off(
     shares, new, old = np.array(points).T
     figure = Figure(figsize=(6.0, 4.6), dpi=100, layout="constrained")
     axes = figure.subplots()
-    line, mark = (hex_color(color) for color in drawing.PALETTE[:2])
+    line, mark = (hex_color(color) for color in PALETTE[:2])
     axes.plot(100 * new, 100 * old, color=line, linewidth=2.0, marker="o")
     axes.plot(100 * new[chosen], 100 * old[chosen], color=mark, marker="*", markersize=18)
     for share, x, y in zip(shares, 100 * new, 100 * old, strict=True):
@@ -195,8 +205,8 @@ def bars(
     order = np.argsort(values, kind="stable")
     figure = Figure(figsize=(9.0, 0.45 * len(names) + 0.8), dpi=100, layout="constrained")
     axes = figure.subplots()
-    colors = [hex_color(drawing.PALETTE[1 if i == marked else 0]) for i in order]
-    axes.barh([names[i] for i in order], np.asarray(values)[order], color=colors)
+    colors = [hex_color(PALETTE[1 if i == marked else 0]) for i in order]
+    axes.barh([letters.plain(names[i]) for i in order], np.asarray(values)[order], color=colors)
     axes.set_xlabel(x)
     axes.spines[["top", "right"]].set_visible(False)
     return render(figure, path)
@@ -205,22 +215,44 @@ def bars(
 def histograms(
     rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], *, path: str | pathlib.Path | None = None
 ) -> drawing.Picture:
-    """Returns a panel for each histogram, those of one row beside each other.
+    """Returns a row a stream and a column a quantity; what is always the same in all streams is a line below.
 
     Args:
-      rows: title of the row → name of the quantity → (edges [n + 1], counts [n]).
+      rows: title of the row → name of the quantity → (edges [n + 1] that are whole, counts [n]).
       path: where to write the picture.
     """
-    columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(4.2 * columns, 2.6 * len(rows) + 0.2), dpi=100, layout="constrained")
-    for line, (title, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
-        for axes in line[len(panels) :]:
-            axes.set_axis_off()
-        for axes, (name, (edges, counts)) in zip(line, panels.items(), strict=False):
-            axes.stairs(counts, edges, fill=True, color=hex_color(drawing.PALETTE[0]))
+    names = list(dict.fromkeys(name for panels in rows.values() for name in panels))
+    constant = {
+        name: {title: panels[name][0][0] for title, panels in rows.items() if name in panels}
+        for name in names
+        if all(len(panels[name][1]) == 1 and np.ptp(panels[name][0]) == 1 for panels in rows.values() if name in panels)
+    }
+    columns = [name for name in names if name not in constant] or names[:1]
+    figure = Figure(figsize=(3.4 * len(columns), 2.6 * len(rows) + 0.2), dpi=100, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (title, panels) in zip(grid, rows.items(), strict=True):
+        for axes, name in zip(line, columns, strict=True):
+            if name not in panels:
+                axes.set_axis_off()
+                continue
+            edges, counts = panels[name]
             axes.set_title(f"{title}\n{name}", fontsize=11)
+            # a bar is centred over its whole numbers
+            axes.stairs(counts, edges - 0.5, fill=True, facecolor=hex_color(PALETTE[0]), edgecolor="white")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.set_ylabel("how many", fontsize=9)
             axes.tick_params(labelsize=9)
+            axes.grid(axis="y", color="0.9")
+            axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
+    said = [
+        f"{name}: always " + ", ".join(f"{value:g} ({title})" for title, value in values.items())
+        if len(set(values.values())) > 1
+        else f"{name}: always {next(iter(values.values())):g}"
+        for name, values in constant.items()
+    ]
+    figure.supxlabel("\n".join(said), fontsize=10)
     return render(figure, path)
 
 
@@ -245,11 +277,9 @@ def read_metrics(path: str | pathlib.Path) -> Series:
 
 def render(figure: Figure, path: str | pathlib.Path | None) -> drawing.Picture:
     """Returns the figure as a picture, written to `path` if one is given."""
+    for text in figure.findobj(Text):
+        text.set_text(letters.plain(text.get_text()))
+        text.set_parse_math(False)  # a $ is a $
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return drawing.save(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]), path)
-
-
-def hex_color(color: drawing.Color) -> str:
-    """Returns a colour as matplotlib takes it."""
-    return "#{:02x}{:02x}{:02x}".format(*color)

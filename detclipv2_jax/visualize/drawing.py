@@ -8,44 +8,20 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from detclipv2_jax.colors import Color
+from detclipv2_jax.visualize.letters import Letters
 
 Picture = UInt8[np.ndarray, "h w 3"]
-Color = tuple[int, int, int]
-PALETTE: tuple[Color, ...] = (
-    (0, 114, 178),
-    (230, 159, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (213, 94, 0),
-    (86, 180, 233),
-    (240, 228, 66),
-)
 INK, PAPER, PALE = (25, 25, 25), (255, 255, 255), (110, 110, 110)
 MARGIN_PX = 12
 MAX_SIDE_PX, MIN_SIDE_PX = 1600, 900  # photos are shown with their long side between these
 
 
-def nth_color(index: int) -> Color:
-    """Returns a colour; after the palette's end it comes again, darker."""
-    cycle, place = divmod(index, len(PALETTE))
-    red, green, blue = (round(channel * 0.6 ** (cycle % 3)) for channel in PALETTE[place])
-    return red, green, blue
-
-
-def colors_of(labels: np.ndarray) -> dict[int, Color]:
-    """Returns a colour for every label that occurs, in order of occurrence."""
-    return {int(label): nth_color(i) for i, label in enumerate(dict.fromkeys(int(label) for label in labels))}
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
-
-
 def text_block(text: str, *, width: int, size: int, bold: bool = False, color: Color = INK) -> Picture:
     """Returns lines of text, wrapped at spaces to `width` px."""
-    font = _font(size, bold=bold)
+    font = Letters(size, bold=bold)
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -60,13 +36,13 @@ def text_block(text: str, *, width: int, size: int, bold: bool = False, color: C
     image = Image.new("RGB", (width, step * len(lines) + size // 2), PAPER)
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        draw.text((0, i * step), line, fill=color, font=font)
+        font.write(draw, (0, i * step), line, fill=color)
     return np.asarray(image)
 
 
 def legend(entries: Sequence[tuple[Color, str]], *, width: int) -> Picture:
     """Returns coloured squares with their texts, in as many lines as needed."""
-    font, size = _font(15), 16
+    font, size = Letters(15), 16
     places, x, y = [], 0, 0
     for color, text in entries:
         length = size + 6 + round(font.getlength(text)) + 22
@@ -78,7 +54,7 @@ def legend(entries: Sequence[tuple[Color, str]], *, width: int) -> Picture:
     draw = ImageDraw.Draw(image)
     for x, y, color, text in places:
         draw.rectangle((x, y + 2, x + size, y + 2 + size), fill=color, outline=INK)
-        draw.text((x + size + 6, y), text, fill=INK, font=font)
+        font.write(draw, (x + size + 6, y), text, fill=INK)
     return np.asarray(image)
 
 
@@ -105,20 +81,30 @@ def photo(
         x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=PAPER, width=line + 2)  # a rim on any background
         draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
-    font = _font(max(12, min(15, round(max(size) / 55))))
+    font = Letters(max(12, min(15, round(max(size) / 55))))
     taken: list[tuple[float, float, float, float]] = []
     for box, text, color in zip(boxes, texts, colors, strict=True):
-        if text:
-            text = _shorten(text, font, size[0] - 8)
-            place = place_label(box, _label_size(text, font), size, taken)
+        line_of_text = _shorten(" ".join(text.split()), font, size[0] - 8)
+        place = place_label(box, _label_size(line_of_text, font), size, taken) if line_of_text else None
+        if place:
             taken.append(place)
-            dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140
-            draw.rectangle(place, fill=color, outline=PAPER)
-            draw.text((place[0] + 3, place[1] + 1), text, fill=PAPER if dark else INK, font=font)
+            _draw_label(draw, place, line_of_text, box, color, font)
     return np.asarray(picture)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _draw_label(
+    draw: ImageDraw.ImageDraw, place: Sequence[float], text: str, box: np.ndarray, color: Color, font: Letters
+) -> None:
+    x1, y1, x2, y2 = place
+    near = min(max(box[0], (x1 + x2) / 2), box[2]), min(max(box[1], (y1 + y2) / 2), box[3])
+    if not (x1 - 1 <= near[0] <= x2 + 1 and y1 - 1 <= near[1] <= y2 + 1):  # a label that stands away from its box
+        draw.line((*near, (x1 + x2) / 2, (y1 + y2) / 2), fill=color, width=2)
+    dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140
+    draw.rectangle((x1, y1, x2, y2), fill=color, outline=PAPER)
+    font.write(draw, (x1 + 3, y1 + 1), text, fill=PAPER if dark else INK)
+
+
+def _shorten(text: str, font: Letters, width: float) -> str:
     """Returns as much of the text as `width` px hold."""
     if font.getlength(text) <= width:
         return text
@@ -127,35 +113,38 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text + "…"
 
 
-def _label_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[float, float]:
+def _label_size(text: str, font: Letters) -> tuple[float, float]:
     return font.getlength(text) + 6, round(font.size * 1.3) + 2
 
 
 def place_label(
     box: np.ndarray, label: tuple[float, float], size: tuple[int, int], taken: Sequence[tuple[float, ...]]
-) -> tuple[float, float, float, float]:
-    """Returns where a label goes: at its box, inside the photo, where it covers the least of other labels."""
+) -> tuple[float, float, float, float] | None:
+    """Returns where a label covers no other one, inside the photo: at its box or, where all is taken, near it.
+
+    None: nowhere is room for it.
+    """
     width, height = label
     x1, y1, x2, y2 = box
     places = [
         (x, y)
-        for y in (y1 - height, y1, y2, y2 - height, (y1 + y2 - height) / 2, y1 - 2 * height, y2 + height)
+        for y in (y1 - height, y1, y2, y2 - height, (y1 + y2 - height) / 2)
         for x in (x1, x2 - width, (x1 + x2 - width) / 2, x2, x1 - width)
     ]
-
-    def inside(place: tuple[float, float]) -> tuple[float, float, float, float]:
-        x = min(max(place[0], 0), max(size[0] - width - 1, 0))
-        y = min(max(place[1], 0), max(size[1] - height - 1, 0))
-        return x, y, x + width, y + height
-
-    def covered(place: tuple[float, float, float, float]) -> float:
-        return sum(
-            max(0, min(place[2], other[2]) - max(place[0], other[0]))
-            * max(0, min(place[3], other[3]) - max(place[1], other[1]))
-            for other in taken
-        )
-
-    return min(map(inside, places), key=covered)  # the first of equals
+    most = np.maximum(np.array(size) - label - 1, 0)
+    at_box = np.clip(np.array(places, np.float64), 0, most)
+    anywhere = np.stack(np.meshgrid(*(np.append(np.arange(0, end, 6), end) for end in most)), axis=-1).reshape(-1, 2)
+    gap = np.maximum(np.maximum(box[:2] - anywhere - label, anywhere - box[2:]), 0)
+    nearest = anywhere[np.argsort(np.hypot(*gap.T), kind="stable")]
+    for corners in (at_box, nearest):
+        free = np.ones(len(corners), bool)
+        for left, top, right, bottom in taken:
+            x, y = corners.T
+            free &= (x >= right) | (x + width <= left) | (y >= bottom) | (y + height <= top)
+        if free.any():
+            x, y = corners[free.argmax()].tolist()
+            return x, y, x + width, y + height
+    return None
 
 
 def hatch_padding(image: Picture, extent: np.ndarray) -> Picture:
@@ -168,9 +157,8 @@ def hatch_padding(image: Picture, extent: np.ndarray) -> Picture:
     return np.where(padding[..., None], stripes[..., None], image)
 
 
-def heat(image: Picture, similarity: Float[np.ndarray, "h w"]) -> Picture:
-    """Returns the grey photo under a map from its lowest (dark) to its highest value (bright)."""
-    low, high = float(np.min(similarity)), float(np.max(similarity))
+def heat(image: Picture, similarity: Float[np.ndarray, "h w"], *, low: float, high: float) -> Picture:
+    """Returns the grey photo under a map, which is dark where it is `low` and bright where it is `high`."""
     level = (similarity - low) / max(high - low, 1e-12)
     size = (image.shape[1], image.shape[0])
     level = np.asarray(Image.fromarray(level.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
@@ -179,6 +167,21 @@ def heat(image: Picture, similarity: Float[np.ndarray, "h w"]) -> Picture:
     gray = image.astype(np.float32).mean(axis=-1, keepdims=True)
     opacity = 0.3 + 0.4 * level
     return ((1 - opacity) * gray + opacity * colors).astype(np.uint8)
+
+
+def color_bar(*, low: float, high: float, title: str, width: int) -> Picture:
+    """Returns the scale of `heat`: its colours on a grey photo, with five numbers below."""
+    font, height = Letters(13), 18
+    bar = heat(np.full((height, width, 3), 128, np.uint8), np.linspace(low, high, width)[None], low=low, high=high)
+    numbers = Image.new("RGB", (width, 20), PAPER)
+    draw = ImageDraw.Draw(numbers)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        text, x = f"{low + share * (high - low):.2f}", share * (width - 1)
+        draw.line((x, 0, x, 3), fill=INK)
+        length = font.getlength(text)
+        font.write(draw, (min(max(x - length / 2, 0), width - length), 3), text, fill=INK)
+    heading = text_block(title, width=width, size=13)
+    return np.concatenate([heading, bar, np.asarray(numbers)])
 
 
 def stack(parts: Sequence[Picture]) -> Picture:

@@ -1,7 +1,7 @@
 """Figures: detections on a photo, a training batch, word-region alignment, targets, sampling.
 
-Every function takes arrays, returns the picture as uint8[h, w, 3] and writes it to `path` if one is given. Colours are
-Okabe and Ito's, which colour-blind readers can tell apart; every box also carries its word.
+Every function takes arrays, returns the picture as uint8[h, w, 3] and writes it to `path` if one is given. A name has
+one colour in all pictures; every box also carries its word, since some colours are alike.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from pycocotools import mask as boxes_lib
 
+from detclipv2_jax.colors import color_of, hex_color, nth_color
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors, atss
@@ -63,7 +64,7 @@ def detections(
         shown = shown[_places(boxes[shown], max_iou)][: None if len(good) else NUM_WEAK]
     shown = shown[:max_drawn]
     present = np.concatenate([labels[shown]] + ([] if truth is None else [truth[1]])).astype(int)
-    colors = drawing.colors_of(present)
+    colors = {label: color_of(names[label]) for label in dict.fromkeys(present.tolist())}
     note = _count_note(num_shown=len(shown), num_boxes=len(boxes), scores=scores, min_score=min_score)
 
     def panel(boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray | None, heading: str) -> drawing.Picture:
@@ -108,12 +109,11 @@ def training_batch(
     cells = []
     for i in range(min(max_images, len(batch.image))):
         rows = batch.box_concepts[i][batch.box_mask[i]]
-        colors = drawing.colors_of(rows)
         photo = drawing.photo(
             drawing.hatch_padding(batch.image[i], batch.extent[i]),
             batch.boxes[i][batch.box_mask[i]],
             [texts[row] for row in rows],
-            [colors[row] for row in rows],
+            [color_of(texts[row]) for row in rows],
             long_side=max(shown_width, round(shown_width * height / width)),
         )
         size, extent = ("×".join(map(str, sides)) for sides in (batch.original_size[i], batch.extent[i]))
@@ -122,7 +122,7 @@ def training_batch(
             caption, *phrases = (texts[row] for row in batch.caption_concepts[i][batch.caption_mask[i]])
             lines += [f"“{caption}”", *(f"· {phrase}" for phrase in phrases)]
         else:
-            lines.append(f"{len(rows)} boxes, {len(colors)} concepts")
+            lines.append(f"{len(rows)} boxes, {len(set(rows.tolist()))} concepts")
         cells.append(drawing.stack([photo, drawing.text_block("\n".join(lines), width=photo.shape[1], size=13)]))
     body = drawing.grid(cells, columns=max(1, 1440 // shown_width))
 
@@ -150,6 +150,7 @@ def alignment(
     num_images: int,
     maps: Float[np.ndarray, "m h w"],
     caption: str = "",
+    title: str = "",
     path: str | pathlib.Path | None = None,
 ) -> drawing.Picture:
     """Returns the paper's Figure 1 for one photo: the best region of every phrase, and where each phrase is similar.
@@ -165,12 +166,14 @@ def alignment(
       num_images: images in that batch.
       maps: similarity over the photo (any resolution; it is stretched over the whole photo).
       caption: text above the figure.
+      title: what the photo is called, above the caption.
       path: where to write the picture.
     """
     height, width, _ = image.shape
     shown_width = 440 if width >= height else 320
     long_side = max(shown_width, round(shown_width * height / width))
-    colors = [drawing.nth_color(i) for i in range(len(phrases))]
+    colors = [color_of(phrase) for phrase in phrases]
+    low, high = float(np.min(maps)), float(np.max(maps))
     numbered = [f"{i} {phrase}" for i, phrase in enumerate(phrases, start=1)]
 
     def cell(heading: str, picture: drawing.Picture) -> drawing.Picture:
@@ -178,16 +181,18 @@ def alignment(
 
     cells = [cell("best region of every phrase", drawing.photo(image, boxes, numbered, colors, long_side=long_side))]
     for i, name in enumerate(numbered):
-        low, high = np.min(maps[i]), np.max(maps[i])
-        heading = f"{name}\nscore {scores[i]:.2f}, rank {ranks[i]} of {num_images}\ndark {low:.2f} to bright {high:.2f}"
-        heat = drawing.heat(image, maps[i])
+        heading = f"{name}\nscore {scores[i]:.2f}, rank {ranks[i]} of {num_images}"
+        heat = drawing.heat(image, maps[i], low=low, high=high)
         cells.append(cell(heading, drawing.photo(heat, boxes[i : i + 1], [""], [colors[i]], long_side=long_side)))
     body = drawing.grid(cells, columns=max(1, 1440 // shown_width), bottom=True)
-    parts = [drawing.text_block(f"“{caption}”", width=body.shape[1], size=18, bold=True)] if caption else []
+    headings = [(title, False), (f"“{caption}”" if caption else "", True)]
+    parts = [drawing.text_block(text, width=body.shape[1], size=18, bold=bold) for text, bold in headings if text]
+    scale = "similarity of phrase and place, one scale for all maps"
+    bar = drawing.color_bar(low=low, high=high, title=scale, width=min(body.shape[1], 440))
     footer = (
         f"score: similarity of the phrase and its best region; rank: place of the photo among {num_images}, 1 is best"
     )
-    parts += [body, drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)]
+    parts += [body, bar, drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)]
     return drawing.save(drawing.frame(drawing.stack(parts)), path)
 
 
@@ -214,7 +219,7 @@ def targets(
         positive, box_of = np.asarray(found.positive), np.asarray(found.box_index)
         axes.imshow(drawing.hatch_padding(batch.image[i], batch.extent[i]), extent=(0, width, height, 0))
         for n in np.flatnonzero(mask):
-            matched, color = positive & (box_of == n), charts.hex_color(drawing.nth_color(int(n)))
+            matched, color = positive & (box_of == n), hex_color(nth_color(int(n)))
             _outline(axes, batch.boxes[i, n], color, f"{texts[batch.box_concepts[i, n]]}: {matched.sum()}")
             axes.scatter(*centers[matched].T, s=3 * strides[matched], color=color, edgecolors="white", linewidths=0.8)
         axes.set_title(f"{mask.sum()} boxes, {positive.sum()} of {len(positive)} anchors", fontsize=11)
@@ -249,7 +254,7 @@ def sampling(
     height, width, _ = image.shape
     figure, panels = _panels(len(phrases), height / width)
     for i, (axes, phrase) in enumerate(zip(panels, phrases, strict=True)):
-        color = charts.hex_color(drawing.nth_color(i))
+        color = hex_color(nth_color(i))
         axes.imshow(image, extent=(0, width, height, 0))
         _outline(axes, boxes[i], color, "")
         axes.plot(*np.stack([regular[i], points[i]]).transpose(2, 0, 1), color="white", linewidth=1.2)

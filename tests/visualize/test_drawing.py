@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from detclipv2_jax.visualize import drawing
+from detclipv2_jax.visualize import drawing, letters
 
 
 def has(picture, color):
@@ -12,7 +12,7 @@ def has(picture, color):
 
 
 def test_text_is_wrapped_at_spaces_to_the_width():
-    width = int(drawing._font(15).getlength("one two")) + 1
+    width = int(letters.Letters(15).getlength("one two")) + 1
     wrapped = drawing.text_block("one two six\nten", width=width, size=15)
     np.testing.assert_array_equal(wrapped, drawing.text_block("one two\nsix\nten", width=width, size=15))
     assert wrapped.shape == (3 * 20 + 7, width, 3)  # a line is 1.3 times its size
@@ -28,7 +28,7 @@ def test_text_is_wrapped_at_spaces_to_the_width():
 
 def test_a_legend_goes_on_in_the_next_line():
     entries = [((200, 0, 0), "a"), ((0, 200, 0), "b"), ((0, 0, 200), "c")]
-    length = 16 + 6 + round(drawing._font(15).getlength("a")) + 22
+    length = 16 + 6 + round(letters.Letters(15).getlength("a")) + 22
     picture = drawing.legend(entries, width=2 * length + 2)
     assert picture.shape == (2 * 26, 2 * length + 2, 3)
     places = [[int(x.min()) for x in np.nonzero(has(picture, color))] for color, _ in entries]
@@ -76,7 +76,7 @@ def test_labels_are_legible_on_their_colour_and_no_wider_than_the_photo(color, t
 
 
 def test_a_label_keeps_its_beginning_and_all_that_fits():
-    font = drawing._font(12)
+    font = letters.Letters(12)
     width = font.getlength("abcde…")
     assert drawing._shorten("abcdefgh", font, width) == "abcde…"
     assert drawing._shorten("abcde", font, font.getlength("abcde")) == "abcde"
@@ -114,12 +114,12 @@ def test_cells_fill_rows():
 def test_a_map_is_dark_and_thin_where_it_is_low_and_bright_and_thick_where_it_is_high():
     photo = np.zeros((39, 60, 3), np.uint8) + np.array([90, 120, 150], np.uint8)  # grey 120
     similarity = np.repeat([[-2.0], [-1.0], [2.0]], 4, axis=1)
-    shown = drawing.heat(photo, similarity).astype(float)
+    shown = drawing.heat(photo, similarity, low=-2.0, high=2.0).astype(float)
     for row, level in ((0, 0.0), (19, 0.25), (38, 1.0)):
         color = np.array(matplotlib.colormaps["inferno"](level)[:3]) * 255
         opacity = 0.3 + 0.4 * level
         np.testing.assert_allclose(shown[row, 30], (1 - opacity) * 120 + opacity * color, atol=3)
-    assert drawing.heat(photo, np.ones((3, 3), np.float32)).shape == photo.shape  # no division by the range
+    assert drawing.heat(photo, np.ones((3, 3), np.float32), low=1.0, high=1.0).shape == photo.shape  # no division by 0
 
 
 def test_stripes_of_padding_are_diagonal():

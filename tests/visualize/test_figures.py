@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from micro import micro_config
 
+from detclipv2_jax.colors import PALETTE, color_of, hex_color, nth_color
 from detclipv2_jax.data import tokenizer, transforms
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
@@ -76,17 +77,13 @@ def test_curves_show_values_and_moving_means_and_their_groups(tmp_path, figure):
     np.testing.assert_allclose(thick.get_xydata(), np.stack([steps, mean], axis=1))
     assert thin.get_linewidth() < thick.get_linewidth()
     assert len(others) == 2
-    assert colors_of(line.get_color() for line in panels["loss"].lines) == [
-        charts.hex_color(drawing.PALETTE[i]) for i in (0, 0, 1, 1)
-    ]
+    assert colors_of(line.get_color() for line in panels["loss"].lines) == [hex_color(PALETTE[i]) for i in (0, 0, 1, 1)]
     np.testing.assert_allclose(panels["AP (%)"].lines[0].get_ydata()[[0, 99]], [-100, 10])
     assert panels["offset"].get_ylim() == (-0.5, 0.75)  # the first value hides no others
     assert [text.get_text() for text in panels["scores (%)"].get_yticklabels()] == ["top1"]
     (legend,) = figure.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["detection", "grounding", "eval", "timing"]
-    assert colors_of(line.get_color() for line in legend.get_lines()) == [
-        charts.hex_color(drawing.nth_color(i)) for i in (0, 1, 3, 4)
-    ]
+    assert colors_of(line.get_color() for line in legend.get_lines()) == [hex_color(nth_color(i)) for i in (0, 1, 3, 4)]
 
 
 def test_panels_stand_four_in_a_row(tmp_path, figure):
@@ -111,13 +108,15 @@ def test_lines_are_drawn_with_their_mean(figure):
     found = [(line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_label()) for line in axes.lines]
     assert [ys for _, ys, _ in found] == [[10, 20], [12, 28], [11, 21], [11, 23], [1, 2], [1, 2]]
     assert all(xs == [0.5, 1.0] for xs, _, _ in found)
-    assert [label for *_, label in found if label[0] != "_"] == ["with (3)", "without (1)"]
-    assert colors_of(line.get_color() for line in axes.lines) == [
-        charts.hex_color(drawing.PALETTE[i]) for i in (0, 0, 0, 0, 1, 1)
-    ]
+    assert [label for *_, label in found if label[0] != "_"] == ["with (3 runs)", "without (1 runs)"]
+    assert colors_of(line.get_color() for line in axes.lines) == [hex_color(PALETTE[i]) for i in (0, 0, 0, 0, 1, 1)]
     assert axes.lines[3].get_marker() != axes.lines[5].get_marker()
     assert axes.lines[3].get_linewidth() > axes.lines[0].get_linewidth()
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_ylim()[0]) == ("share", "AP", 0.0)
+    charts.lines(series, x="share", y="AP", mark=(0.75, "they part"))
+    (axes,) = figure.figure.axes
+    assert axes.lines[0].get_xdata() == [0.75, 0.75]
+    assert [text.get_text() for text in axes.texts] == ["they part"]
 
 
 def test_histograms_have_a_row_a_stream(figure):
@@ -129,7 +128,20 @@ def test_histograms_have_a_row_a_stream(figure):
     assert [axes.get_subplotspec().num1 for axes in shown] == [0, 1, 2]
     for axes, counts in zip(shown, ([4, 2], [1, 5], [7, 8]), strict=True):
         (stairs,) = axes.patches
-        assert (stairs.get_data().values.tolist(), stairs.get_data().edges.tolist()) == (counts, [0, 1, 3])
+        assert (stairs.get_data().values.tolist(), stairs.get_data().edges.tolist()) == (counts, [-0.5, 0.5, 2.5])
+        assert axes.get_ylabel()
+        assert all(place == round(place) for place in axes.get_xticks())
+
+
+def test_what_is_always_the_same_is_said_and_not_drawn(figure):
+    varied, one = (np.array([0, 1, 2]), [4, 2]), (np.array([3, 4]), [6])
+    charts.histograms(
+        {"a": {"boxes": varied, "side": one, "text": one}, "b": {"boxes": one, "side": (one[0] + 2, [5])}}
+    )
+    shown = [axes for axes in figure.figure.axes if axes.axison]
+    assert [axes.get_title() for axes in shown] == ["a\nboxes", "b\nboxes"]
+    assert [tick for tick in shown[1].get_xticks() if 2.5 <= tick <= 3.5] == [3]
+    assert figure.figure.get_supxlabel() == "side: always 3 (a), 5 (b)\ntext: always 3"
 
 
 # --- detections and alignment
@@ -139,7 +151,7 @@ def test_every_box_has_its_word_and_score_and_the_legend_counts_what_is_drawn(dr
     boxes = np.array([[20.0 * i, 10, 20 * i + 15, 40] for i in range(4)])
     labels, scores, names = np.array([2, 0, 2, 2]), np.array([0.9, 0.456, 0.3, 0.29]), ["cat", "dog", "red car"]
     figures.detections(PHOTO, boxes, labels, names, scores=scores, min_score=0.3, title="a.jpg")
-    blue, orange, green = drawing.PALETTE[:3]
+    blue, orange, green = map(color_of, ("red car", "cat", "dog"))
     ((shown, texts, colors, _),) = drawn.photos
     assert shown == boxes[:3].tolist()
     assert texts == ["red car 0.90", "cat 0.46", "red car 0.30"]
@@ -150,10 +162,10 @@ def test_every_box_has_its_word_and_score_and_the_legend_counts_what_is_drawn(dr
     figures.detections(PHOTO, boxes[:1], labels[:1], names, scores=scores[:1], min_score=0.9, truth=truth)
     found, annotated = drawn.photos[1:]
     assert (annotated[0], annotated[1]) == (truth[0].tolist(), ["dog", "cat"])
-    assert (annotated[2], found[2]) == ([orange, green], [blue])
+    assert (annotated[2], found[2]) == ([green, orange], [blue])
     assert drawn.texts[2:] == ["found: 1", "annotated: 2"]
     # annotated boxes stand alone in the legend without a count
-    assert drawn.legends[1] == [(blue, "red car"), (orange, "dog"), (green, "cat")]
+    assert drawn.legends[1] == [(blue, "red car"), (green, "dog"), (orange, "cat")]
 
 
 def test_a_place_that_is_covered_just_as_much_as_allowed_is_drawn(drawn):
@@ -166,32 +178,39 @@ def test_a_place_that_is_covered_just_as_much_as_allowed_is_drawn(drawn):
 
 def test_every_phrase_has_its_box_its_map_and_its_numbers(drawn, monkeypatch):
     heated = []
-    monkeypatch.setattr(drawing, "heat", lambda image, values: heated.append(values.tolist()) or image)
+    monkeypatch.setattr(
+        drawing, "heat", lambda image, values, **scale: heated.append((values.tolist(), scale)) or image
+    )
+    bars = []
+    monkeypatch.setattr(drawing, "color_bar", lambda **bar: bars.append(bar) or np.zeros((8, 8, 3), np.uint8))
     boxes, maps = np.array([[1.0, 2, 3, 4], [5, 6, 7, 8]]), np.array([[[-1.0, 2.0]], [[0.0, 5.0]]])
     figures.alignment(
         PHOTO, ["a car", "sky"], boxes, scores=np.array([2.0, 5.0]), ranks=np.array([3, 1]), num_images=4, maps=maps,
-        caption="a car",
+        caption="a car", title="a.jpg",
     )  # fmt: skip
-    *cells, caption, footer = drawn.texts
+    *cells, title, caption, footer = drawn.texts
+    assert title == "a.jpg"
     assert cells == [
         "best region of every phrase",
-        "1 a car\nscore 2.00, rank 3 of 4\ndark -1.00 to bright 2.00",
-        "2 sky\nscore 5.00, rank 1 of 4\ndark 0.00 to bright 5.00",
+        "1 a car\nscore 2.00, rank 3 of 4",
+        "2 sky\nscore 5.00, rank 1 of 4",
     ]
     assert caption == "“a car”"
     assert "among 4, 1 is best" in footer
-    blue, orange = drawing.PALETTE[:2]
+    blue, orange = map(color_of, ("a car", "sky"))
     size = {"long_side": 440}
     assert drawn.photos == [
         (boxes.tolist(), ["1 a car", "2 sky"], [blue, orange], size),
         ([boxes[0].tolist()], [""], [blue], size),
         ([boxes[1].tolist()], [""], [orange], size),
     ]
-    assert heated == maps.tolist()
+    scale = {"low": -1.0, "high": 5.0}  # one for both
+    assert heated == [(values, scale) for values in maps.tolist()]
+    assert [{key: bar[key] for key in scale} for bar in bars] == [scale]
     upright = np.zeros((90, 60, 3), np.uint8)
     figures.alignment(upright, ["a"], boxes[:1], scores=np.ones(1), ranks=np.ones(1, int), num_images=1, maps=maps[:1])
     assert drawn.photos[-1][3] == {"long_side": 480}  # 320 px wide
-    assert len(drawn.texts) == 5 + 3  # no caption
+    assert len(drawn.texts) == 6 + 3  # neither caption nor title
 
 
 # --- figures of a batch
@@ -232,9 +251,8 @@ def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):
             assert ((places > [x1, y1]) & (places < [x2, y2])).all()
             counts.append(len(places))
             assert text.get_text() == f"{names[i][n]}: {len(places)}"
-            assert text.get_position() == (x1, y1)
             assert set(dots.get_sizes()) <= {3 * stride for stride in anchor_lib.STRIDES}
-            assert colors_of(dots.get_facecolor()) == [charts.hex_color(drawing.PALETTE[n])]
+            assert colors_of(dots.get_facecolor()) == [hex_color(PALETTE[n])]
         assert min(counts) > 1
         assert axes.get_title() == f"{len(names[i])} boxes, {sum(counts)} of {len(grid.boxes)} anchors"
         corners = [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axes.patches[::2]]
@@ -289,6 +307,7 @@ def test_phrases_of_a_batch_are_drawn_on_their_photos(monkeypatch, tmp_path):
         np.testing.assert_array_equal(image, given.image[i, : given.extent[i, 0]])
         assert phrases == [["the whole caption", "a red cat"], ["the whole caption", "dog", "tree"]][i]
         assert options["caption"] == ["a photo", "a red cat"][i]
+        assert options["title"] == f"example {given.example_id[i]}"
         np.testing.assert_array_equal(boxes, found.boxes[i][used] * [[0.25, 0.5, 0.25, 0.5], [1.0, 2.0, 1.0, 2.0]][i])
         assert options["scores"].tolist() == found.scores[i][used].tolist()
         assert options["ranks"].tolist() == found.ranks[i][used].tolist()
@@ -402,8 +421,9 @@ def test_the_photo_of_an_alignment_is_read_upright_or_taken_as_it_is(monkeypatch
     calls = []
     monkeypatch.setattr(transforms, "read", lambda path: transforms.Photo(PHOTO, (60, 90)))
     monkeypatch.setattr(figures, "alignment", lambda *arguments, **options: calls.append((*arguments, options)))
-    for images, index in ((["a.png", PHOTO + 1], 0), (["a.png", PHOTO + 1], 1)):
+    for images, index in ((["x/a.png", PHOTO + 1], 0), (["x/a.png", PHOTO + 1], 1)):
         alignment.draw(predictor, images, ["cat"], index=index, caption="a", path="x.png")
         image, phrases, _, options = calls.pop()
         assert image[0, 0, 0] == 128 + index
+        assert options["title"] == ["a.png", ""][index]
         assert (phrases, options["num_images"], options["caption"], options["path"]) == (["cat"], 2, "a", "x.png")

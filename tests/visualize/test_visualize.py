@@ -1,5 +1,6 @@
 """Figures are rendered and looked at: boxes and labels where they belong, nothing empty, files written."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from detclipv2_jax import commands
+from detclipv2_jax.colors import PALETTE, color_of, nth_color
 from detclipv2_jax.data import phrases, tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.inference import Predictor
@@ -27,14 +29,14 @@ def _has(picture, color):
 def test_photo_draws_boxes_where_they_are():
     image = np.full((300, 450, 3), 128, np.uint8)
     box = np.array([[90.0, 60.0, 225.0, 240.0]])
-    picture = drawing.photo(image, box, [""], [drawing.PALETTE[0]], long_side=900)
+    picture = drawing.photo(image, box, [""], [PALETTE[0]], long_side=900)
     assert picture.shape == (600, 900, 3)
-    rows, columns = np.nonzero(_has(picture, drawing.PALETTE[0]))
+    rows, columns = np.nonzero(_has(picture, PALETTE[0]))
     assert abs(rows.min() - 120) <= 1
     assert abs(rows.max() - 480) <= 1
     assert abs(columns.min() - 180) <= 1
     assert abs(columns.max() - 450) <= 1
-    assert not _has(picture, drawing.PALETTE[0])[140:460, 200:430].any()  # an outline
+    assert not _has(picture, PALETTE[0])[140:460, 200:430].any()  # an outline
 
 
 def test_labels_lie_inside_and_apart():
@@ -47,25 +49,45 @@ def test_labels_lie_inside_and_apart():
         assert 0 <= place[0] <= place[2] < size[0]
         assert 0 <= place[1] <= place[3] < size[1]
         taken.append(place)
-    # the same small box five times: five labels, none over another
+    assert not any(map(_overlap, itertools.combinations(taken, 2)))
+    # the same small box sixty times: sixty labels, none over another, none further than they must be
     box, taken = np.array([400.0, 300, 420, 310]), []
-    for _ in range(5):
+    for _ in range(60):
         taken.append(drawing.place_label(box, (50, 20), size, taken))
-    overlaps = [
-        max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-        for i, a in enumerate(taken)
-        for b in taken[:i]
-    ]
-    assert max(overlaps[:3]) == 0
-    assert sum(overlaps) < 2 * 50 * 20
+    assert not any(map(_overlap, itertools.combinations(taken, 2)))
+    assert max(abs(x - 400) for x, *_ in taken) < 450
+    # no room is left
+    assert drawing.place_label(box, (50, 20), size, [(0, 0, 440, 600), (470, 0, 900, 600)]) is None
     # wider than the photo: at its left edge
     assert drawing.place_label(box, (2000, 20), size, [])[0] == 0
 
 
-def test_colors_are_distinct_and_follow_the_labels():
-    colors = [drawing.nth_color(i) for i in range(3 * len(drawing.PALETTE))]
+def _overlap(places):
+    a, b = places
+    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_labels_of_a_crowd_are_drawn_apart(monkeypatch):
+    """Thirty boxes in one place; where the photo has no room for all labels, some are left out."""
+    drawn = []
+    monkeypatch.setattr(drawing, "_draw_label", lambda draw, place, *rest: drawn.append(place))
+    for long_side, most in ((900, 30), (150, 16)):
+        boxes = np.tile([[40.0, 40, 60, 60]], (30, 1))
+        texts = [f"thing {i}" for i in range(30)]
+        drawing.photo(_photo(100, 100), boxes, texts, [(9, 9, 9)] * 30, long_side=long_side)
+        assert 4 < len(drawn) <= most
+        assert not any(map(_overlap, itertools.combinations(drawn, 2)))
+        assert len(drawn) == 30 or long_side == 150
+        drawn.clear()
+
+
+def test_a_name_has_one_colour_and_names_have_many():
+    colors = [nth_color(i) for i in range(3 * len(PALETTE))]
     assert len(set(colors)) == len(colors)
-    assert list(drawing.colors_of(np.array([5, 2, 5]))) == [5, 2]
+    assert len({color_of(name) for name in ("sea star", "Sea_star", "sea-star", "sea star , an animal")}) == 1
+    names = [f"{color} {thing}" for color in ("red", "blue", "grün", "黄") for thing in ("car", "house", "猫", "बिल्ली")]
+    assert len({color_of(name) for name in names}) == len(names)
+    assert color_of("red star") == color_of(tokenizer.decode(tokenizer.tokenize(["red star"]))[0])
 
 
 def test_detections_show_boxes_scores_and_legend(tmp_path):
@@ -81,10 +103,10 @@ def test_detections_show_boxes_scores_and_legend(tmp_path):
     assert picture.shape[0] > height
     assert picture.shape[1] == 900 + 2 * drawing.MARGIN_PX
     legend = picture[-50:]
-    for color in drawing.PALETTE[:2]:
+    for color in map(color_of, NAMES[1:]):
         assert _has(picture[:-50], color).any()
         assert _has(legend, color).sum() > 100
-    assert not _has(picture, drawing.PALETTE[2]).any()  # below min_score
+    assert not _has(picture, color_of(NAMES[0])).any()  # below min_score
 
 
 def test_a_place_is_shown_once_with_its_best_word():
@@ -93,7 +115,7 @@ def test_a_place_is_shown_once_with_its_best_word():
 
     def num_colors(**options):
         picture = figures.detections(_photo(), boxes, labels, names, **options)
-        return sum(bool(_has(picture, color).any()) for color in drawing.PALETTE[:4])
+        return sum(bool(_has(picture, color).any()) for color in map(color_of, names))
 
     assert num_colors(scores=scores) == 3  # the second lies on the first; the last covers a part of it
     assert num_colors(scores=scores, max_drawn=2) == 2
@@ -107,7 +129,7 @@ def test_detections_beside_the_truth():
     alone = figures.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]))
     both = figures.detections(_photo(), boxes, labels, NAMES, scores=np.array([0.5]), truth=(boxes, labels))
     assert both.shape[1] > 1.9 * alone.shape[1]
-    halves = np.array_split(_has(both, drawing.PALETTE[0])[:-60], 2, axis=1)
+    halves = np.array_split(_has(both, color_of("dog"))[:-60], 2, axis=1)
     assert all(half.any() for half in halves)
 
 
@@ -126,7 +148,7 @@ def test_detections_without_any(num, note, monkeypatch):
     )
     assert texts[0] == note
     assert picture.std() > 5
-    drawn = [bool(_has(picture, color).any()) for color in drawing.PALETTE[:5]]
+    drawn = [bool(_has(picture, color_of(name)).any()) for name in names]
     assert drawn == [True] * min(num, 3) + [False] * (5 - min(num, 3))  # with their scores
 
 
@@ -177,8 +199,8 @@ def test_contact_sheet_says_what_a_batch_holds(kind, tmp_path, monkeypatch):
     else:
         assert cells[0].endswith("2 boxes, 2 concepts")
         assert "negatives: tree | a photo of a red cat | café" in footer
-        assert _has(picture, drawing.PALETTE[0]).any()
-        assert _has(picture, drawing.PALETTE[1]).any()
+        assert _has(picture, color_of("a red cat")).any()
+        assert _has(picture, color_of("dog")).any()
 
 
 def test_padding_is_hatched():
@@ -206,9 +228,9 @@ def test_alignment_shows_region_and_map_of_every_phrase(tmp_path):
     )
     assert (tmp_path / "align.png").exists()
     thirds = [picture[:, i : i + 452] for i in (12, 464, 916)]
-    assert [_has(part, drawing.PALETTE[0]).any() for part in thirds] == [True, True, False]
-    assert [_has(part, drawing.PALETTE[1]).any() for part in thirds] == [True, False, True]
-    heat = drawing.heat(np.full((120, 180, 3), 128, np.uint8), maps[0]).astype(int)
+    assert [_has(part, color_of(phrases[0])).any() for part in thirds] == [True, True, False]
+    assert [_has(part, color_of(phrases[1])).any() for part in thirds] == [True, False, True]
+    heat = drawing.heat(np.full((120, 180, 3), 128, np.uint8), maps[0], low=0.0, high=9.0).astype(int)
     assert heat[84, 52].sum() > heat[20, 150].sum() + 100  # bright where it is similar
 
 
@@ -229,10 +251,10 @@ def test_curves_have_a_panel_a_quantity(tmp_path):
     only = charts.curves(path, names=["loss"])
     assert picture.shape[1] == 2 * 420
     assert only.shape[1] == 420
-    for color in (drawing.PALETTE[0], drawing.PALETTE[2]):  # detection and image_text, wherever others are
+    for color in (PALETTE[0], PALETTE[2]):  # detection and image_text, wherever others are
         assert _has(only, color).sum() > 50
-        assert not _has(only, drawing.PALETTE[3]).any()
-    bars = _has(picture, drawing.PALETTE[3])[:, 420:].sum(axis=1)  # scores of a single evaluation, right of the losses
+        assert not _has(only, PALETTE[3]).any()
+    bars = _has(picture, PALETTE[3])[:, 420:].sum(axis=1)  # scores of a single evaluation, right of the losses
     assert bars.max() / np.median(bars[bars > 0][-20:]) == pytest.approx(0.3 / 0.2, rel=0.05)
     assert charts.curves(path, names=["num_cut"]).shape[1] == 420
     with pytest.raises(ValueError, match=r"has no loss_x; it has AP, AP50, loss, num_cut"):
@@ -390,11 +412,11 @@ def test_curves_of_a_workdir(tmp_path, capsys):
 
 def test_bars_are_ordered_and_one_is_marked():
     picture = charts.bars(["a", "b", "c"], np.array([1.0, 3.0, 2.0]), x="similarity", marked=2)
-    place = {i: np.nonzero(_has(picture, drawing.PALETTE[i]))[0] for i in (0, 1)}
+    place = {i: np.nonzero(_has(picture, PALETTE[i]))[0] for i in (0, 1)}
     assert place[0].min() < place[1].min() < place[1].max() < place[0].max()  # b, c, a from the top
-    rows = _has(picture, drawing.PALETTE[0]).sum(axis=1)
+    rows = _has(picture, PALETTE[0]).sum(axis=1)
     assert rows.argmax() < place[1].min()  # the longest is on top
-    widths = [_has(picture, drawing.PALETTE[i]).any(axis=0).sum() for i in (0, 1)]
+    widths = [_has(picture, PALETTE[i]).any(axis=0).sum() for i in (0, 1)]
     assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=3)
 
 

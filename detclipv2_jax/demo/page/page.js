@@ -2,12 +2,13 @@
 // The page's state is `page`; the server knows photos and the model, and keeps nothing of who asks what.
 
 const $ = (id) => document.getElementById(id);
-const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800"];
+const DRAG_COLOR = "#d55e00";
 const PLACE_IOU = 0.5; // boxes that overlap more are one place
 const DELAY_MS = 400; // after the last key
 const QUICK_S = 1.0; // a model that answers within it is asked while words are typed
 const NUM_WEAK = 3; // boxes named where none has the score asked for
-const page = { photos: [], photo: null, image: null, rows: [], examples: [], phrases: [], phrase: null, seconds: 0, asked: 0 };
+const page = { photos: [], photo: null, image: null, rows: [], examples: [], phrases: [], phrase: null, seconds: 0, asked: 0,
+  colors: Object.create(null) };
 
 async function ask(path, body, headers = { "Content-Type": "application/json" }) {
   const options = body === undefined ? {} : { method: "POST", body, headers };
@@ -51,6 +52,7 @@ async function find() {
   $("status").textContent = "looking…";
   const answer = await (await ask("api/find", JSON.stringify(body))).json();
   if (asked !== page.asked) return; // a newer question is under way
+  Object.assign(page.colors, answer.colors);
   Object.assign(page, { rows: answer.rows, seconds: answer.seconds, numNames: answer.num_names, phrase: null, body });
   draw();
 }
@@ -80,7 +82,7 @@ function shownRows(rows) {
   return kept;
 }
 
-const colorOf = (row) => PALETTE[(row.category_id - 1) % PALETTE.length];
+const colorOf = (row) => page.colors[row.name]; // the server's, those of its pictures
 
 function drawBox(context, factor, [x, y, width, height], color, label) {
   const line = Math.max(2, context.canvas.width / 400);
@@ -118,12 +120,12 @@ function draw() {
   for (const row of [...rows].reverse()) drawBox(context, factor, row.bbox, colorOf(row), `${row.name} ${row.score.toFixed(2)}`);
   if (phrase) {
     const [x1, y1, x2, y2] = phrase.box;
-    drawBox(context, factor, [x1, y1, x2 - x1, y2 - y1], PALETTE[5], phrase.text);
+    drawBox(context, factor, [x1, y1, x2 - x1, y2 - y1], phrase.color, phrase.text);
     $("low").textContent = phrase.low.toFixed(2);
     $("high").textContent = phrase.high.toFixed(2);
     $("status").textContent = `“${phrase.text}”: similarity ${phrase.score.toFixed(2)} at its best region`;
   }
-  if (page.drag) drawBox(context, factor, page.drag, PALETTE[4], "");
+  if (page.drag) drawBox(context, factor, page.drag, DRAG_COLOR, "");
   canvas.dataset.boxes = rows.length;
   if (!phrase) list(rows);
   for (const button of $("phrases").children) button.setAttribute("aria-pressed", button.textContent === phrase?.text);
@@ -271,6 +273,7 @@ async function findEverywhere() {
   for (const [i, photo] of page.photos.entries()) {
     $("status").textContent = `photo ${i + 1} of ${page.photos.length}…`;
     const answer = await (await ask("api/find", JSON.stringify({ ...body, photo: photo.id }))).json();
+    Object.assign(page.colors, answer.colors);
     const rows = shownRows(answer.rows);
     if (!rows.length) continue;
     const button = document.createElement("button"), canvas = document.createElement("canvas"), caption = document.createElement("span");

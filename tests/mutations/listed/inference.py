@@ -142,10 +142,20 @@ FAULTS = [
     ),
     *plant(
         "visualize/drawing.py", "visualize/test_visualize.py",
-        ("channel * 0.6 ** (cycle % 3)", "channel", "::test_colors_are_distinct_and_follow_the_labels"),
-        ("min(max(place[0], 0), max(size[0] - width - 1, 0))", "place[0]", "::test_labels_lie_inside_and_apart"),
+        ("np.clip(np.array(places, np.float64), 0, most)", "np.array(places, np.float64)", "::test_labels_lie_inside_and_apart"),
+        ("for corners in (at_box, nearest):", "for corners in (at_box[:1],):", "::test_labels_lie_inside_and_apart"),
         ("[size[0] / image.shape[1], size[1] / image.shape[0]] * 2", "[size[1] / image.shape[0], size[0] / image.shape[0]] * 2", "::test_photo_draws_boxes_where_they_are"),
         ("draw.rectangle((x1, y1, x2, y2), outline=color, width=line)", "draw.rectangle((x1, y1, x2, y2), fill=color, width=line)", "::test_photo_draws_boxes_where_they_are"),
+    ),
+    *plant(
+        "colors.py", "visualize/test_visualize.py::test_a_name_has_one_colour_and_names_have_many",
+        ("channel * 0.6 ** (cycle % 3)", "channel"),
+        ("name.partition(\",\")[0] or name", "name"),
+    ),
+    *plant(
+        "visualize/letters.py", "visualize/test_letters.py",
+        ("anyascii(letter) or", "letter or", "::test_what_no_font_has_is_spelled"),
+        ("all(ord(letter) in _glyphs(font)", "any(ord(letter) in _glyphs(font)", "::test_every_letter_that_is_drawn_has_a_glyph"),
     ),
     *plant(
         "visualize/figures.py", "visualize/test_visualize.py",

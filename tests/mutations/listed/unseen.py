@@ -33,7 +33,7 @@ FAULTS = [
         ("int(np.sum(labels[shown] == label))", "int(np.sum(labels == label))", "::test_every_box_has_its_word_and_score_and_the_legend_counts_what_is_drawn"),
         ("overlaps[i, kept] > max_iou", "overlaps[i, kept] >= max_iou", "::test_a_place_that_is_covered_just_as_much_as_allowed_is_drawn"),
         ("rank {ranks[i]} of", "rank {ranks[0]} of", "::test_every_phrase_has_its_box_its_map_and_its_numbers"),
-        ("low, high = np.min(maps[i]), np.max(maps[i])", "low, high = np.min(maps), np.max(maps)", "::test_every_phrase_has_its_box_its_map_and_its_numbers"),
+        ("low, high = float(np.min(maps)), float(np.max(maps))", "low, high = float(np.min(maps[0])), float(np.max(maps[0]))", "::test_every_phrase_has_its_box_its_map_and_its_numbers"),
         ("\"boxes\": batch.box_mask,", "\"boxes\": batch.image_mask,", "visualize/test_visualize.py::test_contact_sheet_says_what_a_batch_holds"),
     ),
     *plant(
