@@ -58,8 +58,8 @@ FAULTS = [
             "::test_phrases_of_a_caption_are_located",
         ),
         (
-            "drawing.heat(small, values)",
-            "drawing.heat(small, found.maps[0])",
+            "drawing.heat(small, values, low=low, high=high)",
+            "drawing.heat(small, found.maps[0], low=low, high=high)",
             "::test_phrases_of_a_caption_are_located",
         ),
         (
