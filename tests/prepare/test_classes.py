@@ -123,6 +123,7 @@ def test_streams_of_class_names_are_apart_and_repeated(folder, tmp_path, micro):
     assert (pairs.name, pairs.class_names, pairs.weight) == ("image_text/64x64", False, 2.0)
     assert (named.name, named.class_names, named.weight) == ("image_text/64x64/classes", True, 6.0)
     assert (named.capacities["table"], named.capacities["captions"], pairs.capacities["captions"]) == (8, 1, 9)
+    assert (pairs.num_examples, named.num_examples) == (9, 4)
     batch = named.batch(0)
     assert batch.class_names.all()
     assert batch.concept_mask.sum() == 3  # a name once, whatever the number of its images

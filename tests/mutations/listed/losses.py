@@ -64,10 +64,9 @@ FAULTS = [
     *plant(
         "losses/class_names.py", STEP,
         ("regions, text * scale, proposed.mask", "regions, text, proposed.mask"),
-        ("image_mask & jnp.any(proposed.mask, axis=1) &", "image_mask &"),
+        ("image_mask & jnp.any(proposed.mask, axis=1) &", "image_mask &", "losses/test_class_names.py"),
         ("jnp.any(proposed.mask, axis=1) & captions.mask[:, 0]", "jnp.any(proposed.mask, axis=1)"),
         ("names.slot[classes][None]", "classes[None] % names.count"),
-        ("jnp.where(used, scores / settings.temperature, LOW)", "scores / settings.temperature"),
         ("jnp.where(used, scores / settings.temperature, LOW)", "jnp.where(used, scores, LOW)"),
         ("jnp.maximum(names.count, 1)", "used.shape[0]"),
         slow=True,
