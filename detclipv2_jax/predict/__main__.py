@@ -61,6 +61,7 @@ def run(
     score: str | None = None,
     tile: int = 0,
     tile_overlap: float = 0.2,
+    every_nth_frame: int = 10,
     draw_threshold: float = 0.2,
     max_drawn: int = 20,
     formats: tuple[str, ...] = (),
@@ -69,7 +70,7 @@ def run(
 
     Args:
       checkpoint: workdir of a training run
-      images: pattern, folder, file, or - for paths on stdin
+      images: photos and videos: pattern, folder, file, or - for paths on stdin
       output: folder for detections.json and pictures/
       words: e.g. "cat, red car" or "ram: male sheep, red car"
       words_file: one word a line ("name", "name: definition" or "name<tab>definition"), or a COCO json with categories
@@ -92,6 +93,7 @@ def run(
       batch_size: images (or tiles) a step; more is faster on a GPU or TPU
       tile: side in px; larger photos are also looked at in overlapping tiles of this size, for small objects
       tile_overlap: share of a tile's side that it shares with the next one at least
+      every_nth_frame: of a video, from its first one on; they become photos in frames/ in the output
       draw_threshold: boxes with at least this score are drawn, or the best few of a photo that has none
       max_drawn: boxes a picture at most, a place once, with its best word
       formats: labels for other tools: coco, yolo, label_studio, fiftyone
@@ -117,7 +119,9 @@ def run(
     shown = _examples(exemplars, exemplars_from, images=exemplar_images, per_class=per_class)
     by_word = words or words_file or vocabulary or not shown
     asked = parse_words(words, words_file=words_file, vocabulary=vocabulary) if by_word else {}
-    paths = inputs.list_images(images, output=output)
+    if every_nth_frame < 1:
+        raise ValueError(f"--every_nth_frame={every_nth_frame} must be 1 or more")
+    paths = inputs.with_frames(inputs.list_images(images, output=output), output=folder, every=every_nth_frame)
     pictures = inputs.name_pictures(paths, folder / "pictures")
     limits = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     size = batch_size if tile else min(batch_size, len(paths))
