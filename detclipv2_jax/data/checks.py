@@ -92,13 +92,15 @@ def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
     return problems
 
 
-def photo_facts(paths: Iterable[str], *, where: str | Path) -> str:
+def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") -> str:
     """Returns a digest of the names, sizes and times of photos, which changes when a photo is exchanged.
 
+    With a `folder`, that of all photos, they may not be links out of it.
+
     Raises:
-      DataError: photos are missing; says how many, and names all of them.
+      DataError: photos are missing, empty or such links; says how many, and names all of them.
     """
-    digest, missing, total = hashlib.sha256(), [], 0
+    digest, missing, empty, linked, total = hashlib.sha256(), [], [], [], 0
     for path in paths:
         total += 1
         try:
@@ -108,10 +110,19 @@ def photo_facts(paths: Iterable[str], *, where: str | Path) -> str:
         if facts is None or not stat.S_ISREG(facts.st_mode):
             missing.append(path)
             continue
+        if not facts.st_size:
+            empty.append(path)
+        try:
+            resolve(folder, path[len(folder) + 1 :], follow_links=not folder)
+        except UnusableError:
+            linked.append(path)
         digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode(errors="replace"))
-    if missing:
+    problems = {"do not exist": missing, "are empty": empty}
+    problems["are links out of the image folder, which follow_links allows"] = linked
+    if missing or empty or linked:
         # all of them, each on a line: what is repaired one by one is started in vain as often
-        raise DataError("\n  ".join([f"{where}: {len(missing)} of {total} photos do not exist:", *missing]))
+        named = ("\n  ".join([f"{len(bad)} of {total} photos {what}:", *bad]) for what, bad in problems.items() if bad)
+        raise DataError(f"{where}: " + "\n".join(named))
     return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def read_evaluation(
         images=truth.image_ids.find(source.image_ids)[0],
         categories=truth.category_ids.find(vocabulary.category_ids)[0],
         vocabulary=vocabulary,
-        photos=photo_facts(map(source.file, range(len(source))), where=path),
+        photos=photo_facts(map(source.file, range(len(source))), where=path, folder="" if follow_links else folder),
     )
     _refuse_equal_texts(ground_truth, path)
     return source, ground_truth

@@ -181,9 +181,8 @@ def run(
     for what, num in repaired.items():
         logging.warning("%s: %d × %s", annotations, num, what)
     folder_of_photos = os.path.realpath(images)
-    photos = photo_facts(
-        [f"{folder_of_photos}/{name}" for name in dict.fromkeys(query.file for query in queries)], where=annotations
-    )
+    paths = [f"{folder_of_photos}/{name}" for name in dict.fromkeys(query.file for query in queries)]
+    photos = photo_facts(paths, where=annotations, folder=folder_of_photos)
     predictor = Predictor.from_checkpoint(checkpoint)
     number_of = {text: i for i, text in enumerate(dict.fromkeys(query.text for query in queries))}
     embeddings = predictor.vocabulary(list(number_of))[1]

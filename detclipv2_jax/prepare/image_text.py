@@ -258,8 +258,11 @@ def _read_parquet(path: Path, tally: Tally) -> dict[str, str]:
         return {}
     import pyarrow.parquet
 
-    present = set(pyarrow.parquet.read_schema(path).names)
-    rows = pyarrow.parquet.read_table(path, columns=sorted({"key", "caption", "status"} & present)).to_pylist()
+    try:
+        present = set(pyarrow.parquet.read_schema(path).names)
+        rows = pyarrow.parquet.read_table(path, columns=sorted({"key", "caption", "status"} & present)).to_pylist()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}; download it again, or remove it") from error
     statuses = collections.Counter(row.get("status", "success") for row in rows)
     tally.noted.update({f"not downloaded: {name}": num for name, num in statuses.items() if name != "success"})
     succeeded = [row for row in rows if row.get("status", "success") == "success"]
@@ -359,6 +362,8 @@ def open_reader(
         )
         if not tars:
             raise ValueError(f"--input={source} has no .tar file; it must be a TSV or a folder of webdataset shards")
+        if other := [tar for tar in tars if not tar.is_file()]:
+            raise ValueError(f"--input: {other[0]} is no file, but a folder, a pipe, a device or a link to nothing")
         return TarReader(tars, **options)
     if is_json(path):
         raise ValueError(f"--input={source} is a json; image_text takes a TSV `image <tab> caption` or tar files")

@@ -219,6 +219,23 @@ def test_a_folder_is_read_whatever_packs_its_archives(tmp_path):
         assert whole(reader.pairs(shard, Tally()), [shard])
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_opened(tmp_path, make):
+    (tmp_path / "0.tar").write_bytes(b"")
+    make(tmp_path / "1.tar")
+    for place in (tmp_path, tmp_path / "1.tar"):
+        with pytest.raises(ValueError, match=r"1\.tar (is no file|has no \.tar)|has no \.tar"):
+            image_text.open_reader(str(place), "", shard_size=10, pipeline="", max_phrases=8)
+
+
+def test_a_damaged_parquet_is_named(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"")
+    (tmp_path / "0.parquet").write_bytes(b"PAR1" + bytes(40))
+    reader = image_text.open_reader(str(tmp_path), "", shard_size=10, pipeline="", max_phrases=8)
+    with pytest.raises(ValueError, match=r"0\.parquet is damaged: .*download it again"):
+        list(reader.pairs(0, Tally()))
+
+
 def test_the_caption_of_the_parquet_is_the_last_that_is_taken(tmp_path):
     table = pytest.importorskip("pyarrow").table({"key": ["0"], "caption": ["of the table"]})
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "0.parquet")

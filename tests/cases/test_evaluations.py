@@ -120,13 +120,36 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_compiled(dataset, t
 def test_photos_that_are_missing_are_all_named(tmp_path):
     names = [f"folder {i}/é{i}.jpg" for i in range(50)]
     (tmp_path / "folder 7").mkdir()
-    (tmp_path / names[7]).touch()
+    (tmp_path / names[7]).write_bytes(b"photo")
     (tmp_path / "folder 9").mkdir()
     (tmp_path / names[9]).mkdir()  # a folder is no photo
     with pytest.raises(ValueError, match=r"t\.json: 49 of 50 photos do not exist:") as error:
         checks.photo_facts((f"{tmp_path}/{name}" for name in names), where="t.json")
     lines = str(error.value).splitlines()[1:]
     assert [line.strip() for line in lines] == [f"{tmp_path}/{name}" for name in names if name != names[7]]
+
+
+def test_empty_photos_and_links_out_of_the_folder_are_all_named_too(dataset):
+    images = dataset.parent / "images"
+    outside = dataset.parent / "outside.png"
+    names = sorted(path.name for path in images.iterdir())
+    (images / names[1]).rename(outside)
+    for name in names[1:4]:
+        (images / name).unlink(missing_ok=True)
+        (images / name).symlink_to(outside)
+    (images / names[4]).write_bytes(b"")
+    (images / names[5]).unlink()
+
+    def paths(places):
+        return "".join(rf"\n  {images.resolve()}/{names[i]}" for i in places)
+
+    config = planted.make()[0]
+    config.eval.annotations, config.eval.images = str(dataset), str(images)
+    said = f"do not exist:{paths([5])}\n1 of 9 photos are empty:{paths([4])}"
+    links = rf"\n3 of 9 photos are links out of the image folder, which follow_links allows:{paths([1, 2, 3])}"
+    for config.eval.follow_links in (False, True):
+        with pytest.raises(ValueError, match=said + (links if not config.eval.follow_links else "") + "$"):
+            streams_lib.eval_streams(config.eval, input_config=config.input)
 
 
 def test_every_member_of_odinw_is_checked_before_the_first_is_looked_at(tmp_path, monkeypatch):
