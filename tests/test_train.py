@@ -93,9 +93,12 @@ def test_a_step_beyond_the_run_is_not_replayed():
 @pytest.mark.parametrize("stop", [True, False])
 @pytest.mark.parametrize("finite", [True, False])
 def test_what_is_written_of_a_step_and_what_stops_a_run(logged, stop, finite, caplog):
-    written, shown = [], []
-    writer = types.SimpleNamespace(write=lambda step, values: written.append((step, values)))
-    progress = types.SimpleNamespace(flops=5.0, show=shown.append, rates=lambda: {"rate": 2.0})
+    written, shown, left = [], [], []
+    writer = types.SimpleNamespace()
+    writer.write = lambda step, values, *, seconds_left: written.append((step, values)) or left.append(seconds_left)
+    progress = types.SimpleNamespace(
+        flops=5.0, show=shown.append, rates=lambda: {"rate": 2.0}, seconds_left=lambda: 8.0
+    )
     values = {"loss": 0.5 if finite else np.nan, "num_concepts": 7.0, "finite": float(finite)}
     values |= {"grad_norm": 3.0, "grad_norm_fpn": 1.0 if finite else np.inf, "grad_norm_swin": 2.0}
 
@@ -119,6 +122,7 @@ def test_what_is_written_of_a_step_and_what_stops_a_run(logged, stop, finite, ca
     expected = {f"detection/{name}": value for name, value in values.items() if name != "finite"}
     assert progress.flops == 75.0
     np.testing.assert_equal(shown, [expected])
+    assert left == [8.0] * len(written)
     np.testing.assert_equal(written, [(9, expected | {"rate": 2.0})] if logged or not finite else [])
 
 
@@ -168,7 +172,7 @@ def test_steps_are_compiled_in_the_order_of_their_first_use(monkeypatch):
     steps = {key: step(key) for key in keys}
     ahead = train.compile_ahead(run, steps, {"a": jax.numpy.zeros((2, 3))}, start=3)
     for key in keys:
-        ahead.wait(key)
+        ahead.wait(key, what="it")
     ahead.close()
     assert compiled == [(keys[1], (2, 3), (Kind.GROUNDING, 11)), (keys[0], (2, 3), (Kind.DETECTION, 12))]
     train.compile_ahead(run, steps, {}, start=9).close()
