@@ -29,7 +29,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import detclipv2_jax
-from detclipv2_jax import files
+from detclipv2_jax import bucket_store, buckets, files
 from detclipv2_jax.chips import has_nvidia_gpu
 
 INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal ended
@@ -70,11 +70,11 @@ def run(
         if from_start:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         function, options = parse(command, about=about, arguments=sys.argv[1:] if arguments is None else arguments)
-        with _watched():
-            result = function(**options)
+        with _watched(), buckets.arguments_here(options) as found:
+            result = function(**found)
     except KeyboardInterrupt:
         end("stopped by Ctrl-C")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, bucket_store.BucketError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import stat
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ _UNSAFE = re.compile(r"[^\w .,()+=@-]|^[ .-]|[ .]$")
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 
 
-_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ELSEWHERE = re.compile(r"(?!(?:gs|s3)://)[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class NotRegularError(OSError):
@@ -44,11 +45,11 @@ class LockedError(RuntimeError):
 
 
 def check_here(place: str, *, where: str) -> None:
-    """Raises a ValueError for gs://, s3:// and the like, which would become a folder of that name on this machine."""
+    """Raises a ValueError for hf://, https:// and the like, which would become a folder of that name here."""
     if _ELSEWHERE.match(place):
         raise ValueError(
-            f"{where}={place} is not on this machine, and only its files can be read and written; mount the bucket "
-            "(gcsfuse, mount-s3) or copy what you need, and name the folder"
+            f"{where}={place} is neither on this machine nor in a bucket (gs://, s3://), where files can be read and "
+            "written; copy what you need, and name the copy"
         )
 
 
@@ -66,7 +67,12 @@ def read_bytes(path: str | os.PathLike[str], *, num: int = -1) -> bytes:
     Raises:
       NotRegularError: the path names something else.
       OSError: as `open`.
+      buckets.BucketError: a file of a bucket cannot be fetched.
     """
+    from detclipv2_jax import buckets  # here: it imports this module
+
+    if buckets.place_of(path):
+        return buckets.content(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise NotRegularError(f"{os.fspath(path)} is not a regular file")
     with open(path, "rb") as file:
@@ -252,7 +258,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_native_id()}{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)

@@ -6,7 +6,6 @@ Run the same command on every host. A run continues from the newest checkpoint o
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 from typing import Literal
 
@@ -30,7 +29,7 @@ def main(
 
     Args:
       config: configuration, e.g. configs/demo.py or configs/swin_t.py:full; --config.key=value replaces its values
-      workdir: where checkpoints, metrics and pictures go; default: runs/<config name>
+      workdir: where checkpoints, metrics and pictures go, also gs://… or s3://…; default: runs/<config name>
       mode: train (and evaluate), or evaluate the newest checkpoint of --workdir or of config.init_from.checkpoint
       distributed: several processes: on, off, or auto (on where a TPU pod, Slurm or the JAX_COORDINATOR_ADDRESS
         variable says so)
@@ -49,7 +48,7 @@ def main(
 
     return session.run(
         config,
-        pathlib.Path(workdir or f"runs/{config.name}"),
+        workdir or f"runs/{config.name}",
         training=mode == "train",
         distributed=distributed,
         replayed=replay,

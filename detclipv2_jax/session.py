@@ -17,15 +17,16 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from detclipv2_jax import commands, config_json, files, validation
+from detclipv2_jax import buckets, commands, config_json, files, validation
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train as train_lib
+from detclipv2_jax.bucket_store import BucketError
 from detclipv2_jax.chips import CUDA_SHARE, chip_of, warn_of_unused_accelerator
 from detclipv2_jax.data import identity, scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import read_json, write_json, write_text
-from detclipv2_jax.runs import processes
+from detclipv2_jax.runs import processes, remote
 from detclipv2_jax.runs.checkpoints import DamagedError, read_best
 from detclipv2_jax.runs.workdir import WorkdirError, only_run, room
 
@@ -38,7 +39,7 @@ CHANGEABLE = (
 
 def run(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: str,
     *,
     training: bool,
     distributed: str,
@@ -49,10 +50,12 @@ def run(
     """Trains, evaluates or runs a step again, and says what came of it; returns the exit status."""
     started = time.monotonic()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(CUDA_SHARE))  # before JAX looks for devices
+    stack = contextlib.ExitStack()
     try:
         processes.join(distributed, timeout_s=config.timeout_s)
-        work = prepare(config, workdir, training=training, replayed=replayed, changed_data=changed_data)
-    except (ValueError, processes.MissingProcessError, WorkdirError) as error:
+        folder, bucket = stack.enter_context(remote.opened(workdir, training=training and not replayed))
+        work = prepare(config, folder, training=training, replayed=replayed, changed_data=changed_data, bucket=bucket)
+    except (ValueError, processes.MissingProcessError, WorkdirError, BucketError) as error:
         sys.exit(f"error: {error}")
     message, number, scores = "", 0, dict[str, float]()
     try:
@@ -63,7 +66,7 @@ def run(
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a thread that waits for a disk cannot be ended, and would be waited for
     except (
-        DataError, DamagedError, processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError,
+        BucketError, DataError, DamagedError, processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
     except (ValueError, OSError):  # a fault of the program, not of what it was given
@@ -73,8 +76,9 @@ def run(
         logging.info("%s; the same command goes on from there", message)
         return commands.INTERRUPTED if number == signal.SIGINT else preempted_status
     if jax.process_index() == 0 and not replayed:
-        report(workdir, scores, minutes=(time.monotonic() - started) / 60)
+        report(folder, scores, minutes=(time.monotonic() - started) / 60)
         print_closing(config.closing, scores)
+    stack.close()
     return 0
 
 
@@ -85,10 +89,11 @@ def prepare(
     training: bool,
     replayed: int | None = None,
     changed_data: bool = False,
+    bucket: remote.Remote | None = None,
 ) -> Callable[[], dict[str, float]]:
     """Returns what trains (or evaluates) and returns scores; all is checked, and nothing compiled.
 
-    With a step `replayed` it runs that step again and returns its metrics.
+    With a step `replayed` it runs that step again and returns its metrics. `bucket` is what the workdir is a copy of.
 
     Raises:
       ValueError: the configuration, the files it names or the workdir are wrong, or (unless `changed_data`) the data
@@ -108,7 +113,7 @@ def prepare(
     processes.check_same(config_json.to_json(config), what="configuration", timeout_s=config.timeout_s)
     fresh_allowed = not replayed and (training or bool(config.init_from.checkpoint))
     check_workdir(workdir, config, fresh_allowed=fresh_allowed)
-    complete = with_scenes(config_lib.for_chip(config, chip), workdir)
+    complete = buckets.localized(with_scenes(config_lib.for_chip(config, chip), workdir))
     work: Callable[[], dict[str, float]]
     data: dict[str, str] = {}
     if training or replayed:
@@ -123,7 +128,7 @@ def prepare(
         work = evaluation.prepare(complete, workdir)
     # only after all processes have checked everything: a run that fails before must not take the workdir
     processes.barrier("all is checked", timeout_s=config.timeout_s)
-    return functools.partial(in_workdir, work, config, workdir, training=training, data=data)
+    return functools.partial(in_workdir, work, config, workdir, training=training, data=data, bucket=bucket)
 
 
 def in_workdir(
@@ -133,6 +138,7 @@ def in_workdir(
     *,
     training: bool,
     data: dict[str, str],
+    bucket: remote.Remote | None = None,
 ) -> dict[str, float]:
     """Returns what `work` does, in a workdir that says which configuration it holds and, trained, on which data.
 
@@ -143,6 +149,8 @@ def in_workdir(
         if jax.process_index() == 0:
             if training:
                 stack.enter_context(only_run(workdir))
+            if bucket:
+                stack.enter_context(remote.kept(bucket, training=training))
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(room(workdir))
             if training and (not (workdir / "data.json").exists() or read_json(workdir / "data.json") != data):
@@ -152,6 +160,8 @@ def in_workdir(
                 write_text(path, [text])
             if training:
                 stack.enter_context(said_when_preempted(workdir / "preempted"))
+        if bucket:
+            processes.barrier("the workdir is held", timeout_s=config.timeout_s)
         return work()
 
 
@@ -185,14 +195,14 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
         ]
         if changed:
             raise ValueError(
-                f"{workdir} holds another run (stored -> now):\n"
+                f"{buckets.name_of(workdir)} holds another run (stored -> now):\n"
                 + "\n".join(f"  {line}" for line in changed)
                 + "\nGive another --workdir, or the stored values to continue that run."
             )
     elif not fresh_allowed:
         raise ValueError(
-            f"{workdir} has no config.json, so there is no run to evaluate or replay; give its --workdir, or another"
-            " workdir and --config.init_from.checkpoint=<workdir of the run>"
+            f"{buckets.name_of(workdir)} has no config.json, so there is no run to evaluate or replay; give its "
+            "--workdir, or another workdir and --config.init_from.checkpoint=<workdir of the run>"
         )
 
 
@@ -209,8 +219,8 @@ def check_data(workdir: pathlib.Path, data: dict[str, str], *, allowed: bool) ->
     changed = "\n".join(f"  {line}" for line in identity.changes(stored if isinstance(stored, dict) else {}, data))
     if changed and not allowed:
         raise ValueError(
-            f"the data are not those that the run of {workdir} began with:\n{changed}\nRestore them, give another "
-            "--workdir, or go on with --changed_data."
+            f"the data are not those that the run of {buckets.name_of(workdir)} began with:\n{changed}\nRestore them, "
+            "give another --workdir, or go on with --changed_data."
         )
     if changed:
         logging.warning("the data changed since the run of %s began:\n%s", workdir, changed)
@@ -223,7 +233,7 @@ def with_scenes(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     if not any(counts.values()):
         return config
     folder = pathlib.Path(wanted.pop("folder") or workdir / "data")
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 or buckets.is_workdir(folder):
         logging.info("generating scenes in %s", folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +268,7 @@ def report(workdir: pathlib.Path, scores: dict[str, float], *, minutes: float) -
             print(f"{f'second set, {group[11:]} training' if group else 'scores'} in %: {', '.join(measured)}")
     if best := read_best(workdir / "best.json"):
         print(f"best checkpoint: step {best['step']}, {best['score']} {100 * best['value']:.1f}")
-    print(f"done in {minutes:.1f} minutes; everything is in {workdir}/:")
+    print(f"done in {minutes:.1f} minutes; everything is in {buckets.name_of(workdir)}/:")
     for name, what in {
         "checkpoints": "parameters and optimizer state",
         "metrics.jsonl": "loss terms, speed and scores by step (TensorBoard events beside it)",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from detclipv2_jax import files
+from detclipv2_jax import bucket_store, files
 from detclipv2_jax.config import KINDS, base, flat, for_chip
 from detclipv2_jax.eval import result
 from detclipv2_jax.inference import detect
@@ -168,6 +168,8 @@ def _of_places(config: ConfigDict) -> Iterator[str]:
             try:
                 if isinstance(text, str) and key not in ("closing", "name"):
                     files.check_here(text, where=f"config.{key}")
+                    if bucket_store.place(text) and key == "scenes.folder":
+                        yield f"config.{key} is {text}; scenes are generated into a folder of this machine"
             except ValueError as error:
                 yield str(error)
 

@@ -70,10 +70,10 @@ def test_an_unknown_command_is_named():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--config=demo", "--workdir=gs://bucket/run"],
-        ["train", "--config=demo", "--workdir", "s3://bucket/run"],
+        ["train", "--config=demo", "--workdir=az://bucket/run"],
+        ["train", "--config=demo", "--workdir", "hf://bucket/run"],
         ["train", "--config=demo", "--config.image_text.data=hf://set"],
-        ["predict", "--checkpoint=gs://bucket/run", "--images=x", "--output=y", "--words=x"],
+        ["predict", "--checkpoint=hdfs://bucket/run", "--images=x", "--output=y", "--words=x"],
         ["prepare", "coco_json", "--input=https://host/a.json", "--output=x"],
     ],
 )
@@ -82,15 +82,18 @@ def test_what_is_not_on_this_machine_is_refused_by_name(arguments, tmp_path):
     assert done.returncode == 1
     place = next(part for part in arguments if "://" in part)
     assert done.stderr.startswith("error: ")
-    assert f"{place.partition('=')[2] or place} is not on this machine" in done.stderr
+    assert f"{place.partition('=')[2] or place} is neither on this machine nor in a bucket" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_elsewhere_in_a_configuration_is_refused():
     config = config_lib.base()
-    config.detection.data = ("data/a", "gs://bucket/b")
-    with pytest.raises(ValueError, match=r"config.detection.data=gs://bucket/b is not on this machine"):
+    config.detection.data = ("data/a", "gs://bucket/a", "hf://bucket/b")
+    config.scenes.folder = "gs://bucket/scenes"
+    with pytest.raises(ValueError, match=r"config.detection.data=hf://bucket/b is neither on this machine") as error:
         validation.validate(config, num_devices=1)
+    assert "config.scenes.folder is gs://bucket/scenes; scenes are generated into a folder of this" in str(error.value)
+    assert "bucket/a" not in str(error.value)
 
 
 def test_words_may_look_like_places():

@@ -221,11 +221,11 @@ def test_the_beginning_of_a_text_is_read_and_of_a_pipe_nothing(tmp_path):
             read(tmp_path / "pipe")
 
 
-def test_buckets_are_not_here():
-    for place in ("runs/demo", "/data/a", "gs", "a b", ""):
+def test_what_is_neither_here_nor_in_a_bucket():
+    for place in ("runs/demo", "/data/a", "gs", "a b", "", "gs://bucket/run", "s3://bucket"):
         files.check_here(place, where="--workdir")
-    for place in ("gs://bucket/run", "s3://bucket"):
-        with pytest.raises(ValueError, match=f"^--workdir={place} is not on this machine.*mount the bucket"):
+    for place in ("hf://bucket/run", "https://x", "GS://x"):
+        with pytest.raises(ValueError, match=f"^--workdir={place} is neither on this machine nor in a bucket"):
             files.check_here(place, where="--workdir")
 
 

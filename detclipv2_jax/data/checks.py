@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import ParamSpec, TypeVar
 
+from detclipv2_jax import buckets
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _NUM_PROBED_FILES = 64
@@ -100,10 +101,13 @@ def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") ->
     Raises:
       DataError: photos are missing, empty or such links; says how many, and names all of them.
     """
+    paths = list(paths)
+    buckets.fetch_all(filter(buckets.place_of, paths), missing_ok=True)
     digest, missing, empty, linked, total = hashlib.sha256(), [], [], [], 0
     for path in paths:
         total += 1
         try:
+            version = buckets.version_of(path)
             facts = os.stat(path)
         except (OSError, ValueError):
             facts = None
@@ -116,7 +120,8 @@ def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") ->
             resolve(folder, path[len(folder) + 1 :], follow_links=not folder)
         except UnusableError:
             linked.append(path)
-        digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode(errors="replace"))
+        version = version or str(facts.st_mtime_ns)
+        digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{version}\n".encode(errors="replace"))
     problems = {"do not exist": missing, "are empty": empty}
     problems["are links out of the image folder, which follow_links allows"] = linked
     if missing or empty or linked:
@@ -126,10 +131,18 @@ def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") ->
     return digest.hexdigest()
 
 
+def _exists(path: str) -> bool:
+    try:
+        buckets.fetch(path)
+    except FileNotFoundError:
+        return False
+    return os.path.isfile(path)
+
+
 def probe_images(folder: str, names: Iterable[str], path: str | Path) -> None:
     """Raises if not one of the first images exists: then the folder is wrong, not a few files."""
     names = list(itertools.islice(names, _NUM_PROBED_FILES))
-    if names and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
+    if names and not any(_exists(os.path.join(folder, name)) for name in names):
         raise ValueError(
             f"none of the first {len(names)} images of {path} exists in {folder} (the first is {names[0]}); "
             "the key `images` must name the folder that the file names are relative to"

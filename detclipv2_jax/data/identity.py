@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from detclipv2_jax import buckets
 from detclipv2_jax.data.built import INDEX, VOCABULARY
 from detclipv2_jax.data.schema import Kind
 
@@ -29,7 +30,11 @@ def of_run(config: Any) -> dict[str, str]:
         found |= {f"config.{kind.value}.{name}": _sha256(path) for name, path in paths.items() if path.is_file()}
     for section in _EVALUATIONS:
         given = {key: Path(config[section][key]) for key in ("annotations", "dictionary") if config[section][key]}
-        found |= {f"config.{section}.{key} {path}": _sha256(path) for key, path in given.items() if path.is_file()}
+        found |= {
+            f"config.{section}.{key} {buckets.name_of(path)}": _sha256(path)
+            for key, path in given.items()
+            if path.is_file()
+        }
     return found
 
 

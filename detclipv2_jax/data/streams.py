@@ -143,7 +143,7 @@ class Stream:
                 f"{self.name}: no batch {n} within {self._input.timeout_s} s (config.input.timeout_s); "
                 f"{self._waited_for(n)}"
             ) from None
-        if isinstance(error, RuntimeError):  # Grain's, of a worker process
+        if isinstance(error, RuntimeError) and "BucketError" not in f"{error!r}":  # Grain's, of a worker process
             raise DataError(f"{self.name}: {error} Out of memory? config.input.num_workers=0 needs least.") from error
         if error is not None:
             raise error

@@ -100,7 +100,7 @@ def _prepare_all(
     prepared: dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]] = {}
     problems: list[str] = []
     if checkpoint:
-        config, prepared["zero_shot"] = checkpoints.read_config(checkpoint), {}
+        config, prepared["zero_shot"] = checkpoints.read_config(remote.here(checkpoint)), {}
     if finetuned:
         prepared["finetuned"] = {}
     for kind, by_member in prepared.items():

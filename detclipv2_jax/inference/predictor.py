@@ -22,7 +22,7 @@ from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Li
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.exemplars import Exemplars, OneImage
 from detclipv2_jax.models.detclip import DetCLIP
-from detclipv2_jax.runs import exported, hub, state
+from detclipv2_jax.runs import exported, hub, remote, state
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -127,7 +127,8 @@ class Predictor:
         `workdir` may be the folder of an export. Embeddings of vocabularies are kept in `<workdir>/vocabularies` unless
         `keep_vocabularies` is False.
         """
-        cache = pathlib.Path(workdir) / "vocabularies" if keep_vocabularies else None
+        workdir = remote.here(workdir)
+        cache = workdir / "vocabularies" if keep_vocabularies else None
         if exported.is_export(workdir):
             return cls._of_export(workdir, cache=cache)
         from detclipv2_jax.runs import checkpoints  # here: an export is read without orbax

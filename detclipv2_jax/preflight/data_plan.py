@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from ml_collections import ConfigDict
 
-from detclipv2_jax import train
+from detclipv2_jax import buckets, train
 from detclipv2_jax.data.batches import table_capacity
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.built import REPORT, BuiltSource
@@ -81,7 +81,7 @@ def _set_table(plan: Plan, kind: Kind, rows: int, num_names: int) -> None:
 def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     """Returns the plan of a run from its files, every problem among them listed: missing files, canvases without
     examples, numbers far from the published ones, photos of the evaluation, and a schedule that ends elsewhere."""
-    plan = Plan()
+    plan, config = Plan(), buckets.localized(config)
     streams: list[Stream] = []
     with train.listed(plan.problems):
         streams = train_streams(config, process_count=num_hosts, table_multiple=num_devices // num_hosts)

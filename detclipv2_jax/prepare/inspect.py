@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from detclipv2_jax import buckets, files
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import files
 from detclipv2_jax.data.built import REPORT
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.data.streams import train_streams
@@ -40,7 +40,7 @@ def inspect(
     Raises:
       ValueError: a folder is not built, a file is missing, or nothing is named.
     """
-    config = (config or config_lib.base()).copy_and_resolve_references()
+    config = buckets.localized(config or config_lib.base())
     kinds = [_kind_of(folder) for folder in folders]
     for kind in Kind:
         section = config[kind.value]

@@ -24,9 +24,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from detclipv2_jax import files
+from detclipv2_jax import buckets, files
 from detclipv2_jax.files import write_text
-from detclipv2_jax.runs import exported
+from detclipv2_jax.runs import exported, remote
 from detclipv2_jax.runs.state import TrainState, report_differences
 from detclipv2_jax.runs.workdir import read_config, room
 
@@ -102,6 +102,10 @@ class Checkpoints:
         self._folder = pathlib.Path(workdir).resolve() / "checkpoints"
         self._policy = _NewestAndBest(keep)
         self._num_bytes = 0  # of the checkpoint that was written last
+        # only process 0 has the checkpoints of a workdir in a bucket: it writes and reads for all
+        self._is_alone = buckets.is_workdir(self._folder) and jax.process_count() > 1
+        mine = {"primary_host": jax.process_index(), "active_processes": {jax.process_index()}}
+        mine["barrier_sync_key_prefix"] = f"process{jax.process_index()}"
         self._manager = ocp.CheckpointManager(
             self._folder,
             # named here, because orbax tells shapes only of items whose handler it knows
@@ -110,6 +114,7 @@ class Checkpoints:
                 preservation_policy=self._policy,
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=keep > 0,  # a reader may see a checkpoint that is still being written
+                multiprocessing_options=ocp.options.MultiprocessingOptions(**mine if self._is_alone else {}),
             ),
         )
 
@@ -167,7 +172,7 @@ class Checkpoints:
           DamagedError: there are checkpoints, and none of them is intact.
         """
         steps = [step for step in self._manager.all_steps() if before is None or step < before]
-        found, damaged = -1, dict[int, str]()
+        found, damaged = -1 if steps else -2, dict[int, str]()
         if jax.process_index() == 0:
             for step in sorted(steps, key=lambda step: (step == first, step), reverse=True):
                 if not (damage := self.damage(step, items)):
@@ -181,7 +186,7 @@ class Checkpoints:
                 (self._folder / str(step)).rename(place / time.strftime(f"{step}_%Y%m%d_%H%M%S"))
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        if found < 0 and steps:
+        if found == -1:
             raise DamagedError(
                 "\n".join(
                     [
@@ -192,7 +197,7 @@ class Checkpoints:
             )
         if set_aside:
             self._manager.reload()
-        return found if steps else None
+        return found if found >= 0 else None
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state` after `step` steps; returns when the arrays are copied. A saved step is left alone.
@@ -200,8 +205,15 @@ class Checkpoints:
         Raises:
           WorkdirError: there is no room on the disk, now or for the checkpoint before.
         """
-        if step in self._manager.all_steps():
+        is_saved = step in self._manager.all_steps()
+        if self._is_alone:
+            is_saved = bool(multihost_utils.broadcast_one_to_all(np.int32(is_saved)))
+        if is_saved:
             return
+        if self._is_alone:
+            state = jax.tree.map(_whole, state)
+            if jax.process_index() > 0:
+                return
         items = {
             "params": _Save(state.params),
             "optimizer": _Save({"step": state.step, "opt_state": state.opt_state}),
@@ -219,6 +231,26 @@ class Checkpoints:
           ValueError: stored parameters and those of the configuration differ; missing, unexpected and reshaped names.
         """
         self.wait()
+        if self._is_alone:
+            return self._restore_for_all(abstract, step=step)
+        return self._restore(abstract, step=step)
+
+    def _restore_for_all(self, abstract: TrainState, *, step: int) -> TrainState:
+        """Returns what `restore` does, where only process 0 has the files."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+        if jax.process_index() == 0:
+            found = jax.tree.map(np.asarray, self._restore(here, step=step))
+        else:
+            found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+
+        def spread(value: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+            value = np.asarray(multihost_utils.broadcast_one_to_all(value))
+            return jax.make_array_from_callback(value.shape, wanted.sharding, lambda index: value[index])
+
+        return jax.tree.map(spread, found, abstract)
+
+    def _restore(self, abstract: TrainState, *, step: int) -> TrainState:
         report_differences(self.stored(step), abstract.params, what=f"checkpoint of step {step}")
         items = {
             "params": _Restore(abstract.params),
@@ -261,6 +293,13 @@ class Checkpoints:
             self._manager.close()
 
 
+def _whole(x: jax.Array) -> np.ndarray:
+    """Returns an array that may be split over processes; all of them must ask for it."""
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 @contextlib.contextmanager
 def _opened(workdir: str | pathlib.Path) -> Iterator[tuple[ConfigDict, Checkpoints, int, str]]:
     """Yields (config, checkpoints, step and item that count) of a run; raises as `load_for_inference`."""
@@ -287,6 +326,7 @@ def load_for_inference(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, in
     Raises:
       ValueError: `workdir` holds no run or no intact checkpoint.
     """
+    workdir = remote.here(workdir)
     if exported.is_export(workdir):
         export = exported.load(workdir)
         return export.config, export.params, export.step
@@ -310,6 +350,7 @@ def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> 
     """
     from detclipv2_jax import config as config_lib
 
+    workdir = remote.here(workdir)
     if exported.is_export(workdir):
         config, stored, _ = load_for_inference(workdir)
     else:

@@ -1,0 +1,285 @@
+"""Files in buckets of real servers on this machine; without the packages moto and gcp-storage-emulator: skipped."""
+
+import dataclasses
+import os
+import pathlib
+import time
+
+import bucket_servers
+import jax
+import numpy as np
+import pytest
+from bucket_servers import url
+from micro import micro_config
+
+from detclipv2_jax import bucket_store, buckets, commands, files
+from detclipv2_jax.bucket_store import BucketError, place
+from detclipv2_jax.data import checks, identity, scenes, sources, streams
+
+needs_servers = pytest.mark.skipif(not bucket_servers.ARE_THERE, reason="needs moto and gcp-storage-emulator")
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def server(request):
+    with bucket_servers.served(request.param) as started:
+        yield started
+
+
+@pytest.fixture
+def bucket(server, tmp_path, monkeypatch):
+    """Returns the scheme of a server that works, with an empty cache and little patience."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", repr(time.time()))
+    monkeypatch.setattr(bucket_store, "_RETRIES", {"max_retries": 3, "initial_delay": "10ms", "max_delay": "50ms"})
+    bucket_store._opened.cache_clear()
+    buckets._meter.cache_clear()
+    server.fault = lambda method, path: ""
+    yield server.scheme
+    server.fault = lambda method, path: ""
+    bucket_store._opened.cache_clear()
+
+
+def next_run(monkeypatch):
+    time.sleep(0.02)
+    monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", repr(time.time()))
+
+
+def test_names():
+    assert place("gs://bucket/a/b.json") == ("gs", "bucket", "a/b.json")
+    assert str(place("s3://bucket/run/")) == "s3://bucket/run"
+    assert place("runs/a") is place("hf://x") is place(3) is place("") is None
+    for wrong in ("gs://", "gs:///a", "s3://bucket/../a", "gs://bucket/a/../../b", "gs://../a", "gs://bucket/a//b"):
+        with pytest.raises(ValueError, match="names no bucket and path"):
+            place(wrong)
+
+
+def test_paths_of_the_cache_are_names_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path))
+    where = place("gs://bucket/a/b")
+    assert buckets.place_of(buckets.path_of(where)) == where
+    assert buckets.name_of(buckets.path_of(where)) == "gs://bucket/a/b"
+    assert buckets.name_of(buckets.path_of(where, part="workdirs/0")) == "gs://bucket/a/b"
+    assert buckets.name_of("a/b") == "a/b"
+    assert buckets.place_of(tmp_path / "other") is None
+
+
+@needs_servers
+def test_writes_on_condition(bucket):
+    where = place(url(bucket, "conditions/é 1#?.txt"))
+    first = bucket_store.write(where, b"1", known=b"")
+    assert first
+    assert bucket_store.write(where, b"2", known=b"") is None  # it is there
+    second = bucket_store.write(where, b"3", known=first)
+    assert second not in (first, None)
+    assert bucket_store.write(where, b"4", known=first) is None  # another wrote
+    assert bucket_store.read(where) == (b"3", second)
+    assert bucket_store.read(where, known=second)[0] is None
+    assert bucket_store.write(where, b"3", known=first) == second  # its answer was lost
+    assert bucket_store.write(where, None, known=first) is None
+    assert bucket_store.names_below(place(url(bucket, "conditions"))) == ["é 1#?.txt"]
+    assert bucket_store.write(where, None, known=second) is not None
+    with pytest.raises(FileNotFoundError, match="no such object"):
+        bucket_store.read(where)
+
+
+@needs_servers
+def test_a_file_is_fetched_once_and_asked_for_once_a_run(server, bucket, monkeypatch):
+    where = place(url(bucket, "once/a.json"))
+    bucket_store.write(where, b"[1]")
+    path = buckets.here(str(where))
+    assert files.read_json(path) == [1]
+    server.requests.clear()
+    bucket_store.write(where, b"[2]")
+    asked = len(server.requests)
+    assert files.read_json(buckets.here(str(where))) == [1]
+    assert len(server.requests) == asked
+    next_run(monkeypatch)
+    assert files.read_json(path) == [2]
+    next_run(monkeypatch)
+    stored = os.stat(path).st_ino
+    assert files.read_json(path) == [2]
+    assert os.stat(path).st_ino == stored  # it was only asked whether it changed
+    bucket_store.write(where, None)
+    next_run(monkeypatch)
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(path)
+    with pytest.raises(ValueError, match="no such object, and none below it"):
+        buckets.here(str(where))
+
+
+@needs_servers
+def test_folders_and_patterns(bucket, monkeypatch):
+    for name in ("a.tar", "b.tar", "sub/c.tar", "d.txt"):
+        bucket_store.write(place(url(bucket, f"tree/{name}")), name.encode())
+    bucket_store.write(place(url(bucket, "tree-2/x")), b"x")
+    path = buckets.here(url(bucket, "tree/"))
+    found = sorted(os.path.relpath(os.path.join(at, name), path) for at, _, names in os.walk(path) for name in names)
+    assert found == ["a.tar", "b.tar", "d.txt", "sub/c.tar"]
+    bucket_store.write(place(url(bucket, "tree/sub/c.tar")), None)
+    next_run(monkeypatch)
+    assert not os.path.exists(buckets.here(url(bucket, "tree")) + "/sub")
+    pattern = buckets.here(url(bucket, "tree/*.tar"))
+    assert pattern == os.path.join(path, "*.tar")
+
+
+@needs_servers
+@pytest.mark.parametrize("fault", ["503", "cut", "slow"])
+def test_what_passes_is_tried_again(server, bucket, fault):
+    where = place(url(bucket, f"passing/{fault}"))
+    data = np.random.default_rng(0).bytes(1 << 20)
+    left = iter([fault, fault])
+    server.fault = lambda method, path: next(left, "")
+    version = bucket_store.write(where, data, known=b"")
+    assert version
+    left = iter([fault, fault])
+    assert buckets.content(buckets.path_of(where)) == data
+
+
+@needs_servers
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("503", "503|UNAVAILABLE|retry"), ("403", "PERMISSION_DENIED.*credentials"), ("cut", "retry")]
+)
+def test_what_stays_is_an_error_that_says_what(server, bucket, fault, reason):
+    where = place(url(bucket, "staying/a.jpg"))
+    bucket_store.write(where, b"a" * 4096)
+    server.fault = lambda method, path: fault
+    with pytest.raises(BucketError, match=f"{where} cannot be read: .*({reason})"):
+        files.read_bytes(buckets.path_of(where))
+    assert not buckets.path_of(where).exists()
+    with pytest.raises(BucketError, match="cannot be written"):
+        bucket_store.write(where, b"b") if fault != "cut" else bucket_store.write(
+            where._replace(bucket="gone-bucket"), b""
+        )
+
+
+@needs_servers
+def test_a_bucket_that_is_gone(bucket):
+    where = place(f"{bucket}://gone-bucket/a.jpg")
+    # TensorStore does not tell a bucket of Google's that is gone from one that is empty, unless it writes
+    with pytest.raises(BucketError if bucket == "s3" else FileNotFoundError):
+        files.read_bytes(buckets.path_of(where))
+    with pytest.raises(BucketError, match=r"NOT_FOUND.*is there such a bucket"):
+        bucket_store.write(where, b"1")
+
+
+@needs_servers
+def test_photos_make_room_and_files_in_use_do_not(bucket, monkeypatch):
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE_GB", "0.0001")  # 100 kB
+    for i in range(12):
+        bucket_store.write(place(url(bucket, f"room/{i}.jpg")), bytes([i]) * 20_000)
+    bucket_store.write(place(url(bucket, "room/names.json")), b"[]")
+    names = buckets.here(url(bucket, "room/names.json"))
+    folder = buckets.folder_here(url(bucket, "room"))
+    for _ in range(2):
+        for i in range(12):
+            assert files.read_bytes(f"{folder}/{i}.jpg") == bytes([i]) * 20_000
+            kept = [path for path in os.scandir(folder) if path.name.endswith(".jpg")]
+            assert sum(path.stat().st_size for path in kept) <= 100_000
+    assert os.path.exists(names)
+    bucket_store.write(place(url(bucket, "room/large.array_record")), b"x" * 200_000)
+    with pytest.raises(BucketError, match=r"more than the 0\.0001 that the cache"):
+        buckets.here(url(bucket, "room/large.array_record"))
+
+
+def test_a_strangers_keys_stay_in_the_cache(monkeypatch):
+    keys = [b"a/../../x", b"a//y", b"a/ok", b"a/", b"a//etc/x", b"a/./z", b"a/b/c"]
+    monkeypatch.setattr(bucket_store, "_ask", lambda *_: keys)
+    assert bucket_store.names_below(place("gs://bucket/a")) == ["b/c", "ok"]
+
+
+@needs_servers
+def test_photos_of_an_evaluation_are_told_apart_by_their_versions(bucket, monkeypatch):
+    where = place(url(bucket, "facts/a.jpg"))
+    bucket_store.write(where, b"1")
+    path = str(buckets.path_of(where))
+    first = checks.photo_facts([path], where="x")
+    os.unlink(path)
+    assert checks.photo_facts([path], where="x") == first  # fetched again
+    bucket_store.write(where, b"2")
+    next_run(monkeypatch)
+    assert checks.photo_facts([path], where="x") != first
+    with pytest.raises(ValueError, match="1 of 1 photos do not exist"):
+        checks.photo_facts([path + "x"], where="x")
+
+
+@needs_servers
+def test_data_of_a_bucket_are_those_of_a_folder(bucket, tmp_path):
+    folder = tmp_path / "scenes"
+    scenes.write(folder, num_detection=16, num_grounding=0, num_image_text=16, num_eval=8, size_px=64)
+    assert buckets.upload(folder, place(url(bucket, "scenes"))) == sum(path.is_file() for path in folder.rglob("*"))
+
+    def sources_in(where):
+        config = micro_config()
+        config.scenes.num_detection = config.scenes.num_grounding = config.scenes.num_image_text = 0
+        for section, key, file in (
+            ("detection", "annotations", "detection.json"), ("image_text", "pairs", "pairs.tsv"),
+            ("eval", "annotations", "eval.json"),
+        ):  # fmt: skip
+            config[section][key], config[section].images = f"{where}/{file}", str(where)
+        config.init_from.checkpoint = f"{where}/run"
+        found = buckets.localized(config)
+        assert found.init_from.checkpoint == config.init_from.checkpoint  # runs.checkpoints fetches it
+        return identity.of_run(found), streams.train_streams(found), sources.open_evaluation(found.eval, prefix="eval")
+
+    data, ours, (ours_eval, _) = sources_in(folder)
+    same_data, theirs, (theirs_eval, _) = sources_in(url(bucket, "scenes"))
+    assert [*data.values()] == [*same_data.values()]
+    assert f"config.eval.annotations {url(bucket, 'scenes/eval.json')}" in same_data
+    for one, other in zip(ours, theirs, strict=True):
+        jax.tree.map(
+            np.testing.assert_array_equal, dataclasses.asdict(one.batch(1)), dataclasses.asdict(other.batch(1))
+        )
+    assert len(ours_eval) == len(theirs_eval) == 8
+    kept = buckets.path_of(place(url(bucket, "scenes/detection.json")))
+    assert buckets.version_of(kept)
+    buckets.remove_others(kept.parent, {kept})
+    assert list(kept.parent.iterdir()) == [kept]
+    buckets.fetch_all([kept.with_name("absent")], missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        buckets.fetch(kept.with_name("absent"))
+
+
+def test_options_that_must_be_here(tmp_path, monkeypatch):
+    monkeypatch.delenv("DETCLIP_BUCKET_CACHE_GB", raising=False)
+    assert buckets.limit_bytes() == 100e9
+    for options in ({"results": pathlib.Path("gs://b/c")}, {"finetuned": "s3://bucket/x"}):
+        with pytest.raises(ValueError, match="must be on this machine"), buckets.arguments_here(options):
+            pass
+    left = {"workdir": "gs://bucket/x", "words": "gs://", "checkpoint": "s3://bucket/y", "num": 3, "config": None}
+    with buckets.arguments_here(left) as found:
+        assert found == left
+
+
+@needs_servers
+def test_a_command_reads_and_writes_buckets(bucket, capsys, server):
+    bucket_store.write(place(url(bucket, "in/words.txt")), b"cat\ndog")
+    bucket_store.write(place(url(bucket, "out/done.json")), b"old")
+    order = []
+
+    def fault(method, path):
+        if method != "GET":
+            order.append((method, path))
+        return ""
+
+    def command(*, words_file: str, output: str, many: tuple[str, ...] = (), fail: bool = False):
+        """Writes what it read."""
+        if fail:
+            raise ValueError("it failed")
+        files.write_text(f"{output}/sub/words.txt", files.read_lines(words_file))
+        files.write_json(f"{output}/done.json", [files.read_lines(path) for path in many])
+
+    arguments = [f"--words_file={url(bucket, 'in/words.txt')}", f"--output={url(bucket, 'out')}"]
+    assert commands.run(command, arguments=[*arguments, "--fail"]) == 1
+    assert bucket_store.read(place(url(bucket, "out/done.json")))[0] == b"old"
+    server.fault = fault
+    assert commands.run(command, arguments=[*arguments, f"--many={url(bucket, 'in')}/words.txt"]) == 0
+    assert bucket_store.read(place(url(bucket, "out/sub/words.txt")))[0] == b"catdog"
+    assert bucket_store.read(place(url(bucket, "out/done.json")))[0] == b'[["cat", "dog"]]\n'
+    assert ["done" in path for _, path in order] == [True, False, True]  # what names the rest is last
+    assert "uploaded to" in capsys.readouterr().out
+    server.fault = lambda method, path: "403"
+    assert commands.run(command, arguments=arguments) == 1
+    assert "cannot be written: PERMISSION_DENIED" in capsys.readouterr().err
+    assert not [name for name in os.listdir(buckets.root()) if name.startswith("output-")]
