@@ -95,7 +95,7 @@ def _prepare_all(
     Raises:
       ValueError: runs or files of members are not what they should be; all of them are listed.
     """
-    from detclipv2_jax.runs import checkpoints
+    from detclipv2_jax.runs import checkpoints, remote
 
     prepared: dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]] = {}
     problems: list[str] = []
