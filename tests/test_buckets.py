@@ -1,6 +1,5 @@
 """Files in buckets of real servers on this machine; without the packages moto and gcp-storage-emulator: skipped."""
 
-import dataclasses
 import os
 import pathlib
 import time
@@ -228,9 +227,7 @@ def test_data_of_a_bucket_are_those_of_a_folder(bucket, tmp_path):
     assert [*data.values()] == [*same_data.values()]
     assert f"config.eval.annotations {url(bucket, 'scenes/eval.json')}" in same_data
     for one, other in zip(ours, theirs, strict=True):
-        jax.tree.map(
-            np.testing.assert_array_equal, dataclasses.asdict(one.batch(1)), dataclasses.asdict(other.batch(1))
-        )
+        jax.tree.map(np.testing.assert_array_equal, one.batch(1), other.batch(1))
     assert len(ours_eval) == len(theirs_eval) == 8
     kept = buckets.path_of(place(url(bucket, "scenes/detection.json")))
     assert buckets.version_of(kept)

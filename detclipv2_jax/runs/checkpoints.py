@@ -104,6 +104,8 @@ class Checkpoints:
         self._num_bytes = 0  # of the checkpoint that was written last
         # only process 0 has the checkpoints of a workdir in a bucket: it writes and reads for all
         self._is_alone = buckets.is_workdir(self._folder) and jax.process_count() > 1
+        if self._is_alone:
+            self._folder.mkdir(parents=True, exist_ok=True)
         mine = {"primary_host": jax.process_index(), "active_processes": {jax.process_index()}}
         mine["barrier_sync_key_prefix"] = f"process{jax.process_index()}"
         self._manager = ocp.CheckpointManager(
@@ -114,6 +116,7 @@ class Checkpoints:
                 preservation_policy=self._policy,
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=keep > 0,  # a reader may see a checkpoint that is still being written
+                create=not self._is_alone,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(**mine if self._is_alone else {}),
             ),
         )
