@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax
@@ -42,15 +43,30 @@ def stored(predictor: Predictor, *, weights: str, dtype: str = "") -> Predictor:
     return Predictor(config, detclip.from_config(config.model), jax.device_put(params), step=predictor.step)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops what is written to stderr: TensorFlow greets, and misses CUDA in red, before it can be told not to."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def write(
     folder: pathlib.Path, predictor: Predictor, form: str, *, limits: Limits, words: Mapping[str, str] | None
 ) -> None:
     """Writes an export: "safetensors", "stablehlo" or "saved_model"; ValueError if a library is missing."""
     weights = _by_name(predictor.params)
     if form == "saved_model":
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets
         try:
-            from detclipv2_jax.export import saved_model  # takes seconds
+            with quiet():
+                from detclipv2_jax.export import saved_model  # takes seconds
+
+                saved_model.tf.config.list_logical_devices("CPU")
         except ImportError as error:
             raise ValueError(
                 f"--format=saved_model needs tensorflow-text: pip install 'detclipv2_jax[export]' ({error})"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -217,3 +218,15 @@ def test_what_is_exported_has_no_kernels(predictor, given, kept):
     assert found.detector.model.head["deform_impl"] == kept
     assert config.model.head.deform_impl == given
     assert found.step == 7
+
+
+def test_what_libraries_say_while_they_load_is_dropped_and_errors_after_it_are_not(capfd):
+    @programs.quiet()
+    def load():
+        os.write(2, b"failed call to cuInit\n")
+        raise ImportError
+
+    with pytest.raises(ImportError):
+        load()
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
