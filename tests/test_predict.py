@@ -279,6 +279,10 @@ def test_thresholds_are_chosen_written_and_used_again(photos):
     (photos.parent / "kept.json").write_text(json.dumps(chosen))
     again = {"thresholds": str(photos.parent / "kept.json")}
     assert _run(photos, score_threshold=0.0, max_detections=50, **again)[1] == rows
+    chosen["words"]["red"]["threshold"] = 1.0
+    (photos.parent / "kept.json").write_text(json.dumps(chosen))
+    without = _run(photos, score_threshold=0.0, max_detections=50, **again)[1]
+    assert without == [row for row in rows if row["name"] == "blue"]
     _run(photos, min_precision=0.95, **given)
     assert json.loads((output / "thresholds.json").read_text())["rule"] == "precision of at least 0.95"
     for wrong, message in (

@@ -57,6 +57,7 @@ def test_frames_are_written_once_and_again_when_the_video_or_the_step_is_another
     assert inputs.with_frames([video], output=tmp_path, every=4) == list(times)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert len(inputs.with_frames([video], output=tmp_path, every=1)) == NUM_FRAMES
+    times = {path: path.stat().st_mtime_ns for path in times}
     write_video(video)
     inputs.with_frames([video], output=tmp_path, every=1)
     assert all(path.stat().st_mtime_ns > time for path, time in times.items())
