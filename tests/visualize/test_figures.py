@@ -251,6 +251,7 @@ def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):
             assert ((places > [x1, y1]) & (places < [x2, y2])).all()
             counts.append(len(places))
             assert text.get_text() == f"{names[i][n]}: {len(places)}"
+            assert text.get_position() == (x1, y1)
             assert set(dots.get_sizes()) <= {3 * stride for stride in anchor_lib.STRIDES}
             assert colors_of(dots.get_facecolor()) == [hex_color(PALETTE[n])]
         assert min(counts) > 1
