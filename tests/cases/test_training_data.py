@@ -428,7 +428,7 @@ def test_spans_that_give_no_phrase(caption, given, problem):
         ("red toy car", [["0", 3]], "red", ["span that is not two whole numbers"]),
         ("red toy car", [[False, 3]], "red", ["span that is not two whole numbers"]),
         ("red toy car", [[0, 3], [3, 7]], "red toy", []),
-        ("red toy car", [[-3, 3]], "red", []),
+        ("red toy car", [[-3, 3]], "red", ["span that begins before the caption"]),
         ("red toy car", [[0.0, 3.0]], "red", ["span that is not two whole numbers"]),
         ("red\ntoy\tcar here", [[0, 11]], "red toy car", []),
         ("the old table near the table", [[23, 28], [4, 7]], "old table", []),

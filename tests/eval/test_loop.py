@@ -127,7 +127,7 @@ def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, mo
     content = json.loads(dataset.read_text())
     name_of = {row["id"]: row["name"] for row in content["categories"]}
     for (picture, boxes, labels, words), options in drawn:
-        (image,) = (i for i in content["images"] if options["title"] == f"image {i['id']} after 0 steps")
+        (image,) = (i for i in content["images"] if options["title"] == f"{i['file_name']} after 0 steps")
         rows = [row for row in content["annotations"] if row["image_id"] == image["id"]]
         truth_boxes, truth_labels = options["truth"]
         assert [words[i] for i in truth_labels] == [name_of[row["category_id"]] for row in rows]
