@@ -193,7 +193,7 @@ def test_captions_of_other_photos_are_dropped(raw):
     assert (shown["pairs"], shown["kept"], shown["dropped"]) == (11, 9, 2)
     assert [row["photo"] for row in shown["examples"]["dropped"]] == ["red.png", "none.png"]
     assert len(shown["examples"]["kept"]) == 9
-    with pytest.raises(ValueError, match="coco_json has boxes"):
+    with pytest.raises(ValueError, match="coco_json has none"):
         building.build("coco_json", input=source, output=str(raw / "x"), filter="run")
     with pytest.raises(ValueError, match=r"--max_misfit=1.0 must be in \[0, 1\)"):
         building.build("image_text", input=source, output=str(raw / "x"), filter="run", max_misfit=1.0)
