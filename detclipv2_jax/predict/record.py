@@ -19,7 +19,8 @@ _COLUMNS = 6  # x1, y1, x2, y2, score, label
 class Record:
     """Photos and what was found on them; iterates over those of `paths` that are known, in their order.
 
-    A photo whose size or time has changed is not known. A line that a kill left unfinished is dropped.
+    A photo whose size or time has changed is not known. A line that a kill left unfinished, or that is damaged, is
+    dropped with all after it.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Record:
             self._check(first, searched)
             end, facts = len(first), {str(path): _facts(path) for path in paths}
             for line in file:
-                if not line.endswith(b"\n"):
+                if not _is_whole(line):
                     break
                 row = json.loads(line)
                 if row["facts"] == facts.get(row["photo"]):
@@ -107,6 +108,17 @@ class Record:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row).encode() + b"\n"
+
+
+def _is_whole(line: bytes) -> bool:
+    """Returns whether a line is a row of what was found on a photo, to its last box."""
+    try:
+        row = json.loads(line)
+        num_bytes = len(base64.b64decode(row["rows"], validate=True))
+        whole = isinstance(row["photo"], str) and [isinstance(side, int) for side in row["size"]] == [True] * 2
+        return whole and "facts" in row and num_bytes % (4 * _COLUMNS) == 0 and line.endswith(b"\n")
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _facts(path: pathlib.Path) -> list[int]:

@@ -137,3 +137,23 @@ def test_a_record_that_was_killed_while_it_began_is_begun_anew(tmp_path):
     (tmp_path / "record").write_bytes(b"[]\n")
     with pytest.raises(ValueError, match="with other content"):
         make_record(tmp_path, [])
+
+
+def test_a_damaged_record_keeps_the_photos_before_the_damage(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path in paths:
+        path.write_bytes(b"a photo")
+    record = make_record(tmp_path, paths)
+    one = Found(np.ones((2, 4), np.float32), np.ones(2, np.float32), np.zeros(2, int), ("a", "b"), (5, 6))
+    for path in paths:
+        record.add(path, one)
+    lines = (tmp_path / "record").read_bytes().splitlines(keepends=True)
+    damaged = [b"[]\n", b"{}\n", b"\xff\n", b"\n", lines[3][:40] + b"\n"]
+    damaged += [lines[3].replace(b"[5, 6]", size) for size in (b"[5]", b"[5, null]", b"7")]
+    damaged += [lines[3].replace(b'"rows": "', b'"rows": "' + rows) for rows in (b"AAAA", b"!")]
+    for line in damaged:
+        assert line != lines[3]
+        (tmp_path / "record").write_bytes(b"".join([*lines[:3], line, lines[4]]))
+        record = make_record(tmp_path, paths)
+        assert [path for path, _ in record] == paths[:2]
+        assert (tmp_path / "record").read_bytes() == b"".join(lines[:3])
