@@ -18,6 +18,8 @@ import urllib.parse
 
 import portpicker
 
+from detclipv2_jax import bucket_store, buckets
+
 BUCKET = "bucket-of-tests"
 ARE_THERE = all(importlib.util.find_spec(name) for name in ("moto", "flask_cors", "gcp_storage_emulator"))
 COMMANDS = {
@@ -152,3 +154,19 @@ def served(scheme):
 
 def url(scheme, key):
     return f"{scheme}://{BUCKET}/{key}"
+
+
+@contextlib.contextmanager
+def asked(server, cache, monkeypatch):
+    """A server that works, asked with little patience, for an empty cache; without faults afterwards."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(cache))
+    monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", repr(time.time()))
+    monkeypatch.setattr(bucket_store, "_RETRIES", {"max_retries": 3, "initial_delay": "10ms", "max_delay": "50ms"})
+    bucket_store._opened.cache_clear()
+    buckets._meter.cache_clear()
+    server.fault = lambda method, path: ""
+    yield
+    server.fault = lambda method, path: ""
+    bucket_store._opened.cache_clear()

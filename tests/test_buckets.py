@@ -27,17 +27,8 @@ def server(request):
 @pytest.fixture
 def bucket(server, tmp_path, monkeypatch):
     """Returns the scheme of a server that works, with an empty cache and little patience."""
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", repr(time.time()))
-    monkeypatch.setattr(bucket_store, "_RETRIES", {"max_retries": 3, "initial_delay": "10ms", "max_delay": "50ms"})
-    bucket_store._opened.cache_clear()
-    buckets._meter.cache_clear()
-    server.fault = lambda method, path: ""
-    yield server.scheme
-    server.fault = lambda method, path: ""
-    bucket_store._opened.cache_clear()
+    with bucket_servers.asked(server, tmp_path / "cache", monkeypatch):
+        yield server.scheme
 
 
 def next_run(monkeypatch):

@@ -36,7 +36,7 @@ from detclipv2_jax import commands
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
-from detclipv2_jax.eval import detections, lvis
+from detclipv2_jax.eval import detections, lvis, proposals
 from detclipv2_jax.files import write_json, write_text
 
 # glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
@@ -79,7 +79,7 @@ def _subset_scores(
 def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the scores of a run in %: AP of all, base, novel shapes and held-out combinations, AR of novel shapes.
 
-    AR is class-agnostic: every box of an image counts once, with its best word, and the best 300 are taken.
+    AR is class-agnostic, of the best 300 boxes of an image, see `eval.proposals`.
     """
     frequency = {category["id"]: category["frequency"] for category in truth["categories"]}
     parts: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -92,16 +92,8 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     for lead, counts in parts.items():
         subset = _subset_scores(truth, rows, counts)
         scores |= {f"{lead}{name}": subset[name] for name in ("AP", "AP50")}
-    best: dict[Any, dict[str, Any]] = {}  # rows of an image stand best first
-    for row in rows:
-        best.setdefault((row["image_id"], *row["bbox"]), row | {"category_id": 1})
-    agnostic = {
-        "images": [{"id": image["id"]} for image in truth["images"]],
-        "categories": [{"id": 1, "name": "object"}],
-        "annotations": [box | {"category_id": 1, "of": box["category_id"]} for box in truth["annotations"]],
-    }
-    found = _subset_scores(agnostic, list(best.values()), lambda box: frequency[box["of"]] == "r")
-    return scores | {"novel_AR": found["AR@300"]}
+    agnostic = proposals.evaluate(truth, rows)
+    return scores | {"novel_AR": round(100 * agnostic["agnostic_ARr@300"], 2)}
 
 
 def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:

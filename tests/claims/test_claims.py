@@ -128,17 +128,16 @@ def test_scores_are_those_of_the_subsets():
     assert (half["novel_AP"], half["novel_AP50"], half["novel_AR"]) == (60.0, 100.0, 60.0)
 
 
-def test_every_place_counts_once_with_its_best_word(monkeypatch):
-    asked = []
-    monkeypatch.setattr(claims.lvis, "evaluate", lambda truth, rows: asked.append((truth, rows)) or {
-        "AP": 0.1, "AP50": 0.12345, "AR@300": 0.2
-    })  # fmt: skip
-    rows = [found(2, category, [0, 0, 10, 10], score) for category, score in ((2, 0.5), (1, 0.4))]
-    scores = claims.score(world(), [*rows, found(1, 1, [0, 0, 10, 10], 0.3)])
-    truth, agnostic = asked[-1]
-    assert [(row["image_id"], row["category_id"], row["score"]) for row in agnostic] == [(2, 1, 0.5), (1, 1, 0.3)]
-    assert [(box["category_id"], box["ignore"]) for box in truth["annotations"]] == [(1, 1), (1, 1), (1, 0)]
-    assert (scores["novel_AR"], scores["base_AP50"]) == (20.0, 12.35)
+def test_scores_are_rounded_and_every_place_counts_once(monkeypatch):
+    boxes = [[x, y, 4, 4] for x in range(0, 60, 4) for y in range(0, 80, 4)]  # 300 places beside those of the truth
+    rows = [found(2, category, box, 0.5) for box in boxes for category in (1, 2)]
+    assert claims.score(world(), [*rows, found(2, 1, [40, 40, 20, 20], 0.6)])["novel_AR"] == 100.0
+    assert claims.score(world(), [*rows[2:], found(2, 1, [40, 40, 20, 20], 0.4)])["novel_AR"] == 100.0  # 299 are better
+    assert claims.score(world(), [*rows, found(2, 1, [40, 40, 20, 20], 0.4)])["novel_AR"] == 0.0
+    monkeypatch.setattr(claims.lvis, "evaluate", lambda truth, rows: {"AP": 0.1, "AP50": 0.12345})
+    monkeypatch.setattr(claims.proposals, "evaluate", lambda truth, rows: {"agnostic_ARr@300": 0.23456})
+    scores = claims.score(world(), [])
+    assert (scores["novel_AR"], scores["base_AP50"]) == (23.46, 12.35)
 
 
 def results(margins, *, row="pairs"):

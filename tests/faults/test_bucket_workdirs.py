@@ -130,18 +130,10 @@ def server():
 
 @pytest.fixture
 def bucket(server, tmp_path, monkeypatch):
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path / "reader"))
-    monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", repr(time.time()))
-    monkeypatch.setattr(bucket_store, "_RETRIES", {"max_retries": 3, "initial_delay": "10ms", "max_delay": "50ms"})
     for name, value in (("PUSH_S", 0.05), ("BEAT_S", 0.1), ("LEASE_S", 0.6)):
         monkeypatch.setattr(remote, name, value)
-    bucket_store._opened.cache_clear()
-    server.fault = lambda method, path: ""
-    yield "gs"
-    server.fault = lambda method, path: ""
-    bucket_store._opened.cache_clear()
+    with bucket_servers.asked(server, tmp_path / "reader", monkeypatch):
+        yield "gs"
 
 
 def lines(workdir):
