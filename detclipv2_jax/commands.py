@@ -36,6 +36,7 @@ INTERRUPTED = 128 + signal.SIGINT  # what shells give a command that the signal 
 GRACE_S = 3.0  # after Ctrl-C, for a command to end by itself
 _ENDING = {at_once: threading.Lock() for at_once in (False, True)}
 _IS_NEEDED = threading.Event()
+_EXTRAS = {"tensorflow_datasets": "prepare", "pyarrow": "prepare"}  # what brings a module that few commands need
 Command = Callable[..., Any]
 
 
@@ -76,6 +77,11 @@ def run(
         end("stopped by Ctrl-C")
     except (ValueError, OSError, bucket_store.BucketError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        print(f"error: {error}: pip install 'detclipv2_jax[{_EXTRAS[error.name]}]'", file=sys.stderr)
         return 1
     finally:
         if from_start:  # nothing is at work any more
@@ -165,7 +171,8 @@ def parse(
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if option != "--words":
-            files.check_here(value if equals else argument, where=option if equals else "argument")
+            for part in (value if equals else argument).split(","):
+                files.check_here(part.strip("([ '\""), where=option if equals else "argument")
     _keep_compiled(options.pop("compilation_cache", None))
     if unknown := [argument for argument in rest if not argument.startswith(("--config.", "--noconfig."))]:
         parser.error(f"unexpected argument {unknown[0]!r}; quote words and patterns that hold spaces")
@@ -245,7 +252,7 @@ def config_file(given: str) -> str:
     """Returns FILE[:VARIANT], where FILE may be the name of a configuration that comes with the package."""
     name, colon, variant = given.partition(":")
     package = pathlib.Path(__file__).parent
-    if not re.fullmatch(r"\w+", name) or pathlib.Path(name).exists():
+    if not re.fullmatch(r"\w+", name) or pathlib.Path(name).is_file():
         return given
     folders = (package / "configs", package.parent / "configs")  # of a wheel, of a checkout
     names = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.py")}

@@ -33,7 +33,7 @@ _UNSAFE = re.compile(r"[^\w .,()+=@-]|^[ .-]|[ .]$")
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 
 
-_ELSEWHERE = re.compile(r"(?!(?:gs|s3)://)[A-Za-z][A-Za-z0-9+.-]*://")
+_ELSEWHERE = re.compile(r"(?!(?:gs|s3)://)(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:gs|s3):/)")
 
 
 class NotRegularError(OSError):
@@ -45,7 +45,7 @@ class LockedError(RuntimeError):
 
 
 def check_here(place: str, *, where: str) -> None:
-    """Raises a ValueError for hf://, https:// and the like, which would become a folder of that name here."""
+    """Raises a ValueError for hf://, https://, gs:/ and the like, which would become a folder of that name here."""
     if _ELSEWHERE.match(place):
         raise ValueError(
             f"{where}={place} is neither on this machine nor in a bucket (gs://, s3://), where files can be read and "

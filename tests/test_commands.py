@@ -214,6 +214,8 @@ def test_configurations_by_name_from_any_folder(tmp_path, monkeypatch):
         assert commands.config_file(path.stem) == str(path)
         assert commands.config_file(f"{path.stem}:some") == f"{path}:some"
     assert commands.config_file("configs/demo.py") == "configs/demo.py"
+    (tmp_path / "swin_t").mkdir()  # a folder is no configuration
+    assert commands.config_file("swin_t") == str(ROOT / "configs" / "swin_t.py")
     (tmp_path / "demo").write_text("")
     assert commands.config_file("demo") == "demo"  # the user's own file
     with pytest.raises(

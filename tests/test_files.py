@@ -222,9 +222,9 @@ def test_the_beginning_of_a_text_is_read_and_of_a_pipe_nothing(tmp_path):
 
 
 def test_what_is_neither_here_nor_in_a_bucket():
-    for place in ("runs/demo", "/data/a", "gs", "a b", "", "gs://bucket/run", "s3://bucket"):
+    for place in ("runs/demo", "/data/a", "gs", "gs:a", "a b", "", "gs://bucket/run", "s3://bucket"):
         files.check_here(place, where="--workdir")
-    for place in ("hf://bucket/run", "https://x", "GS://x"):
+    for place in ("hf://bucket/run", "https://x", "GS://x", "file:///x", "gs:/x", "s3:/x/y"):
         with pytest.raises(ValueError, match=f"^--workdir={place} is neither on this machine nor in a bucket"):
             files.check_here(place, where="--workdir")
 

@@ -25,7 +25,7 @@ def other_modules():
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*asked["dependencies"], *(line for extra in asked["optional-dependencies"].values() for line in extra)]
     packages = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines} - ENOUGH
-    packages -= {"setuptools", "importlib-resources", "pytest", "pyyaml"}  # parts of any environment
+    packages -= {"setuptools", "importlib-resources", "protobuf", "pytest", "pyyaml"}  # parts of any environment
     return {
         module
         for module, owners in importlib.metadata.packages_distributions().items()
@@ -79,11 +79,16 @@ def test_rooms_of_arrays_and_inference_import_with_few_packages():
 
 def test_only_saved_models_need_tensorflow(tmp_path):
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name for name, lines in asked["optional-dependencies"].items() if "tensorflow" in " ".join(lines)}
-    assert "tensorflow" not in {re.match(r"[\w-]+", line)[0] for line in asked["dependencies"]}
+    extras = {name for name, lines in asked["optional-dependencies"].items() if "tensorflow>" in " ".join(lines)}
+    needed = {re.match(r"[\w-]+", line)[0] for line in asked["dependencies"]}
+    assert not needed & {"tensorflow", "tensorflow-datasets", "pyarrow", "spacy"}
     assert extras == {"export", "test"}
-    for module in ("tensorflow", "tensorflow_text"):
-        (tmp_path / f"{module}.py").write_text('raise ModuleNotFoundError("absent")')
+
+    def take_away(*modules):
+        for module in modules:
+            (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('absent', name={module!r})")
+
+    take_away("tensorflow", "tensorflow_text")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_PLATFORMS": "cpu"}
 
     def run(*command):
@@ -99,7 +104,13 @@ def test_only_saved_models_need_tensorflow(tmp_path):
     """))  # fmt: skip
     scenes = tmp_path / "scenes"
     run("-m", "detclipv2_jax.prepare", "scenes", f"--output={scenes}", "--num_examples=4")
-    run("-m", "detclipv2_jax.prepare", "coco_json", f"--input={scenes}/detection.json", f"--output={tmp_path}/built")
+    build = ["detclipv2_jax.prepare", "coco_json", f"--input={scenes}/detection.json", f"--output={tmp_path}/built"]
+    run("-m", *build)
+    take_away("tensorflow_datasets", "pyarrow", "spacy")  # built sets are read without what builds them
+    run("-m", "detclipv2_jax.prepare", "inspect", f"--data={tmp_path}/built", f"--output={tmp_path}/seen")
+    assert (tmp_path / "seen" / "inspection.json").is_file()
+    done = subprocess.run([sys.executable, "-m", *build], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stderr == "error: absent: pip install 'detclipv2_jax[prepare]'\n"
 
 
 def test_what_is_absent_cannot_be_imported():

@@ -326,7 +326,7 @@ def _novel_curve(recipe: str, result: dict[str, Any]) -> tuple[np.ndarray, np.nd
 def main(
     *,
     jobs: int = 2,
-    config: str = "configs/demo.py",
+    config: str = "demo",
     results: pathlib.Path = pathlib.Path("results/claims"),
     work: pathlib.Path = pathlib.Path("runs/claims"),
     output: pathlib.Path = pathlib.Path("docs"),
@@ -335,11 +335,12 @@ def main(
 
     Args:
       jobs: runs side by side; 0: only write table and plot
-      config: the recipe, which the runs change
+      config: the recipe, which the runs change: a file, or a configuration that comes with the package
       results: folder of the runs' results
       work: folder of worlds and workdirs
       output: folder of table and plot
     """
+    config = commands.config_file(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs are stopped, too
     try:
         if jobs:

@@ -1,18 +1,20 @@
 """The folders that `python -m detclipv2_jax.prepare` builds, read with random access and without TensorFlow.
 
 `detclipv2_jax.prepare.shards` documents the files of a folder, `detclipv2_jax.prepare.record_builder` an example.
-TFDS finds the records of the ArrayRecord files; their `tf.train.Example` protos are taken apart here, in 0.03 ms an
-example where TFDS's own NumPy decoding of any features takes 0.3 ms, and photos stay encoded.
+TFDS, which can read them too, is not needed: its 220 MB are for `prepare`. The `tf.train.Example` protos are taken
+apart here, in 0.03 ms an example where TFDS's own NumPy decoding takes 0.3 ms, and photos stay encoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +42,15 @@ _KEYS = _NAMES | {
     "pythonClassName", "featuresDict", "features", "feature", "tensor", "text", "sequence", "dtype", "encoding",
     "shape", "dimensions", "length",
 }  # fmt: skip
+
+
+class _Shard(NamedTuple):
+    """What ArrayRecord asks of a file."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
 
 
 class BuiltSource:
@@ -72,8 +83,8 @@ class BuiltSource:
         ):
             raise ValueError(f"{folder / INDEX} has sizes of the shape {sizes.shape}; build the folder again")
         self.sizes, self.most_concepts = sizes[: num or None], int(num_concepts[: num or None].max())
-        self._examples: Any = None  # and the split that they are, once one was read
-        self._split: Any = None
+        self._examples: Any = None  # and the files that hold them, once one was read
+        self._shards: list[_Shard] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_examples": None}  # open files do not travel to worker processes
@@ -84,25 +95,21 @@ class BuiltSource:
     def _open(self) -> None:
         """Opens the records, once."""
         if self._examples is None:
-            import tensorflow_datasets as tfds  # takes a second: only where examples are read
+            from array_record.python import array_record_data_source  # here: only where examples are read
 
-            check_metadata(self.folder)
-            builder = tfds.builder_from_directory(self.folder)
-            self._split = builder.info.splits["train"]
-            for path in self._split.filepaths:  # a pipe would be waited for
-                if os.path.exists(path) and not os.path.isfile(path):
-                    raise ValueError(f"{path} is not a regular file; build the folder again")
-            raw = tfds.decode.DeserializeMethod.RAW_BYTES
-            self._examples = builder.as_data_source("train", deserialize_method=raw)
+            self._shards = check_metadata(self.folder)
+            for shard in self._shards:  # a pipe would be waited for
+                if os.path.exists(shard.filename) and not os.path.isfile(shard.filename):
+                    raise ValueError(f"{shard.filename} is not a regular file; build the folder again")
+            self._examples = array_record_data_source.ArrayRecordDataSource(self._shards)
 
     def _example(self, index: int) -> Any:
         """Returns the features of an example by name: protos of bytes_list, float_list or int64_list."""
         from google.protobuf.message import DecodeError
-        from tensorflow_datasets.proto import tf_example_pb2
 
         self._open()
         try:
-            example = tf_example_pb2.Example.FromString(self._examples[index]).features.feature
+            example = _example_class().FromString(self._examples[index]).features.feature
             if example["image"].bytes_list.value:  # ArrayRecord gives empty records where a file was cut
                 return example
         except (DecodeError, IndexError, OSError, RuntimeError):  # RuntimeError: ArrayRecord's
@@ -110,10 +117,10 @@ class BuiltSource:
         raise UnusableError(f"damaged or missing record in {self.file(index)}")
 
     def file(self, index: int) -> str:
-        if self._split is None:
+        if not self._shards:
             return str(self.folder)
-        shard = int(np.searchsorted(np.cumsum(self._split.shard_lengths), index, side="right"))
-        return str(self._split.filepaths[shard])
+        ends = np.cumsum([shard.take for shard in self._shards])
+        return self._shards[int(np.searchsorted(ends, index, side="right"))].filename
 
     def describe(self, index: int) -> str:
         try:
@@ -151,6 +158,36 @@ class BuiltSource:
             not_negatives=_texts(example["not_negatives"]),
             federated=self.federated,
         )
+
+
+@functools.cache
+def _example_class() -> Any:
+    """Returns the message `tf.train.Example`, whose definition TensorFlow and TFDS bring along, too."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="built", syntax="proto3")
+    repeated = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
+    for name, kind in repeated.items():
+        file.message_type.add(name=name).field.add(name="value", number=1, label=field.LABEL_REPEATED, type=kind)
+
+    def add(message: Any, number: int, name: str, of: str, **more: Any) -> None:
+        options = {"label": field.LABEL_OPTIONAL, "type": field.TYPE_MESSAGE, "type_name": f".built.{of}"} | more
+        message.field.add(name=name, number=number, **options)
+
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, name in enumerate(("bytes_list", "float_list", "int64_list"), 1):
+        add(feature, number, name, [*repeated][number - 1], oneof_index=0)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry", options={"map_entry": True})
+    entry.field.add(name="key", number=1, label=field.LABEL_OPTIONAL, type=field.TYPE_STRING)
+    add(entry, 2, "value", "Feature")
+    add(features, 1, "feature", "Features.FeatureEntry", label=field.LABEL_REPEATED)
+    add(file.message_type.add(name="Example"), 1, "features", "Features")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("built.Example"))
 
 
 def _is_whole(record: Record) -> bool:
@@ -199,11 +236,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def check_metadata(folder: Path) -> None:
-    """Checks the files of TFDS in a built folder, which may come from a stranger, before TFDS reads them.
+def check_metadata(folder: Path) -> list[_Shard]:
+    """Returns the shards of a built folder, which may come from a stranger, after checking its files of TFDS.
 
     Raises:
-      ValueError: they are damaged, or name classes or files other than those that `prepare` writes.
+      ValueError: they are damaged, or name files or classes, which TFDS would import, that `prepare` does not write.
     """
 
     def check(value: Any, key: str = "") -> None:
@@ -223,13 +260,29 @@ def check_metadata(folder: Path) -> None:
         raise ValueError(f"{folder}: {FEATURES} and {INFO} must be json objects; build the folder again")
     check(features)
     check(features.get("pythonClassName"), "pythonClassName")
-    splits = info.get("splits")
-    splits = splits if isinstance(splits, list) and all(isinstance(split, dict) for split in splits) else []
-    paths = [split.get(key) for split in splits for key in ("filepathTemplate", "filepath_template")]
-    if not splits or any(path and os.path.basename(str(path)) != path for path in paths):
-        raise ValueError(f"{folder / INFO} names no split, or files outside of the folder; build it again")
     if info.get("fileFormat") != "array_record":
         raise ValueError(f"{folder / INFO} names the format {info.get('fileFormat')!r}; `prepare` writes array_record")
+    return _shards_of(info, folder)
+
+
+def _shards_of(info: dict[str, Any], folder: Path) -> list[_Shard]:
+    """Returns the shards that a dataset_info.json names; raises as `check_metadata`."""
+    splits = info.get("splits")
+    splits = splits if isinstance(splits, list) and all(isinstance(split, dict) for split in splits) else []
+    split = next((split for split in splits if split.get("name") == "train"), {})
+    lengths = split.get("shardLengths")
+    lengths = lengths if isinstance(lengths, list) else []
+    if not lengths or not all(re.fullmatch("[0-9]{1,15}", str(length)) for length in lengths):
+        raise ValueError(f"{folder / INFO} has no split train with the lengths of its shards; build the folder again")
+    name = str(split.get("filepathTemplate"))
+    for key, value in {"DATASET": info.get("name"), "SPLIT": "train", "FILEFORMAT": "array_record"}.items():
+        name = name.replace(f"{{{key}}}", str(value))
+    if os.path.basename(name) != name or "{SHARD_X_OF_Y}" not in name or "filepath_template" in split:
+        raise ValueError(f"{folder / INFO} names no shards, or files outside of the folder; build the folder again")
+    return [
+        _Shard(str(folder / name.replace("{SHARD_X_OF_Y}", f"{i:05d}-of-{len(lengths):05d}")), 0, int(n), int(n))
+        for i, n in enumerate(lengths)
+    ]
 
 
 @documented

@@ -159,12 +159,24 @@ def test_a_damaged_index_is_one_error(folder, name):
         read_built(str(folder), Kind.DETECTION)
 
 
-@pytest.mark.parametrize("name", ["/etc/{DATASET}-{SPLIT}", "../x/{SPLIT}.{SHARD_X_OF_Y}", "gs://bucket/{SPLIT}"])
+@pytest.mark.parametrize(
+    "name", ["/etc/{DATASET}-{SPLIT}", "../x/{SPLIT}.{SHARD_X_OF_Y}", "gs://bucket/{SPLIT}", "{DATASET}-{SPLIT}"]
+)
 @pytest.mark.parametrize("key", ["filepathTemplate", "filepath_template"])
 def test_a_built_folder_reaches_no_other_file(folder, name, key):
     change(folder / "dataset_info.json", lambda content: content["splits"][0].update({key: name}))
     with pytest.raises(ValueError, match="files outside of the folder"):
         read_built(str(folder), Kind.DETECTION)
+
+
+def test_a_name_reaches_no_other_file_and_lengths_are_numbers(folder):
+    change(folder / "dataset_info.json", lambda content: content.update(name="../boxes/detclipv2_coco_json"))
+    with pytest.raises(ValueError, match="files outside of the folder"):
+        read_built(str(folder), Kind.DETECTION)
+    for lengths in ([], ["-1"], ["6", None], "6", ["9" * 5000], [6.0], None):
+        change(folder / "dataset_info.json", lambda content: content["splits"][0].update(shardLengths=lengths))  # noqa: B023
+        with pytest.raises(ValueError, match="has no split train with the lengths of its shards"):
+            read_built(str(folder), Kind.DETECTION)
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,18 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert "is of another recipe (loss.temperature: 0.5 -> 0.3); delete it" in capsys.readouterr().err
 
 
+def test_the_recipe_comes_with_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    taken = []
+    monkeypatch.setattr(claims, "_run_table", lambda recipe, **_: taken.append(recipe))
+    assert commands.run(claims.main, arguments=[]) == 0
+    assert taken == [RECIPE]
+    assert commands.run(claims.main, arguments=["--jobs=0", "--config=mine"]) == 1
+    assert "there is no such file, and no configuration mine: coco_json" in capsys.readouterr().err
+    assert (tmp_path / "docs" / "claims.md").read_text().startswith("0 of ")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("row", "start", "world"),
     [("start_plain", "", "world_1"), ("plain_pairs", "start_plain_1", "world_1"),
