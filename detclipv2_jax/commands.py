@@ -165,14 +165,14 @@ def parse(
             _add_options(kinds.add_parser(kind, help=text.partition("\n")[0], description=text, **style), function)
     else:
         _add_options(parser, command)
-    known, rest = parser.parse_known_args(arguments)
-    options = vars(known)
-    function = options.pop("function")
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if option != "--words":
             for part in (value if equals else argument).split(","):
                 files.check_here(part.strip("([ '\""), where=option if equals else "argument")
+    known, rest = parser.parse_known_args(arguments)
+    options = vars(known)
+    function = options.pop("function")
     _keep_compiled(options.pop("compilation_cache", None))
     if unknown := [argument for argument in rest if not argument.startswith(("--config.", "--noconfig."))]:
         parser.error(f"unexpected argument {unknown[0]!r}; quote words and patterns that hold spaces")
@@ -228,6 +228,8 @@ def _keep_compiled(folder: str | None) -> None:
 
     By default each kind of processor has its own: a program for one may not run on another that shares the home.
     """
+    if folder and bucket_store.place(folder):
+        raise ValueError(f"--compilation_cache={folder} must be on this machine")
     if folder is not None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = "" if folder == "none" else os.path.abspath(folder)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -104,6 +104,14 @@ def test_words_may_look_like_places():
     assert options == {"words": "http://x", "output": "a:b//c"}
 
 
+@pytest.mark.parametrize(
+    "argument", ["--output=file:///x", "--output=gs:/x", "--many=a,hdfs://x", "--names=('a', 'hf://x',)", "http://x"]
+)
+def test_what_is_elsewhere_is_said_before_what_is_missing(argument):
+    with pytest.raises(ValueError, match="is neither on this machine nor in a bucket"):
+        commands.parse(everything, about="", arguments=[argument])  # without --words
+
+
 def everything(
     *, words: str, count: int = 0, share: float = 0.5, deep: bool = True, flat: bool = False,
     names: tuple[str, ...] = (), many: list[str] | None = None, kind: Literal["a", "b"] = "a",
@@ -199,6 +207,8 @@ def test_where_compiled_programs_are_kept(arguments, variable, expected, monkeyp
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
     _, options = commands.parse(command, about="", arguments=arguments)
     assert options == {"checkpoint": ""}
+    with pytest.raises(ValueError, match="--compilation_cache=gs://bucket/x must be on this machine"):
+        commands.parse(command, about="", arguments=["--compilation_cache=gs://bucket/x"])
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     expected = expected.replace("~", str(pathlib.Path.home())).format(cwd=os.getcwd())
     assert folder == expected or (expected.endswith("/") and re.fullmatch(rf"{expected}\w+-[0-9a-f]{{8}}", folder))

@@ -269,7 +269,7 @@ def _shards_of(info: dict[str, Any], folder: Path) -> list[_Shard]:
     """Returns the shards that a dataset_info.json names; raises as `check_metadata`."""
     splits = info.get("splits")
     splits = splits if isinstance(splits, list) and all(isinstance(split, dict) for split in splits) else []
-    split = next((split for split in splits if split.get("name") == "train"), {})
+    split: dict[str, Any] = next((split for split in splits if split.get("name") == "train"), {})
     lengths = split.get("shardLengths")
     lengths = lengths if isinstance(lengths, list) else []
     if not lengths or not all(re.fullmatch("[0-9]{1,15}", str(length)) for length in lengths):
