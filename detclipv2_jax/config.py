@@ -70,6 +70,8 @@ def model(size: str) -> ConfigDict:
     c.text.num_layers = 2 if nano else 12  # transformer blocks
     c.text.num_heads = 2 if nano else 8  # attention heads
     c.text.context_length = 16  # tokens a concept, [SOS] and [EOS] included (Table 9)
+    # names of a closed vocabulary, each with a learned embedding in place of the tower's; (): any words
+    c.text.classes = ()
     # logit = scale * f_region . f_text + bias (docs/decisions.md: logits)
     c.logit = ConfigDict()
     c.logit.normalize_regions = nano  # L2-normalise region embeddings too (concept embeddings always are)

@@ -85,6 +85,8 @@ def _unlike(content: dict[str, Any], known: ConfigDict, prefix: str = "config") 
             wanted, fits = "a finite number", _is_number(value)
         elif isinstance(default, str):
             wanted, fits = "a text", isinstance(value, str)
+        elif key == "classes":
+            wanted, fits = "a list of texts", isinstance(value, tuple) and all(isinstance(x, str) for x in value)
         elif sizes:  # depths, numbers of heads
             wanted = f"{len(default)} whole numbers from 1 to 128"
             fits = isinstance(value, tuple) and len(value) == len(default)

@@ -18,7 +18,7 @@ from detclipv2_jax.config import KINDS, base, flat, for_chip
 from detclipv2_jax.eval import result
 from detclipv2_jax.inference import detect
 from detclipv2_jax.losses import contrastive, proposals
-from detclipv2_jax.models import atss_head, deform_conv, detclip, window_attention
+from detclipv2_jax.models import atss_head, deform_conv, detclip, text_encoder, window_attention
 from detclipv2_jax.runs import optimizer, order, trackers
 from detclipv2_jax.train import NONFINITE
 
@@ -106,6 +106,7 @@ RULES = (
         lambda value: _numbers(value) and all(0 < share < 1 for share in value),
         "shares of the run, 0 < value < 1",
     ),
+    _texts("model.text.classes"),
     *map(_texts, (f"{kind}.unflippable_words" for kind in KINDS)),
     *map(_texts, (f"{section}.drop_categories" for section in ("detection", "eval", "forgetting"))),
     Rule("trackers", lambda value: set(value) <= trackers.TRACKERS.keys(), f"some of {', '.join(trackers.TRACKERS)}"),
@@ -191,6 +192,10 @@ def _of_model(config: ConfigDict) -> Iterator[str]:
         )
     if (config.loss.interaction, config.loss.matching) == ("tokens", "max_size"):
         yield "config.loss.matching max_size takes the caption as a whole; it needs config.loss.interaction phrases"
+    try:
+        text_encoder.class_tokens(config.model.text.classes, context_length=config.model.text.context_length)
+    except ValueError as error:
+        yield str(error)
     for section, size, parts in (("text", "width", "num_heads"), ("head", "channels", "num_groups")):
         values = config.model[section]
         if values[size] % max(values[parts], 1):

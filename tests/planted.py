@@ -80,7 +80,7 @@ def make() -> tuple[ConfigDict, Planted, dict]:
     config.eval.canvases = CANVASES
     config.eval.short_side, config.eval.long_side = 64, 128
     config.eval.definitions = False
-    model = Planted({"context_length": 16})
+    model = Planted({"context_length": 16, "classes": ()})
     return config, model, model.init(jax.random.key(0))["params"]
 
 

@@ -23,6 +23,7 @@ VARIANTS = {
     "eval_lvis": ("val",),
     "finetune_lvis": ("swin_l",),
     "finetune_odinw": ("Raccoon", "Raccoon:swin_l"),
+    "supervised_lvis": ("swin_l",),
 }
 EVERY = [(path.stem, variant) for path in FILES for variant in ("", *VARIANTS.get(path.stem, ()))]
 
@@ -203,6 +204,7 @@ def test_stored_configurations_of_this_and_earlier_versions():
         ("model.swin.depths", [[1, 1, 1, 128]], [[1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 129], [1, 1, 1, True]]),
         ("eval.canvases", [[[32, 16384]], [[64, 64]] * 64], [[], [[48, 64]], [[0, 32]], [[32, 16416]], [[32]]]),
         ("detection.data", [[], ["a"], "a"], [3, {"a": 1}]),
+        ("model.text.classes", [[], ["a", "b"]], ["a", 3, [1]]),
         ("eval", [], [3, [1]]),
     ],
 )  # fmt: skip
@@ -342,6 +344,7 @@ EDGES = [
     ("optimizer.decay_at", [(), (0.001, 0.999)], [(0.0,), (0.5, 1.0), ("a",), 0.5]),
     ("detection.unflippable_words image_text.unflippable_words", [(), ("links",)], [("",), ("a", " "), (3,), "links"]),
     ("eval.drop_categories detection.drop_categories", [(), ("a",)], [("",), (3,)]),
+    ("model.text.classes", [(), ("a", "b")], [("",), ("a", "A"), "a"]),
     ("optimizer.frozen", ["", "a.*"], ["("]),
     ("init_from.swin init_from.text", ["", "a.safetensors"], ["a.pth", "asafetensors"]),
     ("detection.from_epoch grounding.from_epoch", [0, 2], [-1, 3]),

@@ -29,7 +29,7 @@ FOR_ALL = ("bucket_store", "buckets", "chips", "colors", "commands", "config", "
 # nobody imports
 MAY_IMPORT = {
     "geometry": set(),
-    "models": {"geometry"},
+    "models": {"data", "geometry"},
     "losses": {"geometry", "models"},
     "runs": {"data", "models"},
     "inference": {"data", "geometry", "models", "runs"},

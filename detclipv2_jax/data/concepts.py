@@ -8,9 +8,9 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, UInt64
@@ -154,6 +154,22 @@ class Encoder:
             rows = self._encode(texts)
         tokens = np.frombuffer(b"".join(row[0] for row in rows), np.int32).reshape(len(rows), self.max_length)
         return Encoded(tokens, np.array([row[1] for row in rows], np.uint64), np.array([row[2] for row in rows], bool))
+
+
+def check_classes(texts: Sequence[str], text_config: Mapping[str, Any], *, where: str) -> None:
+    """Raises a ValueError that names the texts which a closed vocabulary (`config.model.text`) does not have."""
+    length, classes = text_config["context_length"], text_config["classes"]
+    if not classes:
+        return
+    known = {row.tobytes() for row in tokenizer.tokenize(classes, max_length=length)}
+    rows = tokenizer.tokenize(texts, max_length=length)
+    if unknown := [text for text, row in zip(texts, rows, strict=True) if row.tobytes() not in known]:
+        examples = ", ".join(map(repr, unknown[:3])) + ", …" * (len(unknown) > 3)
+        raise ValueError(
+            f"{where}: {len(unknown)} of {len(texts)} texts are none of the {len(classes)} classes that the model has "
+            f"(config.model.text.classes: {', '.join(map(repr, classes[:3]))}, …): {examples}. Of a closed vocabulary "
+            "take those names, without definitions (definitions=False)"
+        )
 
 
 class Pool:

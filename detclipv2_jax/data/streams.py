@@ -22,7 +22,7 @@ from detclipv2_jax.data import mirroring, workers
 from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of, table_capacity
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
-from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, read_dictionary
+from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, check_classes, read_dictionary
 from detclipv2_jax.data.evaluation_set import GroundTruth
 from detclipv2_jax.data.schema import Batch, DataError, Kind, StalledError, UnusableError
 from detclipv2_jax.data.sources import Source, open_evaluation, open_sources
@@ -328,7 +328,13 @@ def train_streams(
     for kind in Kind:
         try:
             section, prefix = config[kind.value], f"config.{kind.value}"
-            groups = _grouped(open_sources(kind, section, prefix=prefix), section, prefix)
+            sources = open_sources(kind, section, prefix=prefix)
+            for source in sources if config.model.text.classes else ():
+                if kind is not Kind.DETECTION:
+                    raise ValueError(f"{prefix} has data, but phrases are no classes (config.model.text.classes)")
+                texts = source.vocabulary.texts(definitions=section.definitions)
+                check_classes(texts, config.model.text, where=f"{prefix}, {source.name}")
+            groups = _grouped(sources, section, prefix)
             dictionary = read_dictionary(section.dictionary) if groups and section.dictionary else None
             opened += [{"kind": kind, "dictionary": dictionary, **group} for group in groups]
         except ValueError as error:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.concepts import check_classes
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.selection import file_name
 from detclipv2_jax.data.streams import EvalStream, eval_streams
@@ -275,7 +276,10 @@ def second(config: ConfigDict) -> ConfigDict | None:
 def make_streams(config: ConfigDict, *, prefix: str = "config.eval") -> list[EvalStream]:
     """Returns this process's part of the images of `config.eval`."""
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return eval_streams(config.eval, input_config=config.input, prefix=prefix, **place)
+    streams = eval_streams(config.eval, input_config=config.input, prefix=prefix, **place)
+    for stream in streams[:1]:
+        check_classes(stream.ground_truth.texts, config.model.text, where=prefix)
+    return streams
 
 
 class Checkpoint(NamedTuple):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.chips import warn_of_unused_accelerator
 from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.concepts import check_classes
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference.detect import (
@@ -69,7 +70,8 @@ class Detector:
         return Photos(*(jax.make_array_from_process_local_data(sharding, np.asarray(array)) for array in photos))
 
     def encode_vocabulary(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "w d"]:
-        """Returns the L2-normalised embeddings of texts."""
+        """Returns the L2-normalised embeddings of texts; ValueError if a closed vocabulary lacks some."""
+        check_classes(texts, self.model.text, where="words")
         return self.encode_tokens(params, tokenizer.tokenize(texts, max_length=self.model.text["context_length"]))
 
     def encode_tokens(self, params: Any, tokens: Int[np.ndarray, "w l"]) -> Float[np.ndarray, "w d"]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from detclipv2_jax.models.atss_head import AtssHead
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.swin import Swin
-from detclipv2_jax.models.text_encoder import TextEncoder
+from detclipv2_jax.models.text_encoder import ClassTable, TextEncoder
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -57,7 +57,12 @@ class DetCLIP(nn.Module):
         self.image_backbone = Swin(**self.swin, remat=blocks, dtype=self.dtype, name="swin")
         self.pyramid = fpn_class(self.head["channels"], dtype=self.dtype, name="fpn")
         self.region_head = head_class(**self.head, embed_dim=self.embed_dim, dtype=self.dtype, name="head")
-        self.text_encoder = TextEncoder(**self.text, embed_dim=self.embed_dim, remat=blocks, dtype=self.dtype)
+        text = dict(self.text)
+        self.text_encoder: Any
+        if classes := tuple(text.pop("classes")):
+            self.text_encoder = ClassTable(classes, text["context_length"], self.embed_dim)
+        else:
+            self.text_encoder = TextEncoder(**text, embed_dim=self.embed_dim, remat=blocks, dtype=self.dtype)
         constant = nn.initializers.constant
         self.scale = self.param("logit_scale", constant(self.logit_scale), (), jnp.float32)
         self.bias = self.param("logit_bias", constant(self.logit_bias), (), jnp.float32)

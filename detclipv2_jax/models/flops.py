@@ -161,6 +161,8 @@ def formula_image(model: ConfigDict, canvas: tuple[int, int]) -> float:
 
 def formula_text(model: ConfigDict) -> float:
     """Returns the multiplications of embedding one concept."""
+    if model.text.classes:
+        return 0
     width, length = model.text.width, model.text.context_length
     layer = 12 * length * width**2 + 2 * length**2 * width
     return model.text.num_layers * layer + width * model.embed_dim

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.models.text_encoder import TextEncoder
+from detclipv2_jax.data import tokenizer
+from detclipv2_jax.models.text_encoder import ClassTable, TextEncoder, class_tokens
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -108,3 +109,25 @@ def test_initial_values_have_the_sizes_of_clip():
     assert all(x.dtype == np.float32 for x in found.values())
     for name, size in sizes.items():
         assert np.std(found[name]) == pytest.approx(size, rel=0.08), name  # of 1,024 values or more
+
+
+def test_classes_have_rows_of_a_table_and_other_texts_none():
+    classes = ("cat", "traffic light", "traffic cone", "dog")
+    table = ClassTable(classes, context_length=16, embed_dim=6)
+    texts = ["dog", "Traffic  LIGHT", "zebra", "cat", "dog", "traffic", "cat, an animal"]
+    rows, tokens = [3, 1, None, 0, 3, None, None], tokenizer.tokenize(texts)
+    tokens = np.concatenate([tokens, np.zeros((1, 16), np.int32)])  # padding of the concept table
+    weights = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    bars = np.random.default_rng(1).normal(size=(8, 6)).astype(np.float32)
+    embeddings, pull = jax.vjp(lambda x: table.apply({"params": {"classes": x}}, tokens), weights)
+    expected = [np.zeros(6) if row is None else weights[row] for row in (*rows, None)]
+    np.testing.assert_array_equal(embeddings, expected)
+    gradient = np.zeros((4, 6))
+    for row, bar in zip(rows, bars, strict=False):
+        if row is not None:
+            gradient[row] += bar
+    np.testing.assert_allclose(pull(jnp.asarray(bars))[0], gradient, rtol=1e-6)
+    fresh = table.init(jax.random.key(0), tokens)["params"]
+    assert jax.tree.map(jnp.shape, fresh) == {"classes": (4, 6)}
+    with pytest.raises(ValueError, match="'dog' and 'DOG', which are the same 16 tokens; name every class once"):
+        class_tokens((*classes, "DOG"), context_length=16)
