@@ -1,8 +1,9 @@
-"""Fine-tunes on one member of ODinW13 by the paper's recipe (Table 11), one recipe for all of them.
+"""Fine-tunes on one member of ODinW by the paper's recipe (Table 11), one recipe for all of them.
 
-  for name in Packages Raccoon …; do python -m detclipv2_jax.main --config=configs/finetune_odinw.py:$name \\
-    --workdir=runs/odinw/$name --config.init_from.checkpoint=runs/swin_t_full; done
-  python -m detclipv2_jax.eval.odinw --finetuned=runs/odinw --data=data/odinw
+  python -m detclipv2_jax.main --config=configs/finetune_odinw.py:Raccoon --config.init_from.checkpoint=runs/swin_t_full
+
+`python -m detclipv2_jax.transfer --checkpoint=runs/swin_t_full --data=data/odinw` does so for all of them, with few
+shots of three seeds and with all images, and gives one table.
 
 The variant is the member (Packages by default), with `:swin_l` behind it for Swin-L. data/odinw/<member> has train/ and
 valid/, each with an annotations.json among its photos. The rate falls to a tenth when AP on valid/ was not better for 5
@@ -24,12 +25,9 @@ The paper's Swin-T reaches a mean AP of 68.0 (68.5 in its Table 15) over the 13;
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
+from detclipv2_jax.eval import odinw
 
-MEMBERS = (
-    "AerialMaritimeDrone_large", "Aquarium", "CottontailRabbits", "EgoHands_generic", "NorthAmericaMushrooms",
-    "Packages", "PascalVOC", "Raccoon", "ShellfishOpenImages", "VehiclesOpenImages", "pistols", "pothole",
-    "thermalDogsAndPeople",
-)  # fmt: skip
+MEMBERS = tuple(member.name for member in odinw.members())
 
 
 def get_config(variant: str = "") -> ConfigDict:

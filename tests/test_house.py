@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "session": {"data", "eval", "runs", "train", "validation"},
     "main": {"session"},
     "interpolate": {"eval", "runs", "visualize"},
+    "transfer": {"eval"},
     "predict": {"data", "eval", "inference"},
     "predict.__main__": {"eval", "inference", "visualize"},
     "preflight": {"data", "inference", "models", "runs", "train", "validation"},

@@ -2,7 +2,9 @@
 
     python -m detclipv2_jax.eval.grounding --checkpoint=DIR --annotations=FILE --images=DIR [--task=referring]
 
-Reads MDETR-format json: `images` with a caption, `annotations` with bbox and tokens_positive (character spans).
+Reads MDETR-format json: `images` with a caption, `annotations` with bbox and tokens_positive (character spans). With
+--split also the folder of Flickr30k Entities (<split>.txt, Sentences/, Annotations/), whose phrases have the boxes of
+their chain, and `refs(unc).p` of RefCOCO with instances.json beside it, of which every sentence is an expression.
 
 * phrases (Flickr30k Entities): the annotations of a caption with the same spans are one phrase with one or more boxes.
   The text is the phrase alone, as it stands in the caption. R@k: one of the k best boxes overlaps any box of the
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -38,7 +41,7 @@ from detclipv2_jax.data.checks import documented, missing_paths, photo_facts, re
 from detclipv2_jax.data.schema import DataError
 from detclipv2_jax.data.selection import file_name, with_fitting_ids
 from detclipv2_jax.data.spans import oddities_of, phrase_of, problem_of
-from detclipv2_jax.eval import coco
+from detclipv2_jax.eval import coco, published
 from detclipv2_jax.eval.result import Parts, Rows
 from detclipv2_jax.files import write_json
 
@@ -99,6 +102,29 @@ def read_queries(
     names = {image_id: file_name(image) for image_id, image in by_id.items()}
     odd.update(repaired)
     return [Query(names[key[0]], texts[key], np.array(text_boxes, np.float64)) for key, text_boxes in boxes.items()]
+
+
+def read_any(
+    annotations: str, *, task: str, split: str, max_bad_share: float, odd: collections.Counter[str]
+) -> list[Query]:
+    """Returns what is asked in an MDETR-format json, or in a split of what a data set publishes, see `published`.
+
+    Raises:
+      ValueError: as `read_queries`; the split or the task is of another format.
+    """
+    path = pathlib.Path(annotations)
+    kind = "phrases" if path.is_dir() else "referring" if path.suffix in (".p", ".pkl", ".pickle") else ""
+    if bool(split) != bool(kind) or task != (kind or task):
+        needs = f"needs --split and --task={kind}" if kind else "has no --split"
+        raise ValueError(f"{annotations} {needs}; given are --split={split} and --task={task}")
+    if not kind:
+        return read_queries(annotations, task=task, max_bad_share=max_bad_share, odd=odd)
+    rows = (
+        published.read_flickr30k(path, split=split, odd=odd)
+        if path.is_dir()
+        else published.read_refcoco(path, split=split)
+    )
+    return [Query(*row) for row in rows]
 
 
 def _problem(image: dict[str, Any], box: np.ndarray, spans: Any, *, task: str) -> str:
@@ -165,6 +191,7 @@ def run(
     task: str,
     folder: str | pathlib.Path,
     max_bad_share: float = 0.0,
+    split: str = "",
 ) -> dict[str, Any]:
     """Returns scores and protocol of a checkpoint; `folder` holds what is found until that is done.
 
@@ -173,10 +200,11 @@ def run(
     """
     from detclipv2_jax.inference import Predictor, vocabulary
 
-    if problems := missing_paths({"--annotations": (annotations, "file"), "--images": (images, "folder")}):
+    kind = "folder" if os.path.isdir(annotations) else "file"
+    if problems := missing_paths({"--annotations": (annotations, kind), "--images": (images, "folder")}):
         raise ValueError("\n".join(problems))
     odd: collections.Counter[str] = collections.Counter()
-    queries = read_queries(annotations, task=task, max_bad_share=max_bad_share, odd=odd)
+    queries = read_any(annotations, task=task, split=split, max_bad_share=max_bad_share, odd=odd)
     repaired = {what: int(num) for what, num in odd.items() if num}
     for what, num in repaired.items():
         logging.warning("%s: %d × %s", annotations, num, what)
@@ -196,7 +224,8 @@ def run(
         "checkpoint_step": predictor.step,
         "ema": config.optimizer.ema_decay > 0,
         "annotations": annotations,
-        "annotations_sha256": coco.sha256(annotations),
+        "split": split,
+        "annotations_sha256": _digest(queries) if split else coco.sha256(annotations),
         "repaired": repaired,
         "images_evaluated": len({query.file for query in queries}),
         "num_texts": len(queries),
@@ -231,11 +260,18 @@ def run(
     return scores | {"protocol": protocol}
 
 
+def _digest(queries: Sequence[Query]) -> str:
+    """Returns a hash of what is asked, where that is in many files."""
+    asked = [(query.file, query.text, query.boxes.tolist()) for query in queries]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def main(
     *,
     checkpoint: str,
     annotations: str,
     images: str,
+    split: str = "",
     task: Literal["phrases", "referring"] = "phrases",
     max_bad_share: float = 0.0,
     output: pathlib.Path | None = None,
@@ -244,14 +280,15 @@ def main(
 
     Args:
       checkpoint: workdir of a training run
-      annotations: MDETR-format json
+      annotations: MDETR-format json, folder of Flickr30k Entities, or refs(…).p of RefCOCO
       images: folder its file names are relative to
+      split: of Flickr30k Entities or RefCOCO, such as val, test, testA
       task: what the texts are
       max_bad_share: share of the annotations that may be left out because they cannot be used, 0 to 1
       output: also write the JSON object to this file
     """
     folder = output.parent if output else pathlib.Path(checkpoint, "eval")
-    options: dict[str, Any] = {"task": task, "max_bad_share": max_bad_share, "folder": folder}
+    options: dict[str, Any] = {"task": task, "max_bad_share": max_bad_share, "folder": folder, "split": split}
     result = run(checkpoint=checkpoint, annotations=annotations, images=images, **options)
     if output:
         write_json(output, result, indent=2)

@@ -112,6 +112,7 @@ class Evaluator:
         scores = self._score(rows)
         if parts:
             protocol = self._protocol(step) | {
+                "weights_sha256": _sha256(weights),
                 "images_evaluated": len(self._truth.images),
                 "images_listed": len(self._truth.truth.images),
             }
@@ -129,15 +130,19 @@ class Evaluator:
             parts.remove()
         return scores
 
-    def recorded(self, step: int) -> dict[str, float] | None:
-        """Returns the scores of the evaluation of a step that the workdir holds, None without one of this protocol."""
+    def recorded(self, step: int, *, params: Any = None) -> dict[str, float] | None:
+        """Returns the scores of the evaluation of a step that the workdir holds, None without one of this protocol.
+
+        With `params` they must be what was evaluated.
+        """
+        weights = {} if params is None else {"weights_sha256": _sha256(np.asarray(self._checksum(params)).tolist())}
         scores: dict[str, float] | None = None
         path = self._workdir / "eval" / f"step_{step:08d}_scores.json"
         if jax.process_index() == 0 and path.is_file():
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 content = files.read_json(path)
                 stored = content.pop("protocol")
-                wanted = json.loads(json.dumps(self._protocol(step)))
+                wanted = json.loads(json.dumps(self._protocol(step) | weights))
                 del wanted["annotations"]  # the file may have moved: its hash counts
                 if wanted.items() <= stored.items():
                     scores = content
@@ -356,6 +361,10 @@ def _samples(batch: Batch, found: Detections, *, limit: int) -> list[_Sample]:
 def _checksum(params: Any) -> Float[Array, " p"]:
     """Returns a number for every parameter, which changes when training goes on."""
     return jnp.stack([jnp.sum(jnp.abs(value)) for value in jax.tree.leaves(params)])
+
+
+def _sha256(weights: list[float]) -> str:
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 def from_first_process(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import pickle
 
 import numpy as np
 import planted
@@ -132,7 +133,8 @@ def test_other_files_are_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: Predictor(*planted.make(), step=5))
+    predictor = Predictor(*planted.make(), step=5)
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
     boxes = {"red": (20, 10, 60, 60), "blue": (120, 20, 200, 70)}
     Image.fromarray(planted.paint((100, 250), boxes)).save(tmp_path / "0.png")
     caption = "red over blue"
@@ -151,6 +153,17 @@ def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
     assert printed == json.loads(output.read_text())
     assert (printed["R@1"], printed["merged_R@10"]) == (0.5, 0.5)
     assert (printed["protocol"]["checkpoint_step"], printed["protocol"]["num_texts"]) == (5, 2)
+    # the same photo as RefCOCO has it
+    texts = [{"sent": "red"}, {"sent": "blue"}]
+    (tmp_path / "refs(unc).p").write_bytes(
+        pickle.dumps([{"split": "val", "image_id": 1, "ann_id": 0, "sentences": texts}], protocol=2)
+    )
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    arguments[1] = f"--annotations={tmp_path}/refs(unc).p"
+    assert commands.run(grounding.main, arguments=[*arguments, "--task=referring", "--split=val"]) == 0
+    referred = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (referred["accuracy"], referred["protocol"]["split"]) == (0.5, "val")
+    assert referred["protocol"]["annotations_sha256"] != printed["protocol"]["annotations_sha256"]
 
 
 @pytest.mark.slow

@@ -146,6 +146,8 @@ def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, mo
         again, _ = _evaluator(dataset, tmp_path, **section)
         assert again.recorded(0) == (scores if known else None)
         assert again.recorded(1) is None
+        assert again.recorded(0, params=params) == (scores if known else None)
+        assert again.recorded(0, params=jax.tree.map(lambda x: 2 * x, params)) is None
 
 
 def test_what_was_found_belongs_to_photos_parameters_and_limits_not_to_boxes(dataset, tmp_path):

@@ -34,11 +34,49 @@ def test_members_are_found_in_both_layouts(tmp_path):
     for member in odinw.members():  # GLIP's folder first, in each the file without background
         split = "valid" if member.folder.endswith("/valid") else "test"
         places = [tmp_path / "all" / member.folder, tmp_path / "all" / member.name / split]
-        files = list(dict.fromkeys(place / name for place in places for name in odinw.FILES))
+        names = [name.format("val" if split == "valid" else split) for name in odinw.FILES]
+        files = list(dict.fromkeys(place / name for place in places for name in names))
         for path in reversed(files):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
             assert member.find(tmp_path / "all") == path
+
+
+def test_splits_stand_beside_the_test_photos(tmp_path):
+    pistols, voc, dice = (m for m in odinw.members() if m.name in ("pistols", "PascalVOC", "dice"))
+    for path in (
+        "pistols/export/train_annotations_without_background.json", "PascalVOC/train/annotations.json",
+        "pistols/export/val_annotations_without_background.json", "dice/train/_annotations.coco.json",
+    ):  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("{}")
+    found = {(m.name, split): m.find(tmp_path, split) for m in (pistols, voc, dice) for split in ("train", "valid")}
+    assert {key: str(path.relative_to(tmp_path)) for key, path in found.items() if path} == {
+        ("pistols", "train"): "pistols/export/train_annotations_without_background.json",
+        ("pistols", "valid"): "pistols/export/val_annotations_without_background.json",
+        ("PascalVOC", "train"): "PascalVOC/train/annotations.json",
+        ("dice", "train"): "dice/train/_annotations.coco.json",
+    }
+
+
+def test_members_of_roboflow_and_the_parent_of_its_exports(tmp_path):
+    groups = odinw.groups("roboflow")
+    assert {name: len(group) for name, group in groups.items()} == {"mean_20": 20, "mean_100": 100}
+    assert set(groups["mean_20"]) < set(groups["mean_100"])
+    categories = [
+        {"id": 0, "name": "pets", "supercategory": "none"},
+        {"id": 1, "name": "cat", "supercategory": "pets"},
+        {"id": 2, "name": "dog", "supercategory": "pets"},
+    ]
+    path = tmp_path / "_annotations.coco.json"
+    for used, listed, expected in (
+        ([1], categories, ("pets",)),  # the dog has no box either, but is nobody's parent
+        ([0, 1], categories, ()),
+        ([1], [*categories, {"id": 3, "name": "car", "supercategory": "things"}], ()),
+        ([], categories[:1], ()),
+    ):
+        path.write_text(json.dumps({"categories": listed, "annotations": [{"category_id": i} for i in used]}))
+        assert odinw.parents(path) == expected
 
 
 def test_the_real_members(shared_data):
@@ -53,7 +91,7 @@ def test_the_real_members(shared_data):
 
 def test_what_is_missing_is_said(tmp_path, capsys):
     assert commands.run(odinw.main, arguments=[f"--data={tmp_path}", "--checkpoint=run"]) == 1
-    assert "holds no member of ODinW" in capsys.readouterr().err
+    assert "holds no member of odinw as <name>" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -91,6 +129,13 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert result["finetuned"]["Raccoon"] == result["zero_shot"]["Raccoon"]
     assert result["zero_shot"]["mean_13"] is None  # eleven are missing
     assert loaded == [str(run) for run in runs]
+    evaluate = loop.Evaluator.__call__
+    monkeypatch.setattr(loop.Evaluator, "__call__", None)  # what is scored is not scored again
+    assert commands.run(odinw.main, arguments=[*arguments, "--only=Raccoon"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"] == {
+        "Raccoon": result["zero_shot"]["Raccoon"], "mean_13": None, "mean_35": None
+    }  # fmt: skip
+    monkeypatch.setattr(loop.Evaluator, "__call__", evaluate)
     folder = tmp_path / "out" / "zero_shot" / "Packages" / "eval"
     protocol = json.loads((folder / "step_00000004_scores.json").read_text())["protocol"]
     assert protocol["prompts"] == ["blue", "red"]
@@ -132,7 +177,7 @@ def test_all_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 
 def test_means_need_every_member():
     scores = dict.fromkeys((member.name for member in odinw.members()), 0.5)
-    text = odinw.table({"zero_shot": scores | {"mean_13": 0.5, "mean_35": 0.5}})
+    text = odinw.table({"zero_shot": scores | {"mean_13": 0.5, "mean_35": 0.5}}, odinw.groups("odinw"))
     assert "not scored" not in text
     assert text.splitlines()[-1].split() == ["mean_35", "50.0"]
 
