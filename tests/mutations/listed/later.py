@@ -187,6 +187,27 @@ FAULTS = [
         slow=True,
     ),
     *plant(
+        "eval/published.py", "eval/test_published.py",
+        ("[left - 1, top - 1, right", "[left, top, right"),
+        ("for name in entry.iter(\"name\"):", "for name in list(entry.iter(\"name\"))[:1]:"),
+        ("if ref[\"split\"] == split]", "if ref[\"split\"]]"),
+        ("raise DataError(f\"it asks for {module}.{name}, which is code\")", "return super().find_class(module, name)"),
+        ("unsafe_path(file) or", ""),
+    ),
+    *plant(
+        "transfer.py", "test_transfer.py",
+        ("np.std(values, ddof=1)", "np.std(values)"),
+        ("member.name not in done and", ""),
+        ("if of_members.keys() >= set(names)", "if of_members.keys() & set(names)"),
+        ("if (made := content[\"of\"]) != (wanted := recipe(plan, setting)):", "wanted = made = recipe(plan, setting)\n            if not content:"),
+        ("PASSES.get(int(setting), 1)", "PASSES[10]"),
+    ),
+    *plant(
+        "models/text_encoder.py", "models/test_text_encoder.py::test_classes_have_rows_of_a_table_and_other_texts_none",
+        ("jnp.any(same, axis=1)[:, None], table", "True, table"),
+        ("if (other := first.setdefault(row.tobytes(), i)) != i:", "if (other := i) != i:"),
+    ),
+    *plant(
         "eval/result.py", "eval/test_result.py",
         ("> PART_SECONDS:", "> PART_SECONDS * 1000:"),
         ("if path.name == \"{:06d}-{:06d}.rows\".format(*batches) else None", ""),
