@@ -30,14 +30,19 @@ run() { if [[ -n "$DRY_RUN" ]]; then printf '# %s\n' "$(printf '%q ' "$@")"; els
 
 # a text of YAML, which is one of JSON
 text() {
-  local text="${1//\\/\\\\}"
+  local text="${1//\\/\\\\}" code sign
   text="${text//\"/\\\"}"
-  text="${text//$'\n'/\\n}"
-  printf '"%s"' "${text//$'\t'/\\t}"
+  for code in {1..31} 127; do # control characters, of which YAML takes none as it is
+    printf -v code '%02x' "$code" && printf -v sign '%b' "\\x$code"
+    text="${text//"$sign"/\\u00$code}"
+  done
+  text="${text//$'\xc2\x85'/\\u0085}" # ends of lines in YAML
+  text="${text//$'\xe2\x80\xa8'/\\u2028}"
+  printf '"%s"' "${text//$'\xe2\x80\xa9'/\\u2029}"
 }
 argument() { text "${1//\$/\$\$}"; } # of a container, where $(NAME) would be a variable
 for name in NUM_HOSTS CHIPS_PER_HOST MAX_RESTARTS; do
-  [[ "${!name}" =~ ^[0-9]+$ ]] || fail "$name is '${!name}'; it takes a number"
+  [[ "${!name}" =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name is '${!name}'; it takes a number"
 done
 flags=""
 for flag in "$@"; do

@@ -11,15 +11,21 @@ PYTHON="${PYTHON:-python}"
 PROGRAM="${PROGRAM:-detclipv2_jax.main}" # module that runs
 DRY_RUN="${DRY_RUN:-}"                   # not empty: only print what would run
 
-run() { if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "$(printf '%q ' "$@")"; else exec "$@"; fi; }
+for name in NUM_PROCESSES DEVICES_PER_PROCESS PORT; do
+  [[ "${!name}" =~ ^[1-9][0-9]{0,4}$ ]] || { echo "error: $name is '${!name}'; it takes a number above 0" >&2 && exit 2; }
+done
 
 processes=()
 for ((i = 0; i < NUM_PROCESSES; i++)); do
-  run env JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo \
-    "XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES_PER_PROCESS" \
-    "JAX_COORDINATOR_ADDRESS=localhost:$PORT" "JAX_NUM_PROCESSES=$NUM_PROCESSES" "JAX_PROCESS_ID=$i" \
-    "$PYTHON" -m "$PROGRAM" "$@" &
-  processes+=($!)
+  variables=(JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
+    "XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES_PER_PROCESS"
+    "JAX_COORDINATOR_ADDRESS=localhost:$PORT" "JAX_NUM_PROCESSES=$NUM_PROCESSES" "JAX_PROCESS_ID=$i")
+  if [[ -n "$DRY_RUN" ]]; then
+    printf '%s\n' "$(printf '%q ' env "${variables[@]}" "$PYTHON" -m "$PROGRAM" "$@")"
+  else # not by `env`, to which a path with "=" is a variable
+    (export "${variables[@]}" && exec "$PYTHON" -m "$PROGRAM" "$@") &
+    processes+=($!)
+  fi
 done
 
 # what a scheduler does to a job, a terminal to a command: the signal goes to all, and all save the same step

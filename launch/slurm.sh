@@ -18,8 +18,9 @@
 # again. A preempting partition does the same within its GraceTime.
 set -euo pipefail
 
-CODE="${CODE:-$PWD}"                       # this repository, on a file system that all nodes share
-PYTHON="${PYTHON:-$CODE/.venv/bin/python}" # pip install -e '.[cuda13]'
+CODE="${CODE:-$PWD}" # this repository, on a file system that all nodes share
+CDPATH='' cd -- "$CODE"
+PYTHON="${PYTHON:-$PWD/.venv/bin/python}" # pip install -e '.[cuda13]'
 CONFIG="${CONFIG:-configs/swin_t.py}"
 WORKDIR="${WORKDIR:-runs/${SLURM_JOB_NAME:-detclip}}" # shared as well
 DRY_RUN="${DRY_RUN:-}"
@@ -28,7 +29,6 @@ again=75 # exit status of a run that was preempted and has saved
 
 run() { if [[ -n "$DRY_RUN" ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 
-cd -- "$CODE"
 trap : TERM # a cluster may send the signal to this shell as well, which must live to queue the job up again
 # where the run says that it has saved: srun reports 143 or 137 if it ends tasks before their own status is known
 word="$WORKDIR/preempted"

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 VARIABLES = {
     "PROJECT": "project", "REPOSITORY": "https://example.org/code.git", "BUCKET": "gs://bucket", "IMAGE": "image:1",
 }  # fmt: skip
+HOSTILE = (
+    "a b", " #c: it's", "$(touch PWNED) `touch PWNED`; touch PWNED && x | y > z", """q"u'o * {a: b} $HOME $$ é \\n\\""",
+    "a=b &\n\r\t\x01\x7f\x85\u2028%s %(x)s 😀 ", "\n'", '"\n\n',
+)  # fmt: skip
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 
@@ -154,28 +159,49 @@ def test_the_scripts_of_skypilot_are_clean(part, tmp_path):
     test_scripts_are_clean(tmp_path / "script.sh")
 
 
+def of_skypilot(tmp_path, **variables):
+    """Returns what the `run` of the task does on the second of two machines; a stub stands for the program."""
+    task = yaml.safe_load(SKY.read_text())
+    program = tmp_path / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(
+        f"#!{sys.executable} -S\nimport json, os, sys\n"
+        'print(json.dumps([sys.argv[1:], {x: os.environ[x] for x in os.environ if x.startswith("JAX_")}]))\nsys.exit(75)\n'
+    )
+    program.chmod(0o755)
+    environment = os.environ | task["envs"] | {
+        "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2",
+    } | variables  # fmt: skip
+    return subprocess.run(["bash", "-c", task["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
 def test_skypilot_runs_one_process_a_machine_and_starts_it_again_when_it_was_preempted(tmp_path):
     task = yaml.safe_load(SKY.read_text())
     assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    program = tmp_path / ".venv" / "bin" / "python"
-    program.write_text('#!/bin/sh\nenv | grep ^JAX_ | sort\nfor x in "$@"; do echo "$x"; done\nexit 75\n')
-    program.chmod(0o755)
-    environment = os.environ | task["envs"] | {
-        "WORKDIR": "s3://b/it's here", "FLAGS": "--config.seed=1 --mode=eval", "SKYPILOT_NODE_RANK": "1",
-        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2",
-    }  # fmt: skip
-    command = ["bash", "-c", task["run"]]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = of_skypilot(tmp_path, WORKDIR="s3://b/it's here", FLAGS="--config.seed=1  --mode=eval")
     assert done.returncode == 75, done.stderr
-    assert set(done.stdout.splitlines()) >= {
-        "JAX_COORDINATOR_ADDRESS=10.0.0.1:12355", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1",
-    }  # fmt: skip
-    _, _, arguments = done.stdout.partition("detclipv2_jax.main\n")
-    assert arguments.splitlines() == [
+    arguments, variables = json.loads(done.stdout)
+    assert variables.items() >= {
+        "JAX_COORDINATOR_ADDRESS": "10.0.0.1:12355", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1",
+    }.items()  # fmt: skip
+    assert arguments[:2] == ["-m", "detclipv2_jax.main"]
+    assert arguments[2:] == [
         "--distributed=on", "--preempted_status=75", "--config=configs/swin_t.py", "--workdir=s3://b/it's here",
         "--config.seed=1", "--mode=eval",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_skypilot_gets_every_variable_as_it_is(tmp_path, value):
+    flags = [f"--config.name={value}", value, "*", ""]
+    done = of_skypilot(tmp_path, CONFIG=value, WORKDIR=value, FLAGS=shlex.join(flags))
+    assert done.returncode == 75, done.stderr
+    assert json.loads(done.stdout)[0][4:] == [f"--config={value}", f"--workdir={value}", *flags]
+    assert not list(tmp_path.rglob("PWNED"))
+    assert json.loads(of_skypilot(tmp_path, WORKDIR="", FLAGS=" \n").stdout)[0][6:] == []
+    done = of_skypilot(tmp_path, WORKDIR=value, FLAGS="it's")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "No closing quotation" in done.stderr
 
 
 def test_local_processes_get_their_numbers_and_one_address():
@@ -192,9 +218,6 @@ def test_an_error_of_one_local_process_is_that_of_the_script(tmp_path):
     assert subprocess.run([script], env=os.environ | environment).returncode == 7
 
 
-HOSTILE = (
-    "a b", " #c: it's", "$(touch PWNED) `touch PWNED`; touch PWNED && x | y > z", """q"u'o * {a: b} $HOME $$ é \\n\\""",
-)  # fmt: skip
 # notes what it was given, then does what REPLIES says: [program, a word of its arguments, status, output], used once
 STUB = """#!{python} -S
 import json, os, sys
@@ -351,6 +374,16 @@ def test_a_tpu_host_gets_every_variable_as_it_is(tmp_path, value):
     (python,) = (call for call in calls if call[0].endswith("python"))
     assert python[5:] == [f"--config={value}", f"--workdir=runs/{value}", f"--config.name={value}", value]
     assert list((tmp_path / "home" / "detclipv2_jax" / "runs" / value / "logs").glob("*.log"))
+    (copy,) = (
+        call for call in real_run(tmp_path, "tpu_pod.sh", "run", BUCKET=value + "://", NAME=value) if "cp" in call
+    )
+    assert copy[-1] == f"{value}:///runs/{value}/logs/"
+    asked = {"NAME": value, "ACCELERATOR": value, "RUNTIME": value, "PROJECT": value, "ZONE": value}
+    _, calls = start(tmp_path, "tpu_pod.sh", "create", replies=[ABSENT], **asked)
+    options = {f"--node-id={value}", f"--accelerator-type={value}", f"--runtime-version={value}", f"--zone={value}"}
+    assert options | {value, "--spot"} < {*calls[1]}
+    (deleted,) = real_run(tmp_path, "tpu_pod.sh", "delete", **asked)
+    assert deleted[4:6] == ["delete", value]
     (tmp_path / "again").mkdir()
     versions = {"SHARE": value, "PYTHON_VERSION": value}
     calls = real_run(tmp_path / "again", "tpu_pod.sh", "install", REPOSITORY=value, REVISION=value, **versions)
@@ -373,11 +406,18 @@ def test_slurm_local_processes_and_gke_get_every_variable_as_it_is(tmp_path, val
     own = [f"--config={value}", f"--workdir={value}", f"--config.name={value}", value]
     assert calls[-1][0] == str(python)
     assert calls[-1][5:] == own
+    calls = real_run(tmp_path, "slurm.sh", CODE=os.path.relpath(tmp_path / value, tmp_path / "home"), PYTHON="./python")
+    assert calls[-1][0] == "./python"
     calls = real_run(tmp_path, "local_multiprocess.sh", value, PYTHON=str(python), PROGRAM=value, NUM_PROCESSES="1")
     assert calls[-1] == [str(python), "-m", value, value]
     names = ("NAME", "IMAGE", "ACCELERATOR", "TOPOLOGY", "CLAIM", "ACCOUNT", "CONFIG", "WORKDIR")
     applied = yaml.safe_load(dry_run("gke.sh", value, **dict.fromkeys(names, value)))
     assert applied["metadata"]["name"] == value
+    bucket = yaml.safe_load(dry_run("gke.sh", BUCKET=value, NAME=value))["spec"]["replicatedJobs"][0]["template"][
+        "spec"
+    ]
+    (container,) = bucket["template"]["spec"]["containers"]
+    assert container["args"][3].replace("$$", "$") == f"--workdir={value}/runs/{value}"
     pod = applied["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert set(pod["nodeSelector"].values()) == {value}
     assert pod["containers"][0]["image"] == pod["serviceAccountName"] == value
@@ -386,8 +426,16 @@ def test_slurm_local_processes_and_gke_get_every_variable_as_it_is(tmp_path, val
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": value}
 
 
-def test_what_must_be_a_number_is_one():
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        dry_run("gke.sh", NUM_HOSTS="4\n# x")
-    assert error.value.returncode == 2
-    assert "NUM_HOSTS is '4\n# x'; it takes a number" in error.value.stderr
+@pytest.mark.parametrize("value", ["4\n# x", "a[$(touch PWNED)]", "010", "4 --x", "-1", "1e3"])
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("gke.sh", "NUM_HOSTS"), ("gke.sh", "CHIPS_PER_HOST"), ("gke.sh", "MAX_RESTARTS"),
+        ("local_multiprocess.sh", "NUM_PROCESSES"), ("local_multiprocess.sh", "DEVICES_PER_PROCESS"),
+        ("local_multiprocess.sh", "PORT"),
+    ],
+)  # fmt: skip
+def test_what_must_be_a_number_is_one(tmp_path, script, name, value):
+    done, calls = start(tmp_path, script, DRY_RUN="1", **{name: value})
+    assert (done.returncode, done.stdout, calls) == (2, "", [])
+    assert f"error: {name} is '{value}'; it takes a number" in done.stderr
