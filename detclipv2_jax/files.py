@@ -250,8 +250,29 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def only_writer(folder: Path, name: str = "") -> Iterator[None]:
+    """Keeps other processes from writing to a folder, which is made if need be, or to what is called `name` there.
+
+    Raises:
+      ValueError: another process writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except LockedError as error:
+            raise ValueError(
+                f"another process writes to {folder / name} ({error}); wait for it, or choose another --output"
+            ) from None
+        stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields where to write a file, which replaces `path` when all went well; it stays as it was after anything else.
+    """Yields where to write a file, which replaces `path` when all went well; it stays as it was after anything else,
+    and where it has that content already.
 
     The folder is made if need be. The place is beside `path`, so that the last step is one of the file system, and
     keeps the suffix, which some writers go by.
@@ -261,9 +282,20 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_native_id()}{path.suffix}")
     try:
         yield partial
-        os.replace(partial, path)
+        if not _has_content_of(path, partial):
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _has_content_of(path: Path, other: Path) -> bool:
+    if not path.is_file() or path.stat().st_size != other.stat().st_size:
+        return False
+    with path.open("rb") as file, other.open("rb") as other_file:
+        while (part := file.read(1 << 20)) == other_file.read(1 << 20):
+            if not part:
+                return True
+    return False
 
 
 def write_text(path: str | os.PathLike[str], pieces: Iterable[str]) -> None:

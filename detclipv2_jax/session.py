@@ -153,11 +153,10 @@ def in_workdir(
                 stack.enter_context(remote.kept(bucket, training=training))
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(room(workdir))
-            if training and (not (workdir / "data.json").exists() or read_json(workdir / "data.json") != data):
+            if training:
                 write_json(workdir / "data.json", data, indent=1)
-            path, text = workdir / "config.json", config_json.to_json(config)
-            if not path.exists() or (training and path.read_bytes() != text.encode()):
-                write_text(path, [text])
+            if training or not (workdir / "config.json").exists():
+                write_text(workdir / "config.json", [config_json.to_json(config)])
             if training:
                 stack.enter_context(said_when_preempted(workdir / "preempted"))
         if bucket:

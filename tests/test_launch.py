@@ -166,7 +166,8 @@ def of_skypilot(tmp_path, **variables):
     program.parent.mkdir(parents=True, exist_ok=True)
     program.write_text(
         f"#!{sys.executable} -S\nimport json, os, sys\n"
-        'print(json.dumps([sys.argv[1:], {x: os.environ[x] for x in os.environ if x.startswith("JAX_")}]))\nsys.exit(75)\n'
+        'print(json.dumps([sys.argv[1:], {x: os.environ[x] for x in os.environ if x.startswith("JAX_")}]))\n'
+        "sys.exit(75)\n"
     )
     program.chmod(0o755)
     environment = os.environ | task["envs"] | {

@@ -37,7 +37,7 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import detections, lvis, proposals
-from detclipv2_jax.files import write_json, write_text
+from detclipv2_jax.files import only_writer, read_json, write_json, write_text
 
 # glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_ARENA_MAX": "1"}
@@ -64,7 +64,12 @@ def configuration(recipe: str, row: str, seed: int) -> ConfigDict:
 def stored(folder: pathlib.Path, row: str, seed: int) -> dict[str, Any] | None:
     """Returns the result of a finished run, None of another."""
     path = folder / f"{row}_{seed}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    result = read_json(path)
+    if not isinstance(result, dict) or not {"recipe", "scores", "seconds", "cpu_seconds"} <= result.keys():
+        raise ValueError(f"{path} is damaged; delete it, and the run is done again")
+    return result
 
 
 def _subset_scores(
@@ -149,13 +154,16 @@ def _run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: 
     """Runs what has no result yet, `jobs` at a time, each on one core; says after each how long the rest will take.
 
     Raises:
-      ValueError: a stored result was made by another recipe, or a run failed.
+      ValueError: a stored result was made by another recipe, a run failed, or another process runs the table.
     """
-    pending, total = pending_runs(recipe, results, work), len(ablations.queue())
-    durations = [run["seconds"] for run in all_results(results).values()]
+    if not pending_runs(recipe, results, work):
+        return
+    durations, total = [run["seconds"] for run in all_results(results).values()], len(ablations.queue())
     cores = sorted(os.sched_getaffinity(0))[-jobs:]
     running: dict[int, tuple[subprocess.Popen, str, int, ConfigDict, float]] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_writer(work))
+        pending = pending_runs(recipe, results, work)
         while pending or running:
             for core in [core for core in cores if core not in running]:
                 # a row waits for its start
@@ -248,7 +256,7 @@ def stop(process: subprocess.Popen[bytes], workdir: pathlib.Path, *, since: floa
 def account(workdir: pathlib.Path, *, since: float, usage: resource.struct_rusage) -> dict[str, int]:
     """Adds the time of a process to spent.json of its workdir; returns the sum over all processes of the run."""
     path = workdir / "spent.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     now = {"seconds": time.monotonic() - since, "cpu_seconds": usage.ru_utime + usage.ru_stime}
     spent = {name: round(before.get(name, 0) + value) for name, value in now.items()}
     write_json(path, spent, indent=None)

@@ -122,7 +122,8 @@ def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") ->
             linked.append(path)
         version = version or str(facts.st_mtime_ns)
         digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{version}\n".encode(errors="replace"))
-    problems = {"do not exist": missing, "are empty": empty}
+    wrong = " (`images` must name the folder that the file names are relative to)" * (len(missing) == total)
+    problems = {f"do not exist{wrong}": missing, "are empty": empty}
     problems["are links out of the image folder, which follow_links allows"] = linked
     if missing or empty or linked:
         # all of them, each on a line: what is repaired one by one is started in vain as often

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 _ENGLISH = (
-    r"(?:top|bottom|upper|lower|front|rear|back|turn|keep)?(?:left|right)"
-    r"(?:most|wards?|side|turn|arrow|[ -]?hand(?:ed|er|ers|side)?)?",
+    r"(?:no|top|bottom|upper|lower|front|rear|back|turn|keep|go|facing|pointing|arrow|curve|bend|lane|exit|slight|sharp)?"
+    r"(?:left|right)"
+    r"(?:most|wards?|side|turn|arrow|facing|pointing|curve|bend|lane|exit|only|[ -]?hand(?:ed|er|ers|side)?)?",
     r"(?:anti|counter)?[ -]?clock[ -]?wise",
-    r"ccw",
+    r"c?cw",
 )
+_SIGNS = "[←→↖-↝↞↠↢-↤↦↩-↬↰-↷↺-⇄⇆⇇⇉⇋⇌⇍⇏⇐⇒⇖-⇠⇢⇤⇥⇦⇨⟲⟳⟵⟶➔-➾⬅⬈⬉⬊⬋⮌⮎👈👉]"  # arrows, which are names of road signs
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # of "turnLeft"
 
 
 def pattern(words: Sequence[str], *, english: bool) -> re.Pattern[str] | None:
     """Returns what finds any of some words in a text, with `english` English ones too; None without words."""
-    alternatives = [_whole(re.escape(word.strip())) for word in words]
+    alternatives = [_whole(re.escape(_plain(word).strip())) for word in words]
     if english:
-        alternatives += [_bounded(word) for word in _ENGLISH]
+        alternatives += [*map(_bounded, _ENGLISH), _SIGNS]
     return re.compile("|".join(alternatives), re.IGNORECASE) if alternatives else None
 
 
@@ -33,4 +36,9 @@ def _bounded(word: str) -> str:
 
 def speaks_of_sides(texts: Sequence[str], found: re.Pattern[str] | None) -> bool:
     """Returns whether one of the texts has a word that mirroring makes wrong."""
-    return found is not None and any(found.search(_HUMP.sub(" ", text)) for text in texts)
+    return found is not None and any(found.search(_HUMP.sub(" ", _plain(text))) for text in texts)
+
+
+def _plain(text: str) -> str:
+    """Returns a text with one form for each letter, wide ones and accents written apart too."""
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)

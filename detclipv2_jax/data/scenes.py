@@ -53,6 +53,7 @@ _GROUNDS = {
 }
 _PARTS = ("detection", "grounding", "image_text", "eval")
 FORMAT = 2  # raise when the same parameters would give other files
+_MARKER = "scenes.json"
 _SUPERSAMPLING = 2
 
 
@@ -348,16 +349,25 @@ def write(
     counts = dict(zip(_PARTS, (num_detection, num_grounding, num_image_text, num_eval), strict=True))
     options: dict[str, Any] = {"size_px": size_px, "seed": seed, "novel_captions": novel_captions}
     parameters = {"format": FORMAT, **counts, **options}
-    marker = folder / "scenes.json"
-    if marker.is_file():
-        try:
-            found = files.read_json(marker)
-        except ValueError as error:
-            raise ValueError(f"{error}; remove the folder, or choose another") from None
-        if found == parameters:
+    if _holds(folder, parameters):
+        return
+    with files.only_writer(folder):
+        if _holds(folder, parameters):  # by another process
             return
+        for part, count in counts.items():
+            if count:
+                _write_part(folder, part, count, **options)
+        files.write_json(folder / _MARKER, parameters)  # last: an interrupted run starts over
+
+
+def _holds(folder: Path, parameters: dict[str, Any]) -> bool:
+    """Returns whether a folder holds a world; ValueError for one of other parameters."""
+    if not (folder / _MARKER).is_file():
+        return False
+    try:
+        found = files.read_json(folder / _MARKER)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the folder, or choose another") from None
+    if found != parameters:
         raise ValueError(f"{folder} holds generated scenes with {found}, not {parameters}; choose another folder")
-    for part, count in counts.items():
-        if count:
-            _write_part(folder, part, count, **options)
-    marker.write_text(json.dumps(parameters))  # last: an interrupted run starts over
+    return True

@@ -139,13 +139,13 @@ class Evaluator:
         scores: dict[str, float] | None = None
         path = self._workdir / "eval" / f"step_{step:08d}_scores.json"
         if jax.process_index() == 0 and path.is_file():
-            with contextlib.suppress(AttributeError, OSError, ValueError):
+            with contextlib.suppress(AttributeError, LookupError, OSError, TypeError, ValueError):  # it is damaged
                 content = files.read_json(path)
                 stored = content.pop("protocol")
                 wanted = json.loads(json.dumps(self._protocol(step) | weights))
                 del wanted["annotations"]  # the file may have moved: its hash counts
                 if wanted.items() <= stored.items():
-                    scores = content
+                    scores = {name: float(value) for name, value in content.items()}
         return from_first_process(scores)
 
     def _batches(self, done: int) -> Iterator[Batch]:

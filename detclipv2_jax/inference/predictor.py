@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
+from detclipv2_jax import files
 from detclipv2_jax.colors import color_of
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import exemplars as exemplars_lib
@@ -362,7 +363,7 @@ def _stack(photos: Sequence[Photos]) -> Photos:
 def _open(image: Any) -> tuple[bytes | np.ndarray, tuple[int, int]]:
     """Returns encoded bytes or pixels of an image, and its (height, width) as displayed."""
     if isinstance(image, (str, os.PathLike)):
-        image = pathlib.Path(image).read_bytes()
+        image = files.read_bytes(image)
     if isinstance(image, bytes):
         return image, transforms.read_header(image).displayed_size
     pixels = np.ascontiguousarray(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from detclipv2_jax import files
 from detclipv2_jax.inference import Found
 
 _COLUMNS = 6  # x1, y1, x2, y2, score, label
@@ -40,11 +42,12 @@ class Record:
           names: of the labels.
 
         Raises:
-          ValueError: the file holds what was found by another search.
+          ValueError: the file holds what was found by another search, or another process writes to its folder.
         """
         self._path, self._paths, self._names = path, paths, names
         self._offsets: dict[str, int] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(files.only_writer(path.parent))
         with path.open("a+b") as file:
             file.seek(0)
             first = file.readline()
@@ -104,6 +107,7 @@ class Record:
     def remove(self) -> None:
         """Deletes the file: all results are written."""
         self._path.unlink(missing_ok=True)
+        self._lock.close()
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ is what `detclipv2_jax.preflight` runs, one process a program: the last line of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -249,7 +250,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     versions = {"jax": jax.__version__, "compiler": devices[0].client.platform_version, **topology.environment}
     known = json.dumps([job["topology"], versions, job["sizes"], READER]) + lowered.as_text()
     path = pathlib.Path(job["cache"]) / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
         return json.loads(path.read_text())
     counts = step.flops()
     start, clock = time.process_time(), time.monotonic()

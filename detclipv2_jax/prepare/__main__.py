@@ -38,6 +38,7 @@ draws a data set of all kinds, so many images of each; its files may be the inpu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -119,11 +120,11 @@ def run(
 
     if os.path.isfile(input) and kind != "classes" and not input.endswith(image_text.TAR_SUFFIXES):
         images = images or _find_images(kind, Path(input))
+    limits: dict[str, Any] = {"shard_size": shard_size, "follow_links": follow_links}
     reader: Reader
     builder: type[RecordBuilder] = image_text.ImageText
-    chosen: dict[str, Any] = {"num_examples": num_examples, "seed": seed}
+    chosen: dict[str, Any] = {"num_examples": num_examples, "seed": seed, "max_bad_share": max_bad_share}
     chosen["dropped"] = Dropped(drop_categories, "--drop_categories")
-    limits: dict[str, Any] = {"shard_size": shard_size, "max_bad_share": max_bad_share, "follow_links": follow_links}
     match kind:
         case "coco_json":
             reader = coco_json.open_reader(input, images, **chosen, **limits)
@@ -132,19 +133,13 @@ def run(
             reader = lvis.open_reader(input, images, **chosen, **limits)
             builder = lvis.Lvis
         case "grounding_json":
-            reader, builder = grounding_json.open_reader(input, images, **limits), grounding_json.GroundingJson
+            reader = grounding_json.open_reader(input, images, max_bad_share=max_bad_share, **limits)
+            builder = grounding_json.GroundingJson
         case "classes":
-            reader = classes.open_reader(
-                input, names=names, split=split, shard_size=shard_size, follow_links=follow_links
-            )
+            reader = classes.open_reader(input, names=names, split=split, **limits)
         case _:
-            options: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
-            reader = image_text.open_reader(input, images, shard_size=shard_size, **options)
-            if filter:
-                from detclipv2_jax.prepare import filter_pairs
-
-                limits = {"max_misfit": max_misfit, "group_size": filter_group}
-                reader = filter_pairs.judge(reader, filter, Path(f"{output.rstrip('/')}_filter"), **limits)
+            limits |= {"pipeline": pipeline, "max_phrases": max_phrases}
+            reader = image_text.open_reader(input, images, **limits)
     held_out = held_out_photos(validation)
     photos = hashlib.sha256("\n".join(sorted(held_out)).encode()).hexdigest() if held_out else ""
     plan = {"images": images, "shard_size": shard_size, "validation": photos, "drop_validation": drop_validation}
@@ -152,18 +147,26 @@ def run(
     plan |= {"num_examples": num_examples, "seed": seed} if num_examples else {}
     plan |= {"drop_categories": drop_categories} if drop_categories else {}
     plan |= {"pipeline": pipeline, "max_phrases": max_phrases} if kind == "image_text" else {}
-    plan |= {"filter": reader.facts["filter"]} if filter else {}
-    report = shards.build(
-        builder,
-        reader,
-        output,
-        options=plan,
-        command=command,
-        max_bad_share=max_bad_share,
-        num_workers=workers,
-        held_out=held_out,
-        drop_held_out=drop_validation,
-    )
+    with contextlib.ExitStack() as stack:
+        if filter:
+            from detclipv2_jax.prepare import filter_pairs
+
+            judged = Path(f"{output.rstrip('/')}_filter")
+            stack.enter_context(files.only_writer(judged))  # it is read until all is built
+            fit: dict[str, Any] = {"max_misfit": max_misfit, "group_size": filter_group}
+            reader = filter_pairs.judge(reader, filter, judged, read_by=limits | {"images": images}, **fit)
+            plan["filter"] = reader.facts["filter"]
+        report = shards.build(
+            builder,
+            reader,
+            output,
+            options=plan,
+            command=command,
+            max_bad_share=max_bad_share,
+            num_workers=workers,
+            held_out=held_out,
+            drop_held_out=drop_validation,
+        )
     print(summary(report, output))
     return report
 
@@ -239,7 +242,9 @@ def inspect(
         raise ValueError("inspect needs --data=FOLDER or --config=FILE")
     from detclipv2_jax.prepare import inspect
 
-    for name, facts in inspect.inspect(output, config=config, folders=data, num_examples=num_examples).items():
+    with files.only_writer(Path(output)):
+        report = inspect.inspect(output, config=config, folders=data, num_examples=num_examples)
+    for name, facts in report.items():
         print(f"{name}: an epoch has {facts['images of an epoch']} images, {facts['images counted']} were counted")
         for what, num in facts["left out or repaired"].items():
             print(f"  {num} × {what}")
@@ -260,7 +265,8 @@ def dictionary(
     """
     from detclipv2_jax.prepare import dictionary
 
-    origins = dictionary.make(input, output, wordnet=wordnet, text=text, num_names=num_names)
+    with files.only_writer(Path(output).parent, Path(output).name):
+        origins = dictionary.make(input, output, wordnet=wordnet, text=text, num_names=num_names)
     print(f"{sum(origins.values())} names; definitions by origin: {origins}")
     print("\n".join(dictionary.coverage(output, input)))
     print(f'put in the config: config.detection.dictionary = "{output}"; the same for grounding and eval')
@@ -315,13 +321,15 @@ def pseudo_boxes(
     is_table = os.path.isfile(input) and not input.endswith(image_text.TAR_SUFFIXES)
     images = (images or _find_images("image_text", Path(input))) if is_table else ""
     names = read_dictionary(dictionary) if dictionary else None
-    options: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases, "follow_links": follow_links}
-    reader = image_text.open_reader(input, images, shard_size=shard_size, **options)
+    read_by: dict[str, Any] = {"pipeline": pipeline, "max_phrases": max_phrases}
+    read_by |= {"follow_links": follow_links, "shard_size": shard_size}
+    reader = image_text.open_reader(input, images, **read_by)
+    read_by["images"] = images
     limits: dict[str, Any] = {"score_threshold": score_threshold, "completion_threshold": completion_threshold}
     limits |= {"nms_iou": nms_iou, "max_boxes": max_boxes}
     labeller = labels.Labeller(checkpoint, dictionary=names, **limits)
-    options = {"images": images, "max_bad_share": max_bad_share, "command": command}
-    report = labels.make(reader, Path(output), labeller, **options)
+    options: dict[str, Any] = {"images": images, "max_bad_share": max_bad_share, "command": command}
+    report = labels.make(reader, Path(output), labeller, read_by=read_by, **options)
     found = f"{report['boxes']} boxes on {report['photos with a box']} photos of {report['pairs']} pairs"
     print(f"{found}, {report['of them completed from the dictionary']} boxes completed from the dictionary")
     print(f"phrases: {report['phrases with a box']} with a box, {report['phrases without a box']} without one")

@@ -297,5 +297,4 @@ def _choose(name: str, known: Entry | None, senses: list[Sense]) -> Entry:
 
 def _write(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     lines = ("\t".join(" ".join(field.split()) for field in row) for row in (header, *rows))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write_text(path, (f"{line}\n" for line in lines))

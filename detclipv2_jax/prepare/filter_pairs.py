@@ -116,12 +116,18 @@ class Judge:
         return misfits
 
 
-def judge(reader: Reader, checkpoint: str, folder: Path, *, max_misfit: float, group_size: int) -> FilteredPairs:
-    """Returns the reader without the pairs above a misfit, after writing the misfits and the report to a folder."""
+def judge(
+    reader: Reader, checkpoint: str, folder: Path, *, max_misfit: float, group_size: int, read_by: dict[str, Any]
+) -> FilteredPairs:
+    """Returns the reader without the pairs above a misfit, after writing the misfits and the report to a folder.
+
+    `read_by` are the options of the reader.
+    """
     judge = Judge(checkpoint, group_size=group_size)
+    parts = model_passes.plan_of(reader, read_by, judge.plan)
     seen, tenths, examples = 0, np.zeros(10, int), collections.defaultdict[str, list[Any]](list)
     num_kept = 0
-    for part in model_passes.over_shards(reader, folder, plan=judge.plan, work=judge.misfits, what="judging captions"):
+    for part in model_passes.over_shards(reader, folder, plan=parts, work=judge.misfits, what="judging captions"):
         misfits = np.array(part["misfits"])
         seen += len(misfits)
         num_kept += int((misfits <= max_misfit).sum())

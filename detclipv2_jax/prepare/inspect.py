@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +81,7 @@ def inspect(
             },
         }
     charts.histograms(panels, path=path / "histograms.png")
-    (path / "inspection.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    files.write_json(path / "inspection.json", report, indent=1)
     return report
 
 

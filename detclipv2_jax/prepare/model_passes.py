@@ -25,19 +25,23 @@ def open_run(checkpoint: str) -> tuple[Predictor, dict[str, Any]]:
     return predictor, {"weights": weights_key(predictor.params), "step": predictor.step}
 
 
+def plan_of(reader: Reader, *options: dict[str, Any]) -> Any:
+    """Returns everything that decides what comes out, as json has it: the files, how they are read and looked at."""
+    return json.loads(json.dumps({"inputs": reader.inputs, "options": options}))
+
+
 def over_shards(
-    reader: Reader, folder: Path, *, plan: dict[str, Any], work: Callable[[int, Pairs], dict[str, Any]], what: str
+    reader: Reader, folder: Path, *, plan: Any, work: Callable[[int, Pairs], dict[str, Any]], what: str
 ) -> Iterator[dict[str, Any]]:
     """Yields for each shard what `work` makes of its pairs, beside what was "seen", "dropped" and "noted" of them.
 
     Args:
       reader: the pairs.
       folder: has a json for every shard that is done.
-      plan: everything that decides what comes out; a shard that was done by another plan is done anew.
+      plan: of `plan_of`; a shard that was done by another one is done anew.
       work: (shard, its pairs) → what is kept as json; it reads all pairs.
       what: of the progress.
     """
-    plan = json.loads(json.dumps(plan | {"inputs": reader.inputs}))
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm.tqdm(desc=what, unit="pair", total=reader.num_items or None, mininterval=interval) as progress:
 
@@ -49,7 +53,7 @@ def over_shards(
         for shard in range(reader.num_shards):
             path = folder / f"{shard:06d}.json"
             done = files.read_json(path) if path.is_file() else {}
-            if done.get("plan") == plan:
+            if isinstance(done, dict) and done.get("plan") == plan:
                 progress.update(done["seen"])
             else:
                 tally = Tally()

@@ -185,9 +185,18 @@ def _row(phrase: str, span: tuple[int, int], box: Box, *, completed: bool) -> di
 
 
 def make(
-    reader: Reader, output: Path, labeller: Labeller, *, images: str, max_bad_share: float, command: str
+    reader: Reader,
+    output: Path,
+    labeller: Labeller,
+    *,
+    images: str,
+    max_bad_share: float,
+    command: str,
+    read_by: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes the files of a folder, see the module; returns the report. A killed one goes on where it was.
+    """Writes the files of a folder, see the module; returns the report.
+
+    A killed one goes on where it was, one that is done writes nothing.
 
     Args:
       reader: of image-text pairs.
@@ -196,11 +205,31 @@ def make(
       images: folder of the photos; "" where they are no files yet and are written.
       max_bad_share: an error above this share of unusable pairs.
       command: as typed, for the report.
+      read_by: options of the reader.
 
     Raises:
-      ValueError: too many pairs cannot be used, or nothing was found.
+      ValueError: too many pairs cannot be used, nothing was found, or another process writes to the folder.
     """
+    plan = model_passes.plan_of(reader, read_by, labeller.plan)
+    if (report := _finished(plan, output)) is not None:
+        return report
+    with files.only_writer(output):
+        return _finished(plan, output) or _make(
+            reader, output, labeller, images=images, max_bad_share=max_bad_share, command=command, plan=plan
+        )
 
+
+def _finished(plan: Any, output: Path) -> dict[str, Any] | None:
+    """Returns the report of a folder that is done by a plan, None of another."""
+    if not (output / REPORT).is_file() or not (output / GROUNDING).is_file():
+        return None
+    report = files.read_json(output / REPORT)
+    return report if isinstance(report, dict) and report.get("plan") == plan else None
+
+
+def _make(
+    reader: Reader, output: Path, labeller: Labeller, *, images: str, max_bad_share: float, command: str, plan: Any
+) -> dict[str, Any]:
     def work(shard: int, pairs: model_passes.Pairs) -> dict[str, Any]:
         def store(number: int, photo: bytes) -> str:
             name = f"{IMAGES}/{shard:06d}/{number:06d}.jpg"
@@ -213,7 +242,7 @@ def make(
     folder = output / "parts"
     totals = {name: collections.Counter[str]() for name in ("counts", "dropped", "noted", "with a box", "without")}
     found, seen = list[dict[str, Any]](), 0
-    for part in model_passes.over_shards(reader, folder, plan=labeller.plan, work=work, what="looking for phrases"):
+    for part in model_passes.over_shards(reader, folder, plan=plan, work=work, what="looking for phrases"):
         seen += part["seen"]
         found += part["images"]
         for name, total in totals.items():
@@ -243,7 +272,7 @@ def make(
         "examples": found[:: max(len(found) // _NUM_SHOWN, 1)][:_NUM_SHOWN],
         "images": images or str(output),
         "command": command,
-        "plan": labeller.plan,
+        "plan": plan,
     }
     files.write_json(output / REPORT, report, indent=1)
     shutil.rmtree(folder)

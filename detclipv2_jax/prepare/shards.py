@@ -107,7 +107,8 @@ def _mapper(job: Job, num_workers: int) -> Iterator[Callable[[list[int]], Iterat
         yield lambda shards: map(job.write, shards)
         return
     context = multiprocessing.get_context("spawn")  # TensorFlow and spaCy have threads: a fork may hang
-    pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (job,))
+    with workers.starting():
+        pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (job,))
 
     def unordered(shards: list[int]) -> Iterator[int]:
         with workers.starting():
@@ -278,7 +279,8 @@ def _start(job: Job, plan: dict[str, Any], output: Path) -> None:
         part.unlink()
 
 
-def _check_plan(plan: dict[str, Any], old: dict[str, Any], output: Path) -> None:
+def _check_plan(plan: dict[str, Any], old: Any, output: Path) -> None:
+    old = old if isinstance(old, dict) else {}
     changed = [
         f"{key}: {old.get(key)!r} -> {plan.get(key)!r}"
         for key in sorted(plan.keys() | old.keys())
@@ -292,9 +294,20 @@ def _check_plan(plan: dict[str, Any], old: dict[str, Any], output: Path) -> None
 
 
 def _tally(job: Job, shard: int) -> Tally:
-    tally = Tally()
-    tally.add(Tally(**json.loads(job.file(shard, "json").read_bytes())))
+    tally, path = Tally(), job.file(shard, "json")
+    try:
+        tally.add(Tally(**files.read_json(path)))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and its shard is written again") from error
     return tally
+
+
+def _index(job: Job, shard: int, *, num: int) -> np.ndarray:
+    path = job.file(shard, "index.json")
+    try:
+        return np.array(files.read_json(path), np.int32).reshape(num, 4)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {job.folder}, and all is written again") from error
 
 
 def _by_reason(counts: dict[str, int]) -> str:
@@ -323,8 +336,7 @@ def _write_metadata(builder_class: type[RecordBuilder], job: Job, output: Path, 
     for shard, path in zip(filled, paths, strict=True):
         if (part := job.file(shard, "array_record")).is_file():
             part.rename(path)
-    rows = [row for shard in filled for row in json.loads(job.file(shard, "index.json").read_bytes())]
-    table = np.array(rows, np.int32)
+    table = np.concatenate([_index(job, shard, num=tallies[shard].examples) for shard in filled])
     with (output / INDEX).open("wb") as file:
         np.savez(file, sizes=table[:, :2], num_boxes=table[:, 2], num_concepts=table[:, 3])
     files.write_json(output / VOCABULARY, dataclasses.asdict(job.reader.vocabulary), indent=1)

@@ -86,6 +86,8 @@ def opener(workdir: pathlib.Path, config: ConfigDict) -> Callable[[], list[Track
 
 def _open(path: pathlib.Path, workdir: pathlib.Path, config: ConfigDict) -> list[Tracker]:
     ids = files.read_json(path) if config.trackers and path.exists() else {}
+    if not isinstance(ids, dict):
+        raise ValueError(f"{path} is damaged; remove it, and the run is a new one to its trackers")
     trackers = {name: TRACKERS[name](workdir, config, ids.get(name)) for name in config.trackers}
     if trackers:
         files.write_json(path, ids | {name: tracker.id for name, tracker in trackers.items()})

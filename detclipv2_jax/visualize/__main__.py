@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import glob
-import json
 import os
 import pathlib
 import sys
@@ -48,11 +47,12 @@ def detections(
       ValueError: a file holds something else, or a photo cannot be read.
     """
     from detclipv2_jax.data import box_json, concepts, transforms
+    from detclipv2_jax.data.annotations import load_json
     from detclipv2_jax.data.checks import unsafe_path
     from detclipv2_jax.visualize import figures
 
     try:
-        rows = json.loads(pathlib.Path(detections).read_bytes())
+        rows = load_json(detections)
         known = box_json.load_json(pathlib.Path(annotations)) if annotations else None
         if known:
             names = {row["id"]: concepts.display_name(row["name"]) for row in known["categories"]}
@@ -68,7 +68,7 @@ def detections(
         else:
             names = {row["category_id"]: row["name"] for row in rows}
             files = {row["image_id"]: row["file_name"] for row in rows}
-    except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (TypeError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"--detections: {detections} is no list of COCO results that name their words and photos ({reason}); give "

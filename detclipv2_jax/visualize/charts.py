@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from detclipv2_jax import files
 from detclipv2_jax.colors import PALETTE, hex_color, nth_color
 from detclipv2_jax.visualize import drawing, letters
 
@@ -259,7 +260,8 @@ def histograms(
 def read_metrics(path: str | pathlib.Path) -> Series:
     """Returns name → (steps, values) of a `metrics.jsonl`; of a step that was written twice the later value counts."""
     try:
-        rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
+        text = files.decode(files.read_bytes(path), where=path)
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         values: dict[str, dict[int, float]] = {}
         for row in rows:
             for name, value in row.items():

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
+from detclipv2_jax import files
 from detclipv2_jax.colors import Color
 from detclipv2_jax.visualize.letters import Letters
 
@@ -213,7 +214,6 @@ def frame(picture: Picture) -> Picture:
 
 def save(picture: Picture, path: str | pathlib.Path | None) -> Picture:
     if path is not None:
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path, quality=92)  # of JPEG; other formats have none
+        with files.whole(path) as partial:
+            Image.fromarray(picture).save(partial, quality=92)  # of JPEG; other formats have none
     return picture

@@ -14,7 +14,7 @@ import pytest
 from detclipv2_jax.data import scenes
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind, UnusableError
-from detclipv2_jax.prepare import inspect
+from detclipv2_jax.prepare import inspect, shards
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +259,35 @@ def test_what_is_not_changed_is_read(built):
     assert [len(source[i].boxes) > 0 for i in range(len(source))] == [True] * 6
     assert np.array_equal(source.sizes, np.full((6, 2), 64))
     assert pathlib.Path(source.file(0)).is_file()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "000000.json", "000001.index.json"])
+def test_what_an_unfinished_build_left_is_used_or_one_error_that_names_it(built, tmp_path, monkeypatch, name):
+    options = {"input": str(built / "detection.json"), "images": str(built), "output": str(tmp_path / "out")}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write_metadata", stop)
+        with pytest.raises(KeyboardInterrupt):
+            building.build("coco_json", **options, shard_size=3)
+    path = tmp_path / "out" / "building" / name
+    whole = path.read_bytes()
+    for data in (
+        b"",
+        b"[]",
+        b"{",
+        b'{"x": 1}',
+        b'"x"',
+        b"[[1]]",
+        b"\xff\xfe",
+        b"null",
+        whole[:-3],
+        b"[[1e99, 1, 1, 1]]",
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{tmp_path}/out\S* (is|holds)"):
+            building.build("coco_json", **options, shard_size=3)
+    path.write_bytes(whole)
+    assert building.build("coco_json", **options, shard_size=3)["examples"] == 6

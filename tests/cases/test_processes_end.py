@@ -7,9 +7,15 @@ import subprocess
 import sys
 import time
 
+import planted
 import pytest
+from micro import micro_config
 
+from detclipv2_jax.claims import __main__ as claims
 from detclipv2_jax.data import scenes
+from detclipv2_jax.inference import Predictor
+from detclipv2_jax.predict import __main__ as predict
+from detclipv2_jax.prepare import __main__ as prepare
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,6 +39,11 @@ def gone(pid):
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def memory():
+    """Returns the names of the shared memory of this machine; what other processes hold for long was there before."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem."))}
 
 
 def wait_for(condition, seconds=60):
@@ -61,18 +72,27 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["time.sleep(600)", "os._exit(1)", "os.abort()"])
-def test_data_workers_end_with_their_parent_and_leave_no_memory(world, end):
-    before = set(os.listdir("/dev/shm"))
-    with start(READING.format(folder=world, end=end)) as parent:
+@pytest.mark.parametrize(
+    ("end", "kill"),
+    [
+        ("for _ in batches: pass", os.kill), ("for _ in batches: pass", os.killpg), ("os._exit(1)", None),
+        ("os.abort()", None),
+    ],
+)  # fmt: skip
+def test_data_workers_end_with_their_parent_and_leave_no_memory(world, end, kill):
+    code = READING.format(folder=world, end=f"{end}\n    {'time.sleep(600)' if kill else 'pass'}")
+    before = memory()
+    with start(code, start_new_session=True) as parent:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(children) >= 3, parent.stderr.read()  # two workers and the tracker of their memory
-        if "sleep" in end:
-            assert set(os.listdir("/dev/shm")) - before  # batches that wait
-            parent.kill()
+        if kill:
+            time.sleep(0.3)
+            assert {name[:4] for name in memory() - before} == {"psm_", "sem."}  # batches that wait, and queues
+            kill(parent.pid, signal.SIGKILL)
         parent.wait(timeout=60)
         wait_for(lambda: all(map(gone, children)))
-        wait_for(lambda: not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")})
+        left = memory() - before
+        wait_for(lambda: not left & memory())
 
 
 BUILDING = """
@@ -126,3 +146,66 @@ def test_a_build_that_was_killed_goes_on(world, tmp_path):
         first.send_signal(signal.SIGKILL)
     with start(BUILDING.format(folder=world, output=output, seconds=0)) as again:
         assert again.communicate(timeout=60)[0].splitlines()[-1] == "64"
+
+
+def commands_that_write(world, folder):
+    """Returns by name the folder that is locked, the name in it, and the command."""
+    pairs = {"input": str(world / "pairs.tsv"), "images": str(world), "pipeline": ""}
+    config = micro_config()
+    config.detection.annotations, config.detection.images = str(world / "detection.json"), str(world)
+    out = str(folder / "out")
+    looks = {"checkpoint": "run", "score_threshold": 0.0, "max_bad_share": 1.0}
+    predicts = {"checkpoint": "run", "images": f"{world}/images/detection/00000[01].jpg", "words": "red"}
+    return {
+        "scenes": ("out", "", lambda: prepare.scenes(output=out, num_examples=2, size_px=64)),
+        "inspect": ("out", "", lambda: prepare.inspect(output=out, config=config, num_examples=8)),
+        "dictionary": (".", "out", lambda: prepare.dictionary(output=out, input=(config.detection.annotations,))),
+        "pseudo_boxes": ("out", "", lambda: prepare.pseudo_boxes(output=out, **pairs, **looks)),
+        "filter": (
+            "out_filter", "",
+            lambda: prepare.run("image_text", output=out, **pairs, filter="run", max_misfit=0.99, workers=1),
+        ),
+        "predict": ("out", "", lambda: predict.run(output=out, **predicts)),
+        "claims": ("work", "", lambda: claims._run_table("", results=folder, work=folder / "work", jobs=1)),
+    }  # fmt: skip
+
+
+HOLDING = """
+import pathlib, sys
+from detclipv2_jax import files
+with files.only_writer(pathlib.Path({folder!r}), {name!r}):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def state_of(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["scenes", "inspect", "dictionary", "pseudo_boxes", "filter", "predict", "claims"])
+def test_a_second_command_that_writes_to_a_place_is_refused_and_a_repeated_one_changes_nothing(
+    world, tmp_path, monkeypatch, command
+):
+    model = Predictor(*planted.make())
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda *_, **__: model)
+    monkeypatch.setattr(claims, "pending_runs", lambda *_: [("all", 0)])
+    monkeypatch.setattr(claims, "all_results", lambda _: {})
+    folder, name, run = commands_that_write(world, tmp_path)[command]
+    folder = tmp_path / folder
+    with start(HOLDING.format(folder=str(folder), name=name), stdin=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "in\n"
+        before = state_of(tmp_path)
+        with pytest.raises(ValueError, match=f"another process writes to .*process {other.pid} on"):
+            run()
+        assert state_of(tmp_path) == before
+        other.stdin.close()
+    assert not state_of(tmp_path)
+    if command == "claims":
+        return
+    run()
+    before = state_of(tmp_path)
+    assert before
+    assert not any(path.name.endswith("lock") for path in before)
+    run()
+    assert state_of(tmp_path) == before

@@ -17,7 +17,7 @@ from micro import micro_config
 from detclipv2_jax import config_json, session, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.inference import Predictor
-from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs import checkpoints, trackers
 from detclipv2_jax.runs.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -148,6 +148,32 @@ def test_a_broken_line_of_metrics_is_removed_with_a_warning_and_no_other(workdir
         test_main.start(small_config(), workdir)
         assert path.read_text() == whole
         assert "are removed" in caplog.text
+
+
+@pytest.mark.slow
+def test_damaged_notes_of_a_finished_run_are_made_again(finished, workdir):
+    path = workdir / "eval" / "step_00000004_scores.json"
+    whole = json.loads(path.read_text())
+    del whole["protocol"]["annotations"]  # a path
+    for content in ({}, [], whole | {"AP": "x"}, whole | {"protocol": []}, whole | {"AP": None}):
+        path.write_text(json.dumps(content))
+        assert test_main.start(small_config(), workdir) == finished[1]
+        written = json.loads(path.read_text())
+        del written["protocol"]["annotations"]
+        assert written == whole
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff"])
+def test_a_damaged_note_of_the_data_is_written_again_where_nothing_was_trained(tmp_path, data):
+    (tmp_path / "data.json").write_bytes(data)
+    session.check_data(tmp_path, {"a": "1"}, allowed=False)
+    session.in_workdir(lambda: {}, small_config(), tmp_path, training=True, data={"a": "1"})
+    assert json.loads((tmp_path / "data.json").read_text()) == {"a": "1"}
+    (tmp_path / "trackers.json").write_bytes(b"[]" if data == b"\xff" else data)
+    config = small_config()
+    config.trackers = ("wandb",)
+    with pytest.raises(ValueError, match=r"trackers\.json is (damaged; remove it|no valid json)"):
+        trackers.opener(tmp_path, config)()
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff"])

@@ -321,7 +321,8 @@ def test_lists_of_words_are_checked():
         "right-handed scissors", "clockwise", "counter-clockwise arrow", "anticlockwise",
         "counter clockwise", "rightwards arrow", "left2", "2_right", "left/right", "righthand",
         "a man on the left.", "lefthander", "topleft", "bottomright corner", "turnleft", "leftside", "LEFTTURN",
-        "ccw_arrow",
+        "ccw_arrow", "cw", "facingLeft", "leftfacing", "noleftturn", "rightlane", "arrow ←", "↱", "👈",
+        "\uff2c\uff25\uff26\uff34",
     ],
 )  # fmt: skip
 def test_texts_that_speak_of_sides(text):
@@ -332,7 +333,7 @@ def test_texts_that_speak_of_sides(text):
     "text",
     [
         "bright light", "leftover", "copyright", "cleft", "clock", "upright piano", "alright", "fright", "wisely",
-        "downright", "rights", "stopright",
+        "downright", "rights", "stopright", "↑ up", "↔", "é", "cwt",
     ],
 )  # fmt: skip
 def test_texts_that_do_not(text):
@@ -344,7 +345,7 @@ def test_texts_that_do_not(text):
     [
         (("links",), "links abbiegen", True), (("links",), "LINKS_abbiegen", True), (("links",), "linksrum", False),
         (("à gauche",), "tournez à gauche", True), (("左",), "左转", True), (("a.b",), "axb", False),
-        (("links", "rechts"), "nach rechts", True), ((), "left", False),
+        (("links", "rechts"), "nach rechts", True), ((), "left", False), (("à gauche",), "tourne a\u0300 gauche", True),
     ],
 )  # fmt: skip
 def test_words_of_other_languages(words, text, expected):

@@ -270,6 +270,23 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert "[4/4] image_to_text, seed 0: AP" in printed
     assert "reproduced" in (folders["output"] / "claims.md").read_text()
 
+    # a table that is done
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = state()
+    assert commands.run(claims.main, arguments=arguments) == 0
+    assert state() == before
+    assert len(started) == 5
+
+    # a damaged result
+    path, whole = folders["results"] / "pairs_0.json", (folders["results"] / "pairs_0.json").read_bytes()
+    for data in (b"", b"[]", b'{"row": "pairs"}', whole[:-9]):
+        path.write_bytes(data)
+        assert commands.run(claims.main, arguments=arguments) == 1
+        assert f"error: {path} is " in capsys.readouterr().err
+    path.write_bytes(whole)
+
     # a row whose start is gone needs it again
     shutil.rmtree(folders["work"])
     (folders["results"] / "image_to_text_0.json").unlink()
@@ -331,7 +348,8 @@ def test_the_plot_counts_detection_steps(tmp_path, monkeypatch):
     number = {row: num_detection_steps(row) for row in ("start", "detection", "pairs", "detection_twice")}
     assert number["pairs"] == number["detection"] == number["detection_twice"] / 2
     for row, steps in (("start", 700), ("detection", 500), ("pairs", 1000), ("detection_twice", 1000)):
-        result = {"row": row, "seed": 0, "novel_AP_by_step": {str(steps // 2): 1.0, str(steps): 2.0}, "cpu_seconds": 60}
+        result = {"row": row, "seed": 0, "novel_AP_by_step": {str(steps // 2): 1.0, str(steps): 2.0}}
+        result |= {"cpu_seconds": 60, "seconds": 60, "recipe": []}
         (tmp_path / f"{row}_0.json").write_text(json.dumps(result | {"scores": dict.fromkeys(claims.COLUMNS, 1.0)}))
     drawn = {}
     monkeypatch.setattr(charts, "lines", lambda series, **_: drawn.update(series))

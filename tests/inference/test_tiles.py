@@ -1,5 +1,7 @@
 """Large photos in tiles: what is cut, what is merged, and that one tile is no tile."""
 
+import os
+
 import numpy as np
 import planted
 import pytest
@@ -111,5 +113,10 @@ def test_wrong_tiles_are_one_clear_error(predictor, tmp_path):
         predictor([np.zeros((9, 9, 3), np.uint8)], ["red"], tile=8)
     with pytest.raises(ValueError, match=r"tile_overlap is 1; it must lie between 0 and 0\.9"):
         tiles.check(tile=64, overlap=1)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"cannot read the image .*pipe.png is not a regular file"):
+        predictor([str(tmp_path / "pipe.png")], ["red"])
+    with pytest.raises(ValueError, match=r"cannot read the image .*pipe.png.* is not a regular file"):
+        predictor([tmp_path / "pipe.png"], ["red"], tile=64)
     with pytest.raises(ValueError, match=r"cannot read the image .*absent.png"):
         predictor([tmp_path / "absent.png"], ["red"], tile=64)

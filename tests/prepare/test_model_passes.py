@@ -197,3 +197,29 @@ def test_captions_of_other_photos_are_dropped(raw):
         building.build("coco_json", input=source, output=str(raw / "x"), filter="run")
     with pytest.raises(ValueError, match=r"--max_misfit=1.0 must be in \[0, 1\)"):
         building.build("image_text", input=source, output=str(raw / "x"), filter="run", max_misfit=1.0)
+
+
+def test_what_was_done_by_other_options_is_done_anew(raw, monkeypatch):
+    source = write_pairs(raw, *[("red.png", f"red box {i}", ["red box"]) for i in range(4)])
+    once, calls = pseudo_boxes.Labeller.label, []
+
+    def killed(self, pairs, store):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return once(self, pairs, store)
+
+    monkeypatch.setattr(pseudo_boxes.Labeller, "label", killed)
+    with pytest.raises(KeyboardInterrupt):
+        label(source, raw, shard_size=1)
+    content, report = label(source, raw, shard_size=3)
+    assert [image["caption"] for image in content["images"]] == [f"red box {i}" for i in range(4)]
+    assert (report["pairs"], len(calls)) == (4, 4)
+    assert label(source, raw, shard_size=3) == (content, report)
+    assert len(calls) == 4  # it was done
+    for shard_size in (4, 3):  # the misfits of the first build are of other shards
+        output = raw / f"built_{shard_size}"
+        (raw / "built_4_filter").rename(f"{output}_filter") if shard_size == 3 else None
+        options = {"filter": "run", "filter_group": 4, "shard_size": shard_size, "workers": 1}
+        report = building.build("image_text", input=source, output=str(output), **options)
+        assert report["examples"] + report["left out or repaired"].get(filter_pairs.DROPPED, 0) == 4

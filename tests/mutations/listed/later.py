@@ -89,7 +89,7 @@ FAULTS = [
     *plant(
         "data/mirroring.py", "data/test_mirroring.py",
         ("(?:most|wards?|", "(?:wards?|"),
-        ("re.escape(word.strip())", "word.strip()"),
+        ("re.escape(_plain(word).strip())", "_plain(word).strip()"),
         ("{word}(?![^\\W\\d_])\"", "{word}(?![^\\W_])\""),
     ),
     *plant(

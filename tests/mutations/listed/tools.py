@@ -117,8 +117,8 @@ FAULTS = [
     ),
     *plant(
         "prepare/model_passes.py", "prepare/test_model_passes.py",
-        ("if done.get(\"plan\") == plan:", "if done:"),
-        ("if done.get(\"plan\") == plan:", "if False:"),
+        ("if isinstance(done, dict) and done.get(\"plan\") == plan:", "if done:"),
+        ("if isinstance(done, dict) and done.get(\"plan\") == plan:", "if False:"),
         slow=True,
     ),
     *plant(
