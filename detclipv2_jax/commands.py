@@ -48,7 +48,7 @@ def run(
     Returns the exit status: what the function returns if that is a number, 0 otherwise.
 
     An option is a keyword of the function (see `_add_options`); what is wrong with a value is a ValueError, which ends
-    the command with one line and status 1, as an OSError does.
+    the command with one line and status 1, as an OSError does, and whatever says that a disk is full.
 
     Args:
       command: the function, or several of which the first argument names one.
@@ -75,8 +75,11 @@ def run(
             result = function(**found)
     except KeyboardInterrupt:
         end("stopped by Ctrl-C")
-    except (ValueError, OSError, bucket_store.BucketError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        is_full = bool(files.no_room(error))
+        if not is_full and not isinstance(error, (ValueError, OSError, bucket_store.BucketError)):
+            raise
+        print(f"error: {error}{'; make room, and give the same command again' * is_full}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -36,12 +37,32 @@ _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECAS
 _ELSEWHERE = re.compile(r"(?!(?:gs|s3)://)(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:gs|s3):/)")
 
 
+# of an error that says that the disk takes no more; EFBIG: a limit on the size of files
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 class NotRegularError(OSError):
     """A path names a folder, a pipe, a socket or a device, where a file is needed."""
 
 
 class LockedError(RuntimeError):
     """Another process holds a lock; the message is what it wrote of itself."""
+
+
+def no_room(error: BaseException) -> str:
+    """Returns why a disk takes no more, where an error, which may be of a library, says so; "" otherwise."""
+    return next((text for text in map(os.strerror, _NO_ROOM) if text in str(error)), "")
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives an OSError of what is inside the name of the file, which those of writing do not have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def check_here(place: str, *, where: str) -> None:
@@ -242,8 +263,7 @@ def locked(path: Path) -> Iterator[None]:
             raise LockedError("it has just ended")  # and removed the file
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:  # the lock holds without it
             logging.warning("%s: %s", path, error)
         yield
@@ -281,7 +301,8 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_native_id()}{path.suffix}")
     try:
-        yield partial
+        with naming(path):
+            yield partial
         if not _has_content_of(path, partial):
             os.replace(partial, path)
     finally:

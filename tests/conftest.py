@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import signal
+import subprocess
 
 # before jax is imported anywhere
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -64,3 +65,17 @@ HEAVY = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: HEAVY.index(item.path.name) if item.path.name in HEAVY else len(HEAVY))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB; skips where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

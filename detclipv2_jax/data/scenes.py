@@ -299,8 +299,8 @@ def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int,
         name = f"images/{part}/{i:06d}.jpg"
         quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
         quality += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-        if not cv2.imwrite(str(folder / name), scene.image[..., ::-1], quality):
-            raise OSError(f"cannot write {folder / name}")
+        with files.naming(folder / name):
+            (folder / name).write_bytes(cv2.imencode(".jpg", scene.image[..., ::-1], quality)[1].tobytes())
         image: dict[str, Any] = {"id": i + 1, "file_name": name, "height": size_px, "width": size_px}
         if part == "image_text":
             lines.append(_image_text_line(rng, scene, name, shapes=every if novel_captions else BASE_SHAPES))
@@ -320,9 +320,9 @@ def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int,
                 ],
             )
     if part == "image_text":
-        (folder / "pairs.tsv").write_text("".join(lines))
+        files.write_text(folder / "pairs.tsv", lines)
     else:
-        (folder / f"{part}.json").write_text(json.dumps(out.content))
+        files.write_text(folder / f"{part}.json", [json.dumps(out.content)])
 
 
 def write(

@@ -23,7 +23,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detclipv2_jax import commands
+from detclipv2_jax import commands, files
 from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.data.truth import FREQUENCIES, Truth
 from detclipv2_jax.eval import detections as detections_lib
@@ -217,7 +217,7 @@ def score(
     }
     line = json.dumps(rename(scores) | {"protocol": protocol})
     if output:
-        output.write_text(line + "\n")
+        files.write_text(output, [line, "\n"])
     for what, num in repaired.items():
         print(f"note: {num} × {what}", file=sys.stderr)
     if ap == AP_KIND and truth.federated:

@@ -48,7 +48,7 @@ class Record:
         self._offsets: dict[str, int] = {}
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(files.only_writer(path.parent))
-        with path.open("a+b") as file:
+        with files.naming(path), path.open("a+b") as file:
             file.seek(0)
             first = file.readline()
             if not first.endswith(b"\n"):
@@ -85,7 +85,7 @@ class Record:
         """Puts what was found on a photo on disk."""
         table = np.concatenate([found.boxes.reshape(-1, 4), found.scores[:, None], found.labels[:, None]], axis=1)
         rows = base64.b64encode(np.ascontiguousarray(table, "<f4").tobytes()).decode()  # labels too are exact
-        with self._path.open("ab") as file:
+        with files.naming(self._path), self._path.open("ab") as file:
             offset = file.tell()
             file.write(_line({"photo": str(path), "facts": _facts(path), "size": found.size, "rows": rows}))
         self._offsets[str(path)] = offset

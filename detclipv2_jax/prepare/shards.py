@@ -176,7 +176,7 @@ def build(
         if total.phrases:
             most_frequent = sorted(total.phrases.items(), key=lambda item: (-item[1], item[0]))[:MAX_PHRASES]
             lines = (f"{' '.join(phrase.split())}\t{number}\n" for phrase, number in most_frequent)
-            (output / PHRASES).write_text("".join(lines), encoding="utf-8")
+            files.write_text(output / PHRASES, lines)
         report = _report(job, total) | {
             "bytes": sum(path.stat().st_size for path in output.glob("*.array_record-*")),
             "seconds of the last run": round(time.monotonic() - begin, 1),
@@ -337,8 +337,8 @@ def _write_metadata(builder_class: type[RecordBuilder], job: Job, output: Path, 
         if (part := job.file(shard, "array_record")).is_file():
             part.rename(path)
     table = np.concatenate([_index(job, shard, num=tallies[shard].examples) for shard in filled])
-    with (output / INDEX).open("wb") as file:
-        np.savez(file, sizes=table[:, :2], num_boxes=table[:, 2], num_concepts=table[:, 3])
+    with files.whole(output / INDEX) as partial:
+        np.savez(partial, sizes=table[:, :2], num_boxes=table[:, 2], num_concepts=table[:, 3])
     files.write_json(output / VOCABULARY, dataclasses.asdict(job.reader.vocabulary), indent=1)
     builder = builder_class.of(job.reader, data_dir=output)
     lengths = [tallies[shard].examples for shard in filled]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -14,9 +12,6 @@ from detclipv2_jax import files
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-# of an OSError that says that the disk takes no more; EFBIG: a limit on the size of files
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 class WorkdirError(RuntimeError):
@@ -94,8 +89,7 @@ def room(folder: pathlib.Path, needed: int = 0, *, what: str = "this run") -> It
             raise
         if not folder.is_dir():
             raise gone(folder) from error
-        reason = next((text for text in map(os.strerror, NO_ROOM) if text in str(error)), None)
-        if reason is None:
+        if not (reason := files.no_room(error)):
             raise
         raise full(f" ({reason})") from error
 

@@ -1,5 +1,7 @@
 """Processes that are killed or interrupted leave nothing behind and hurt nobody."""
 
+import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -11,6 +13,7 @@ import planted
 import pytest
 from micro import micro_config
 
+from detclipv2_jax import commands
 from detclipv2_jax.claims import __main__ as claims
 from detclipv2_jax.data import scenes
 from detclipv2_jax.inference import Predictor
@@ -155,6 +158,7 @@ def commands_that_write(world, folder):
     config.detection.annotations, config.detection.images = str(world / "detection.json"), str(world)
     out = str(folder / "out")
     looks = {"checkpoint": "run", "score_threshold": 0.0, "max_bad_share": 1.0}
+    boxes = {"input": config.detection.annotations, "images": str(world)}
     predicts = {"checkpoint": "run", "images": f"{world}/images/detection/00000[01].jpg", "words": "red"}
     return {
         "scenes": ("out", "", lambda: prepare.scenes(output=out, num_examples=2, size_px=64)),
@@ -165,6 +169,7 @@ def commands_that_write(world, folder):
             "out_filter", "",
             lambda: prepare.run("image_text", output=out, **pairs, filter="run", max_misfit=0.99, workers=1),
         ),
+        "coco_json": ("out", "", lambda: prepare.run("coco_json", output=out, **boxes, workers=1)),
         "predict": ("out", "", lambda: predict.run(output=out, **predicts)),
         "claims": ("work", "", lambda: claims._run_table("", results=folder, work=folder / "work", jobs=1)),
     }  # fmt: skip
@@ -209,3 +214,26 @@ def test_a_second_command_that_writes_to_a_place_is_refused_and_a_repeated_one_c
     assert not any(path.name.endswith("lock") for path in before)
     run()
     assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("free", [0, 8192])
+@pytest.mark.parametrize(
+    "command", ["scenes", "inspect", "dictionary", "pseudo_boxes", "filter", "coco_json", "predict"]
+)
+def test_a_disk_that_is_full_at_the_first_write_is_one_line(world, small_disk, monkeypatch, capsys, command, free):
+    model = Predictor(*planted.make())
+    monkeypatch.setattr(Predictor, "from_checkpoint", lambda *_, **__: model)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - free)
+    _, _, run = commands_that_write(world, small_disk)[command]
+    capsys.readouterr()
+    if commands.run(lambda: run() and None, arguments=[]):
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert said[0].endswith("; make room, and give the same command again")
+        assert "No space left on device" in said[0]
+        assert len(said) == 1
+    else:
+        assert free  # it needs no more
+    gc.collect()  # nothing there is open when the disk goes

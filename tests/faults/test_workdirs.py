@@ -123,20 +123,6 @@ def test_what_a_kill_left_of_a_checkpoint_is_cleaned_away_by_the_next_run_and_by
     assert_restores(saved, 3)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 600 kB; skips where none may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_the_last_checkpoint(small_disk):
     with opened(small_disk, keep=5) as manager:
         manager.save(1, state_of(1))

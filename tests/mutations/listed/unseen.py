@@ -231,8 +231,11 @@ FAULTS = [
         ("client.key_value_set(what, digest, allow_overwrite=True)", "client.key_value_set(what, digest)", "::test_another_configuration_on_one_host_is_an_error"),
     ),
     *plant(
-        "runs/workdir.py", "faults/test_workdirs.py",
+        "files.py", "faults/test_workdirs.py",
         ("errno.EDQUOT, ", "", "::test_what_is_said_of_a_disk_that_takes_no_more"),
+    ),
+    *plant(
+        "runs/workdir.py", "faults/test_workdirs.py",
         ("if free() < needed:", "if free() <= needed:", "::test_what_is_said_of_a_disk_that_takes_no_more"),
         ("if not folder.is_dir():\n            raise gone", "if False:\n            raise gone", "::test_a_folder_that_was_removed_is_named"),
         ("if not (workdir / \"lock\").exists():", "if False:", "::test_a_folder_that_was_removed_is_named"),
