@@ -79,7 +79,7 @@ def run(
         is_full = bool(files.no_room(error))
         if not is_full and not isinstance(error, (ValueError, OSError, bucket_store.BucketError)):
             raise
-        print(f"error: {error}{'; make room, and give the same command again' * is_full}", file=sys.stderr)
+        print(f"error: {error}{'; make room there, or write elsewhere' * is_full}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:

@@ -283,7 +283,7 @@ def only_writer(folder: Path, name: str = "") -> Iterator[None]:
             stack.enter_context(locked(path))
         except LockedError as error:
             raise ValueError(
-                f"another process writes to {folder / name} ({error}); wait for it, or choose another --output"
+                f"another process writes to {folder / name} ({error}); wait for it, or choose another place"
             ) from None
         stack.callback(path.unlink, missing_ok=True)
         yield

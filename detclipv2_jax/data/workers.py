@@ -30,7 +30,7 @@ def _start_tracker() -> None:
     In a session of its own: as Python starts it, what kills a process group kills it too.
     """
     tracker: Any = resource_tracker._resource_tracker
-    if sys.platform != "linux" or tracker._fd is not None:
+    if sys.platform != "linux" or getattr(tracker, "_fd", 0) is not None:
         return
     read, write = os.pipe()
     os.set_inheritable(read, True)

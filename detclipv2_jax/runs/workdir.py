@@ -35,7 +35,7 @@ def read_config(workdir: str | pathlib.Path) -> ConfigDict:
 def only_run(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other runs out of a workdir, which is made if need be; the system forgets the lock of a killed process.
 
-    The lock is <workdir>/lock; see `files.locked`.
+    The lock is <workdir>/lock, which goes with the run; see `files.locked`.
 
     Raises:
       WorkdirError: another process trains there, or nothing can be written there.
@@ -44,6 +44,7 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
         stack.enter_context(files.locked(workdir / "lock"))
+        stack.callback((workdir / "lock").unlink, missing_ok=True)  # a run that is done leaves what it found
     except files.LockedError as error:
         raise WorkdirError(f"another run trains in {workdir} ({error}); stop it, or give another --workdir") from None
     except OSError as error:

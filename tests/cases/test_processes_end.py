@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_at_the_first_write_is_one_line(world, small_disk, m
     capsys.readouterr()
     if commands.run(lambda: run() and None, arguments=[]):
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert said[0].endswith("; make room, and give the same command again")
+        assert said[0].endswith("; make room there, or write elsewhere")
         assert "No space left on device" in said[0]
         assert len(said) == 1
     else:
