@@ -241,3 +241,25 @@ def test_a_folder_to_write_is_new_or_empty(tmp_path):
     for path in (tmp_path, tmp_path / "a"):
         with pytest.raises(ValueError, match=r"--output: .* holds something already; give a new folder"):
             files.check_empty(path)
+
+
+def test_errors_of_a_full_disk_are_known_and_name_the_file(tmp_path):
+    reason = "No space left on device"
+    assert (
+        files.no_room(RuntimeError(f"write() failed: {reason}; writing x"))
+        == files.no_room(OSError(28, reason))
+        == reason
+    )
+    assert files.no_room(OSError(13, "Permission denied")) == files.no_room(ValueError("no room")) == ""
+
+    def fails(*error):
+        with files.whole(tmp_path / "a.json"):
+            raise OSError(*error)
+
+    with pytest.raises(OSError, match=rf"{reason}: '{tmp_path}/a\.json'$"):
+        fails(28, reason)
+    with pytest.raises(OSError, match=r"reason: 'of another file'$"):
+        fails(28, "reason", "of another file")
+    with pytest.raises(OSError, match=r"^a text alone$"):
+        fails("a text alone")
+    assert not list(tmp_path.iterdir())

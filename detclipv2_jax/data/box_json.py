@@ -27,7 +27,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data import annotations as annotations_lib
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.annotations import shown, size_of, usable_id
-from detclipv2_jax.data.checks import documented, probe_images, refuse_above_share, resolve, unsafe_path
+from detclipv2_jax.data.checks import documented, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, display_name, read_dictionary
 from detclipv2_jax.data.schema import DataError, Kind, Record, UnusableError
 from detclipv2_jax.data.selection import (
@@ -328,8 +328,7 @@ def read_detection(
     if num_shots:
         content = few_shot(content, num_shots=num_shots, seed=few_shot_seed)
         logging.info("%s: %d images for %d shots, seed %d", path, len(content["images"]), num_shots, few_shot_seed)
-    kept, more = select_images(content, path, max_examples=max_examples, max_bad_share=max_bad_share)
-    probe_images(folder, map(file_name, kept), path)
+    kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     probe_sizes(kept, folder, follow_links=follow_links)
     label_of: dict[Any, Sequence[int]] = {category_id: (i,) for i, category_id in enumerate(vocabulary.category_ids)}
 
@@ -368,8 +367,7 @@ def read_grounding(
     content = load_json(path)
     check_kind(content, path, Kind.GROUNDING)
     content, counters = with_fitting_ids(content)
-    kept, more = select_images(content, path, max_examples=max_examples, max_bad_share=max_bad_share)
-    probe_images(folder, map(file_name, kept), path)
+    kept, more = select_images(content, folder, path, max_examples=max_examples, max_bad_share=max_bad_share)
     captioned = [image for image in kept if isinstance(image.get("caption"), str) and image["caption"].strip()]
     no_caption = len(kept) - len(captioned)
     refuse_above_share({"without a caption": no_caption}, len(kept), max_bad_share, what="images", where=path)

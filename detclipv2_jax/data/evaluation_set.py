@@ -69,7 +69,8 @@ def read_evaluation(
     once = {str(category["id"]): category for category in content["categories"]}
     known = read_dictionary(dictionary) if dictionary else None
     vocabulary = vocabulary_of(content | {"categories": list(once.values())}, path, known)
-    kept, counters = select_images(content, path, max_examples=max_examples, max_bad_share=max_bad_share)
+    # all photos are looked for below
+    kept, counters = select_images(content, "", path, max_examples=max_examples, max_bad_share=max_bad_share)
     none = np.zeros(0, np.int32)
     source = BoxSource(
         kind=Kind.DETECTION,

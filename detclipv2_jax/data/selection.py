@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from detclipv2_jax.data.annotations import Ids, boxes_of, usable_id
-from detclipv2_jax.data.checks import refuse_above_share, unsafe_path
+from detclipv2_jax.data.checks import probe_images, refuse_above_share, unsafe_path
 from detclipv2_jax.data.concepts import display_name
 from detclipv2_jax.data.schema import DataError
 
@@ -49,9 +49,12 @@ def with_fitting_ids(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def select_images(
-    content: dict[str, Any], path: Any, *, max_examples: int, max_bad_share: float
+    content: dict[str, Any], folder: str, path: Any, *, max_examples: int, max_bad_share: float
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Returns the usable images, in order, each id once, and the counts of what was repaired."""
+    """Returns the usable images, in order, each id once, and the counts of what was repaired.
+
+    Some of the first ones must be in `folder`, unless it is "".
+    """
     images = content["images"][:max_examples] if max_examples else content["images"]
     bad: collections.Counter[str] = collections.Counter()
     repaired: collections.Counter[str] = collections.Counter()
@@ -72,6 +75,8 @@ def select_images(
             seen.add(key)
             kept.append(image)
     refuse_above_share(bad, len(images), max_bad_share, what="images", where=path)
+    if folder:
+        probe_images(folder, map(file_name, kept), path)
     return kept, dict(bad + repaired)
 
 

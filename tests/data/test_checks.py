@@ -150,7 +150,7 @@ def test_images_that_are_read():
         {"file_name": "c.png"}, {"id": 3, "file_name": "../c.png"}, {"id": 4, "file_name": "b.png"},
         {"id": "4", "file_name": "c.png"},
     ]  # fmt: skip
-    options = {"path": "p", "max_bad_share": 1.0}
+    options = {"folder": "", "path": "p", "max_bad_share": 1.0}
     kept, counts = selection.select_images({"images": images}, max_examples=0, **options)
     assert [image["id"] for image in kept] == [1, 2]
     assert counts == {

@@ -169,7 +169,10 @@ def test_every_shard_is_passed_and_says_what_became_of_its_pairs(raw):
     def work(shard, pairs):
         return {"shard": shard, "captions": [record.caption for _, record in pairs]}
 
-    parts = list(model_passes.over_shards(reader, raw / "parts", plan=facts, work=work, what="passing"))
+    plan = model_passes.plan_of(reader, facts, {"shard_size": 2})
+    assert plan["inputs"][source].keys() >= {"bytes", "sha256"}
+    assert plan["options"] == [facts, {"shard_size": 2}]
+    parts = list(model_passes.over_shards(reader, raw / "parts", plan=plan, work=work, what="passing"))
     assert [(part["shard"], part["captions"]) for part in parts] == [(0, ["photo 0", "photo 1"]), (1, ["photo 2"])]
     assert [(part["seen"], part["dropped"]) for part in parts] == [(2, {}), (2, {"empty caption": 1})]
 
