@@ -110,10 +110,7 @@ def run(
     """
     by_category = {"num_examples": num_examples, "drop_categories": drop_categories}
     _check_kind(kind, input, by_category=by_category, filter=filter, names=names)
-    if not 0.0 <= max_misfit < 1.0 or filter_group < 2:
-        raise ValueError(f"--max_misfit={max_misfit} must be in [0, 1) and --filter_group={filter_group} 2 or more")
-    if shard_size < 1 or workers < 1:
-        raise ValueError(f"--shard_size={shard_size} and --workers={workers} must be 1 or more")
+    _check_numbers(max_misfit=max_misfit, filter_group=filter_group, shard_size=shard_size, workers=workers)
     from detclipv2_jax.data.leakage import held_out_photos
     from detclipv2_jax.prepare import classes, coco_json, grounding_json, image_text, lvis, shards
     from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder
@@ -169,6 +166,13 @@ def run(
         )
     print(summary(report, output))
     return report
+
+
+def _check_numbers(*, max_misfit: float, filter_group: int, shard_size: int, workers: int) -> None:
+    if not 0.0 <= max_misfit < 1.0 or filter_group < 2:
+        raise ValueError(f"--max_misfit={max_misfit} must be in [0, 1) and --filter_group={filter_group} 2 or more")
+    if shard_size < 1 or workers < 1:
+        raise ValueError(f"--shard_size={shard_size} and --workers={workers} must be 1 or more")
 
 
 def _check_kind(kind: str, input: str, *, by_category: dict[str, Any], filter: str, names: str) -> None:
