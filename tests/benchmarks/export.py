@@ -1,4 +1,4 @@
-"""Size, latency and fidelity of the three exports of a checkpoint.
+"""Size, latency and fidelity of the exports of a checkpoint.
 
     python tests/benchmarks/export.py --checkpoint=RUN --images=PHOTO,PHOTO [--words="cat, red car"] [--batch_sizes=1,4]
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--words", default="person, dog, red car")
     parser.add_argument("--batch_sizes", default="1,4")
-    parser.add_argument("--formats", default="safetensors,stablehlo,saved_model")
+    parser.add_argument("--formats", default="safetensors,stablehlo,saved_model,onnx")
     options = parser.parse_args()
     predictor, words = Predictor.from_checkpoint(options.checkpoint), parse_words(options.words)
     sizes = [int(size) for size in options.batch_sizes.split(",")]

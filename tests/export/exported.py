@@ -16,6 +16,18 @@ from detclipv2_jax.inference import Found, Photos, Predictor
 
 CHILD = pathlib.Path(__file__).with_name("run_export.py")
 
+RUN = "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def _only_onnx(temporary: pathlib.Path) -> pathlib.Path:
+    """Returns a folder of packages: onnxruntime, Pillow and what they consist of."""
+    packages, site = temporary / "packages", pathlib.Path(np.__file__).parents[1]
+    packages.mkdir(exist_ok=True)
+    for name in ("numpy", "numpy.libs", "onnxruntime", "PIL", "pillow.libs"):
+        if (site / name).exists() and not (packages / name).exists():
+            (packages / name).symlink_to(site / name)
+    return packages
+
 
 def arguments(
     predictor: Predictor, photos: Sequence[np.ndarray | str], words: Mapping[str, str]
@@ -33,7 +45,10 @@ def run(
     source, target = temporary / "in.npz", temporary / "out.npz"
     np.savez(source, **arrays)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    line = [sys.executable, str(CHILD), file_format, str(folder), str(source), str(target)]
+    line = [str(CHILD), file_format, str(folder), str(source), str(target)]
+    if file_format == "onnx":
+        line = ["-I", "-S", "-c", f"import runpy, sys; sys.path.append({str(_only_onnx(temporary))!r}); {RUN}", *line]
+    line.insert(0, sys.executable)
     done = subprocess.run(line, capture_output=True, text=True, cwd=temporary, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -1,7 +1,8 @@
 """Runs an export from disk in a process without the package: python run_export.py FORMAT FOLDER INPUT.npz OUTPUT.npz.
 
 INPUT has image, extent, original_size, words and their tokens; OUTPUT gets boxes, scores, labels, mask, the embeddings
-of the words, and load_s, first_s and next_s: seconds for loading, the first call and the best of three more.
+of the words (unless the model has its own), and load_s, first_s and next_s: seconds for loading, the first call and the
+best of three more.
 Of safetensors, the weights and the vocabulary are read instead.
 """
 
@@ -32,6 +33,16 @@ elif kind == "stablehlo":
     def run():
         return detector(*photos.values(), embeddings)
 
+elif kind == "onnx":
+    from onnx_detector import Detector
+
+    detector = Detector(folder)
+    own_words = bool(detector.words) and detector.text is None
+    embeddings = None if own_words else detector.encode(inputs["tokens"])
+
+    def run():
+        return detector(*photos.values(), embeddings)
+
 else:
     warnings.simplefilter("ignore")  # TensorFlow's own
     import tensorflow as tf
@@ -54,6 +65,8 @@ if kind != "safetensors":
         seconds.append(time.perf_counter() - start)
     if "names" in found:
         found["names"] = found["names"].astype("S")
-    found |= {"embeddings": embeddings, "load_s": seconds[0], "first_s": seconds[1], "next_s": min(seconds[2:])}
+    if embeddings is not None:
+        found["embeddings"] = embeddings
+    found |= {"load_s": seconds[0], "first_s": seconds[1], "next_s": min(seconds[2:])}
 assert not any(name.startswith("detclipv2_jax") for name in sys.modules)
 np.savez(target, **found)

@@ -184,6 +184,56 @@ def test_saved_model(predictor, monkeypatch, expected, tmp_path):
     assert [name.decode() for name in found["names"][0][:5]] == texts[found["labels"][0][:5]].tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True], ids=["any photos and words", "fixed photos and own words"])
+def test_onnx(predictor, monkeypatch, expected, photos, tmp_path, own):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    given = {"batch_size": NUM_PHOTOS, "bake_words": True} if own else {}
+    folder = _export(predictor, monkeypatch, tmp_path / "out", "onnx", words=TEXT, **LIMITS, **given)
+    found = exported.run("onnx", folder, expected[1], tmp_path)
+    _check({"embeddings": expected[2]} | found, expected)
+    from detclipv2_jax.export.scripts import onnx_detector
+
+    detector = onnx_detector.Detector(folder, threads=1, providers=["CPUExecutionProvider"])
+    assert detector.words == list(WORDS)
+    assert detector.canvases == [(64, 96), (96, 64)]
+    written = [path.suffix for path in folder.iterdir() if path.is_file()]
+    assert sorted(written) == sorted([*[".onnx"] * (3 - own), *[".npz"] * (not own), ".py"])
+    arrays = [expected[1][name] for name in ("image", "extent", "original_size")]
+    if own:
+        with pytest.raises(ValueError, match="this model has its own words"):
+            detector(*arrays, expected[2])
+        with pytest.raises(onnxruntime_error(), match="Got: 1 Expected: 3"):
+            detector(*(array[:1] for array in arrays))
+        return
+    np.testing.assert_allclose(detector.text, expected[2], atol=1e-4)
+    # one photo alone; 130 rows more, which are no words
+    alone = detector(*(array[:1] for array in arrays), np.pad(detector.text, ((130, 0), (0, 0))))
+    assert max(exported.differences(alone | {"labels": alone["labels"] - 130}, expected[0][:1])) < 1e-4
+    # resized by Pillow
+    image, extent, size = detector.place(Image.fromarray(photos[0]))
+    np.testing.assert_array_equal([extent[0], size[0]], [arrays[1][0], arrays[2][0]])
+    assert np.abs(image[0].astype(int) - arrays[0][0]).mean() < 4.0
+
+
+def test_functions_have_the_sizes_that_are_asked_for(predictor):
+    weights = {"a": np.zeros(2, np.float32)}
+    functions = programs.make_functions(predictor, weights, None, images=3, words=5)
+    shapes = {name: [shape.shape for shape in rest] for name, (_, (_, *rest)) in functions.items()}
+    assert shapes == {
+        "encode_text": [(5, 16)],
+        "detect_96x64": [(3, 96, 64, 3), (3, 2), (3, 2), (5, 16)],
+        "detect_64x96": [(3, 64, 96, 3), (3, 2), (3, 2), (5, 16)],
+    }
+
+
+def onnxruntime_error():
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+    return InvalidArgument
+
+
 def test_wrong_arguments(predictor, monkeypatch, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
@@ -193,6 +243,23 @@ def test_wrong_arguments(predictor, monkeypatch, tmp_path):
         _export(predictor, monkeypatch, tmp_path / "new", "saved_model", words=TEXT)
     with pytest.raises(ValueError, match=r"nms_iou is 2\.0; it must lie between 0 and 1"):
         _export(predictor, monkeypatch, tmp_path / "new", "stablehlo", nms_iou=2.0)
+    for options, message in (
+        ({"opset": 17}, r"--opset is 17; this program and onnx .* can write 18 to \d\d"),
+        ({"batch_size": -1}, r"--batch_size is -1; give a number of photos, or 0 for any"),
+        ({"bake_words": True}, "--bake_words needs words: give --words, --words_file or --vocabulary"),
+        ({"dtype": "bfloat16"}, "--dtype=bfloat16: ONNX models compute in float32"),
+        ({"weights": "float16"}, r"--weights=float16 is not of --format=onnx: hub stores .*, onnx float32, int8"),
+        ({"license": "mit"}, "are of --format=hub, not of onnx"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _export(predictor, monkeypatch, tmp_path / "new", "onnx", **options)
+    for options in ({"opset": 20}, {"batch_size": 2}, {"bake_words": True}):
+        with pytest.raises(ValueError, match="are of --format=onnx, not of stablehlo"):
+            _export(predictor, monkeypatch, tmp_path / "new", "stablehlo", **options)
+    monkeypatch.delattr("detclipv2_jax.export.onnx_model", raising=False)
+    monkeypatch.setitem(sys.modules, "detclipv2_jax.export.onnx_model", None)
+    with pytest.raises(ValueError, match=r"--format=onnx needs onnx: pip install 'detclipv2_jax\[onnx\]'"):
+        programs.write_onnx(tmp_path / "new", predictor, limits=None, words={})
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is no workdir: it has no config"):
         export.run(checkpoint=str(tmp_path), format="safetensors", output=str(tmp_path / "new"))

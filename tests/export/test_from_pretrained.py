@@ -346,9 +346,12 @@ def test_a_run_without_scores_or_with_others(run, checkpoint, tmp_path):
 
 def test_options_of_the_hub_are_of_its_format(run, tmp_path):
     options = {"checkpoint": str(run), "output": str(tmp_path / "new")}
-    for given in ({"license": "mit"}, {"push": "a/b"}, {"private": True}, {"weights": "float16"}):
+    for given in ({"license": "mit"}, {"push": "a/b"}, {"private": True}):
         with pytest.raises(ValueError, match="are of --format=hub, not of safetensors"):
             export.run(format="safetensors", **options, **given)
+    for form, weights in (("safetensors", "float16"), ("hub", "int8")):
+        with pytest.raises(ValueError, match=f"--weights={weights} is not of --format={form}: hub stores float32, "):
+            export.run(format=form, weights=weights, **options)
     with pytest.raises(ValueError, match=r"--push=a must be USER/NAME"):
         export.run(format="hub", push="a", **options)
     assert not (tmp_path / "new").exists()
