@@ -27,6 +27,7 @@ from detclipv2_jax.bucket_store import BucketError, Place, names_below, place, r
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+BUILDING = "building"  # folder of an --output of `prepare`, where several machines leave their parts
 _NUM_THREADS = 8
 _UNUSED_S = 7 * 24 * 3600
 
@@ -273,7 +274,7 @@ def arguments_here(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     Left alone are words, and what the command itself fetches: --workdir, --checkpoint, --finetuned, the configuration.
     """
-    found, uploads = dict(options), list[tuple[Path, Any]]()
+    found, uploads, parts = dict(options), list[tuple[Path, Any]](), list[Place]()
     with contextlib.ExitStack() as stack:
         for name, value in options.items():
             if isinstance(value, Path) and re.match("(?:gs|s3):/", str(value)):
@@ -288,11 +289,28 @@ def arguments_here(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 made = stack.enter_context(tempfile.TemporaryDirectory(prefix="output-", dir=root()))
                 uploads.append((Path(made, PurePosixPath(value).name), place(value)))
                 found[name] = str(uploads[-1][0])
+                if options.get("count", 1) > 1 > options["index"] + 1:  # puts parts together
+                    parts += download(uploads[-1][1].below(BUILDING), uploads[-1][0] / BUILDING)
             else:
                 found[name] = type(value)(map(here, value)) if many else here(value)
         yield found
         for path, where in uploads:
             print(f"uploaded to {where}: {upload(path, where)} files")
+        for part in parts:
+            write(part, None)
+
+
+def download(where: Place, folder: Path) -> list[Place]:
+    """Writes all objects below a place to a folder, which is not of the cache; returns them."""
+    names = names_below(where)
+
+    def get(name: str) -> None:
+        with files.whole(folder / name) as partial:
+            partial.write_bytes(read(where.below(name))[0] or b"")
+
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+        list(pool.map(get, names))
+    return [where.below(name) for name in names]
 
 
 def upload(path: Path, where: Place) -> int:

@@ -1,5 +1,6 @@
 """Files in buckets of real servers on this machine; without the packages moto and gcp-storage-emulator: skipped."""
 
+import functools
 import os
 import pathlib
 import time
@@ -14,6 +15,7 @@ from micro import micro_config
 from detclipv2_jax import bucket_store, buckets, commands, files
 from detclipv2_jax.bucket_store import BucketError, place
 from detclipv2_jax.data import checks, identity, scenes, sources, streams
+from detclipv2_jax.prepare import __main__ as prepare
 
 needs_servers = pytest.mark.skipif(not bucket_servers.ARE_THERE, reason="needs moto and gcp-storage-emulator")
 
@@ -227,6 +229,40 @@ def test_data_of_a_bucket_are_those_of_a_folder(bucket, tmp_path):
     buckets.fetch_all([kept.with_name("absent")], missing_ok=True)
     with pytest.raises(FileNotFoundError):
         buckets.fetch(kept.with_name("absent"))
+
+
+@needs_servers
+def test_a_build_of_several_machines_and_its_sets_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "scenes"
+    scenes.write(folder, num_detection=12, num_grounding=0, num_image_text=12, num_eval=0, size_px=64)
+    for kind, file in (("coco_json", "detection.json"), ("image_text", "pairs.tsv")):
+        options = [f"--input={folder / file}", f"--images={folder}", "--shard_size=4", "--workers=1"]
+        options += ["--pipeline="] if kind == "image_text" else []
+        run = functools.partial(commands.run, {kind: functools.partial(prepare.run, kind)})
+        assert run(arguments=[kind, *options, f"--output={tmp_path / kind}"]) == 0
+        target = url(bucket, f"{pathlib.Path(folder).name}/{kind}")
+        shared = [kind, *options, f"--output={target}", "--count=2"]
+        assert run(arguments=[*shared, "--index=1"]) == 0
+        assert run(arguments=shared) == 1
+        assert "have not written their part: --index=0" in capsys.readouterr().err
+        assert run(arguments=[*shared, "--index=0"]) == run(arguments=shared) == 0
+        names = bucket_store.names_below(place(target))
+        assert names == sorted(path.name for path in (tmp_path / kind).iterdir())
+        for name in set(names) - {"build_report.json"}:
+            assert bucket_store.read(place(target).below(name))[0] == (tmp_path / kind / name).read_bytes(), name
+    next_run(monkeypatch)
+
+    def batches(where):
+        config = micro_config()
+        config.scenes.num_detection = config.scenes.num_grounding = config.scenes.num_image_text = 0
+        config.detection.data, config.image_text.data = (f"{where}/coco_json",), (f"{where}/image_text",)
+        found = buckets.localized(config)
+        return identity.of_run(found), [stream.batch(n) for stream in streams.train_streams(found) for n in range(2)]
+
+    (data, ours), (same_data, theirs) = batches(tmp_path), batches(url(bucket, "scenes"))
+    assert [*data.values()] == [*same_data.values()]
+    for one, other in zip(ours, theirs, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_options_that_must_be_here(tmp_path, monkeypatch):

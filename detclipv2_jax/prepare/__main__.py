@@ -14,6 +14,10 @@
 Without --images, file names are looked for beside the input, in images/ beside it, and one folder up. A build that was
 killed goes on where it was when the same command is given again. The last line says what to put in the config.
 
+Several machines share the work with --count=N and --index=0 … N-1, e.g. $SLURM_ARRAY_TASK_ID or $JOB_COMPLETION_INDEX,
+and one --output, on a file system of all or in a bucket. When all are done, the same command with --count=N alone puts
+together the files that one machine would have written.
+
   python -m detclipv2_jax.prepare inspect --data=FOLDER,… --output=DIR
   python -m detclipv2_jax.prepare inspect --config=FILE [--config.key=value …] --output=DIR
 
@@ -79,9 +83,11 @@ def run(
     filter: str = "",
     max_misfit: float = 0.25,
     filter_group: int = 64,
+    index: int = -1,
+    count: int = 1,
     command: str = "",
-) -> dict[str, Any]:
-    """Builds a data set; prints and returns the report.
+) -> dict[str, Any] | None:
+    """Builds a data set; prints and returns the report, which a part of several machines has not.
 
     Args:
       input: json, TSV, .tar or folder of .tar files
@@ -103,6 +109,8 @@ def run(
       filter: image_text: workdir of a training run, by which captions that do not fit their photo are left out
       max_misfit: with --filter: the largest share of other photos that may fit a pair's texts better
       filter_group: with --filter: photos that are compared
+      index: number of this machine of several, from 0; -1: the one that puts together what they wrote
+      count: machines that share the work
       command: as typed, for the report
 
     Raises:
@@ -111,6 +119,7 @@ def run(
     by_category = {"num_examples": num_examples, "drop_categories": drop_categories}
     _check_kind(kind, input, by_category=by_category, filter=filter, names=names)
     _check_numbers(max_misfit=max_misfit, filter_group=filter_group, shard_size=shard_size, workers=workers)
+    _check_part(index, count=count, filter=filter)
     from detclipv2_jax.data.leakage import held_out_photos
     from detclipv2_jax.prepare import classes, coco_json, grounding_json, image_text, lvis, shards
     from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder
@@ -163,8 +172,9 @@ def run(
             num_workers=workers,
             held_out=held_out,
             drop_held_out=drop_validation,
+            part=shards.Part(None if index < 0 else index, count),
         )
-    print(summary(report, output))
+    print(summary(report, output) if report else f"part {index} of {count} is written; --count={count} joins all")
     return report
 
 
@@ -173,6 +183,11 @@ def _check_numbers(*, max_misfit: float, filter_group: int, shard_size: int, wor
         raise ValueError(f"--max_misfit={max_misfit} must be in [0, 1) and --filter_group={filter_group} 2 or more")
     if shard_size < 1 or workers < 1:
         raise ValueError(f"--shard_size={shard_size} and --workers={workers} must be 1 or more")
+
+
+def _check_part(index: int, *, count: int, filter: str) -> None:
+    if count < 1 or not -1 <= index < count or (index >= 0 and filter):
+        raise ValueError(f"--index={index} must be below --count={count}, from 0, and is not for --filter")
 
 
 def _check_kind(kind: str, input: str, *, by_category: dict[str, Any], filter: str, names: str) -> None:

@@ -7,6 +7,8 @@
    files get their final names, shards without examples left out.
 4. Metadata for TFDS, index and vocabulary; last `build_report.json`, without which a folder is no built folder.
 
+Of several machines each does step 2 for every n-th shard, in one folder; one that is told their number does 3 and 4.
+
 | file of a built folder | content |
 |---|---|
 | `*-train.array_record-00000-of-00012` | examples, in the order of the raw files; `record_builder` documents them |
@@ -38,7 +40,7 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from detclipv2_jax import files
+from detclipv2_jax import buckets, files
 from detclipv2_jax.data import workers
 from detclipv2_jax.data.built import INDEX, PHRASES, REPORT, VOCABULARY
 from detclipv2_jax.data.checks import refuse_above_share
@@ -52,7 +54,18 @@ from detclipv2_jax.prepare.record_builder import (
     to_example,
 )
 
-_BUILDING = "building"
+_BUILDING = buckets.BUILDING
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Which of several machines this is, from 0; without an index the one that puts together what they wrote."""
+
+    index: int | None
+    count: int
+
+
+ALONE = Part(None, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +155,9 @@ def build(
     num_workers: int,
     held_out: frozenset[str] = frozenset(),
     drop_held_out: bool = False,
-) -> dict[str, Any]:
-    """Returns the report of a finished build, after writing what is missing of it.
+    part: Part = ALONE,
+) -> dict[str, Any] | None:
+    """Returns the report of a finished build, after writing what is missing of it; None where only a part was to do.
 
     Args:
       builder_class: names the data set in the files.
@@ -155,6 +169,7 @@ def build(
       num_workers: processes.
       held_out: photos of validation sets, see `data.leakage.photo_of`.
       drop_held_out: leave them out.
+      part: of several machines.
 
     Raises:
       ValueError: another build in `output`, no usable example, or too many unusable ones, with the worst reasons.
@@ -164,11 +179,13 @@ def build(
     if (report := _finished(plan, output)) is not None:
         return report
     job = Job(reader, output / _BUILDING, held_out, drop_held_out)
-    with _only_build(job, plan, output):
+    with _only_build(job, plan, output, part=part):
         if (report := _finished(plan, output)) is not None:  # by another process
             shutil.rmtree(output / _BUILDING, ignore_errors=True)
             return report
-        tallies = _write_shards(job, output, max_bad_share=max_bad_share, num_workers=num_workers)
+        tallies = _write_shards(job, output, part=part, max_bad_share=max_bad_share, num_workers=num_workers)
+        if part.index is not None:
+            return None
         total = Tally()
         for tally in tallies:  # in order, so that a report does not depend on which process was faster
             total.add(tally)
@@ -200,8 +217,8 @@ def _finished(plan: dict[str, Any], output: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _only_build(job: Job, plan: dict[str, Any], output: Path) -> Iterator[None]:
-    """Keeps other processes out of the folder of a build, which is made if need be."""
+def _only_build(job: Job, plan: dict[str, Any], output: Path, *, part: Part) -> Iterator[None]:
+    """Keeps other processes out of the folder of a build, or of a part of it; the folder is made if need be."""
     if (
         not (job.folder / "plan.json").is_file()
         and output.is_dir()
@@ -210,20 +227,25 @@ def _only_build(job: Job, plan: dict[str, Any], output: Path) -> Iterator[None]:
         raise ValueError(f"--output={output} is not empty and no build; choose another folder")
     job.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        own = job.folder / ("lock" if part.index is None else f"lock-{part.index}")
         try:
-            stack.enter_context(files.locked(job.folder / "lock"))
+            for lock in [own] if part.index is not None else [own, *job.folder.glob("lock-*")]:
+                stack.enter_context(files.locked(lock))
         except files.LockedError as error:
             raise ValueError(
                 f"another process builds in {output} ({error}); wait for it, or choose another folder"
             ) from None
-        _start(job, plan, output)
+        _start(job, plan, output, part=part)
         yield
 
 
-def _write_shards(job: Job, output: Path, *, max_bad_share: float, num_workers: int) -> list[Tally]:
-    """Returns what happened in each shard, after writing those that are missing."""
-    reader, shards = job.reader, range(job.reader.num_shards)
+def _write_shards(job: Job, output: Path, *, part: Part, max_bad_share: float, num_workers: int) -> list[Tally]:
+    """Returns what happened in each shard, or in those of a part, after writing those that are missing."""
+    reader, shards = job.reader, range(part.index or 0, job.reader.num_shards, 1 if part.index is None else part.count)
     missing = [shard for shard in shards if not job.file(shard, "json").is_file()]
+    if missing and part.index is None and part.count > 1:
+        late = ", ".join(map(str, sorted({shard % part.count for shard in missing})))
+        raise ValueError(f"{output}: of {part.count} machines these have not written their part: --index={late}")
     total = Tally()
     for shard in set(shards) - set(missing):
         total.add(_tally(job, shard))
@@ -237,8 +259,9 @@ def _write_shards(job: Job, output: Path, *, max_bad_share: float, num_workers: 
             progress.update(total.seen - before if reader.num_items else 1)
             if reader.num_items:  # what is known to be too much need not be read to its end
                 refuse_above_share(total.dropped, reader.num_items, max_bad_share, what="items", where=output)
-    refuse_above_share(total.dropped, total.seen, max_bad_share, what="items", where=output)
-    if not total.examples:
+    if part.index is None:
+        refuse_above_share(total.dropped, total.seen, max_bad_share, what="items", where=output)
+    if part.index is None and not total.examples:
         raise ValueError(f"{output}: the input has no usable example; {_by_reason(total.dropped) or 'it is empty'}")
     return [_tally(job, shard) for shard in shards]
 
@@ -268,15 +291,16 @@ def _report(job: Job, total: Tally) -> dict[str, Any]:
     }
 
 
-def _start(job: Job, plan: dict[str, Any], output: Path) -> None:
+def _start(job: Job, plan: dict[str, Any], output: Path, *, part: Part) -> None:
     """Writes the plan of a build, or checks that the unfinished one is of the same plan."""
     plan_file = job.folder / "plan.json"
     if not plan_file.is_file():
         files.write_json(plan_file, plan, indent=1)
         return
     _check_plan(plan, files.read_json(plan_file), output)
-    for part in job.folder.glob("*.part*"):  # of processes that were killed
-        part.unlink()
+    for left in job.folder.glob("*.part*"):  # of processes that were killed
+        if part.index is None or int(left.stem) % part.count == part.index:
+            left.unlink()
 
 
 def _check_plan(plan: dict[str, Any], old: Any, output: Path) -> None:
@@ -334,8 +358,8 @@ def _write_metadata(builder_class: type[RecordBuilder], job: Job, output: Path, 
     )
     paths = template.sharded_filepaths(len(filled))
     for shard, path in zip(filled, paths, strict=True):
-        if (part := job.file(shard, "array_record")).is_file():
-            part.rename(path)
+        if (written := job.file(shard, "array_record")).is_file():
+            written.rename(path)
     table = np.concatenate([_index(job, shard, num=tallies[shard].examples) for shard in filled])
     with files.whole(output / INDEX) as partial:
         np.savez(partial, sizes=table[:, :2], num_boxes=table[:, 2], num_concepts=table[:, 3])

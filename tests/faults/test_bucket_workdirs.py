@@ -1,6 +1,7 @@
 """Runs whose workdir is in a bucket: killed while they bring files there; this file is also their program."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import time
 import traceback
 
 import bucket_servers
+import building
 import jax
 import numpy as np
 import portpicker
@@ -23,6 +25,7 @@ from micro import micro_config
 
 from detclipv2_jax import bucket_store, buckets, session
 from detclipv2_jax.bucket_store import BucketError, place
+from detclipv2_jax.data import scenes
 from detclipv2_jax.runs import checkpoints, remote
 from detclipv2_jax.runs.workdir import WorkdirError
 
@@ -33,20 +36,23 @@ EVERY_STEPS = 2
 pytestmark = pytest.mark.skipif(not bucket_servers.ARE_THERE, reason="needs moto and gcp-storage-emulator")
 
 
-def config(num_steps):
-    """A run of detection alone, whose parameters are split over its processes."""
+def config(num_steps, data):
+    """A run of detection alone, whose parameters are split over its processes; with `data`, evaluated on it."""
     c = micro_config()
     c.num_steps = num_steps
     c.model.head.deformable = False  # much to compile
     c.scenes.num_grounding = c.scenes.num_image_text = c.scenes.num_eval = 0
+    if data != "-":
+        c.scenes.num_detection = c.eval.num_pictures = 0
+        c.detection.data, c.eval.annotations, c.eval.images = (f"{data}/built",), f"{data}/eval.json", data
     c.mesh.fsdp = int(os.environ.get("JAX_NUM_PROCESSES", 1))
     c.checkpoint.every_steps = EVERY_STEPS
     c.pictures_every_steps = 0
     return c
 
 
-def run(workdir, num_steps, kill):
-    """Trains; kills itself before file number `kill` goes to the bucket, or so many seconds after the first step."""
+def run(workdir, num_steps, kill, data):
+    """Trains; kills itself before file number `kill` goes to the bucket, or so many seconds after its start."""
     remote.PUSH_S, remote.BEAT_S, remote.LEASE_S = 0.05, 0.5, 3.0
     puts, put = [], remote.Remote._put
 
@@ -63,18 +69,18 @@ def run(workdir, num_steps, kill):
     if "." in kill:
         threading.Timer(float(kill), die).start()
     return session.run(
-        config(num_steps), workdir, training=True, distributed="auto", replayed=None, changed_data=False,
+        config(num_steps, data), workdir, training=True, distributed="auto", replayed=None, changed_data=False,
         preempted_status=75,
     )  # fmt: skip
 
 
 def program():
-    """For every line `workdir num_steps kill` on stdin, forks a run and prints its exit status."""
+    """For every line `workdir num_steps kill data` on stdin, forks a run and prints its exit status."""
     for line in sys.stdin:
-        workdir, num_steps, kill = line.split()
+        workdir, num_steps, kill, data = line.split()
         if (child := os.fork()) == 0:
             try:
-                os._exit(run(workdir, int(num_steps), kill))
+                os._exit(run(workdir, int(num_steps), kill, data))
             except SystemExit as error:
                 print(error, file=sys.stderr, flush=True)
             except BaseException:
@@ -103,10 +109,10 @@ class Runs:
                 environment["JAX_PROCESS_ID"] = str(i)
                 self.programs.append(subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes))
 
-    def __call__(self, workdir, num_steps, kill="never", *, killed=0):
+    def __call__(self, workdir, num_steps, kill="never", *, killed=0, data="-"):
         """Returns the exit status of process number `killed`, -9 of one that was killed."""
         for i, process in enumerate(self.programs):
-            print(workdir, num_steps, kill if i == killed else "never", file=process.stdin, flush=True)
+            print(workdir, num_steps, kill if i == killed else "never", data, file=process.stdin, flush=True)
         statuses = []
         for process in self.programs:
             while not (line := process.stdout.readline().strip()).lstrip("-").isdigit():
@@ -157,10 +163,14 @@ def read_as_others_do(workdir):
     return step
 
 
-def kills(num_processes):
+def kills(num_processes, *, num_files, seconds):
+    """Yields when a run is killed, of which so many files went to the bucket in so much time, and which process."""
     rng = random.Random(0)
-    for i in range(NUM_KILLS):
-        yield f"{rng.uniform(5, 25):.2f}" if num_processes > 1 and i % 2 else str(rng.randint(2, 30))
+    for i in itertools.count():
+        if num_processes > 1 and i % 2:
+            yield f"{rng.uniform(0.3, 1.0) * seconds:.2f}", i // 2 % num_processes
+        else:
+            yield str(rng.randint(2, num_files)), 0
 
 
 @pytest.mark.slow
@@ -168,24 +178,61 @@ def kills(num_processes):
     not EXHAUSTIVE, reason="takes minutes: set EXHAUSTIVE=1"
 ))])  # fmt: skip
 def test_killed_runs_end_equal_to_an_unbroken_one(server, bucket, tmp_path, num_processes, monkeypatch):
-    num_steps = 6 if num_processes == 1 else 12
-    whole, broken = (url(bucket, f"{name}-{num_processes}") for name in ("whole", "broken"))
+    num_steps = 6 if num_processes == 1 else 8
+    whole, *broken = (url(bucket, f"{name}-{num_processes}") for name in ("whole", "broken-0"))
     with contextlib.closing(Runs(tmp_path, server, num_processes=num_processes)) as runs:
-        assert runs(whole, num_steps) == 0, runs.log.read_text()
-        num_killed = 0
-        for i, kill in enumerate(kills(num_processes)):
-            num_killed += runs(broken, num_steps, kill, killed=i % num_processes if "." in kill else 0) == -9
+        for name in (
+            (whole, url(bucket, f"timed-{num_processes}")) if EXHAUSTIVE else (whole,)
+        ):  # the first one compiles
+            server.requests.clear()
+            start = time.monotonic()
+            assert runs(name, num_steps) == 0, runs.log.read_text()
+        num_files = sum(method == "POST" and "lock" not in path for method, path in server.requests)
+        chosen = kills(num_processes, num_files=num_files, seconds=time.monotonic() - start)
+        num_killed, steps = 0, set()
+        while num_killed < NUM_KILLS:
+            kill, killed = next(chosen)
+            status = runs(broken[-1], num_steps, kill, killed=killed)
+            assert status in (0, -9), runs.log.read_text()
+            num_killed += status == -9
             monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", repr(time.time()))
-            step = read_as_others_do(broken)
+            step = read_as_others_do(broken[-1])
             assert step is None or step % EVERY_STEPS == 0
-        assert num_killed, runs.log.read_text()
-        assert runs(broken, num_steps) == 0, runs.log.read_text()
-    assert lines(broken) == lines(whole)
-    one, other = (checkpoints.load_for_inference(workdir) for workdir in (whole, broken))
-    assert one[2] == other[2] == num_steps
-    jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
-    assert not {"lock", "data/scenes.json"} & set(bucket_store.names_below(place(broken)))
+            steps.add(step)
+            print(f"kill {num_killed} of {NUM_KILLS}: {kill} of process {killed}: {status}, step {step}", flush=True)
+            if status == 0:  # it came to its end before: the next one is broken
+                broken.append(url(bucket, f"broken-{len(broken)}-{num_processes}"))
+        assert runs(broken[-1], num_steps) == 0, runs.log.read_text()
+    assert NUM_KILLS == 1 or len(steps - {None, num_steps}) > 1, steps  # it went on from checkpoints
+    one = checkpoints.load_for_inference(whole)
+    for workdir in broken:
+        assert lines(workdir) == lines(whole)
+        other = checkpoints.load_for_inference(workdir)
+        assert one[2] == other[2] == num_steps
+        jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+        assert not {"lock", "data/scenes.json"} & set(bucket_store.names_below(place(workdir)))
     assert not list((tmp_path / "cache" / "workdirs" / "0" / "gs").rglob("*.json"))  # the copy goes with the run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EXHAUSTIVE, reason="takes half a minute: set EXHAUSTIVE=1")
+def test_a_run_on_data_of_a_bucket_is_one_on_files_also_when_killed(server, bucket, tmp_path):
+    folder, num_steps = tmp_path / "data", 4
+    scenes.write(folder, num_detection=24, num_grounding=0, num_image_text=0, num_eval=8, size_px=64)
+    options = {"input": str(folder / "detection.json"), "images": str(folder), "shard_size": 8}
+    building.build("coco_json", output=str(folder / "built"), **options)
+    data, here, there = (url(bucket, name) for name in ("data", "on-files", "on-bucket"))
+    buckets.upload(folder, place(data))
+    with contextlib.closing(Runs(tmp_path, server, num_processes=1)) as runs:
+        assert runs(here, num_steps, data=str(folder)) == 0, runs.log.read_text()
+        assert runs(there, num_steps, "20", data=data) == -9, runs.log.read_text()
+        assert runs(there, num_steps, data=data) == 0, runs.log.read_text()
+    assert lines(there) == lines(here)
+    assert "eval/AP" in lines(there)[num_steps]
+    names = [name for name in bucket_store.names_below(place(here)) if name.endswith("_detections.json")]
+    assert names
+    for name in names:
+        assert bucket_store.read(place(here).below(name))[0] == bucket_store.read(place(there).below(name))[0]
 
 
 def lease(bucket, name, token="a"):

@@ -103,6 +103,46 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     assert inodes.items() <= final.items()
 
 
+def test_machines_that_share_a_build_write_what_one_writes(tmp_path, capsys):
+    path = write_coco(tmp_path / "raw", labels=[(1,)] * 11)
+    options = {"input": str(path), "shard_size": 2}
+    whole = building.build("coco_json", output=str(tmp_path / "whole"), **options)
+    output, shared = tmp_path / "shared", {**options, "output": str(tmp_path / "shared"), "count": 3}
+    with pytest.raises(ValueError, match=r"these have not written their part: --index=0, 1, 2"):
+        building.build("coco_json", **shared)
+    assert building.build("coco_json", **shared, index=2) is None
+    assert "part 2 of 3 is written" in capsys.readouterr().out
+    assert sorted(path.name for path in (output / "building").glob("*.array_record")) == [
+        "000002.array_record", "000005.array_record"
+    ]  # fmt: skip
+    (output / "building" / "000001.part9").touch()  # another machine is at it
+    (output / "building" / "000002.part9").touch()  # and this one was killed
+    assert building.build("coco_json", **shared, index=0) is building.build("coco_json", **shared, index=2) is None
+    assert [path.name for path in (output / "building").glob("*.part*")] == ["000001.part9"]
+    with pytest.raises(ValueError, match=r"these have not written their part: --index=1$"):
+        building.build("coco_json", **shared)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holds = [sys.executable, "-S", "-c", code, str(output / "building" / "lock-1")]
+    with subprocess.Popen(holds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        for index in (1, -1):
+            with pytest.raises(ValueError, match="another process builds in"):
+                building.build("coco_json", **shared, index=index)
+        assert building.build("coco_json", **shared, index=0) is None
+        other.communicate("\n")
+    assert building.build("coco_json", **shared, index=1) is None
+    report = building.build("coco_json", **shared)
+    own = {"seconds of the last run": 0, "command": ""}
+    assert report | own == whole | own
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in output.iterdir())
+    for name in set(names) - {"build_report.json"}:
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for wrong in ({"index": 3}, {"count": 0}, {"index": -2}, {"index": 0, "filter": "run"}):
+        with pytest.raises(ValueError, match=r"must be below --count|compares captions"):
+            building.build("coco_json", **(shared | wrong))
+
+
 @pytest.mark.slow
 def test_inspect_draws_what_a_configuration_or_a_folder_names(tmp_path):
     path = write_coco(tmp_path / "raw")
