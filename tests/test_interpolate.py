@@ -111,7 +111,12 @@ def test_the_smaller_share_judges():
         Point(1, 0.4, 0.2),
     ]
     assert interpolate.best(points) == points[2]
-    assert interpolate.best([points[0], points[2], points[2], points[4]]) == points[2]
+    uneven = Point(0.6, 0.34, 0.9)  # shares 1.8 and 0.7: the sum is larger, the smaller one is not
+    assert interpolate.best([points[0], uneven, points[2], points[4]]) == points[2]
+    equal = points[2]._replace(alpha=0.6)
+    assert interpolate.best([points[0], points[2], equal, points[4]]).alpha == 0.5  # nearer to the start
+    with pytest.raises(ValueError, match="gained nothing"):
+        interpolate.shares([Point(0, 0.2, 0.5), Point(1, 0.2, 0.5)])
     np.testing.assert_allclose(interpolate.shares(points)[2], (0.98, 0.95))
     assert " (best) | 39.0 | 49.0 | 95.0 | 98.0 |" in interpolate.table(points, points[2])
     with pytest.raises(ValueError, match=r"score 0\.0 on the old data: nothing to keep"):

@@ -191,7 +191,7 @@ def _likely(row: Row, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the alternatives to compile: those that cut a batch by less than the excess cannot be enough."""
     excess = row.needed / CHIPS[row.topology.chip].memory
     unknown = math.isinf(excess)
-    enough = [v for v in values if excess < 2 or unknown or "model.remat" in v or max(v.values()) >= excess]
+    enough = [v for v in values if unknown or "model.remat" in v or max(v.values()) >= excess]
     return enough[:MAX_ALTERNATIVES]
 
 

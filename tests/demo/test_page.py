@@ -134,8 +134,12 @@ def test_a_photo_is_shown_upright_and_without_what_cameras_write(photos):
 # --- answers
 
 
-def test_words_are_found(answers):
-    found = answers.find({"photo": "p0", "words": "blue, red"})
+def test_words_are_found(answers, monkeypatch):
+    times = iter([10.0, 12.34567])
+    with monkeypatch.context() as patched:
+        patched.setattr(answers_lib, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+        found = answers.find({"photo": "p0", "words": "blue, red"})
+    assert found["seconds"] == 2.346
     best = best_of(found["rows"])
     np.testing.assert_allclose(best["red"]["bbox"], [20, 10, 40, 40], atol=1)
     np.testing.assert_allclose(best["blue"]["bbox"], [70, 5, 40, 40], atol=1)
@@ -221,7 +225,11 @@ def test_as_many_phrases_as_the_page_has_room_for_with_their_numbers(answers, mo
 
     monkeypatch.setattr(answers, "_predictor", types.SimpleNamespace(align=align))
     monkeypatch.setattr(answers_lib, "MAP_SIDE_PX", 32)
-    rows = answers.align({"photo": "p0", "caption": ", ".join(f"thing{i}" for i in range(12))})["phrases"]
+    times = iter([10.0, 12.34567])
+    monkeypatch.setattr(answers_lib, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    answer = answers.align({"photo": "p0", "caption": ", ".join(f"thing{i}" for i in range(12))})
+    rows, seconds = answer["phrases"], answer["seconds"]
+    assert seconds == 2.346
     assert asked == [[f"thing{i}" for i in range(8)]]
     assert [rows[7][name] for name in ("box", "score", "low", "high")] == [[1.23] * 4, 0.123, -0.123, 0.988]
     assert opened(base64.b64decode(rows[0]["map"].partition(",")[2])).shape == (16, 32, 3)

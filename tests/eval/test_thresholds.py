@@ -108,6 +108,8 @@ def test_few_examples_take_the_common_threshold_and_a_wanted_precision_that_ther
         chosen = thresholds.choose(truth, wrong, NAMES, min_precision=0.9)
     assert chosen["words"]["cat"]["threshold"] == 1.0
     assert "no threshold gives a precision of 0.9; no box of these words is kept: cat" in caplog.text
+    fewer = make_truth(boxes[: thresholds.MIN_EXAMPLES])  # just enough
+    assert thresholds.choose(fewer, found.take(np.arange(5)), NAMES)["words"]["cat"]["common"] is False
     nothing = Found(images[:0], images[:0], box[:0], found.scores[:0])
     assert thresholds.choose(truth, nothing, NAMES)["common"]["threshold"] == 1.0
     with pytest.raises(ValueError, match="none of the words has an annotated box"):

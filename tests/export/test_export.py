@@ -164,7 +164,9 @@ def test_stablehlo(predictor, monkeypatch, expected, tmp_path):
     *_, image, _, _, text = module.in_avals
     assert str(image.shape) == "(b, 64, 96, 3)"
     assert str(text.shape) == "(w, 16)"
-    _check(exported.run("stablehlo", folder, expected[1], tmp_path), expected)
+    found = exported.run("stablehlo", folder, expected[1], tmp_path)
+    _check(found, expected)
+    assert set(found["labels_of_one"].tolist()) == {1}  # rows that are zero are no words, others are
 
 
 @pytest.mark.parametrize(("words", "rows"), [(1, 128), (127, 128), (128, 128), (129, 256)])

@@ -30,6 +30,7 @@ from detclipv2_jax.runs.state import TrainState
 
 WORDS = {"red car": "", "café": "a place", "東京": ""}
 TEXT = ", ".join(f"{name}: {definition}" for name, definition in WORDS.items())
+SCORES = [("AP", 50.5), ("APr", 25.0), ("APc", 0.0)]  # of the run; what was not measured is left out
 TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -44,7 +45,7 @@ def run(micro_session, tmp_path_factory):
     (workdir / "eval").mkdir(parents=True)
     (workdir / "config.json").write_text(config_json.to_json(config))
     protocol = {"ap": "LVIS v1", "annotations": "data/lvis/min\u2028i.json", "nms_iou": 0.6, "unheard of": 1}
-    scores = {"AP": 0.5054, "APr": 0.25, "APl": -1.0, "found": 1.0, "protocol": protocol}
+    scores = {"AP": 0.5054, "APr": 0.25, "APc": 0.0, "APf": -1.0, "APl": 0.5, "found": 1.0, "protocol": protocol}
     (workdir / "eval" / "step_00000007_scores.json").write_text(json.dumps(scores))
     manager = checkpoints.Checkpoints(workdir, keep=1)
     manager.save(7, TrainState(step=jax.numpy.int32(7), params=params, opt_state=(), ema=None))
@@ -264,6 +265,9 @@ def test_weights_in_several_files(folder, checkpoint):
     found = exported.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found.params, checkpoint.params)
     assert found.step == 0  # what is stored is no number of steps
+    for text, step in (("9" * 15, 10**15 - 1), ("1" * 16, 0), ("-1", 0), ("", 0)):
+        save_file({"a": np.zeros(1, np.float32)}, folder / "weights.safetensors", metadata={"step": text})
+        assert exported._read_weights(folder)[1] == step
 
 
 def test_a_folder_with_checkpoints_is_a_run(folder, run):
@@ -296,18 +300,20 @@ def test_stored_weights_are_rounded_once(checkpoint, tmp_path):
     assert {value.dtype.name for value in flat.values()} == {"float32"}
 
 
-def test_the_card_says_what_the_run_says(folders):
+def test_the_card_says_what_the_run_says(folders, checkpoint):
     text = (folders["float32"] / "README.md").read_text()
     front, body = text.split("---\n")[1:3]
     about = yaml.safe_load(front)
     assert about["license"] == "apache-2.0"
     assert about["pipeline_tag"] == "zero-shot-object-detection"
     (result,) = about["model-index"][0]["results"]
-    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("AP", 50.5), ("APr", 25.0)]
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == SCORES
+    num = sum(value.size for value in jax.tree.leaves(checkpoint.params))
     for part in (
         "# a: [name]", "| training | 7 steps |", "| detection data | data/objects365 |", "| licence | apache-2.0 |",
-        "| started from | clip.safetensors |", "| vocabulary | 3 words", "stored as float32 |", "| AP | APr |",
-        "| 50.5 | 25.0 |", "* ap: LVIS v1", "* nms_iou: 0.6",
+        "| started from | clip.safetensors |", "| vocabulary | 3 words",
+        f"| model | {num:,} parameters, stored as float32 |",
+        "| AP | APr | APc |", "| 50.5 | 25.0 | 0.0 |", "* ap: LVIS v1", "* nms_iou: 0.6",
     ):  # fmt: skip
         assert part in body, part
     assert "unheard of" not in body
@@ -332,7 +338,7 @@ def test_the_hub_reads_the_card(folders):
     for dtype, license in (("float32", "apache-2.0"), ("bfloat16", None)):
         data = library.ModelCard.load(folders[dtype] / "README.md").data
         assert (data.license, data.library_name, data.model_name) == (license, "detclipv2_jax", "a: [name]")
-        assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [("AP", 50.5), ("APr", 25.0)]
+        assert [(one.metric_type, one.metric_value) for one in data.eval_results] == SCORES
 
 
 def test_a_run_without_scores_or_with_others(run, checkpoint, tmp_path):

@@ -174,14 +174,18 @@ def test_what_is_said_of_a_disk_that_takes_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda folder: usage)
     with workdir.room(tmp_path, 1000):  # just enough
         pass
-    with (
-        pytest.raises(workdir.WorkdirError, match="no room for a file: it needs"),
-        workdir.room(tmp_path, 1001, what="a file"),
-    ):
+    with pytest.raises(workdir.WorkdirError) as told, workdir.room(tmp_path, 1001, what="a file"):
         pass
+    assert str(told.value).startswith(f"no room for a file: it needs 0.00 MB, and {tmp_path} has 0.00 MB left. What")
+    usage.free = 1_234_000_000
+    with pytest.raises(workdir.WorkdirError, match=r"needs 2,500\.00 MB, and .* has 1,234\.00 MB left\. What"):
+        workdir.room(tmp_path, 2_500_000_000).__enter__()
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         reason = os.strerror(number)
-        with pytest.raises(workdir.WorkdirError, match=rf"MB left \({reason}\)"), workdir.room(tmp_path):
+        with (
+            pytest.raises(workdir.WorkdirError, match=rf"this run: {tmp_path} .* left \({reason}\)\."),
+            workdir.room(tmp_path),
+        ):
             raise RuntimeError(f"of a library: {reason}")
     with pytest.raises(PermissionError), workdir.room(tmp_path):
         raise PermissionError(errno.EACCES, "not allowed")

@@ -85,6 +85,7 @@ def test_the_threshold_by_hand_where_it_binds():
     # equal IoUs deviate by nothing: all reach their mean exactly
     assert positives([50] * 4) == [True] * 4
     assert positives([50]) == [True]
+    assert positives([50, 100]) == [False, False]  # IoUs 0.25 and 1: 0.625 and 0.530
 
 
 def test_a_centre_on_the_border_of_a_box_is_not_inside():

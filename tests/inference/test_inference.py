@@ -391,7 +391,9 @@ def test_limits_take_the_given_values_only():
         Limits.from_config(config, max_detections=0)
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [8]), (9, [16]), (256, [256]), (257, [256, 256])])
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [8]), (8, [8]), (9, [16]), (16, [16]), (256, [256]), (257, [256, 256])]
+)
 def test_texts_are_encoded_in_batches_of_few_sizes(count, sizes):
     detector, seen = Detector(planted.make()[1]), []
 

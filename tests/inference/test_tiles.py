@@ -91,6 +91,11 @@ def test_parts_of_an_object_go_into_the_whole_one():
     # the parts of label 0 are gone, their whole has the best score; a part without a whole stays, so do other names
     assert kept.tolist() == [0, 4, 3]
     np.testing.assert_allclose(merged[kept], [0.9, 0.8, 0.4])
+    boxes[2] = [75, 0, 125, 50]  # just half of it is in the whole: it may be another object
+    assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 2, 3]
+    boxes[2] = [74, 0, 124, 50]
+    assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 3]
+    boxes[2] = [55, 0, 100, 50]
     kept, merged = tiles.merge(boxes, scores, labels, np.zeros(5, bool), limits=limits())
     assert kept.tolist() == [1, 4, 2, 3, 0]
     np.testing.assert_array_equal(merged, scores)
@@ -111,6 +116,12 @@ def test_boxes_are_cut_by_borders_inside_the_photo_only():
 def test_wrong_tiles_are_one_clear_error(predictor, tmp_path):
     with pytest.raises(ValueError, match="tile is 8; it must be 0, for none, or at least 32 px"):
         predictor([np.zeros((9, 9, 3), np.uint8)], ["red"], tile=8)
+    for overlap in (0.0, 0.9):
+        tiles.check(tile=32, overlap=overlap)
+    with pytest.raises(ValueError, match="tile is 31"):
+        tiles.check(tile=31, overlap=0.2)
+    with pytest.raises(ValueError, match=r"tile_overlap is -0\.1; it"):
+        tiles.check(tile=32, overlap=-0.1)
     with pytest.raises(ValueError, match=r"tile_overlap is 1; it must lie between 0 and 0\.9"):
         tiles.check(tile=64, overlap=1)
     os.mkfifo(tmp_path / "pipe.png")

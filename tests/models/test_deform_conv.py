@@ -50,11 +50,12 @@ def test_equal_to_torchvision(impl, size):
 def test_the_band_is_left_only_for_larger_offsets():
     # the forms round differently, so bits tell which one ran
     case = cases.deform_case((13, 18), "small")
-    for largest, in_band in ((deform_conv.BAND_RADIUS - 0.001, True), (deform_conv.BAND_RADIUS + 0.5, False)):
+    runs, radius = [evaluate(impl) for impl in ("gather", "banded")], deform_conv.BAND_RADIUS
+    for largest, in_band in ((radius - 0.001, True), (radius + 0.5, False), (0.001 - radius, True), (-radius, False)):
         offsets = case.offsets.copy()
-        offsets[0, 0, 0, 0, 0] = largest
+        offsets[0, 5, 5, 0, 0] = largest
         arguments = (case.features, offsets, case.mask, case.kernel)
-        gather, banded = (np.asarray(evaluate(impl)(arguments, case.gradient)[0]) for impl in ("gather", "banded"))
+        gather, banded = (np.asarray(run(arguments, case.gradient)[0]) for run in runs)
         np.testing.assert_allclose(gather, banded, atol=1e-5)
         assert np.array_equal(gather, banded) != in_band
 

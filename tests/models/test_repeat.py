@@ -1,5 +1,6 @@
 """Blocks in a loop against the same blocks written out."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,36 @@ from detclipv2_jax.models.text_encoder import TextEncoder
 
 TOKENS = np.arange(1, 49, dtype=np.int32).reshape(3, 16)
 IMAGE = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+
+class Affine(nn.Module):
+    factor: float
+
+    @nn.compact
+    def __call__(self, x, amount):
+        return self.factor * x * self.param("scale", nn.initializers.ones, ()) + amount
+
+
+class Many(nn.Module):
+    num: int
+
+    @nn.compact
+    def __call__(self, x):
+        blocks = [Affine(factor, parent=None) for factor in (2.0, 3.0)]
+        names = [f"block{i}" for i in range(self.num)]
+        return repeat.repeat(self, blocks, names, x, [np.arange(self.num, dtype=np.float32)], remat=False)
+
+
+@pytest.mark.parametrize(("num", "loops"), [(3, 0), (6, 0), (7, 0), (8, 1), (9, 0), (10, 1)])
+def test_blocks_take_turns_and_whole_turns_alone_are_a_loop(num, loops):
+    params = {"params": {f"block{i}": {"scale": 1.0 + i / 8} for i in range(num)}}
+    expected = 1.0
+    for i in range(num):
+        expected = (2.0, 3.0)[i % 2] * expected * (1.0 + i / 8) + i
+    assert float(Many(num).apply(params, 1.0)) == pytest.approx(expected, rel=1e-6)
+    assert str(jax.make_jaxpr(lambda x: Many(num).apply(params, x))(1.0)).count("scan[") == loops
+
+
 MODELS = {
     "text": (TextEncoder(16, 4, 2, context_length=16, embed_dim=8), (TOKENS,), {}),
     "swin": (Swin(8, (1, 1, 6, 1), (1, 1, 2, 2), 4, drop_path_rate=0.5), (IMAGE,), {"train": True}),

@@ -124,6 +124,8 @@ def test_a_record_gives_back_what_it_was_given(tmp_path):
     paths[0].write_bytes(b"another photo")
     record = make_record(tmp_path, paths)
     assert [path for path, _ in record] == paths[1:]
+    os.utime(paths[2], (1, 1))  # another photo of the same size
+    assert [path for path, _ in make_record(tmp_path, paths)] == [paths[1], paths[3]]
     with pytest.raises(ValueError, match="with other words, options found until it was stopped; repeat that command"):
         make_record(tmp_path, paths, words=["b"], options=2)
     record.remove()

@@ -104,6 +104,8 @@ def test_a_loop_over_rows_moves_each_row_once():
     assert called == traffic  # also how often each row is moved
     backward = hlo.traffic(PROGRAM.replace("direction=LT", "direction=GT"))
     assert (backward.unknown_loops, backward.memory) == (1, 2 * (row + index) + 2 * 10 * row)
+    again = hlo.traffic(PROGRAM.replace("ENTRY %main", "%main").replace("direction=LT", "direction=GT") + CALL)
+    assert again == backward
 
 
 CALL = """

@@ -211,6 +211,23 @@ def test_one_report_of_the_data_and_one_of_each_topology(monkeypatch, tmp_path):
     assert "by module" not in text
 
 
+def test_a_topology_is_measured_and_checked_with_the_values_of_its_chip(monkeypatch, tmp_path):
+    config, asked = swin_t.get_config(), []
+    config.chips.v5e = (("model.remat", "heads"),)
+    monkeypatch.setattr(
+        preflight,
+        "measure",
+        lambda config, topology, *_: asked.append((topology.chip, config.model.remat)) or result(9.0),
+    )
+    options = {"only": ["prediction/8"], "cache": tmp_path, "check_data": False}
+    preflight.run(config, ["v5e:4x8", "h100:8"], **options)
+    assert asked == [("v5e", "heads"), ("h100", config.model.remat)]
+    assert config.model.remat != "heads"
+    config.chips.v5e = (("detection.batch_size", 33),)
+    with pytest.raises(ValueError, match=r"detection\.batch_size"):
+        preflight.run(config, ["v5e:4x8"], **options)
+
+
 def test_what_is_tried_for_a_step_that_does_not_fit():
     config = swin_t.get_config()
     config.eval.batch_size, config.model.remat = 128, "blocks"

@@ -42,7 +42,7 @@ GONE = "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Tas
     ("message", "named"),
     [
         (LATE.format("1"), "process 1 (host-b) did"),
-        (LATE.format("12\n1\n3"), "process 1 (host-b), process 3 (it never came), process 12 (host-m) did"),
+        (LATE.format("12\n8\n1"), "process 1 (host-b), process 8 (it never came), process 12 (host-m) did"),
         (LATE.format("/job:jax_worker/replica:0/task:12"), "process 12 (host-m) did"),
         (GONE, "process 1 (host-b) did"),
         ("UNAVAILABLE: Socket closed", "UNAVAILABLE: Socket closed"),

@@ -41,10 +41,23 @@ def test_a_legend_goes_on_in_the_next_line():
     assert (one_line[:, 18:] == np.array(drawing.INK)).all(-1).any()  # its text
 
 
-@pytest.mark.parametrize(("side", "shown"), [(100, 900), (1200, 1200), (2000, 1600)])
-def test_photos_are_shown_in_a_legible_size(side, shown):
-    picture = drawing.photo(np.zeros((side // 2, side, 3), np.uint8), np.zeros((0, 4)), [], [])
+@pytest.mark.parametrize(("side", "shown", "line"), [(100, 900, 3), (1200, 1200, 4), (2000, 1600, 5)])
+def test_photos_are_shown_in_a_legible_size(side, shown, line):
+    box = np.array([[0.2, 0.1, 0.8, 0.4]]) * side
+    picture = drawing.photo(np.zeros((side // 2, side, 3), np.uint8), box, [""], [(255, 0, 0)])
     assert picture.shape == (shown // 2, shown, 3)
+    middle = picture[: shown // 4, shown // 2]  # from above through the upper side of the box
+    places = [np.flatnonzero(has(middle, color)) for color in ((255, 0, 0), drawing.PAPER)]
+    top = round(0.1 * shown)
+    assert places[0].tolist() == list(range(top, top + line))  # as thick as a 300th of the photo is long
+    assert places[1].tolist() == [top - 1, top + line]  # in a rim
+
+
+def test_small_photos_have_lines_that_can_be_seen():
+    picture = drawing.photo(
+        np.zeros((64, 64, 3), np.uint8), np.array([[16.0, 16, 48, 48]]), [""], [(255, 0, 0)], long_side=64
+    )
+    assert np.flatnonzero(has(picture[:32, 32], (255, 0, 0))).tolist() == [16, 17]
 
 
 def test_the_first_box_lies_on_top_and_an_empty_one_is_drawn():

@@ -10,7 +10,7 @@ from micro import micro_config
 
 from detclipv2_jax.colors import PALETTE, color_of, hex_color, nth_color
 from detclipv2_jax.data import tokenizer, transforms
-from detclipv2_jax.data.schema import Batch
+from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference import Photos, detect
 from detclipv2_jax.losses.proposals import Proposals
@@ -164,6 +164,10 @@ def test_every_box_has_its_word_and_score_and_the_legend_counts_what_is_drawn(dr
     assert (annotated[0], annotated[1]) == (truth[0].tolist(), ["dog", "cat"])
     assert (annotated[2], found[2]) == ([green, orange], [blue])
     assert drawn.texts[2:] == ["found: 1", "annotated: 2"]
+    figures.detections(PHOTO, boxes, labels, names, scores=scores, max_drawn=2)
+    figures.detections(PHOTO, boxes, labels, names, max_drawn=3)
+    assert [photo[0] for photo in drawn.photos[3:]] == [boxes[:2].tolist(), boxes[:3].tolist()]
+    assert drawn.texts[4:] == ["found: the best 2 of 4"]  # of annotated boxes nothing is said
     # annotated boxes stand alone in the legend without a count
     assert drawn.legends[1] == [(blue, "red car"), (green, "dog"), (orange, "cat")]
 
@@ -184,6 +188,8 @@ def test_every_phrase_has_its_box_its_map_and_its_numbers(drawn, monkeypatch):
     bars = []
     monkeypatch.setattr(drawing, "color_bar", lambda **bar: bars.append(bar) or np.zeros((8, 8, 3), np.uint8))
     boxes, maps = np.array([[1.0, 2, 3, 4], [5, 6, 7, 8]]), np.array([[[-1.0, 2.0]], [[0.0, 5.0]]])
+    grids = []
+    monkeypatch.setattr(drawing, "grid", lambda cells, **form: grids.append((len(cells), form)) or cells[0])
     figures.alignment(
         PHOTO, ["a car", "sky"], boxes, scores=np.array([2.0, 5.0]), ranks=np.array([3, 1]), num_images=4, maps=maps,
         caption="a car", title="a.jpg",
@@ -210,6 +216,7 @@ def test_every_phrase_has_its_box_its_map_and_its_numbers(drawn, monkeypatch):
     upright = np.zeros((90, 60, 3), np.uint8)
     figures.alignment(upright, ["a"], boxes[:1], scores=np.ones(1), ranks=np.ones(1, int), num_images=1, maps=maps[:1])
     assert drawn.photos[-1][3] == {"long_side": 480}  # 320 px wide
+    assert grids == [(3, {"columns": 3, "bottom": True}), (2, {"columns": 4, "bottom": True})]
     assert len(drawn.texts) == 6 + 3  # neither caption nor title
 
 
@@ -230,6 +237,24 @@ def batch(**changes):
         "caption_mask": np.array([[True, False, True], [True, True, True]]),
     }  # fmt: skip
     return Batch(**fields | changes)
+
+
+def test_a_contact_sheet_names_as_many_negatives_as_there_is_room_for(drawn, monkeypatch):
+    grids = []
+    monkeypatch.setattr(drawing, "grid", lambda cells, **form: grids.append((len(cells), form)) or cells[0])
+    for num, end in ((63, ""), (64, " | …")):
+        tokens = tokenizer.tokenize([f"thing {i}" for i in range(num)])
+        texts = tokenizer.decode(tokens)
+        table = {"concept_tokens": tokens, "concept_mask": np.ones(num, bool)}
+        figures.training_batch(batch(**table, caption_mask=np.zeros((2, 3), bool)), kind=Kind.DETECTION, max_images=1)
+        named = " | ".join(texts[3:63])  # the first three are of images
+        counts = f"{num} concepts in the table: 3 of images, {num - 3} negatives"
+        assert drawn.texts[-1] == f"{counts}\nnegatives: {named}{end}"
+    assert grids == [(1, {"columns": 3})] * 2
+    upright = {"image": np.zeros((2, 96, 64, 3), np.uint8), "extent": np.array([[96, 64], [96, 64]])}
+    figures.training_batch(batch(**upright), kind=Kind.DETECTION)
+    assert grids[-1] == (2, {"columns": 4})
+    assert [photo[3] for photo in drawn.photos] == [{"long_side": 460}] * 2 + [{"long_side": 480}] * 2
 
 
 def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):

@@ -400,6 +400,8 @@ def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
     monkeypatch.setattr(phrases, "noun_phrases", lambda captions, **options: [["cat"] for _ in captions])
     assert _command(*options) == 0
     assert drawn["arguments"][2] == ["a cat on a red car", "cat"]
+    assert _command(*options, "--phrases", "red car, a cat on a red car, red car") == 0
+    assert drawn["arguments"][2] == ["a cat on a red car", "red car"]  # each once
 
 
 def test_curves_of_a_workdir(tmp_path, capsys):
