@@ -112,8 +112,18 @@ def test_folders_and_patterns(bucket, monkeypatch):
     bucket_store.write(place(url(bucket, "tree/sub/c.tar")), None)
     next_run(monkeypatch)
     assert not os.path.exists(buckets.here(url(bucket, "tree")) + "/sub")
-    pattern = buckets.here(url(bucket, "tree/*.tar"))
-    assert pattern == os.path.join(path, "*.tar")
+    bucket_store.write(place(url(bucket, "tree/sub/deep/e.tar")), b"e")
+    fetched = []
+    monkeypatch.setattr(
+        buckets, "fetch_all", lambda paths: fetched.extend(os.path.relpath(name, path) for name in paths)
+    )
+    for pattern, names in (
+        ("*.tar", ["a.tar", "b.tar", "sub/deep/e.tar"]),
+        ("**/[ae].tar", ["a.tar", "sub/deep/e.tar"]),
+    ):
+        fetched.clear()
+        assert buckets.here(url(bucket, f"tree/{pattern}")) == os.path.join(path, pattern)
+        assert fetched == names
 
 
 @needs_servers
@@ -169,6 +179,8 @@ def test_photos_make_room_and_files_in_use_do_not(bucket, monkeypatch):
             assert files.read_bytes(f"{folder}/{i}.jpg") == bytes([i]) * 20_000
             kept = [path for path in os.scandir(folder) if path.name.endswith(".jpg")]
             assert sum(path.stat().st_size for path in kept) <= 100_000
+            assert f"{i}.jpg" in {path.name for path in kept}  # what was fetched first goes
+        assert len(kept) >= 4  # no more goes than must
     assert os.path.exists(names)
     bucket_store.write(place(url(bucket, "room/large.array_record")), b"x" * 200_000)
     with pytest.raises(BucketError, match=r"more than the 0\.0001 that the cache"):

@@ -209,6 +209,7 @@ def test_part_of_a_folder_with_definitions_and_without_categories(world):
     last, used = content["images"][-1]["id"], {row["category_id"] for row in content["annotations"]}
     more = [{"image_id": last, "category_id": key, "bbox": [1, 1, 9, 9]} for key in used]
     content["annotations"] += more
+    content["categories"][0]["def"] = "in its own words"
     (world / "detection.json").write_text(json.dumps(content))
     folder = build(world, "detection")
     whole = read_built(folder, Kind.DETECTION)
@@ -224,6 +225,13 @@ def test_part_of_a_folder_with_definitions_and_without_categories(world):
     less = read_built(folder, Kind.DETECTION, dropped=[names[0].replace(" ", "_"), names[2]])
     assert less.vocabulary.names == tuple(name for name in names if name not in (names[0], names[2]))
     assert less.counters["dropped category"] == 2
+    for i in range(len(whole)):
+        before, after = (
+            [(record.concepts[k], *box) for k, box in zip(record.box_concepts, record.boxes.tolist(), strict=True)]
+            for record in (whole[i], less[i])
+        )
+        assert after == [row for row in before if row[0] in less.vocabulary.names]
+    assert max(numbers) > len(less[len(less) - 1].concepts) > 1
     with pytest.raises(ValueError, match="has no category beside those that drop_categories names"):
         read_built(folder, Kind.DETECTION, dropped=names)
     report = pathlib.Path(folder, built.REPORT)

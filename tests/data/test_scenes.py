@@ -33,6 +33,30 @@ def test_the_world_is_as_large_as_promised():
         assert max(np.abs(polygon).max() for entry, polygon in parts if entry) <= 1.0
 
 
+@pytest.mark.parametrize("angle", [0, 30, -30])
+def test_a_turned_shape_is_painted_to_its_ends(angle):
+    cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    for shape, parts in shapes.outlines().items():
+        points = np.concatenate([polygon for entry, polygon in parts if entry])
+        turned = np.stack([points[:, 0] * cosine - points[:, 1] * sine, points[:, 0] * sine + points[:, 1] * cosine], 1)
+        image = np.full((100, 100, 3), 255, np.float32)
+        box = scenes._paint(image, scenes.Thing(shape, "black", "plain", (0.5, 0.5), 0.25, angle))
+        seen = [np.flatnonzero((image < 200).all(axis=2).any(axis=axis))[[0, -1]] for axis in (0, 1)]
+        np.testing.assert_allclose(box, [seen[0][0], seen[1][0], seen[0][1] + 1, seen[1][1] + 1], atol=1)
+        if all(entry for entry, _ in parts):  # else a hole may reach an end
+            np.testing.assert_allclose(box, 50 + 25 * np.array([*turned.min(axis=0), *turned.max(axis=0)]), atol=1)
+
+
+def test_a_texture_is_told_now_and_then():
+    rng, texts = np.random.default_rng(0), []
+    for texture in ("plain", "striped"):
+        thing = scenes.Thing("star", "red", texture, (0.5, 0.5), 0.2, 0.0)
+        texts.append([scenes._phrase(rng, thing) for _ in range(2000)])
+    assert set(texts[0]) == {"red star"}
+    assert set(texts[1]) == {"red star", "striped red star"}
+    assert 0.12 < texts[1].count("striped red star") / 2000 < 0.18
+
+
 def test_writing_is_deterministic_and_scenes_do_not_depend_on_their_number(folder, tmp_path):
     scenes.write(tmp_path, **COUNTS | {"num_detection": 10, "num_eval": 0}, size_px=96, seed=3)
     for name in ("grounding.json", "pairs.tsv", "images/grounding/000003.jpg", "images/detection/000009.jpg"):

@@ -495,6 +495,10 @@ def test_phrases_are_unique_and_capped(config, world):
     expected = text_ids([CAPTIONS[0], "a cat", "a dog", "thing 0"])
     assert [tuple(row) for row in batch.concept_tokens[batch.caption_concepts[0]].tolist()] == expected
     assert stream.counters["phrases cut: more than max_phrases"] == stream.overflow["num_phrases_cut"] == 9
+    config.image_text.max_phrases = 12  # just enough
+    stream = train_streams(config)[-1]
+    assert stream.batch(0).caption_mask.sum() == 13
+    assert "phrases cut: more than max_phrases" not in stream.counters
 
 
 def test_unusable_images_give_way_to_the_next_and_are_counted_once(config, world):

@@ -249,6 +249,17 @@ def test_shrinking_averages_over_all_pixels(factor):
     assert np.abs(out - expected).max() <= 1.0
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_side_alone_that_shrinks_is_averaged(turned):
+    image = np.zeros((2, 2000, 3), np.uint8)  # a line of the canvas; the other side becomes a twentieth
+    image[:, ::20] = 200
+    data = encode(image.transpose(1, 0, 2).copy() if turned else image, "PNG")
+    out, extent, _ = placed(data, canvas=(100, 100), short_side=100)
+    assert extent == ((100, 1) if turned else (1, 100))
+    line = out[:, 0] if turned else out[0]
+    np.testing.assert_allclose(line, 10, atol=1)
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_photo_of_a_file_is_whole_or_half_as_large(orientation, tmp_path, monkeypatch):
     image = Image.fromarray(pixels((40, 56), 3))

@@ -93,6 +93,9 @@ def test_frequencies_average_their_categories():
     scores = coco.evaluate(truth, [row for row in _perfect(truth) if row["category_id"] == 2])
     assert (scores["APr"], scores["APc"], scores["APf"]) == (0.0, -1.0, 1.0)
     assert scores["AP"] == 0.5
+    unseen = _truth(frequencies=("r", "f"))
+    unseen["categories"].append({"id": 9, "name": "owl", "frequency": "f"})  # without a box: it measures nothing
+    assert coco.evaluate(unseen, _perfect(unseen))["APf"] == pytest.approx(1.0)
     assert "APc     -" in coco.table(scores)
 
 

@@ -19,6 +19,7 @@ TRUTH = truth_lib.from_content(
         "annotations": [{"id": 1, "image_id": 3, "category_id": 5, "bbox": [0, 0, 5, 5]}],
     },
 )
+RELATIVE = "look relative to the image's size (0 to 1); they must be in pixels"
 EVALUATED = np.flatnonzero([key != 11 for key in TRUTH.image_ids.ids])
 
 
@@ -94,6 +95,20 @@ def test_positions_in_the_truth_and_what_was_repaired():
     assert found.take(np.array([2])).odd == found.odd
     assert detections.find(found, TRUTH, np.array([0])) is found
     assert len(detections.find([], TRUTH, np.arange(4)).scores) == 0
+    (point,) = detections.read([row(box=(1, 2, 0, 0))])  # a box without area is one
+    assert point.boxes.tolist() == [[1, 2, 0, 0]]
+
+
+@pytest.mark.parametrize(("num_looked_at", "num_relative", "told"), [(100_000, 3, 5), (100_000, 2, 0), (2, 3, 5)])
+def test_boxes_of_another_form_are_told_by_most_of_those_looked_at(monkeypatch, num_looked_at, num_relative, told):
+    monkeypatch.setattr(detections, "_NUM_LOOKED_AT", num_looked_at)
+    boxes = [(1, 2, 3, 4), (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 0.2, 0.2), (0.1, 0.1, 0.9, 0.9), (5, 6, 7, 8)]
+    if num_relative == 2:
+        boxes[1] = (9, 9, 9, 9)
+    if num_looked_at == 2:  # each third of them
+        boxes[0] = (0.1, 0.1, 0.1, 0.1)
+    odd = detections.find([row(box=box) for box in boxes], TRUTH, EVALUATED).odd
+    assert odd == ({f"detection of a file whose boxes {RELATIVE}": told} if told else {})
 
 
 @pytest.mark.parametrize(

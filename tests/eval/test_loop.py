@@ -137,6 +137,7 @@ def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, mo
         for box, label in zip(truth_boxes, truth_labels, strict=True):
             same = boxes[labels == label]
             assert np.abs(same - box).max(axis=1).min() < 2
+        assert options["max_drawn"] == max(3, len(rows))
     assert len(drawn) == 3
     # its scores are those of the same evaluation only, wherever the file lies now
     moved = shutil.copy(dataset, tmp_path / "moved.json")

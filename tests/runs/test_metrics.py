@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import pytest
 from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
@@ -83,6 +84,14 @@ def test_the_bar_shows_loss_terms_and_speed(monkeypatch):
     progress.show({"a/loss": 0.12345, "a/loss_box": 2.0, "a/grad_norm": 3.0})
     progress.close()
     assert shown == [{"a/loss": "0.123", "a/loss_box": "2.000", "img/s": "3.0"}]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(29, "< 1 min"), (31, "1 min"), (89, "1 min"), (91, "2 min"), (3569, "59 min"), (3571, "1 h 00 min")],
+)
+def test_durations_are_rounded_to_minutes(seconds, text):
+    assert metrics._duration(seconds) == text
 
 
 def test_a_line_of_the_log_says_loss_last_score_and_time_left(tmp_path, monkeypatch, caplog):

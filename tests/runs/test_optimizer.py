@@ -103,6 +103,8 @@ def test_other_learning_rates(micro):
     assert share["step"] == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert share["plateau"] == share["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1])
     assert share["cosine"][-1] == pytest.approx(1 / 50)
+    c.schedule = "step"  # after two thirds of a hundred steps, which is nearer to 67 than to 66
+    assert [float(learning_rate(c, 100)(step)) / c.learning_rate for step in (66, 67)] == pytest.approx([1, 0.1])
 
 
 def ways_down(scores, config):

@@ -22,6 +22,7 @@ from detclipv2_jax.runs.optimizer import make_optimizer
         ((128, 64), 4, P("fsdp", None)),
         ((3, 3, 6), 4, P()),
         ((3, 8), 8, P(None, "fsdp")),
+        ((8, 8), 2, P(None, "fsdp")),
         ((), 2, P()),
     ],
 )
