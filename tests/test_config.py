@@ -351,7 +351,7 @@ EDGES = [
     ("optimizer.min_learning_rate", [0.0, 0.0999], [-1e-9, 0.1]),
     ("detection.short_side", [(64, 64), (32, 64)], [(64, 32), (0, 64), (64,), 64, ("a", "b")]),
     ("eval.short_side", [1, 64], [0, -1]),
-    ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 100),), ((0, 32),), ((32,),)]),
+    ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 112),), ((0, 32),), ((32,),)]),
     ("detection.images eval.annotations", ["a", "/a", "gs://a/b"], ["hf://a", "https://b"]),
     ("loss.selection_scope", ["device", "global"], ["host"]),
     ("loss.interaction", ["phrases", "tokens"], ["words"]),

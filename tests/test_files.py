@@ -154,7 +154,9 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         interrupted()
     assert files.read_json(path)["AP"] == 1
     assert list(path.parent.iterdir()) == [path]
-    files.write_json(path, "half \udcff")
+    with path.open() as reader:  # whoever reads the old file has it whole
+        files.write_json(path, "half \udcff")
+        assert json.load(reader)["AP"] == 1
     assert files.read_json(path) == "half \udcff"
     files.write_text(path, ["a", "b"])
     assert path.read_text() == "ab"

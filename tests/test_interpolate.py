@@ -88,6 +88,8 @@ def test_what_cannot_be_interpolated_is_said_at_once(models, tmp_path):
         ({"checkpoint": "alone", "before": "start"}, "no data that must not be forgotten: give --old_annotations=FILE"),
         ({"checkpoint": "tuned", "before": "other"}, r"(?s)--before=other does not fit .*reshaped .*a \(2,\) -> \(\)"),
         ({"checkpoint": "tuned", "steps": 1}, r"--steps=1 must be 2 to 100"),
+        ({"checkpoint": "tuned", "steps": 101}, r"--steps=101 must be 2 to 100"),
+        ({"checkpoint": "alone", "steps": 100}, "alone was not started from another run"),
     ):
         with pytest.raises(ValueError, match=message):
             interpolate.run(output=output, **given)

@@ -51,6 +51,16 @@ def _run(photos, *, images=None, words="red, blue", **options):
 def test_everything_is_written(photos, capsys):
     status, rows, output = _run(photos, batch_size=2)
     assert status == 0
+    sizes, iterate = [], Predictor.iterate
+    with pytest.MonkeyPatch.context() as patch:  # few photos are no batch of many
+        patch.setattr(
+            Predictor, "iterate", lambda *given, **more: sizes.append(more["batch_size"]) or iterate(*given, **more)
+        )
+        assert _run(photos, batch_size=5)[1] == rows
+        _run(photos, batch_size=5, tile=400)
+    assert sizes == [3, 5]
+    capsys.readouterr()
+    _run(photos, batch_size=2)
     summary = capsys.readouterr().out.splitlines()[-1]
     assert (
         summary == f"3 of 3 images, {len(rows)} boxes: {output / 'detections.json'}, pictures in {output / 'pictures'}"

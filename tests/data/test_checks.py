@@ -47,12 +47,12 @@ def test_names_that_leave_their_folder():
 
 
 def test_links_are_followed_where_they_may_be(tmp_path):
-    for name in ("in", "out"):
+    for name in ("in", "in_another"):  # which begins like it
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").write_text("")
     folder = os.path.realpath(tmp_path / "in")
-    os.symlink(tmp_path / "out" / "a.jpg", tmp_path / "in" / "out.jpg")
-    os.symlink(tmp_path / "out", tmp_path / "in" / "outside")
+    os.symlink(tmp_path / "in_another" / "a.jpg", tmp_path / "in" / "out.jpg")
+    os.symlink(tmp_path / "in_another", tmp_path / "in" / "outside")
     os.symlink(tmp_path / "in" / "a.jpg", tmp_path / "in" / "b.jpg")
     assert checks.resolve(folder, "a.jpg") == f"{folder}/a.jpg"
     assert checks.resolve(folder, "b.jpg") == f"{folder}/a.jpg"

@@ -67,3 +67,8 @@ def test_spans_without_words_give_no_phrase():
 )
 def test_where_a_phrase_stands(caption, phrase, taken, span):
     assert spans.span_of(caption, phrase, taken=taken) == span
+
+
+def test_spans_that_overlap_are_one_and_those_that_touch_are_two():
+    assert spans._joined([[3, 6], [0, 3], [4, 9], [7, 7]]) == [(0, 3), (3, 9)]
+    assert spans._joined([[-2, 1], [5, 4]]) == [(0, 1)]

@@ -190,6 +190,8 @@ def test_the_picture_shows_what_scores_enough(answers, monkeypatch):
     assert drawn.shape[1] > 900
     with_fewer = opened(answers.picture(request | {"threshold": min(best + 0.01, 1.0)}))
     assert with_fewer.shape != drawn.shape or (with_fewer != drawn).any()
+    for allowed in (0, 1):
+        assert answers.picture(request | {"threshold": allowed})[:4] == b"\x89PNG"
     for wrong in (None, "0.5", -0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="the threshold must be a number between 0 and 1"):
             answers.picture(request | {"threshold": wrong})

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_phrases_are_the_annotations_with_the_same_spans(tmp_path):
     assert [(query.file, query.text, len(query.boxes)) for query in queries] == [
         ("a.png", "dog", 1), ("a.png", "two cats", 2), ("a.png", "dog", 1), ("b.png", "red", 1)
     ]  # fmt: skip
+
+
+def test_phrases_that_only_begin_alike_are_two(tmp_path):
+    path = pathlib.Path(_write(tmp_path / "g.json"))
+    content = json.loads(path.read_text())
+    content["annotations"][2]["tokens_positive"] = [[8, 16], [23, 26]]  # of the two boxes of the cats
+    path.write_text(json.dumps(content))
+    queries = grounding.read_queries(str(path), task="phrases")
+    assert [len(query.boxes) for query in queries] == [1] * 5
+    assert [query.text for query in queries][1] == "two cats" != queries[2].text
 
 
 def test_all_boxes_of_a_caption_are_of_one_expression(tmp_path):

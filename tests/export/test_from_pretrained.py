@@ -213,6 +213,10 @@ DAMAGES = {
         lambda f: rename(f, "weights.safetensors", "weights.safetensors.incomplete"),
         r"has no weights\.safetensors, only README\.md, config\.json, .*weights\.safetensors\.incomplete",
     ),
+    "a folder for a file": (
+        lambda f: ((f / "weights.safetensors").unlink(), (f / "weights.safetensors").mkdir()),
+        rf"has no weights\.safetensors, only .*{AGAIN}",
+    ),
     "no configuration": (lambda f: (f / "config.json").unlink(), r"it has no config\.json; give .* an export"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json must be an object of sections"),
     "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), r"config\.json is no valid json"),
@@ -437,6 +441,14 @@ def test_names_that_the_hub_does_not_have(server):
 def test_what_is_neither_a_folder_nor_a_name(name, tmp_path):
     with pytest.raises(ValueError, match=r"is no folder; give the folder of an export, or USER/NAME"):
         Predictor.from_pretrained(tmp_path / "a" if name == "nowhere" else name or tmp_path / "none")
+
+
+def test_a_file_of_that_name_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("user").mkdir()
+    pathlib.Path("user/model").write_text("")
+    with pytest.raises(ValueError, match="user/model is no folder; give the folder of an export"):
+        hub.local_folder("user/model")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):

@@ -123,6 +123,10 @@ def test_stored_examples_are_not_embedded_again(photo, tmp_path, monkeypatch):
     assert embedded((path, RED)) == 0
     assert embedded((path, BLUE)) == 1
     assert embedded((path, RED), (path, BLUE)) == 2
+    predictor = Predictor(config, model, params, cache=tmp_path / "cache")
+    names, text, mask = predictor.vocabulary(exemplars={"a": [(path, RED)], "b": [(path, BLUE)]})  # a name each
+    assert (names, int(mask.sum())) == (("a", "b"), 2)
+    np.testing.assert_allclose(text[:2], np.eye(2) / 2)
     assert embedded((path, RED), text_encoder={"weights": np.zeros(2)}) == 1
     Image.fromarray(photo[:, ::-1].copy()).save(path)
     assert embedded((path, RED)) == 1  # another photo of the same name

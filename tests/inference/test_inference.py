@@ -105,7 +105,8 @@ def test_detect_equals_brute_force(ties, class_agnostic):
         np.testing.assert_array_equal(found.labels[i][: len(rows)], words)
         np.testing.assert_allclose(found.scores[i][: len(rows)], scores, rtol=1e-6)
         np.testing.assert_allclose(found.boxes[i][: len(rows)], boxes, atol=1e-3)
-        assert not found.scores[i][len(rows) :].any()
+        for array in (found.boxes, found.scores, found.labels, found.mask):
+            assert not array[i][len(rows) :].any()
 
 
 @pytest.mark.parametrize("score", ["centerness", "objectness", "centerness_objectness"])
@@ -126,6 +127,7 @@ def test_proposals_are_scored_without_words_and_called_by_the_best_one(score):
         best = np.argmax(np.asarray(regions.embeddings[i]) @ np.asarray(text[:10]).T, axis=1)
         anchors = [np.argmin(abs(own[i] - value)) for value in scores]
         np.testing.assert_array_equal(found.labels[i][: len(rows)], best[anchors])
+        assert not found.labels[i][len(rows) :].any()
     if score != "centerness":
         with pytest.raises(ValueError, match="needs a model with the extra head"):
             _detect(regions.replace(objectness=None), text, text_mask, photos, word_chunk=4, score=score, **OPTIONS)

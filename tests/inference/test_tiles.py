@@ -36,6 +36,7 @@ def test_tiles_cover_the_photo_and_overlap(size, tile, overlap):
         assert np.diff(starts).max(initial=0) <= tile - int(tile * overlap) + 1
         assert starts[0] == 0
         assert starts[-1] == max(size[1 - axis] - tile, 0)
+    assert len(tiles.places((50, 130), tile=50, overlap=0.21)) == 3  # of whole px: 10 of them
     shrunk = [
         tiles.places(size, tile=max(size) - 1, overlap=overlap),
         tiles.places(size, tile=max(size), overlap=overlap),

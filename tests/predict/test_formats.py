@@ -143,6 +143,12 @@ def test_label_studio_tasks_are_as_documented(results, tmp_path):
         "/data/local-files/?d=photos/a/1%20%26%202.png",
         "/data/local-files/?d=photos/%C3%A9%23%25/photo%203.png",
     ]
+    scores = [task["predictions"][0].get("score") for task in tasks]
+    assert scores == [pytest.approx(0.575), 0.5, None, pytest.approx(1 / 3, abs=1e-6)]  # the mean of the boxes
+    areas = [
+        row["area"] for row in json.loads((write(results, tmp_path, "coco") / "coco.json").read_text())["annotations"]
+    ]
+    assert areas == [1220, 6000, 281.75, 28]
     first, second = tasks[0]["predictions"][0]["result"]
     assert first == {
         "id": "box0",

@@ -152,7 +152,7 @@ def test_a_damaged_record_keeps_the_photos_before_the_damage(tmp_path):
     lines = (tmp_path / "record").read_bytes().splitlines(keepends=True)
     damaged = [b"[]\n", b"{}\n", b"\xff\n", b"\n", lines[3][:40] + b"\n"]
     damaged += [lines[3].replace(b"[5, 6]", size) for size in (b"[5]", b"[5, null]", b"7")]
-    damaged += [lines[3].replace(b'"rows": "', b'"rows": "' + rows) for rows in (b"AAAA", b"!")]
+    damaged += [lines[3].replace(b'"rows": "', b'"rows": "' + rows) for rows in (b"AAAA", b"!", b"A" * 16)]
     for line in damaged:
         assert line != lines[3]
         (tmp_path / "record").write_bytes(b"".join([*lines[:3], line, lines[4]]))

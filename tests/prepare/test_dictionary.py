@@ -65,6 +65,9 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
         "lenses": "bends light",
     }.items():
         assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
+    (tmp_path / "dict" / "index.noun").open("a").write("glasses n 1 2 @ ~ 1 1 00000018  \n")
+    spectacles = dictionary.WordNet(str(tmp_path / "dict"))  # a plural with a sense of its own
+    assert spectacles.senses("Glasses") == [spectacles._sense(18)] != wordnet.senses("glasses")
     assert wordnet.senses("nothing such") == wordnet.senses("") == []
     assert wordnet.sense_of("crane.n.04").gloss == "large long-necked wading bird"
     for synset in ("crane.n.05", "crane.n.0", "crane.n.x", "crane.v.01", "none.n.01", "crane", ""):

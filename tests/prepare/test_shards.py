@@ -59,7 +59,7 @@ def test_concepts_above_the_context_are_counted(tmp_path):
     for category, num_words in zip(content["categories"], (14, 15, 1), strict=True):  # [SOS] and [EOS] come on top
         category["name"] = " ".join(["dog"] * num_words)
     source.write_text(json.dumps(content))
-    report = build(source, tmp_path / "out")
+    report = build(source, tmp_path / "out", shard_size=100)
     assert (report["concepts above 16 tokens"], report["longest"]["tokens of a concept"]) == (1, 17)
 
 

@@ -144,6 +144,9 @@ def test_upcoming_streams_are_those_drawn_from_that_steps_first():
     assert order.upcoming(order.num_steps) == []
     capped = StepOrder([3, 5], epochs=3, seed=1, num_steps=4, from_epochs=[0, 2])
     assert capped.upcoming(0) == [0]
+    for num_steps, streams in ((6, [0]), (7, [0, 1])):  # the third epoch begins after six
+        capped = StepOrder([3, 5], epochs=3, seed=1, num_steps=num_steps, from_epochs=[0, 2])
+        assert capped.upcoming(0) == streams
 
 
 def test_a_weight_gives_the_nearest_whole_number_of_steps():

@@ -13,7 +13,8 @@ from tests.mutations.listed import (
     runs,
     tools,
     unseen,
+    waves,
 )
 
-ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later, unseen)
+ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later, unseen, waves)
 FAULTS = [fault for room in ROOMS for fault in room.FAULTS]
