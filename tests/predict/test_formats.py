@@ -148,7 +148,7 @@ def test_label_studio_tasks_are_as_documented(results, tmp_path):
     areas = [
         row["area"] for row in json.loads((write(results, tmp_path, "coco") / "coco.json").read_text())["annotations"]
     ]
-    assert areas == [1220, 6000, 281.75, 28]
+    assert areas == [915, 6000, 281.75, 28]
     first, second = tasks[0]["predictions"][0]["result"]
     assert first == {
         "id": "box0",

@@ -65,7 +65,8 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
         "lenses": "bends light",
     }.items():
         assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
-    (tmp_path / "dict" / "index.noun").open("a").write("glasses n 1 2 @ ~ 1 1 00000018  \n")
+    with (tmp_path / "dict" / "index.noun").open("a") as file:
+        file.write("glasses n 1 2 @ ~ 1 1 00000018  \n")
     spectacles = dictionary.WordNet(str(tmp_path / "dict"))  # a plural with a sense of its own
     assert spectacles.senses("Glasses") == [spectacles._sense(18)] != wordnet.senses("glasses")
     assert wordnet.senses("nothing such") == wordnet.senses("") == []
