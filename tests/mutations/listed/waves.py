@@ -4,6 +4,53 @@ from tests.mutations.fault import plant
 
 FAULTS = [
     *plant(
+        "bucket_store.py", "test_buckets.py",
+        ("return version if found == content else None", "return version", "::test_writes_on_condition"),
+        ("f\"{lead[:-1]}0\" if lead else \"\"", "f\"{lead}0\" if lead else \"\"", "::test_writes_on_condition"),
+        slow=True,
+    ),
+    *plant(
+        "buckets.py", "test_buckets.py",
+        ("if self._added > limit_bytes() / 64:", "if self._added > limit_bytes() / 2:", "::test_photos_make_room_and_files_in_use_do_not"),
+        ("goal = limit_bytes() * 0.95", "goal = limit_bytes() * 0.5", "::test_photos_make_room_and_files_in_use_do_not"),
+        ("when < time.time() - _UNUSED_S", "when > time.time() - _UNUSED_S", "::test_photos_make_room_and_files_in_use_do_not"),
+        ("if facts.st_mtime >= since or os.path.isdir(path):", "if os.path.isdir(path):", "::test_a_file_is_fetched_once_and_asked_for_once_a_run"),
+        ("where.key.replace(\"**/\", \"*\")", "where.key", "::test_folders_and_patterns"),
+        ("int(float(os.environ.get(\"DETCLIP_BUCKET_CACHE_GB\", 100)) * 1e9)", "int(float(os.environ.get(\"DETCLIP_BUCKET_CACHE_GB\", 100)) * 1e6)", "::test_photos_make_room_and_files_in_use_do_not"),
+        ("key=lambda path: path.stat().st_mtime_ns", "key=lambda path: path.name", "::test_a_command_reads_and_writes_buckets"),
+        ("if name in (\"words\", \"workdir\", \"checkpoint\") or not any", "if name in (\"workdir\", \"checkpoint\") or not any", "::test_options_that_must_be_here"),
+        slow=True,
+    ),
+    *plant(
+        "chips.py", "test_chips.py",
+        ("Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 989e12, 3350e9", "Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 1979e12, 3350e9", "::test_peaks_and_memories_of_the_data_sheets"),
+    ),
+    *plant(
+        "claims/__main__.py", "claims/test_claims.py",
+        ("np.ptp(values) / 2:.1f", "np.ptp(values):.1f", "::test_the_table_tells_means_spreads_and_what_is_missing"),
+        ("\"base_\": lambda box: frequency[box[\"category_id\"]] == \"f\"", "\"base_\": lambda box: frequency[box[\"category_id\"]] != \"f\"", "::test_scores_are_those_of_the_subsets"),
+    ),
+    *plant(
+        "claims/__main__.py", "claims/test_claims.py",
+        ("steps = (steps[0], shared + steps[1])", "steps = (steps[0], steps[1])", "::test_the_plot_counts_detection_steps"),
+        slow=True,
+    ),
+    *plant(
+        "claims/ablations.py", "claims/test_claims.py",
+        ("found = \"reproduced\" if margin >= 0 else", "found = \"reproduced\" if margin > 0 else", "::test_verdicts_go_by_the_means"),
+        slow=True,
+    ),
+    *plant(
+        "commands.py", "test_commands.py",
+        ("return tuple(part for part in text.split(\",\") if part)", "return tuple(text.split(\",\"))", "::test_options_become_the_values_that_a_function_names"),
+        ("pair for pair in config.chips[chip] if pair[0] not in overridden", "pair for pair in config.chips[chip]", "::test_a_configuration_that_cannot_be_loaded_is_one_line"),
+    ),
+    *plant(
+        "convert/layouts.py", "convert/test_convert.py",
+        ("depths[stage] = max(depths[stage], int(match[3]) + 1)", "depths[stage] = int(match[3]) + 1", "::test_the_way_back_is_exact"),
+        ("\"odd\": 2 * stage + 1", "\"odd\": 2 * stage - 1", "::test_features_of_a_converted_checkpoint_are_the_librarys"),
+    ),
+    *plant(
         "data/annotations.py", "data/test_annotations.py",
         ("(inside.prod(axis=1) < 0.9 * size.prod(axis=1))", "(inside.prod(axis=1) < 0.5 * size.prod(axis=1))", "::test_boxes_of_another_form_are_told"),
         ("runs.append(value + (runs[-2] if len(runs) > 2 else 0))", "runs.append(value + (runs[-2] if len(runs) > 1 else 0))", "::test_boxes_around_masks_and_polygons"),
@@ -16,14 +63,24 @@ FAULTS = [
     ),
     *plant(
         "data/batches.py", "data/test_streams.py",
+        ("if len(distinct) > self.num_captions:", "if len(distinct) >= self.num_captions:", "::test_phrases_are_unique_and_capped"),
         ("owned.append(distinct[: self.num_captions])", "owned.append(distinct[-self.num_captions :])", "::test_phrases_are_unique_and_capped"),
         ("np.concatenate([concepts[i][~doubtful], negatives[i][negatives[i] < self.capacity]])", "np.concatenate([concepts[i][~doubtful], negatives[i]])", "::test_only_as_many_verified_negatives_as_there_is_room_for_and_never_what_is_doubtful"),
         slow=True,
     ),
     *plant(
         "data/built.py", "data/test_built.py",
-        ("np.searchsorted(np.cumsum(self._split.shard_lengths), index, side=\"right\")", "np.searchsorted(np.cumsum(self._split.shard_lengths), index)", "::test_a_source_travels_to_other_processes"),
+        ("box_concepts=(np.cumsum(stays) - 1)[record.box_concepts[rows]].astype(np.int32)", "box_concepts=record.box_concepts[rows].astype(np.int32)", "::test_part_of_a_folder_with_definitions_and_without_categories"),
+        ("definitions = tuple(definition or dictionary.definition(name) for name, definition in pairs)", "definitions = tuple(dictionary.definition(name) or definition for name, definition in pairs)", "::test_part_of_a_folder_with_definitions_and_without_categories"),
+    ),
+    *plant(
+        "data/built.py", "data/test_built.py",
+        ("np.searchsorted(ends, index, side=\"right\")", "np.searchsorted(ends, index)", "::test_a_source_travels_to_other_processes"),
         slow=True,
+    ),
+    *plant(
+        "data/checks.py", "data/test_checks.py",
+        ("if num_bad > share * total:", "if num_bad >= share * total and num_bad:", "::test_a_share_may_be_bad_and_not_more"),
     ),
     *plant(
         "data/concepts.py", "data/test_concepts.py",
@@ -37,7 +94,13 @@ FAULTS = [
         slow=True,
     ),
     *plant(
+        "data/leakage.py", "data/test_checks.py",
+        ("(0{6}\\d{6})\\.jpe?g", "(0{6}\\d{6})\\.jpg", "::test_photos_of_other_sets_by_the_number_of_coco"),
+    ),
+    *plant(
         "data/scenes.py", "data/test_scenes.py",
+        ("low = np.maximum(np.floor(center - 1.45 * radius), 0).astype(int)", "low = np.maximum(np.floor(center - 1.0 * radius), 0).astype(int)", "::test_a_turned_shape_is_painted_to_its_ends"),
+        ("if thing.texture != \"plain\" and rng.random() < 0.15 else thing.name", "if thing.texture != \"plain\" and rng.random() < 0.5 else thing.name", "::test_a_texture_is_told_now_and_then"),
         ("joint = \"left of\" if scene.things[0].center[0] < scene.things[1].center[0]", "joint = \"left of\" if scene.things[0].center[1] < scene.things[1].center[1]", "::test_parts_have_scenes_of_their_own_and_captions_the_side_that_is_seen"),
     ),
     *plant(
@@ -54,11 +117,18 @@ FAULTS = [
         "data/transforms.py", "data/test_transforms.py",
         ("return self.size[::-1] if self.orientation >= 5 else self.size", "return self.size[::-1] if self.orientation > 5 else self.size", "::test_exif_rotation_is_honoured_as_pillow_does"),
         ("return pixels[::-1, ::-1].transpose(1, 0, 2)", "return pixels[::-1].transpose(1, 0, 2)", "::test_exif_rotation_is_honoured_as_pillow_does"),
+        ("shrinks = pixels.shape[0] > 2 * stored[0] or pixels.shape[1] > 2 * stored[1]", "shrinks = pixels.shape[0] > 2 * stored[0] and pixels.shape[1] > 2 * stored[1]", "::test_a_side_alone_that_shrinks_is_averaged"),
         ("empty = finite & ~inverted & ((boxes[:, 2] == boxes[:, 0]) | (boxes[:, 3] == boxes[:, 1]))", "empty = finite & ~inverted & ((boxes[:, 2] == boxes[:, 0]) & (boxes[:, 3] == boxes[:, 1]))", "::test_boxes_are_clipped_or_dropped_by_reason"),
     ),
     *plant(
         "eval/coco.py", "eval/test_coco.py",
         ("return categories % self.count == self.index", "return categories // self.count == self.index", "::test_published_numbers"),
+        ("values = values[values > -1]", "values = np.maximum(values, 0.0)", "::test_frequencies_average_their_categories"),
+    ),
+    *plant(
+        "eval/detections.py", "eval/test_detections.py",
+        ("sample = slice(None, None, 1 + len(boxes) // _NUM_LOOKED_AT)", "sample = slice(0, 1)", "::test_boxes_of_another_form_are_told_by_most_of_those_looked_at"),
+        ("if (boxes[:, 2:] < 0).any():", "if (boxes[:, 2:] <= 0).any():", "::test_positions_in_the_truth_and_what_was_repaired"),
     ),
     *plant(
         "eval/grounding.py", "eval/test_grounding.py",
@@ -67,8 +137,14 @@ FAULTS = [
         ("low, high = boxes[:, :2].min(axis=0), (boxes[:, :2] + boxes[:, 2:]).max(axis=0)", "low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)", "::test_recall_of_any_box_and_of_merged_boxes"),
     ),
     *plant(
+        "eval/loop.py", "eval/test_loop.py",
+        ("max_drawn=min(20, max(3, len(rows))),", "max_drawn=20,", "::test_part_of_the_images_and_what_is_drawn_and_recorded"),
+        slow=True,
+    ),
+    *plant(
         "eval/lvis.py", "eval/test_lvis_scores.py",
         ("free = (iou[start:end, None] >= thresholds)", "free = (iou[start:end, None] > thresholds)", "::test_an_overlap_of_exactly_the_threshold_is_enough"),
+        ("order = np.lexsort((box, iou, detection, place))", "order = np.lexsort((-box, iou, detection, place))", "::test_of_boxes_that_overlap_as_much_the_last_is_taken"),
         ("\"AP75\": mean(all_areas[:, 5])", "\"AP75\": mean(all_areas[:, 4])", "::test_numbers_of_lvis_api"),
     ),
     *plant(
@@ -94,6 +170,7 @@ FAULTS = [
     ),
     *plant(
         "eval/result.py", "eval/test_result.py",
+        ("order = np.argsort(image_ids, kind=\"stable\")", "order = np.argsort(image_ids)[::1] if len(image_ids) < 17 else np.argsort(image_ids)", "::test_rows_become_coco_results"),
         ("if time.time() - folder.stat().st_mtime > LEFT_SECONDS:", "if time.time() - folder.stat().st_mtime < LEFT_SECONDS:", "::test_rows_are_put_on_disk_once_a_minute_and_what_is_a_week_old_goes"),
     ),
     *plant(
@@ -125,6 +202,12 @@ FAULTS = [
         "export/scripts/weights.py", "export/test_export.py",
         ("VOCABULARY = \"weights.safetensors\", \"vocabulary.safetensors\"", "VOCABULARY = \"weights.safetensors\", \"weights.safetensors\"", "::test_weights_and_vocabulary"),
         slow=True,
+    ),
+    *plant(
+        "files.py", "test_files.py",
+        ("if not encoding and 4 * data[:256].count(0) > len(data[:256]):", "if not encoding and 2 * data[:256].count(0) > len(data[:256]):", "::test_utf_16_is_refused_by_name"),
+        ("last[name.casefold()] = 1", "last[name] = 1", "::test_names_that_a_file_system_may_take_for_one_are_told_apart"),
+        ("return text if text.isprintable() else ascii(text)", "return text if text.isascii() else ascii(text)", "::test_a_name_in_a_line_of_a_log"),
     ),
     *plant(
         "geometry/anchors.py", "geometry/test_boxes.py",
@@ -338,6 +421,17 @@ FAULTS = [
         slow=True,
     ),
     *plant(
+        "preflight/hlo.py", "preflight/test_hlo.py",
+        ("network[kind] += times * size", "network[kind] += size", "::test_collectives_in_and_out_of_loops"),
+        ("max(branches, key=lambda branch: branch.memory)", "min(branches, key=lambda branch: branch.memory)", "::test_what_one_branch_sends_counts_though_the_other_moves_more_memory"),
+    ),
+    *plant(
+        "preflight/report.py", "preflight/test_preflight.py",
+        ("f\"more than {memory / GIB:.1f} GiB", "f\"more than {memory / 1e9:.1f} GiB", "::test_a_refusal_without_a_number_is_no_number_and_all_is_tried"),
+        ("well = well and all(row.fits for row in rows)", "well = all(row.fits for row in rows)", "::test_one_report_of_the_data_and_one_of_each_topology"),
+        slow=True,
+    ),
+    *plant(
         "prepare/classes.py", "prepare/test_classes.py",
         ("elif not 0 <= label < len(self.names) or not self.names[label]:", "elif not 0 <= label < len(self.names):", "::test_a_folder_of_class_folders"),
     ),
@@ -350,9 +444,26 @@ FAULTS = [
         ("0 < int(number) <= len(offsets)", "0 < int(number) < len(offsets)", "::test_senses_of_names_plurals_and_alternatives"),
     ),
     *plant(
+        "prepare/image_text.py", "prepare/test_image_text.py",
+        ("if len(caption) > MAX_CHARACTERS:", "if len(caption) >= MAX_CHARACTERS:", "::test_bad_lines_of_a_tsv_have_defined_results"),
+    ),
+    *plant(
+        "prepare/inspect.py", "prepare/test_inspect.py",
+        ("width = -(-(high - low + 1) // _MAX_BINS)", "width = max((high - low + 1) // _MAX_BINS, 1)", "::test_bins_are_whole_and_few"),
+        slow=True,
+    ),
+    *plant(
+        "prepare/lvis.py", "prepare/test_lvis.py",
+        ("missing = [field for field in _FIELDS if not any(field in image for image in content[\"images\"])]", "missing = [field for field in _FIELDS[:1] if not any(field in image for image in content[\"images\"])]", "::test_a_json_that_is_not_lvis_is_refused"),
+    ),
+    *plant(
         "prepare/pseudo_boxes.py", "prepare/test_model_passes.py",
         ("caption = f\"{caption.rstrip(' .')}. {self._names[box.word]}\"", "caption = f\"{caption}. {self._names[box.word]}\"", "::test_a_dictionary_completes_what_the_caption_does_not_name"),
         slow=True,
+    ),
+    *plant(
+        "prepare/record_builder.py", "prepare/test_shards.py",
+        ("sum(length > CONTEXT_LENGTH for length in lengths.values())", "sum(length >= CONTEXT_LENGTH for length in lengths.values())", "::test_concepts_above_the_context_are_counted"),
     ),
     *plant(
         "prepare/text_tower.py", "prepare/test_text_tower.py",
@@ -382,11 +493,13 @@ FAULTS = [
         "runs/metrics.py", "runs/test_metrics.py",
         ("self._kept = [row for row in numbered if row[\"step\"] <= start]", "self._kept = [row for row in numbered if row[\"step\"] < start]", "::test_lines_after_the_start_are_removed_and_the_start_stays"),
         ("\"timing/step_seconds\": elapsed / max(self._steps, 1),", "\"timing/step_seconds\": elapsed / max(self._images, 1),", "::test_rates_and_waiting"),
+        ("minutes = round(seconds / 60)", "minutes = int(seconds / 60)", "::test_durations_are_rounded_to_minutes"),
     ),
     *plant(
         "runs/optimizer.py", "runs/test_optimizer.py",
         ("if scores[step] > best or step < config.warmup_steps", "if scores[step] >= best or step < config.warmup_steps", "::test_plateaus_lower_the_rate_and_end_the_run"),
         ("max(total_steps, warmup + 1), end_value=config.min_learning_rate", "max(total_steps, warmup + 1), end_value=0.0", "::test_other_learning_rates"),
+        ("round(share * total_steps): config.decay_factor", "int(share * total_steps): config.decay_factor", "::test_other_learning_rates"),
     ),
     *plant(
         "runs/order.py", "runs/test_order.py",
@@ -400,8 +513,56 @@ FAULTS = [
         ("return value[: shape[0]]", "return value[-shape[0] :]", "::test_files_are_fitted_to_the_model"),
     ),
     *plant(
+        "runs/processes.py", "runs/test_processes.py",
+        ("(\"JAX_COORDINATOR_ADDRESS\", \"COORDINATOR_ADDRESS\")", "(\"COORDINATOR_ADDRESS\",)", "::test_joining_is_automatic_where_variables_say_so"),
+    ),
+    *plant(
+        "runs/sharding.py", "runs/test_sharding.py",
+        ("key=lambda axis: (shape[axis], axis)", "key=lambda axis: (shape[axis], -axis)", "::test_the_largest_divisible_axis_is_split"),
+    ),
+    *plant(
         "runs/sharding.py", "runs/test_sharding.py",
         ("offset = jax.process_index() * batch.concept_tokens.shape[0]", "offset = jax.process_index() * batch.image.shape[0]", "::test_rows_of_a_later_process_follow_those_of_the_ones_before"),
+        slow=True,
+    ),
+    *plant(
+        "session.py", "test_session.py",
+        ("if key.startswith(\"num_\")", "if key.startswith(\"num_d\")", "::test_generated_files_are_those_that_were_asked_for"),
+        ("if changed and not allowed:", "if changed and allowed:", "::test_data_that_changed"),
+    ),
+    *plant(
+        "train.py", "test_train.py",
+        ("step in run.order.epoch_ends[section.every_epochs - 1 :: section.every_epochs]", "step in run.order.epoch_ends[:: section.every_epochs]", "::test_evaluations_come_at_the_ends_of_epochs_or_every_few_steps"),
+        ("return max(sorted(scores), key=lambda step: scores[step][run.config.eval.monitor])", "return max(sorted(scores, reverse=True), key=lambda step: scores[step][run.config.eval.monitor])", "::test_the_best_step_is_the_first_with_the_best_monitored_score"),
+    ),
+    *plant(
+        "train_step.py", "test_train_step_losses.py",
+        ("average + (1.0 - ema_decay) * (param - average)", "average + ema_decay * (param - average)", "::test_the_update_the_average_and_the_norms_follow_from_the_gradient"),
+        ("first[:, None] * length + place", "first[:, None] + place", "::test_loss_and_gradients_equal_the_oracle"),
+        slow=True,
+    ),
+    *plant(
+        "validation.py", "test_config.py",
+        ("return Rule(key, lambda value: (value >= 0 if lowest else value > 0) and value < 1, text)", "return Rule(key, lambda value: (value >= 0 if lowest else value > 0) and value <= 1, text)", "::test_what_goes_by_scores_needs_them"),
+        ("lambda value: 0 <= value < optimizer.learning_rate, allowed", "lambda value: 0 <= value <= optimizer.learning_rate, allowed", "::test_edges_of_what_is_allowed"),
+    ),
+    *plant(
+        "visualize/charts.py", "visualize/test_visualize.py",
+        ("columns = min(4, len(panels) + bool(bars))", "columns = min(4, len(panels))", "::test_curves_have_a_panel_a_quantity"),
+        ("if top > 0 and top < 0.3 * axes.get_ylim()[1]:", "if top > 0 and top < 0.9 * axes.get_ylim()[1]:", "::test_what_matters_most_comes_first_and_scores_are_in_percent"),
+        ("order = np.argsort(values, kind=\"stable\")", "order = np.argsort(-values, kind=\"stable\")", "::test_bars_are_ordered_and_one_is_marked"),
+        slow=True,
+    ),
+    *plant(
+        "visualize/drawing.py", "visualize/test_drawing.py",
+        ("max(12, min(15, round(max(size) / 55)))", "max(12, min(18, round(max(size) / 55)))", "::test_labels_are_legible_on_their_colour_and_no_wider_than_the_photo"),
+        ("for y in (y1 - height, y1, y2, y2 - height, (y1 + y2 - height) / 2)", "for y in (y1, y1 - height, y2, y2 - height, (y1 + y2 - height) / 2)", "::test_labels_are_legible_on_their_colour_and_no_wider_than_the_photo"),
+        ("padding = (y >= extent[0]) | (x >= extent[1])", "padding = (y > extent[0]) | (x > extent[1])", "::test_stripes_of_padding_are_diagonal"),
+    ),
+    *plant(
+        "visualize/figures.py", "visualize/test_visualize.py",
+        ("shown = shown[_places(boxes[shown], max_iou)][: None if len(good) else NUM_WEAK]", "shown = shown[_places(boxes[shown], max_iou)][:None]", "::test_detections_without_any"),
+        ("used = np.union1d(batch.box_concepts[batch.box_mask], batch.caption_concepts[batch.caption_mask])", "used = np.unique(batch.box_concepts[batch.box_mask])", "::test_contact_sheet_says_what_a_batch_holds"),
         slow=True,
     ),
 ]  # fmt: skip
