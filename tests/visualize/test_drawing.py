@@ -135,6 +135,23 @@ def test_a_map_is_dark_and_thin_where_it_is_low_and_bright_and_thick_where_it_is
     assert drawing.heat(photo, np.ones((3, 3), np.float32), low=1.0, high=1.0).shape == photo.shape  # no division by 0
 
 
+def test_the_scale_of_a_map_has_five_numbers(monkeypatch):
+    written, write = [], letters.Letters.write
+    monkeypatch.setattr(
+        letters.Letters, "write", lambda self, draw, place, text, **more: written.append((place[0], text))
+        or write(self, draw, place, text, **more),
+    )  # fmt: skip
+    picture = drawing.color_bar(low=-1.0, high=3.0, title="similarity", width=200)
+    assert picture.shape[1] == 200
+    (_, title), *numbers = written[-1:] + written[:-1]
+    assert title == "similarity"
+    assert [text for _, text in numbers] == ["-1.00", "0.00", "1.00", "2.00", "3.00"]
+    lengths = [letters.Letters(13).getlength(text) for _, text in numbers]
+    middles = [x + length / 2 for (x, _), length in zip(numbers, lengths, strict=True)]
+    np.testing.assert_allclose(middles[1:4], [49.75, 99.5, 149.25])
+    assert (numbers[0][0], numbers[4][0] + lengths[4]) == (0, 200)
+
+
 def test_stripes_of_padding_are_diagonal():
     hatched = drawing.hatch_padding(np.zeros((320, 400, 3), np.uint8), np.array([0, 0]))[..., 0]
     row, moved = hatched[0], hatched[3]

@@ -94,7 +94,35 @@ def test_panels_stand_four_in_a_row(tmp_path, figure):
     assert [axes.get_title() for axes in shown] == ["f", "b", "a", "d", "e"]
     assert [axes.get_subplotspec().get_gridspec().get_geometry() for axes in shown] == [(2, 4)] * 5
     assert {line.get_color() for axes in shown for line in axes.lines} == {"#191919"}  # of no group
+    charts.curves(tmp_path / "metrics.jsonl", names=["a", "b", "c", "d"])
+    assert [axes.get_subplotspec().get_gridspec().get_geometry() for axes in figure.figure.axes] == [(1, 4)] * 4
     assert shown[0].lines[1].get_marker() == "o"  # two points make no line
+
+
+def test_colours_of_a_series_come_again_darker():
+    assert [nth_color(i) for i in (0, 6, 7, 14, 21)] == [
+        PALETTE[0], PALETTE[6], (0, 68, 107), (0, 41, 64), PALETTE[0]
+    ]  # fmt: skip
+
+
+def test_only_scores_are_in_percent():
+    steps = np.array([1, 2])
+    series = {name: (steps, np.array([0.5, 1.0])) for name in ("eval/AP", "eval/seconds", "a/top1", "a/loss")}
+    shown = {name: next(iter(lines.values()))[1].tolist() for name, lines in charts._panels(series).items()}
+    assert shown == {"loss": [0.5, 1], "AP": [50, 100], "top1": [50, 100], "seconds": [0.5, 1]}
+
+
+def test_a_trade_off_has_new_data_to_the_right_and_old_data_upwards(figure):
+    points = [(0.0, 0.2, 0.5), (0.5, 0.35, 0.45), (1.0, 0.4, 0.2)]
+    charts.trade_off(points, chosen=1, score="AP")
+    (axes,) = figure.figure.axes
+    line, mark = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[20, 50], [35, 45], [40, 20]])
+    np.testing.assert_allclose(mark.get_xydata(), [[35, 45]])
+    assert [(text.get_text(), *np.round(text.xy, 6)) for text in axes.texts] == [
+        ("0", 20, 50), ("0.5", 35, 45), ("1", 40, 20)
+    ]  # fmt: skip
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("AP on the new data (%)", "AP on the old data (%)")
 
 
 def test_lines_are_drawn_with_their_mean(figure):
@@ -263,6 +291,7 @@ def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):
     grid = anchor_lib.grid((64, 96))
     centers = {tuple(center) for center in (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2}
     names = [["dog", "a red cat"], ["tree"]]
+    np.testing.assert_allclose(figure.figure.get_size_inches(), [2 * 4.2, 4.2 * 64 / 96 + 1.1])  # as high as the canvas
     for i, axes in enumerate(figure.figure.axes[:2]):
         (image,) = axes.images
         assert list(image.get_extent()) == [0, 96, 64, 0]

@@ -80,3 +80,21 @@ def test_charts_spell_what_their_font_lacks_and_take_dollars_as_they_are():
 def test_labels_in_any_script_are_drawn():
     picture = drawing.photo(np.zeros((90, 90, 3), np.uint8), [[9, 9, 80, 80]], ["قطة\nबिल्ली 猫"], [(200, 200, 200)])
     assert (picture == np.array(drawing.INK)).all(-1).sum() > 20
+
+
+def test_upright_fonts_without_serifs_are_asked_first(monkeypatch):
+    fonts = ["/b/Sans-Bold.ttf", "/a/Serif-Regular.ttf", "/c/Sans-Regular.otf", "/a/Other.ttf"]
+    monkeypatch.setattr(letters.font_manager, "findSystemFonts", lambda: fonts)
+    order = letters._machine_fonts.__wrapped__()
+    assert order == (fonts[2], fonts[1], fonts[0], fonts[3])
+
+
+def test_a_line_hangs_from_its_place():
+    image = Image.new("L", (40, 60), 255)
+    font = letters.Letters(30)
+    font.write(ImageDraw.Draw(image), (5, 10), "H", fill=0)
+    rows, columns = (np.flatnonzero((np.asarray(image) < 128).any(axis=axis)) for axis in (1, 0))
+    ascent = letters._font(letters._own_font(bold=False), 30).getmetrics()[0]
+    assert rows[-1] == 10 + ascent - 1  # it stands on the baseline
+    assert 10 + ascent // 4 < rows[0] + 8
+    assert 5 <= columns[0] < columns[-1] < 5 + font.getlength("H")
