@@ -104,23 +104,23 @@ def test_eight_devices_in_chunks_equal_the_oracle(micro, kind):
                  state.params, optax.apply_updates(params, updates))  # fmt: skip
 
 
-def memory(micro, kind, *settings):
-    """Returns the compiler's account of a step, in bytes a device."""
+def memory(micro, *settings):
+    """Returns the compiler's account of a step on pairs, in bytes a device, and the bytes of the whole state."""
     micro_json = config_json.to_json(micro)
-    _, new, step, mesh = compiled(micro_json, kind, *settings)
+    _, new, step, mesh = compiled(micro_json, Kind.IMAGE_TEXT, *settings)
     with jax.set_mesh(mesh):
-        batch = sharding.to_global(batch_of(kind), mesh)
-        return step.lower(new(fresh_params(micro_json)), batch).compile().memory_analysis()
+        state, batch = new(fresh_params(micro_json)), sharding.to_global(batch_of(Kind.IMAGE_TEXT), mesh)
+        account = step.lower(state, batch).compile().memory_analysis()
+    return account, sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 @pytest.mark.slow
 def test_the_state_is_updated_in_place_and_chunks_save_memory(micro):
-    micro_json = config_json.to_json(micro)
-    _, new, *_ = compiled(micro_json, Kind.IMAGE_TEXT, 1, 1, 1)
-    state = sum(x.nbytes for x in jax.tree.leaves(new(fresh_params(micro_json))))
-    whole, split, chunked = (memory(micro, Kind.IMAGE_TEXT, *s) for s in ((1, 1, 1), (8, 2, 2), (1, 4, 1)))
+    split, state = memory(micro, 8, 2, 2)
+    assert split.alias_size_in_bytes < 0.52 * state
+    micro.model.head.deformable = False  # much to compile
+    (whole, state), (chunked, _) = (memory(micro, *settings) for settings in ((1, 1, 1), (1, 4, 1)))
     assert whole.alias_size_in_bytes == pytest.approx(state, rel=0.01)  # donated, and all of it used again
-    assert split.alias_size_in_bytes < 0.52 * whole.alias_size_in_bytes
     assert chunked.temp_size_in_bytes < 0.6 * whole.temp_size_in_bytes
 
 

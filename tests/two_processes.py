@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ TESTS = pathlib.Path(__file__).parent
 def outputs_of(script, *arguments, timeout_s):
     """Returns what both processes of `script ADDRESS PROCESS_ID ARGUMENTS…` printed, each with 4 simulated devices."""
     address = f"localhost:{portpicker.pick_unused_port()}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = re.sub(r"(--xla_force_host_platform_device_count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     processes = [
         subprocess.Popen(

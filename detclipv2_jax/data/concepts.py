@@ -38,8 +38,14 @@ def concept_text(name: str, definition: str = "") -> str:
 
 @functools.cache
 def _english() -> inflect.engine:
-    import inflect  # checks its own types when imported, for seconds: not in a process that compares no names
+    import typeguard  # not in a process that compares no names
 
+    # inflect compiles checks of its own types when it is imported, for seconds
+    typechecked, typeguard.typechecked = typeguard.typechecked, lambda target: target
+    try:
+        import inflect
+    finally:
+        typeguard.typechecked = typechecked
     return inflect.engine()
 
 

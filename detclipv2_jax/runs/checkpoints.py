@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 _DIGESTS = "sha256.json"
 
+# The devices that hold the same array write a slice of it each, and every slice is a program to compile: only where a
+# slice is of 1 MiB or more. orbax offers this argument of its handler only to those who make the handler anew.
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 1 << 20
+
 
 class DamagedError(ValueError):
     """A checkpoint, or all of them, cannot be read; the message says which and what to do."""

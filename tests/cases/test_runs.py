@@ -13,6 +13,7 @@ import time
 import pytest
 import test_main
 from micro import micro_config
+from test_main import _steps_are_compiled_once  # noqa: F401  (steps are shared here too)
 
 from detclipv2_jax import config_json, session, train
 from detclipv2_jax.data import scenes

@@ -44,6 +44,7 @@ def config(num_steps):
 
 def run(workdir, num_steps, where, step):
     """Trains; kills itself at `where` (step, save, evaluation) of `step`."""
+    train.charts.curves = lambda *_, **__: None  # they take longer than the steps
 
     def die_after(owner, name, condition):
         call = getattr(owner, name)

@@ -9,7 +9,7 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json
-from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.runs import checkpoints, sharding
 from detclipv2_jax.runs.state import TrainState
 
 SHAPES = {"a": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}, "b": jax.ShapeDtypeStruct((), np.float32)}
@@ -126,6 +126,18 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, caplog):
         with pytest.raises(checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move"):
             ours.intact_step(everything, set_aside=True)
         assert (folder / "2").exists()
+
+
+@pytest.mark.parametrize(("shape", "num_slices"), [((8, 23), 0), ((8, 1 << 18), 8)])
+def test_only_large_arrays_are_written_in_slices(tmp_path, caplog, shape, num_slices):
+    place = jax.sharding.NamedSharding(sharding.make_mesh(), sharding.REPLICATED)
+    array = jax.device_put(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), place)
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=1)) as ours:
+        with jax.log_compiles():
+            ours.save(1, TrainState(jax.numpy.int32(1), {"a": array}, (), None))
+        ours.wait()
+        np.testing.assert_array_equal(ours.restore_params(1)["a"], array)
+    assert sum("Compiling jit(slice)" in message for message in caplog.messages) == num_slices
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
