@@ -55,11 +55,11 @@ def micro_session() -> ConfigDict:
     return micro_config()
 
 
-# files that compile most come first, so that no process is left with one of them while the others are done
+# files that take longest come first, so that no process is left with one of them while the others are done
 HEAVY = (
-    "test_main.py", "test_train_step.py", "test_photographs.py", "test_killed.py", "test_two_processes.py",
-    "test_finetune.py",
-    "test_detclip.py", "test_house.py", "test_export.py",
+    "test_train_step.py", "test_main.py", "test_runs.py", "test_two_processes.py", "test_finetune.py",
+    "test_interrupts.py", "test_bucket_workdirs.py", "test_killed.py", "test_train_step_losses.py",
+    "test_photographs.py", "test_export.py", "test_detclip.py", "test_house.py",
 )  # fmt: skip
 
 
