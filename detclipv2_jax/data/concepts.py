@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 import re
 import unicodedata
@@ -38,8 +39,7 @@ def concept_text(name: str, definition: str = "") -> str:
 
 @functools.cache
 def _english() -> inflect.engine:
-    import typeguard  # not in a process that compares no names
-
+    typeguard: Any = importlib.import_module("typeguard")  # not in a process that compares no names
     # inflect compiles checks of its own types when it is imported, for seconds
     typechecked, typeguard.typechecked = typeguard.typechecked, lambda target: target
     try:
