@@ -36,7 +36,7 @@ from detclipv2_jax import commands
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
-from detclipv2_jax.eval import detections, lvis, proposals
+from detclipv2_jax.eval import detections, lvis, names, proposals
 from detclipv2_jax.files import only_writer, read_json, write_json, write_text
 
 # glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
@@ -48,6 +48,8 @@ COLUMNS = {  # of the table: score → heading
     "novel_AP50": "novel AP50",
     "novel_AR": "novel AR",
     "held_out_AP": "held-out AP",
+    "base_top1": "base names right",
+    "novel_top1": "novel names right",
 }
 
 
@@ -82,9 +84,10 @@ def _subset_scores(
 
 
 def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the scores of a run in %: AP of all, base, novel shapes and held-out combinations, AR of novel shapes.
+    """Returns the scores of a run in %: AP of all, base, novel shapes and held-out combinations; AR and right names.
 
-    AR is class-agnostic, of the best 300 boxes of an image, see `eval.proposals`.
+    AR, of novel shapes, is class-agnostic, of the best 300 boxes of an image, see `eval.proposals`; top1 is the share
+    of found objects whose best name is right, see `eval.names`.
     """
     frequency = {category["id"]: category["frequency"] for category in truth["categories"]}
     parts: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -97,8 +100,10 @@ def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     for lead, counts in parts.items():
         subset = _subset_scores(truth, rows, counts)
         scores |= {f"{lead}{name}": subset[name] for name in ("AP", "AP50")}
-    agnostic = proposals.evaluate(truth, rows)
-    return scores | {"novel_AR": round(100 * agnostic["agnostic_ARr@300"], 2)}
+    more = {"novel_AR": proposals.evaluate(truth, rows)["agnostic_ARr@300"]}
+    named = names.evaluate(truth, rows)
+    more |= {"base_top1": named["top1f"], "novel_top1": named["top1r"]}
+    return scores | {name: round(100 * value, 2) for name, value in more.items()}
 
 
 def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
@@ -279,16 +284,20 @@ def markdown(results: ablations.Results) -> Iterator[str]:
     yield f"{len(results)} of {len(ablations.queue())} runs are done" + (
         f"; a run takes {np.mean(minutes):.1f} minutes of one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
     )
+    # results of older versions have no share of right names
+    columns = [score for score in COLUMNS if any(score in result["scores"] for result in results.values())]
     for finding in ablations.FINDINGS:
         yield f"\n**{finding.title}**\n\n"
-        yield f"| | seeds | AP at the start | {' | '.join(COLUMNS.values())} |\n|---|---|---|{'---|' * len(COLUMNS)}\n"
+        headings = " | ".join(COLUMNS[score] for score in columns)
+        yield f"| | seeds | AP at the start | {headings} |\n|---|---|---|{'---|' * len(columns)}\n"
         seeds = ablations.common_seeds(finding, results)
-        for name, row in finding.rows.items():
+        for title, row in finding.rows.items():
             row_seeds = [seed for seed in seeds if (row, seed) in results]
             before = [results.get((ablations.start_of(row), seed)) for seed in row_seeds]
             cells = [_cell([start["scores"]["AP"] for start in before if start])]
-            cells += [_cell([results[row, seed]["scores"][score] for seed in row_seeds]) for score in COLUMNS]
-            yield f"| {name} | {len(row_seeds)} | {' | '.join(cells)} |\n"
+            row_scores = [results[row, seed]["scores"] for seed in row_seeds]
+            cells += [_cell([scores[name] for scores in row_scores if name in scores]) for name in columns]
+            yield f"| {title} | {len(row_seeds)} | {' | '.join(cells)} |\n"
         yield "\n"
         for claim in finding.claims:
             yield f"* {claim.text}: {ablations.verdict(claim, finding, results)}\n"

@@ -243,7 +243,7 @@ def verdict(claim: Claim, finding: Finding, results: Results) -> str:
     if not margins:
         return "not run yet"
     rows = set.intersection(*(set(scores) for scores in by_seed.values()))
-    names = next(iter(next(iter(by_seed.values())).values()))
+    names = set.intersection(*(set(score) for scores in by_seed.values() for score in scores.values()))
     mean = {
         row: {name: float(np.mean([scores[row][name] for scores in by_seed.values()])) for name in names}
         for row in rows

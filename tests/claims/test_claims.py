@@ -115,13 +115,26 @@ def test_scores_are_those_of_the_subsets():
     misnamed = [found(2, 1, [40, 40, 20, 20], 0.5), found(2, 2, [40, 40, 20, 20], 0.4)]
     perfect = [star, found(2, 1, [0, 0, 10, 10], 0.8), misnamed[1]]
     assert claims.score(world(), perfect) == dict.fromkeys(
-        ("AP", "AP50", "base_AP", "base_AP50", "novel_AP", "novel_AP50", "held_out_AP", "held_out_AP50", "novel_AR"),
+        (
+            "AP",
+            "AP50",
+            "base_AP",
+            "base_AP50",
+            "novel_AP",
+            "novel_AP50",
+            "held_out_AP",
+            "held_out_AP50",
+            "novel_AR",
+            "base_top1",
+            "novel_top1",
+        ),
         100.0,
     )
     scores = claims.score(world(), [star, *misnamed])
     assert scores["held_out_AP"] == 0.0
     assert scores["base_AP"] == pytest.approx(100 * 51 / 101, abs=0.01)  # recall 0.5, at the better of two scores
     assert (scores["novel_AP"], scores["novel_AR"]) == (100.0, 100.0)
+    assert (scores["base_top1"], scores["novel_top1"]) == (100.0, 0.0)  # the better name of the key is the star's
     scores = claims.score(world(), [star, misnamed[0]])
     assert (scores["novel_AP"], scores["novel_AR"]) == (0.0, 100.0)  # found, under a wrong name
     half = claims.score(world(), [star, found(2, 2, [40, 40, 20, 15], 0.4)])  # IoU 0.75: six of ten thresholds
@@ -135,9 +148,11 @@ def test_scores_are_rounded_and_every_place_counts_once(monkeypatch):
     assert claims.score(world(), [*rows[2:], found(2, 1, [40, 40, 20, 20], 0.4)])["novel_AR"] == 100.0  # 299 are better
     assert claims.score(world(), [*rows, found(2, 1, [40, 40, 20, 20], 0.4)])["novel_AR"] == 0.0
     monkeypatch.setattr(claims.lvis, "evaluate", lambda truth, rows: {"AP": 0.1, "AP50": 0.12345})
+    monkeypatch.setattr(claims.names, "evaluate", lambda truth, rows: {"top1f": 0.34567, "top1r": 0.45678})
     monkeypatch.setattr(claims.proposals, "evaluate", lambda truth, rows: {"agnostic_ARr@300": 0.23456})
     scores = claims.score(world(), [])
     assert (scores["novel_AR"], scores["base_AP50"]) == (23.46, 12.35)
+    assert (scores["base_top1"], scores["novel_top1"]) == (34.57, 45.68)
 
 
 def results(margins, *, row="pairs"):
@@ -190,6 +205,13 @@ def test_the_table_tells_means_spreads_and_what_is_missing():
     assert "8 of 56 runs are done; a run takes 4.0 minutes of one core" in text
     assert "| text to image | 2 | 20.5 ± 0.5 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
     assert "| k = 3 | 0 | – |" in text
+    assert "base names right | novel names right |" in text
+    older = {key: {**result, "scores": {"AP": 30.0, "base_AP": 30.0}} for key, result in results([2.0]).items()}
+    assert "right" not in "".join(claims.markdown(older)).split("*")[0]  # a column that no result has
+    (row,) = [
+        line for line in claims.markdown(results([2.0]) | {("pairs", 0): older["pairs", 0]}) if "| text to" in line
+    ][:1]
+    assert row.endswith(" – | – |\n")
     more = results([2.0, 1.0]) | {("pairs", 2): results([60.0])["pairs", 0]}
     text_of_more = "".join(claims.markdown(more))
     assert "| text to image | 2 | – | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text_of_more  # not the others' third
