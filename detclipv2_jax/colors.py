@@ -7,6 +7,8 @@ import re
 import zlib
 
 Color = tuple[int, int, int]
+BLACK: Color = (0, 0, 0)
+WHITE: Color = (255, 255, 255)
 PALETTE: tuple[Color, ...] = (
     (0, 114, 178),
     (230, 159, 0),
@@ -38,6 +40,18 @@ def color_of(name: str) -> Color:
     lightness = (0.35, 0.5, 0.65)[(number >> 16) % 3]
     red, green, blue = (round(255 * channel) for channel in colorsys.hls_to_rgb(hue / 360, lightness, 0.85))
     return red, green, blue
+
+
+def ink_on(color: Color) -> Color:
+    """Returns black or white, whichever is easier to read on a colour: WCAG's contrast is 4.5 or more on every one."""
+    return WHITE if luminance(color) < 0.179 else BLACK  # at 0.179 both have the same contrast
+
+
+def luminance(color: Color) -> float:
+    """Returns the relative luminance of a colour in [0, 1], WCAG 2's."""
+    shares = [channel / 255 for channel in color]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def hex_color(color: Color) -> str:

@@ -155,12 +155,13 @@ def test_what_is_found_on_one_photo(photos):
     row = found.to_coco(image_id=5)[0]
     assert (row["image_id"], row["category_id"], row["name"]) == (5, 2, "red")
     np.testing.assert_allclose(row["bbox"], [200, 20, 60, 60], atol=5)
-    plotted = np.asarray(found.plot(photos / "a.png", max_drawn=1)).astype(int)
-    assert plotted.shape == pixels.shape
-    changed = np.flatnonzero(np.abs(plotted - pixels).sum(axis=(0, 2)))
-    assert 190 <= changed.min() <= 206  # the left side of the box
+    plotted, factor = found.plot(photos / "a.png", max_drawn=1), 900 / pixels.shape[1]
+    assert plotted.size == (900, round(factor * pixels.shape[0]))
+    enlarged = Image.fromarray(pixels).resize(plotted.size, Image.Resampling.LANCZOS)
+    changed = np.abs(np.asarray(plotted, int) - np.asarray(enlarged, int))
+    assert 190 * factor <= np.flatnonzero(changed.sum(axis=(0, 2))).min() <= 206 * factor  # the left side of the box
     assert str(predictor(pixels, ["blue", "red"], score_threshold=0.999)) == "nothing found of 2 words"
-    np.testing.assert_array_equal(predictor(pixels, ["red"], score_threshold=0.999).plot(pixels), pixels)
+    np.testing.assert_array_equal(predictor(pixels, ["red"], score_threshold=0.999).plot(pixels), enlarged)
 
 
 def test_what_is_found_goes_to_supervision(photos, monkeypatch):

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detclipv2_jax.colors import color_of, hex_color
+from detclipv2_jax.colors import color_of, hex_color, ink_on
 from detclipv2_jax.demo import album as album_lib
 from detclipv2_jax.demo.album import Album, Entry
 from detclipv2_jax.inference import Found, Predictor, parse_words, vocabulary
 from detclipv2_jax.inference.detector import TEXT_BATCH
 from detclipv2_jax.inference.exemplars import Example
+from detclipv2_jax.labels import in_ascii
 from detclipv2_jax.visualize import drawing, figures
 
 MAX_CHARS = 5000  # of words, a caption or a name
@@ -83,9 +84,9 @@ class Answers:
         found = self._found(request)
         entry = self.album.get(request.get("photo"))
         rows = [row | {"file_name": entry.name} for row in found.to_coco()]
-        colors = {name: hex_color(color_of(name)) for name in found.names}
+        looks = {name: look_of(name) for name in found.names}
         seconds = round(time.perf_counter() - begin, 3)
-        return {"rows": rows, "colors": colors, "num_names": len(found.vocabulary), "seconds": seconds}
+        return {"rows": rows, "looks": looks, "num_names": len(found.vocabulary), "seconds": seconds}
 
     def picture(self, request: dict[str, Any]) -> bytes:
         """Returns the photo with the boxes of at least the score `threshold`, as a PNG."""
@@ -126,9 +127,7 @@ class Answers:
             picture = album_lib.encoded(Image.fromarray(drawing.heat(small, values, low=low, high=high)), "PNG")
             row = {"text": text, "box": box.round(2).tolist(), "score": round(float(score), 3)}
             map_url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-            rows.append(
-                row | {"low": round(low, 3), "high": round(high, 3), "map": map_url, "color": hex_color(color_of(text))}
-            )
+            rows.append(row | {"low": round(low, 3), "high": round(high, 3), "map": map_url, "look": look_of(text)})
         return {"phrases": rows, "seconds": round(time.perf_counter() - begin, 3)}
 
     def _turn(self) -> _Turn:
@@ -190,6 +189,12 @@ def about(entry: Entry) -> dict[str, Any]:
     return {"id": entry.id, "name": entry.name, "width": entry.width, "height": entry.height}
 
 
+def look_of(name: str) -> dict[str, str]:
+    """Returns how the page draws a name: its colour, that of letters on it, its spelling where no font has it."""
+    color = color_of(name)
+    return {"color": hex_color(color), "ink": hex_color(ink_on(color)), "plain": in_ascii(name)}
+
+
 def phrases_of(caption: str) -> list[str]:
     """Returns what stands between a caption's articles, prepositions and punctuation, each once."""
     return list(dict.fromkeys(filter(None, (part.strip(" -'") for part in _BETWEEN.split(caption)))))
@@ -199,7 +204,10 @@ def _words(request: dict[str, Any]) -> dict[str, str]:
     words, chosen = _text(request, "words").replace("\n", ","), _text(request, "vocabulary")
     if chosen and chosen not in vocabulary.NAMED:
         raise ValueError(f"there is no list of names {chosen!r}; there are {', '.join(vocabulary.NAMED)}")
-    return parse_words(words, vocabulary=chosen) if chosen or words.strip(" ,:") else {}
+    try:
+        return parse_words(words, vocabulary=chosen)
+    except ValueError:  # not one word
+        return {}
 
 
 def _text(request: dict[str, Any], key: str) -> str:

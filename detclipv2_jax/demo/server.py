@@ -24,6 +24,7 @@ IDLE_S = 20.0  # without a byte
 MAX_CONNECTIONS = 16  # at once; more are closed
 FILES = {
     "/": ("page.html", "text/html"),
+    "/labels.js": ("labels.js", "text/javascript"),
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }

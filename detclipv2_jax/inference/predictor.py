@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, overload
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from detclipv2_jax import files
+from detclipv2_jax import files, labels
 from detclipv2_jax.colors import color_of
 from detclipv2_jax.data import concepts, transforms
 from detclipv2_jax.inference import exemplars as exemplars_lib
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 Words = Sequence[str] | Mapping[str, str]
+_PLOT_SIDE_PX = 900  # of the long side of a picture, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +78,23 @@ class Found:
             data={"class_name": np.array(self.names, str)},
         )
 
-    def plot(self, image: Any, *, min_score: float = 0.0, max_drawn: int = 20) -> Image.Image:
-        """Returns the image (path or RGB array) with the best boxes, their words and scores; a notebook shows it."""
-        from anyascii import anyascii
+    def plot(self, image: Any, *, min_score: float = 0.2, max_drawn: int = 20) -> Image.Image:
+        """Returns the image (path or RGB array) with the best boxes, their words and scores; a notebook shows it.
 
+        A place is shown once, with its best word. Where no box has `min_score`, the best three are drawn. A small image
+        is enlarged, so that labels can be read.
+        """
         is_path = isinstance(image, (str, os.PathLike))
         photo = transforms.read(image) if is_path else transforms.Photo(image, image.shape[:2])
-        picture = Image.fromarray(photo.pixels)
-        draw, line = ImageDraw.Draw(picture), max(1, max(picture.size) // 300)
-        font = ImageFont.load_default(max(10, max(picture.size) // 45))
-        best = list(zip((self.boxes * photo.scale).tolist(), self.names, self.scores.tolist(), strict=True))
-        for box, name, score in reversed([row for row in best if row[2] >= min_score][:max_drawn]):
-            color = color_of(name)
-            draw.rectangle(box, outline=color, width=line)
-            text = f"{anyascii(name)} {score:.2f}"  # the font has few letters
-            draw.text(box[:2], text, fill="white", font=font, stroke_width=line, stroke_fill=color)
+        height, width = photo.pixels.shape[:2]
+        factor = max(1.0, _PLOT_SIDE_PX / max(height, width))
+        size = max(1, round(factor * width)), max(1, round(factor * height))
+        picture = Image.fromarray(photo.pixels).resize(size, Image.Resampling.LANCZOS)
+        drawn = labels.best_places(self.boxes, self.scores, min_score=min_score, max_drawn=max_drawn)
+        names = [self.vocabulary[label] for label in self.labels[drawn]]
+        texts = [f"{name} {score:.2f}" for name, score in zip(names, self.scores[drawn], strict=True)]
+        boxes, font = self.boxes[drawn] * photo.scale * factor, labels.AsciiFont(max(15, max(size) // 60))
+        labels.draw(picture, boxes, texts, [color_of(name) for name in names], font=font)
         return picture
 
 

@@ -41,7 +41,7 @@ def curves(
 
     Thin: every value. Thick: a moving mean. Losses come first, then scores in %, the share of right names, speed, and
     the rest; what never changes is left out. Scores of a single evaluation are bars. `names` chooses quantities
-    ("loss_alignment"), which are drawn whatever they are.
+    ("loss_alignment"), of which none is left out.
 
     Raises:
       ValueError: the file is missing, holds something else, or has none of the names.
@@ -56,14 +56,15 @@ def curves(
         if missing:
             raise ValueError(f"{metrics} has no {', '.join(missing)}; it has {', '.join(sorted(panels))}")
         panels = {name: panels[name] for name in names}
-    elif moving := {name: lines for name, lines in panels.items() if any(map(_moves, lines.values()))}:
+    moving = {name: lines for name, lines in panels.items() if any(map(_moves, lines.values()))}
+    if names or moving:
         single = {name: lines for name, lines in panels.items() if name not in moving and re.match("A[PR]|top1", name)}
         bars = {
             f"{name} {group.removeprefix('eval')}".strip(): (values[-1], colors[group])
             for name, lines in single.items()
             for group, (_, values) in lines.items()
         }
-        panels = moving
+        panels = {name: lines for name, lines in panels.items() if name not in single} if names else moving
     columns = min(4, len(panels) + bool(bars))
     rows = math.ceil((len(panels) + bool(bars)) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows + 0.5), dpi=100, layout="constrained")

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from detclipv2_jax import files
-from detclipv2_jax.colors import Color
+from detclipv2_jax import files, labels
+from detclipv2_jax.colors import WHITE, Color
 from detclipv2_jax.visualize.letters import Letters
 
 Picture = UInt8[np.ndarray, "h w 3"]
-INK, PAPER, PALE = (25, 25, 25), (255, 255, 255), (110, 110, 110)
+INK, PAPER, PALE = (25, 25, 25), WHITE, (110, 110, 110)
 MARGIN_PX = 12
 MAX_SIDE_PX, MIN_SIDE_PX = 1600, 900  # photos are shown with their long side between these
 
@@ -72,80 +72,11 @@ def photo(
     factor = (long_side or min(max(side, MIN_SIDE_PX), MAX_SIDE_PX)) / side
     size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     picture = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(picture)
-    line = max(2, round(max(size) / 300))
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4) * np.array(
         [size[0] / image.shape[1], size[1] / image.shape[0]] * 2
     )
-    for box, color in reversed(list(zip(boxes, colors, strict=True))):
-        x1, y1, x2, y2 = box
-        x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=PAPER, width=line + 2)  # a rim on any background
-        draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
-    font = Letters(max(12, min(15, round(max(size) / 55))))
-    taken: list[tuple[float, float, float, float]] = []
-    for box, text, color in zip(boxes, texts, colors, strict=True):
-        line_of_text = _shorten(" ".join(text.split()), font, size[0] - 8)
-        place = place_label(box, _label_size(line_of_text, font), size, taken) if line_of_text else None
-        if place:
-            taken.append(place)
-            _draw_label(draw, place, line_of_text, box, color, font)
+    labels.draw(picture, boxes, texts, colors, font=Letters(max(12, min(15, round(max(size) / 55)))))
     return np.asarray(picture)
-
-
-def _draw_label(
-    draw: ImageDraw.ImageDraw, place: Sequence[float], text: str, box: np.ndarray, color: Color, font: Letters
-) -> None:
-    x1, y1, x2, y2 = place
-    near = min(max(box[0], (x1 + x2) / 2), box[2]), min(max(box[1], (y1 + y2) / 2), box[3])
-    if not (x1 - 1 <= near[0] <= x2 + 1 and y1 - 1 <= near[1] <= y2 + 1):  # a label that stands away from its box
-        draw.line((*near, (x1 + x2) / 2, (y1 + y2) / 2), fill=color, width=2)
-    dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140
-    draw.rectangle((x1, y1, x2, y2), fill=color, outline=PAPER)
-    font.write(draw, (x1 + 3, y1 + 1), text, fill=PAPER if dark else INK)
-
-
-def _shorten(text: str, font: Letters, width: float) -> str:
-    """Returns as much of the text as `width` px hold."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
-def _label_size(text: str, font: Letters) -> tuple[float, float]:
-    return font.getlength(text) + 6, round(font.size * 1.3) + 2
-
-
-def place_label(
-    box: np.ndarray, label: tuple[float, float], size: tuple[int, int], taken: Sequence[tuple[float, ...]]
-) -> tuple[float, float, float, float] | None:
-    """Returns where a label covers no other one, inside the photo: at its box or, where all is taken, near it.
-
-    None: nowhere is room for it.
-    """
-    width, height = label
-    x1, y1, x2, y2 = box
-    places = [
-        (x, y)
-        for y in (y1 - height, y1, y2, y2 - height, (y1 + y2 - height) / 2)
-        for x in (x1, x2 - width, (x1 + x2 - width) / 2, x2, x1 - width)
-    ]
-    most = np.maximum(np.array(size) - label - 1, 0)
-    at_box = np.clip(np.array(places, np.float64), 0, most)
-    anywhere = np.stack(np.meshgrid(*(np.append(np.arange(0, end, 6), end) for end in most)), axis=-1).reshape(-1, 2)
-    gap = np.maximum(np.maximum(box[:2] - anywhere - label, anywhere - box[2:]), 0)
-    nearest = anywhere[np.argsort(np.hypot(*gap.T), kind="stable")]
-    for corners in (at_box, nearest):
-        free = np.ones(len(corners), bool)
-        for left, top, right, bottom in taken:
-            x, y = corners.T
-            free &= (x >= right) | (x + width <= left) | (y >= bottom) | (y + height <= top)
-        if free.any():
-            x, y = corners[free.argmax()].tolist()
-            return x, y, x + width, y + height
-    return None
 
 
 def hatch_padding(image: Picture, extent: np.ndarray) -> Picture:

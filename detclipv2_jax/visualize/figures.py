@@ -16,15 +16,13 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from pycocotools import mask as boxes_lib
 
+from detclipv2_jax import labels as labels_lib
 from detclipv2_jax.colors import color_of, hex_color, nth_color
 from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.geometry import anchors, atss
 from detclipv2_jax.visualize import charts, drawing
-
-NUM_WEAK = 3  # boxes drawn where none has the score asked for
 
 
 def detections(
@@ -57,12 +55,9 @@ def detections(
       title: first line of the figure.
       path: where to write the picture.
     """
-    shown = np.arange(len(boxes))
+    shown = np.arange(len(boxes))[:max_drawn]
     if scores is not None:
-        good = np.flatnonzero(np.asarray(scores) >= min_score)
-        shown = good if len(good) else shown
-        shown = shown[_places(boxes[shown], max_iou)][: None if len(good) else NUM_WEAK]
-    shown = shown[:max_drawn]
+        shown = labels_lib.best_places(boxes, scores, min_score=min_score, max_drawn=max_drawn, max_iou=max_iou)
     present = np.concatenate([labels[shown]] + ([] if truth is None else [truth[1]])).astype(int)
     colors = {label: color_of(names[label]) for label in dict.fromkeys(present.tolist())}
     note = _count_note(num_shown=len(shown), num_boxes=len(boxes), scores=scores, min_score=min_score)
@@ -181,7 +176,7 @@ def alignment(
 
     cells = [cell("best region of every phrase", drawing.photo(image, boxes, numbered, colors, long_side=long_side))]
     for i, name in enumerate(numbered):
-        heading = f"{name}\nscore {scores[i]:.2f}, rank {ranks[i]} of {num_images}"
+        heading = f"{name}\nscore {scores[i]:.2f}" + (f", rank {ranks[i]} of {num_images}" if num_images > 1 else "")
         heat = drawing.heat(image, maps[i], low=low, high=high)
         cells.append(cell(heading, drawing.photo(heat, boxes[i : i + 1], [""], [colors[i]], long_side=long_side)))
     body = drawing.grid(cells, columns=max(1, 1440 // shown_width), bottom=True)
@@ -189,9 +184,8 @@ def alignment(
     parts = [drawing.text_block(text, width=body.shape[1], size=18, bold=bold) for text, bold in headings if text]
     scale = "similarity of phrase and place, one scale for all maps"
     bar = drawing.color_bar(low=low, high=high, title=scale, width=min(body.shape[1], 440))
-    footer = (
-        f"score: similarity of the phrase and its best region; rank: place of the photo among {num_images}, 1 is best"
-    )
+    footer = "score: similarity of the phrase and its best region"
+    footer += f"; rank: place of the photo among {num_images}, 1 is best" if num_images > 1 else ""
     parts += [body, bar, drawing.text_block(footer, width=body.shape[1], size=13, color=drawing.PALE)]
     return drawing.save(drawing.frame(drawing.stack(parts)), path)
 
@@ -284,17 +278,6 @@ def _outline(axes: Axes, box: np.ndarray, color: str, text: str) -> None:
     if text:
         face = {"facecolor": "white", "edgecolor": color, "pad": 1.5, "alpha": 0.85}
         axes.text(x1, y1, text, fontsize=9, verticalalignment="bottom", bbox=face, clip_on=True)
-
-
-def _places(boxes: Float[np.ndarray, "n 4"], max_iou: float) -> list[int]:
-    """Returns the boxes, best first, that overlap no better one of them by more than `max_iou`."""
-    corner_and_size = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
-    overlaps = np.reshape(boxes_lib.iou(corner_and_size, corner_and_size, [0] * len(boxes)), (len(boxes),) * 2)
-    kept: list[int] = []
-    for i in range(len(boxes)):
-        if not np.any(overlaps[i, kept] > max_iou):
-            kept.append(i)
-    return kept
 
 
 def _count_note(*, num_shown: int, num_boxes: int, scores: np.ndarray | None, min_score: float) -> str:

@@ -9,11 +9,11 @@ import re
 import unicodedata
 
 import matplotlib
-from anyascii import anyascii
 from matplotlib import font_manager, ft2font
 from PIL import ImageDraw, ImageFont, features
 
 from detclipv2_jax.colors import Color
+from detclipv2_jax.labels import in_ascii, is_invisible
 
 Run = tuple[str, str]  # a font's file and a piece of text that it has all glyphs of
 
@@ -62,31 +62,19 @@ def runs(text: str, first: str) -> list[Run]:
 
 
 def _spelled(word: str, font: str) -> str:
-    return "".join(
-        letter if _has(font, letter) else anyascii(letter) or ("" if _is_mark(letter) else f"U+{ord(letter):04X}")
-        for letter in word
-    )
+    return "".join(letter if _has(font, letter) else in_ascii(letter) for letter in word)
 
 
 def _has(font: str, text: str) -> bool:
     """Returns whether a font has all glyphs of a text, and this machine what puts them in order."""
     if not features.check("raqm") and any(map(_is_shaped, text)):
         return False
-    return all(ord(letter) in _glyphs(font) or _is_invisible(letter) for letter in text)
+    return all(ord(letter) in _glyphs(font) or is_invisible(letter) for letter in text)
 
 
 def _is_shaped(letter: str) -> bool:
     """Returns whether a letter joins others or runs from right to left."""
     return unicodedata.bidirectional(letter) in ("R", "AL", "AN") or unicodedata.category(letter) in ("Mn", "Mc")
-
-
-def _is_invisible(letter: str) -> bool:
-    """Returns whether a character only says how its neighbours are drawn."""
-    return unicodedata.category(letter) == "Cf" or 0xFE00 <= ord(letter) <= 0xFE0F
-
-
-def _is_mark(letter: str) -> bool:
-    return unicodedata.category(letter).startswith("M") or _is_invisible(letter)
 
 
 def _own_font(*, bold: bool) -> str:

@@ -81,7 +81,8 @@ def take(page: browser.Page, path: pathlib.Path) -> None:
     page.run("scrollTo(0, 0)")
     page.screenshot(path)
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(NUM_COLORS)
+        whole = picture.convert("RGB")
+    small = whole.quantize(palette=whole.quantize(NUM_COLORS))  # dithered: maps have no steps
     small.save(path, optimize=True)
     print(path, np.asarray(small).shape, path.stat().st_size)
 

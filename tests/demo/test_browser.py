@@ -1,5 +1,6 @@
 """The page in a real browser: words, slider, upload, maps, example boxes, results, wrong input."""
 
+import itertools
 import json
 
 import browser
@@ -8,6 +9,8 @@ import planted
 import pytest
 from page_server import RED
 from PIL import Image
+
+from detclipv2_jax import colors
 
 pytestmark = [
     pytest.mark.slow,
@@ -84,6 +87,31 @@ def test_words_slider_and_results(page, tmp_path):
         "(s => { s.value = 'coco'; s.dispatchEvent(new Event('change')); })(document.querySelector('#vocabulary'))"
     )
     page.wait("document.querySelector('#status').textContent.includes('of 82 names')")
+
+
+def test_labels_lie_apart_and_can_be_read(page):
+    page.click("#one-name")  # every box of every word
+    page.run("(s => { s.value = 0; s.dispatchEvent(new Event('input')); })(document.querySelector('#threshold'))")
+    names = ["red", "blue", "\ue000 red", *(f"red {i}" for i in range(40))]
+    page.type("#words", ", ".join(names))
+    page.wait("document.querySelector('#status').textContent.includes('of 43 names')")
+    places = page.run("page.labels.map(({left, top, width, height}) => [left, top, left + width, top + height])")
+    width, height = page.run("(c => [c.width, c.height])(document.querySelector('#canvas'))")
+    assert len(places) == min(40, int(page.run("document.querySelector('#canvas').dataset.boxes")))
+    for (x1, y1, x2, y2), (left, top, right, bottom) in itertools.combinations(places, 2):
+        assert x1 >= right or left >= x2 or y1 >= bottom or top >= y2
+    assert np.all(np.array(places) >= 0)
+    assert np.all(np.array(places)[:, 2:] <= [width, height])
+    for look in page.run("Object.values(page.looks)"):
+        color, ink = (colors.luminance(tuple(bytes.fromhex(look[key][1:]))) for key in ("color", "ink"))
+        assert (max(color, ink) + 0.05) / (min(color, ink) + 0.05) > 4.5
+    assert page.run("page.looks['red'].color") == colors.hex_color(colors.color_of("red"))
+    # a letter that no font of the browser has
+    assert page.run("[legible('red', 'other'), labelOf({name: '\ue000 red', score: 0.5})]") == [
+        "red",
+        "U+E000 red 0.50",
+    ]
+    assert page.run("placeLabel([5, 5, 9, 9], 50, {width: 60, height: 20}, [{left: 0, top: 0, width: 60}])") is None
 
 
 def test_upload_and_wrong_input(page, tmp_path):

@@ -18,6 +18,7 @@ from page_server import BLUE, RED, served
 from PIL import Image
 
 from detclipv2_jax import demo
+from detclipv2_jax.colors import color_of, hex_color
 from detclipv2_jax.data import transforms
 from detclipv2_jax.demo import album as album_lib
 from detclipv2_jax.demo import answers as answers_lib
@@ -26,7 +27,7 @@ from detclipv2_jax.demo.__main__ import run
 from detclipv2_jax.demo.album import Album
 from detclipv2_jax.demo.answers import Answers
 from detclipv2_jax.inference import Alignment, Predictor
-from detclipv2_jax.visualize import figures
+from detclipv2_jax.visualize import drawing, figures
 
 
 def png(pixels):
@@ -197,6 +198,15 @@ def test_the_picture_shows_what_scores_enough(answers, monkeypatch):
             answers.picture(request | {"threshold": wrong})
 
 
+def test_a_name_looks_as_in_pictures(answers):
+    looks = answers.find({"photo": "p0", "words": "red, blue"})["looks"]
+    assert looks["red"] == {"color": hex_color(color_of("red")), "ink": "#000000", "plain": "red"}
+    assert answers_lib.look_of("b") == {"color": hex_color(color_of("b")), "ink": "#ffffff", "plain": "b"}
+    assert answers_lib.look_of("\ue000 قطة")["plain"] == "U+E000 qth"
+    (phrase,) = answers.align({"photo": "p0", "caption": "a red"})["phrases"]
+    assert phrase["look"] == looks["red"]
+
+
 def test_phrases_of_a_caption_are_located(answers):
     found = answers.align({"photo": "p0", "caption": "a picture of a red and the blue on grass"})
     phrases = {row["text"]: row for row in found["phrases"]}
@@ -254,6 +264,7 @@ def test_phrases_stand_between_small_words(caption, phrases):
 WRONG = [
     ("find", {"photo": "p0"}, "type what to look for, choose a list of names, or draw an example"),
     ("find", {"photo": "p0", "words": " , :,"}, "type what to look for"),
+    ("find", {"photo": "p0", "words": "\x00,: a definition"}, "type what to look for"),
     ("find", {"photo": "p9", "words": "red"}, "there is no such photo any more"),
     ("find", {"words": "red"}, "there is no such photo any more"),
     ("find", {"photo": "p0", "words": ["red"]}, "words must be a text"),
@@ -309,7 +320,7 @@ def test_the_page_and_its_photos(ask):
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert b"Any words on any photos" in page
-    for path, kind in (("/page.js", "text/javascript"), ("/page.css", "text/css")):
+    for path, kind in (("/page.js", "text/javascript"), ("/labels.js", "text/javascript"), ("/page.css", "text/css")):
         status, headers, content = ask("GET", path)
         assert (status, headers["Content-Type"]) == (200, f"{kind}; charset=utf-8")
         assert content
@@ -320,6 +331,15 @@ def test_the_page_and_its_photos(ask):
     status, headers, data = ask("GET", "/photo/p3")
     assert (status, headers.get_content_type(), opened(data).shape) == (200, "image/jpeg", (100, 60, 3))
     assert opened(ask("GET", "/thumb/p0")[2]).shape == (64, 128, 3)
+
+
+def test_the_scale_has_the_colours_of_the_maps():
+    css = (importlib.resources.files(demo) / "page" / "page.css").read_text()
+    stops = [
+        bytes.fromhex(stop) for stop in re.findall("#([0-9a-f]{6})", css.split("linear-gradient")[1].split(")")[0])
+    ]
+    shown = drawing.heat(np.full((1, 6, 3), 128, np.uint8), np.linspace(-3, 5, 6)[None], low=-3, high=5)  # of grey
+    np.testing.assert_allclose(stops, shown[0], atol=2)
 
 
 def test_the_page_asks_nobody_else():

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from PIL import Image
 
+from detclipv2_jax.colors import color_of
 from detclipv2_jax.data import transforms
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference import Detector, Found, Limits, Photos, Predictor, vocabulary
@@ -315,6 +316,10 @@ def test_what_was_found_is_written_and_drawn(monkeypatch):
     for options in ({"max_drawn": 1}, {"min_score": 0.31}):
         np.testing.assert_array_equal(found.plot(pixels, **options), first)
     assert not np.array_equal(found.plot(pixels, min_score=0.3), first)
+    assert first.size == (900, 675)  # enlarged, so that labels can be read
+    assert found.plot(np.zeros((1200, 1000, 3), np.uint8)).size == (1000, 1200)
+    places = np.flatnonzero((np.asarray(first) == np.array(color_of("dog"))).all(-1).any(axis=0))  # columns
+    assert abs(places.min() - 2.3333 * 900 / 80) < 4
     # a photo that was read at half its size
     monkeypatch.setattr(transforms, "read", lambda path: transforms.Photo(pixels, (120, 160)))
     twice = Found(2 * boxes, found.scores, found.labels, found.vocabulary, (120, 160))

@@ -71,39 +71,6 @@ def test_the_first_box_lies_on_top_and_an_empty_one_is_drawn():
     assert has(picture, drawing.PAPER)[200, 97:100].any()  # a rim
 
 
-@pytest.mark.parametrize(("color", "text"), [((0, 114, 178), drawing.PAPER), ((240, 228, 66), drawing.INK)])
-def test_labels_are_legible_on_their_colour_and_no_wider_than_the_photo(color, text, monkeypatch):
-    sizes = []
-    place = drawing.place_label
-    monkeypatch.setattr(
-        drawing, "place_label", lambda box, label, *more: sizes.append(label) or place(box, label, *more)
-    )
-    photo = np.full((900, 300, 3), 128, np.uint8)
-    picture = drawing.photo(photo, np.array([[50.0, 300, 250, 600]]), ["words " * 20], [color])
-    ((width, height),) = sizes
-    assert 280 < width < 300
-    label = picture[int(300 - height) + 2 : 298, 5:290]
-    assert has(label, text).sum() > 100
-    other = {drawing.PAPER: drawing.INK, drawing.INK: drawing.PAPER}[text]
-    assert not has(label, other).any()
-
-
-def test_a_label_keeps_its_beginning_and_all_that_fits():
-    font = letters.Letters(12)
-    width = font.getlength("abcde…")
-    assert drawing._shorten("abcdefgh", font, width) == "abcde…"
-    assert drawing._shorten("abcde", font, font.getlength("abcde")) == "abcde"
-
-
-def test_labels_prefer_the_corner_above_their_box():
-    box, size = np.array([100.0, 100, 180, 160]), (400, 300)
-    assert drawing.place_label(box, (50, 20), size, []) == (100, 80, 150, 100)
-    # each covers the one before less than half: the right end above the box
-    assert drawing.place_label(box, (50, 20), size, [(100, 80, 125, 100)]) == (130, 80, 180, 100)
-    assert drawing.place_label(np.array([390.0, 5, 399, 9]), (50, 20), size, []) == (349, 0, 399, 20)
-    assert drawing.place_label(np.array([0.0, 0, 9, 9]), (50, 500), size, []) == (0, 0, 50, 500)
-
-
 def test_pictures_are_stacked_at_the_left_with_a_gap():
     low, wide = np.full((2, 3, 3), 1, np.uint8), np.full((4, 5, 3), 2, np.uint8)
     picture = drawing.stack([low, wide])[..., 0]

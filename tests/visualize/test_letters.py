@@ -8,6 +8,7 @@ import pytest
 from matplotlib import font_manager
 from PIL import Image, ImageDraw
 
+from detclipv2_jax.colors import BLACK
 from detclipv2_jax.visualize import charts, drawing, letters
 
 FIRST = letters._own_font(bold=False)
@@ -79,7 +80,7 @@ def test_charts_spell_what_their_font_lacks_and_take_dollars_as_they_are():
 
 def test_labels_in_any_script_are_drawn():
     picture = drawing.photo(np.zeros((90, 90, 3), np.uint8), [[9, 9, 80, 80]], ["قطة\nबिल्ली 猫"], [(200, 200, 200)])
-    assert (picture == np.array(drawing.INK)).all(-1).sum() > 20
+    assert (picture == np.array(BLACK)).all(-1).sum() > 20
 
 
 def test_upright_fonts_without_serifs_are_asked_first(monkeypatch):

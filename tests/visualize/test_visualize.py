@@ -1,6 +1,5 @@
 """Figures are rendered and looked at: boxes and labels where they belong, nothing empty, files written."""
 
-import itertools
 import json
 
 import numpy as np
@@ -37,48 +36,6 @@ def test_photo_draws_boxes_where_they_are():
     assert abs(columns.min() - 180) <= 1
     assert abs(columns.max() - 450) <= 1
     assert not _has(picture, PALETTE[0])[140:460, 200:430].any()  # an outline
-
-
-def test_labels_lie_inside_and_apart():
-    rng = np.random.default_rng(0)
-    size, taken = (900, 600), []
-    for i in range(30):
-        x, y = rng.uniform(-20, 880), rng.uniform(-20, 580)
-        box = np.array([x, y, x + rng.uniform(1, 400), y + rng.uniform(1, 300)])
-        place = drawing.place_label(box, (60 + i % 5 * 15, 20), size, taken)
-        assert 0 <= place[0] <= place[2] < size[0]
-        assert 0 <= place[1] <= place[3] < size[1]
-        taken.append(place)
-    assert not any(map(_overlap, itertools.combinations(taken, 2)))
-    # the same small box sixty times: sixty labels, none over another, none further than they must be
-    box, taken = np.array([400.0, 300, 420, 310]), []
-    for _ in range(60):
-        taken.append(drawing.place_label(box, (50, 20), size, taken))
-    assert not any(map(_overlap, itertools.combinations(taken, 2)))
-    assert max(abs(x - 400) for x, *_ in taken) < 450
-    # no room is left
-    assert drawing.place_label(box, (50, 20), size, [(0, 0, 440, 600), (470, 0, 900, 600)]) is None
-    # wider than the photo: at its left edge
-    assert drawing.place_label(box, (2000, 20), size, [])[0] == 0
-
-
-def _overlap(places):
-    a, b = places
-    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
-
-
-def test_labels_of_a_crowd_are_drawn_apart(monkeypatch):
-    """Thirty boxes in one place; where the photo has no room for all labels, some are left out."""
-    drawn = []
-    monkeypatch.setattr(drawing, "_draw_label", lambda draw, place, *rest: drawn.append(place))
-    for long_side, most in ((900, 30), (150, 16)):
-        boxes = np.tile([[40.0, 40, 60, 60]], (30, 1))
-        texts = [f"thing {i}" for i in range(30)]
-        drawing.photo(_photo(100, 100), boxes, texts, [(9, 9, 9)] * 30, long_side=long_side)
-        assert 4 < len(drawn) <= most
-        assert not any(map(_overlap, itertools.combinations(drawn, 2)))
-        assert len(drawn) == 30 or long_side == 150
-        drawn.clear()
 
 
 def test_a_name_has_one_colour_and_names_have_many():
@@ -293,6 +250,8 @@ def test_what_matters_most_comes_first_and_scores_are_in_percent(tmp_path, monke
         "AR@300": pytest.approx(50), "AR@300 forgetting/before": pytest.approx(25)
     }  # fmt: skip
     assert len({bar.get_facecolor() for bar in scores.patches}) == 2
+    chosen = _panel_titles(monkeypatch, path, names=["AR@300", "loss_box"])
+    assert {title: len(axes.patches) for title, axes in chosen.items()} == {"scores (%)": 2, "loss_box": 0}
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]\n", "{\n", '{"loss": 1}\n'])

@@ -8,7 +8,7 @@ const DELAY_MS = 400; // after the last key
 const QUICK_S = 1.0; // a model that answers within it is asked while words are typed
 const NUM_WEAK = 3; // boxes named where none has the score asked for
 const page = { photos: [], photo: null, image: null, rows: [], examples: [], phrases: [], phrase: null, seconds: 0, asked: 0,
-  colors: Object.create(null) };
+  looks: Object.create(null), labels: [] }; // looks: of names, the server's, those of its pictures
 
 async function ask(path, body, headers = { "Content-Type": "application/json" }) {
   const options = body === undefined ? {} : { method: "POST", body, headers };
@@ -52,7 +52,7 @@ async function find() {
   $("status").textContent = "looking…";
   const answer = await (await ask("api/find", JSON.stringify(body))).json();
   if (asked !== page.asked) return; // a newer question is under way
-  Object.assign(page.colors, answer.colors);
+  Object.assign(page.looks, answer.looks);
   Object.assign(page, { rows: answer.rows, seconds: answer.seconds, numNames: answer.num_names, phrase: null, body });
   draw();
 }
@@ -82,30 +82,11 @@ function shownRows(rows) {
   return kept;
 }
 
-const colorOf = (row) => page.colors[row.name]; // the server's, those of its pictures
-
-function drawBox(context, factor, [x, y, width, height], color, label) {
-  const line = Math.max(2, context.canvas.width / 400);
-  const sides = [x * factor, y * factor, width * factor, height * factor];
-  context.lineWidth = line + 2;
-  context.strokeStyle = "#fff";
-  context.strokeRect(...sides);
-  context.lineWidth = line;
-  context.strokeStyle = color;
-  context.strokeRect(...sides);
-  if (!label) return;
-  context.font = "14px system-ui, sans-serif";
-  const wide = context.measureText(label).width + 8;
-  const left = Math.max(0, Math.min(sides[0], context.canvas.width - wide));
-  const top = sides[1] >= 20 ? sides[1] - 20 : sides[1];
-  context.fillStyle = color;
-  context.fillRect(left, top, wide, 20);
-  context.fillStyle = "#fff";
-  context.strokeStyle = "#000";
-  context.lineWidth = 2;
-  context.strokeText(label, left + 4, top + 15);
-  context.fillText(label, left + 4, top + 15);
+function labelOf(row) {
+  return `${legible(row.name, page.looks[row.name].plain)} ${row.score.toFixed(2)}`;
 }
+
+const boxOf = (row, label) => ({ bbox: row.bbox, look: page.looks[row.name], label });
 
 function draw() {
   const canvas = $("canvas"), context = canvas.getContext("2d");
@@ -117,31 +98,31 @@ function draw() {
   context.drawImage(phrase ? phrase.image : page.image, 0, 0, canvas.width, canvas.height);
   $("scale").hidden = !phrase;
   const rows = phrase ? [] : shownRows(page.rows);
-  for (const row of [...rows].reverse()) drawBox(context, factor, row.bbox, colorOf(row), `${row.name} ${row.score.toFixed(2)}`);
+  page.labels = drawBoxes(context, factor, rows.map((row) => boxOf(row, labelOf(row))));
   if (phrase) {
-    const [x1, y1, x2, y2] = phrase.box;
-    drawBox(context, factor, [x1, y1, x2 - x1, y2 - y1], phrase.color, phrase.text);
+    const [x1, y1, x2, y2] = phrase.box, bbox = [x1, y1, x2 - x1, y2 - y1];
+    page.labels = drawBoxes(context, factor, [{ bbox, look: phrase.look, label: phrase.shown }]);
     $("low").textContent = phrase.low.toFixed(2);
     $("high").textContent = phrase.high.toFixed(2);
-    $("status").textContent = `“${phrase.text}”: similarity ${phrase.score.toFixed(2)} at its best region`;
+    $("status").textContent = `“${phrase.shown}”: similarity ${phrase.score.toFixed(2)} at its best region`;
   }
-  if (page.drag) drawBox(context, factor, page.drag, DRAG_COLOR, "");
+  if (page.drag) drawBoxes(context, factor, [{ bbox: page.drag, look: { color: DRAG_COLOR } }]);
   canvas.dataset.boxes = rows.length;
   if (!phrase) list(rows);
-  for (const button of $("phrases").children) button.setAttribute("aria-pressed", button.textContent === phrase?.text);
+  for (const [i, button] of [...$("phrases").children].entries()) button.setAttribute("aria-pressed", page.phrases[i] === phrase);
 }
 
 function list(rows) {
   $("found").replaceChildren(...rows.map((row) => {
     const item = document.createElement("li"), swatch = document.createElement("span");
     swatch.className = "swatch";
-    swatch.style.background = colorOf(row);
-    item.append(swatch, `${row.name} ${row.score.toFixed(2)}`);
+    swatch.style.background = page.looks[row.name].color;
+    item.append(swatch, labelOf(row));
     return item;
   }));
   if (!page.body) return;
   const least = Number($("threshold").value).toFixed(2);
-  const best = page.rows.slice(0, NUM_WEAK).map((row) => `${row.name} ${row.score.toFixed(2)}`).join(", ");
+  const best = page.rows.slice(0, NUM_WEAK).map(labelOf).join(", ");
   const said = rows.length ? `${rows.length} found` : best ? `nothing scores ${least}; the best: ${best}` : "nothing found";
   $("status").textContent = `${said}, of ${page.numNames} names, in ${page.seconds.toFixed(2)} s`;
 }
@@ -196,12 +177,15 @@ async function align() {
   const marked = field.value.slice(field.selectionStart, field.selectionEnd).trim();
   $("status").textContent = "comparing…";
   const answer = await (await ask("api/align", JSON.stringify({ photo: body.photo, caption: field.value, phrase: marked }))).json();
-  for (const phrase of answer.phrases) phrase.image = await loaded(phrase.map);
+  for (const phrase of answer.phrases) {
+    phrase.image = await loaded(phrase.map);
+    phrase.shown = legible(phrase.text, phrase.look.plain);
+  }
   page.phrases = answer.phrases;
   $("phrases").replaceChildren(...answer.phrases.map((phrase) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = phrase.text;
+    button.textContent = phrase.shown;
     button.addEventListener("click", () => {
       page.phrase = page.phrase === phrase ? null : phrase; // a second click shows the boxes again
       draw();
@@ -273,7 +257,7 @@ async function findEverywhere() {
   for (const [i, photo] of page.photos.entries()) {
     $("status").textContent = `photo ${i + 1} of ${page.photos.length}…`;
     const answer = await (await ask("api/find", JSON.stringify({ ...body, photo: photo.id }))).json();
-    Object.assign(page.colors, answer.colors);
+    Object.assign(page.looks, answer.looks);
     const rows = shownRows(answer.rows);
     if (!rows.length) continue;
     const button = document.createElement("button"), canvas = document.createElement("canvas"), caption = document.createElement("span");
@@ -281,8 +265,8 @@ async function findEverywhere() {
     canvas.width = 320;
     canvas.height = Math.round(photo.height * factor);
     canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-    for (const row of [...rows].reverse()) drawBox(canvas.getContext("2d"), factor, row.bbox, colorOf(row), "");
-    caption.textContent = `${rows[0].name} ${rows[0].score.toFixed(2)}` + (rows.length > 1 ? ` and ${rows.length - 1} more` : "");
+    drawBoxes(canvas.getContext("2d"), factor, rows.map((row) => boxOf(row, "")));
+    caption.textContent = labelOf(rows[0]) + (rows.length > 1 ? ` and ${rows.length - 1} more` : "");
     button.type = "button";
     button.title = photo.name;
     button.dataset.score = rows[0].score;

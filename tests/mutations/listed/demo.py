@@ -41,6 +41,7 @@ FAULTS = [
             "::test_what_was_found_is_not_looked_for_again",
         ),
         ("if len(self._kept) > _NUM_KEPT:", "if False:", "::test_what_was_found_is_not_looked_for_again"),
+        ("hex_color(ink_on(color))", "hex_color(color)", "::test_a_name_looks_as_in_pictures"),
         ("min_score=threshold,", "min_score=0.0,", "::test_the_picture_shows_what_scores_enough"),
         ("not 0 <= threshold <= 1", "not 0 <= threshold", "::test_the_picture_shows_what_scores_enough"),
         (

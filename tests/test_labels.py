@@ -1,0 +1,127 @@
+"""Labels of boxes: apart from each other, inside the picture, legible on their colour; one box a place."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detclipv2_jax import labels
+from detclipv2_jax.colors import BLACK, WHITE, color_of, ink_on, luminance
+from detclipv2_jax.visualize import drawing
+
+
+def has(picture, color):
+    return (picture == np.array(color)).all(-1)
+
+
+def test_a_text_can_be_read_on_every_colour():
+    for color in [*map(color_of, map(str, range(300))), BLACK, WHITE, (118, 118, 118)]:
+        low, high = sorted([luminance(color), luminance(ink_on(color))])
+        assert (high + 0.05) / (low + 0.05) > 4.5, color
+    assert (luminance(BLACK), luminance(WHITE)) == (0.0, pytest.approx(1.0))
+    assert luminance((10, 188, 255)) == pytest.approx(0.4325, abs=1e-4)  # W3C's formula, by hand
+
+
+def test_a_place_is_drawn_once_and_the_best_few_where_nothing_scores_enough():
+    boxes = np.array(
+        [[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 5], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]]
+    )
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+
+    def chosen(**options):
+        return labels.best_places(boxes, scores, **{"min_score": 0.0, "max_drawn": 20, **options}).tolist()
+
+    assert chosen() == [0, 2, 3, 4, 5]  # the third overlaps the first by no more than a half
+    assert chosen(max_iou=1.0) == [0, 1, 2, 3, 4, 5]
+    assert chosen(max_iou=0.95) == [0, 1, 2, 3, 4, 5]
+    assert chosen(max_iou=0.4) == [0, 3, 4, 5]
+    assert chosen(min_score=0.6) == [0, 2, 3]
+    assert chosen(max_drawn=2) == [0, 2]
+    assert chosen(min_score=0.95) == [0, 2, 3]  # the best three
+    assert chosen(min_score=0.95, max_drawn=1) == [0]
+    assert labels.best_places(boxes[:0], scores[:0], min_score=0.5, max_drawn=9).tolist() == []
+
+
+def test_labels_in_any_script_need_no_font():
+    font, picture = labels.AsciiFont(20), Image.new("RGB", (300, 60))
+    labels.draw(picture, np.array([[5.0, 30, 290, 55]]), ["猫 0.50"], [(0, 90, 0)], font=font)
+    same = Image.new("RGB", (300, 60))
+    labels.draw(same, np.array([[5.0, 30, 290, 55]]), ["Mao 0.50"], [(0, 90, 0)], font=font)
+    np.testing.assert_array_equal(picture, same)
+    assert font.getlength("猫") == font.getlength("Mao") > 0
+
+
+@pytest.mark.parametrize(("color", "text"), [((0, 114, 178), WHITE), ((240, 228, 66), BLACK)])
+def test_labels_are_legible_on_their_colour_and_no_wider_than_the_photo(color, text, monkeypatch):
+    sizes = []
+    place = labels.place_label
+    monkeypatch.setattr(
+        labels, "place_label", lambda box, label, *more: sizes.append(label) or place(box, label, *more)
+    )
+    photo = np.full((900, 300, 3), 128, np.uint8)
+    picture = drawing.photo(photo, np.array([[50.0, 300, 250, 600]]), ["words " * 20], [color])
+    ((width, height),) = sizes
+    assert 280 < width < 300
+    label = picture[int(300 - height) + 2 : 298, 5:290]
+    assert has(label, text).sum() > 100
+    other = {WHITE: BLACK, BLACK: WHITE}[text]
+    assert not has(label, other).any()
+
+
+def test_a_label_keeps_its_beginning_and_all_that_fits():
+    font = labels.AsciiFont(12)
+    width = font.getlength("abcde…")
+    assert labels.shorten("abcdefgh", font, width) == "abcde…"
+    assert labels.shorten("abcde", font, font.getlength("abcde")) == "abcde"
+
+
+def test_labels_prefer_the_corner_above_their_box():
+    box, size = np.array([100.0, 100, 180, 160]), (400, 300)
+    assert labels.place_label(box, (50, 20), size, []) == (100, 80, 150, 100)
+    # each covers the one before less than half: the right end above the box
+    assert labels.place_label(box, (50, 20), size, [(100, 80, 125, 100)]) == (130, 80, 180, 100)
+    assert labels.place_label(np.array([390.0, 5, 399, 9]), (50, 20), size, []) == (349, 0, 399, 20)
+    assert labels.place_label(np.array([0.0, 0, 9, 9]), (50, 500), size, []) == (0, 0, 50, 500)
+
+
+def test_labels_lie_inside_and_apart():
+    rng = np.random.default_rng(0)
+    size, taken = (900, 600), []
+    for i in range(30):
+        x, y = rng.uniform(-20, 880), rng.uniform(-20, 580)
+        box = np.array([x, y, x + rng.uniform(1, 400), y + rng.uniform(1, 300)])
+        place = labels.place_label(box, (60 + i % 5 * 15, 20), size, taken)
+        assert 0 <= place[0] <= place[2] < size[0]
+        assert 0 <= place[1] <= place[3] < size[1]
+        taken.append(place)
+    assert not any(map(_overlap, itertools.combinations(taken, 2)))
+    # the same small box sixty times: sixty labels, none over another, none further than they must be
+    box, taken = np.array([400.0, 300, 420, 310]), []
+    for _ in range(60):
+        taken.append(labels.place_label(box, (50, 20), size, taken))
+    assert not any(map(_overlap, itertools.combinations(taken, 2)))
+    assert max(abs(x - 400) for x, *_ in taken) < 450
+    # no room is left
+    assert labels.place_label(box, (50, 20), size, [(0, 0, 440, 600), (470, 0, 900, 600)]) is None
+    # wider than the photo: at its left edge
+    assert labels.place_label(box, (2000, 20), size, [])[0] == 0
+
+
+def _overlap(places):
+    a, b = places
+    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_labels_of_a_crowd_are_drawn_apart(monkeypatch):
+    """Thirty boxes in one place; where the photo has no room for all labels, some are left out."""
+    drawn = []
+    monkeypatch.setattr(labels, "_draw_label", lambda draw, place, *rest: drawn.append(place))
+    for long_side, most in ((900, 30), (150, 16)):
+        boxes = np.tile([[40.0, 40, 60, 60]], (30, 1))
+        texts = [f"thing {i}" for i in range(30)]
+        drawing.photo(np.full((100, 100, 3), 128, np.uint8), boxes, texts, [(9, 9, 9)] * 30, long_side=long_side)
+        assert 4 < len(drawn) <= most
+        assert not any(map(_overlap, itertools.combinations(drawn, 2)))
+        assert len(drawn) == 30 or long_side == 150
+        drawn.clear()
