@@ -335,9 +335,8 @@ def test_the_page_and_its_photos(ask):
 
 def test_the_scale_has_the_colours_of_the_maps():
     css = (importlib.resources.files(demo) / "page" / "page.css").read_text()
-    stops = [
-        bytes.fromhex(stop) for stop in re.findall("#([0-9a-f]{6})", css.split("linear-gradient")[1].split(")")[0])
-    ]
+    gradient = re.search(r"linear-gradient\((.*?)\)", css)[1]
+    stops = [list(bytes.fromhex(stop)) for stop in re.findall("#([0-9a-f]{6})", gradient)]
     shown = drawing.heat(np.full((1, 6, 3), 128, np.uint8), np.linspace(-3, 5, 6)[None], low=-3, high=5)  # of grey
     np.testing.assert_allclose(stops, shown[0], atol=2)
 
