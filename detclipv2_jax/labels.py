@@ -47,10 +47,10 @@ def in_ascii(text: str) -> str:
     """Returns the text in ASCII that sounds alike; what has no such spelling is called by its number, "U+E000"."""
     from anyascii import anyascii  # here: only pictures need it
 
-    return "".join(anyascii(letter) or ("" if is_mark(letter) else f"U+{ord(letter):04X}") for letter in text)
+    return "".join(anyascii(letter) or ("" if _is_mark(letter) else f"U+{ord(letter):04X}") for letter in text)
 
 
-def is_mark(letter: str) -> bool:
+def _is_mark(letter: str) -> bool:
     """Returns whether a character only changes how its neighbours are drawn."""
     return unicodedata.category(letter)[0] == "M" or is_invisible(letter)
 

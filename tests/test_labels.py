@@ -50,6 +50,8 @@ def test_labels_in_any_script_need_no_font():
     labels.draw(same, np.array([[5.0, 30, 290, 55]]), ["Mao 0.50"], [(0, 90, 0)], font=font)
     np.testing.assert_array_equal(picture, same)
     assert font.getlength("猫") == font.getlength("Mao") > 0
+    assert labels.in_ascii("a 猫\u0301\ufe0f\ue000") == "a MaoU+E000"
+    assert [labels.is_invisible(letter) for letter in "\u200d\ufe0fa\u0301"] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("color", "text"), [((0, 114, 178), WHITE), ((240, 228, 66), BLACK)])
