@@ -46,7 +46,9 @@ def model(size: str) -> ConfigDict:
     nano = size == "nano"
     c = ConfigDict()
     c.dtype = "float32" if nano else "bfloat16"  # compute type; parameters and losses are float32
-    c.remat = "none" if nano else "blocks"  # what is recomputed in the backward pass: none | blocks | heads | all
+    c.remat = (
+        "none" if nano else "blocks"
+    )  # what the backward pass computes again: none | elementwise | blocks | heads | all
     c.embed_dim = 64 if nano else 512  # D: size of region and concept embeddings
     # Swin Transformer; its stages 2-4 feed the pyramid
     c.swin = ConfigDict()
@@ -242,9 +244,10 @@ def optimizer() -> ConfigDict:
     # regex over the whole name of parameters that stay as they are, without moments: r"text_encoder/.*"; "": none
     c.frozen = ""
     c.ema_decay = 0.0  # of a moving average of the parameters, used for evaluation; 0: none
-    c.accumulate = ConfigDict()
+    c.accumulate, c.remat = ConfigDict(), ConfigDict()
     for kind in KINDS:
         c.accumulate[kind] = 1  # chunks a step whose gradients are summed exactly; more save memory
+        c.remat[kind] = ""  # model.remat of this kind of step; "": as it is
     return c
 
 
@@ -324,7 +327,8 @@ def pretraining(c: ConfigDict, variant: str = "") -> None:
     c.detection.dictionary = c.grounding.dictionary = DICTIONARY  # definitions and negatives (section 3.1)
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
     # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
-    c.chips.h100 = (("loss.chunk_bytes", 1 << 30),)
+    kept = [(f"optimizer.remat.{kind}", "elementwise") for kind in ("detection", "grounding")]
+    c.chips.h100 = (("loss.chunk_bytes", 1 << 30), *kept)
     lvis(c.eval)
 
 

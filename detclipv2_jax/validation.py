@@ -79,6 +79,7 @@ def _is_regex(value: str) -> bool:
 RULES = (
     _one_of("model.dtype", detclip.DTYPES),
     _one_of("model.remat", detclip.REMATS),
+    *(_one_of(f"optimizer.remat.{kind}", ("", *detclip.REMATS)) for kind in KINDS),
     _one_of("model.swin.attention_impl", window_attention.IMPLS),
     _one_of("model.head.deform_impl", deform_conv.IMPLS),
     _one_of("model.head.objectness", atss_head.OBJECTNESS),

@@ -136,3 +136,25 @@ def test_command(only, num_rows, tmp_path):
         slowest = [seconds for _, _, _, seconds, _ in profile["instructions"]]
         assert slowest == sorted(slowest, reverse=True)
         assert f"{row['name']}: " in done.stdout
+
+
+def test_the_demo_is_a_row(modules, tmp_path, monkeypatch):
+    accelerator, _, _ = modules
+    report = accelerator.Report(tmp_path, jax.devices()[0], time.monotonic() + 1000)
+    assert "No such file" in accelerator.demo(report, config=str(tmp_path / "none.py"))["error"]
+
+    def trained(command, **_):
+        workdir = pathlib.Path(command[-1].partition("=")[2])
+        workdir.mkdir()
+        lines = [{"step": 20, "timing/step_seconds": 0.5}, {"step": 40, "timing/step_seconds": 0.7},
+                 {"step": 40, "eval/AP": 0.25, "eval/top1f": 0.5, "eval/top1r": 0.125}]  # fmt: skip
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(accelerator.subprocess, "run", trained)
+    row = accelerator.demo(report)
+    assert (row["steps"], row["step_s"], row["scores"]["eval/AP"]) == (40, 0.6, 0.25)
+    assert "| 600.00 |" in accelerator._line(row)
+    assert "AP 25.0, top1f 50.0, top1r 12.5 after 40 steps" in accelerator._line(row)
+    report.deadline = time.monotonic() + 10
+    assert accelerator.demo(report) == {"name": "demo", "error": "time ran out"}

@@ -4,7 +4,7 @@ gather: for each of the nine taps one gather brings the four corners of every sa
 banded: no gathers, for TPUs, where they are slow. The map is cut into tiles; a sample is a product of two tents
   (bilinear weights) with the tile's neighbourhood, so that all samples of a tile are one matrix product. It holds
   every offset below `BAND_RADIUS`; a level with a larger one is computed by the gather form instead (`lax.cond`).
-pallas: forward a kernel for NVIDIA GPUs (`deform_pallas`) whose samples do not pass through memory; backward as gather.
+pallas: kernels for NVIDIA GPUs (`deform_pallas`); backward the samples and their gradients pass through memory once.
 
 All recompute the samples in the backward pass instead of keeping them (9 x the feature map).
 
@@ -249,8 +249,16 @@ def _kernels_forward(features: Array, offsets: Array, mask: Array, kernel: Array
     return deform_pallas.forward(features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel)
 
 
+def _kernels_backward(features: Array, offsets: Array, mask: Array, kernel: Array, gradient: Array) -> Any:
+    weights, weights_vjp, index = jax.vjp(_corners, offsets, mask, has_aux=True)
+    feature_gradient, weight_gradient, kernel_gradient = deform_pallas.backward(
+        features, weights.swapaxes(0, 1), index.swapaxes(0, 1), kernel, gradient
+    )
+    return feature_gradient, *weights_vjp(weight_gradient.swapaxes(0, 1)), kernel_gradient.astype(kernel.dtype)
+
+
 FORMS = {
     "gather": (_gather_forward, _gather_backward),
     "banded": (_banded_forward, _banded_backward),
-    "pallas": (_kernels_forward, _gather_backward),  # kernels took longer on the way back
+    "pallas": (_kernels_forward, _kernels_backward),
 }

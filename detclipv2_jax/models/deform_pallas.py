@@ -1,9 +1,13 @@
-"""The deformable layer's forward pass in one kernel for NVIDIA GPUs (Pallas, Triton): samples stay on the chip.
+"""The deformable layer in kernels for NVIDIA GPUs (Pallas, Triton); all sums in a fixed order, so that runs repeat.
 
-A block of cells gathers the corners of its samples, a tap and 64 channels at a time, and multiplies them with the
-kernel's part. The five levels of 384 images of 320 x 320 would not fit on the chip, but neighbouring blocks read the
-same cells. On an H200 it takes 2.4 ms where the gather form takes 3.8 (16 x 100 x 168 x 256, 2026-11-27, jax 0.11.2).
-Kernels for the backward pass, with atomic additions, took 23 ms against the gather form's 15 and are gone.
+Forward: a block of cells gathers the corners of its samples, a tap and 64 channels at a time, and multiplies them with
+the kernel's part; no sample passes through memory. The five levels of 384 images of 320 x 320 would not fit on the
+chip, but neighbouring blocks read the same cells.
+
+Backward: the gradients of all samples are one matrix product, and so is the gradient of the kernel. Between them one
+kernel samples again and compares with the gradients, for those of the weights; another gives every cell its gradient:
+the samples are sorted by place, so that a cell finds those that touch it in two runs and adds them without atomic
+operations.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from detclipv2_jax.models import split
 
 CELLS = 64  # of a block
 CHANNELS = 64  # at a time; the number of input channels is a multiple of it
+TAPS = 9
+TOUCHING = 4  # samples that a cell reads at a time; 36 corners touch one where offsets are small
 MAX_OUTPUTS = 256  # channels: CELLS rows of float32 sums are kept in registers
 
 
@@ -47,19 +53,98 @@ def forward(
         (kernel,) = whole
         flat, sizes = _flat(features, kernel)
         num_cells, outputs = flat.shape[0], kernel.shape[3]
-        out = pl.pallas_call(
+        (out,) = _call(
             functools.partial(_forward_kernel, **sizes),
+            (flat, *_by_tap(weights, index), kernel.reshape(TAPS, *kernel.shape[2:])),
+            [jax.ShapeDtypeStruct((num_cells, outputs), features.dtype)],
             grid=(pl.cdiv(num_cells, CELLS),),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 4,
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            out_shape=jax.ShapeDtypeStruct((num_cells, outputs), features.dtype),
-            compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
-            interpret=interpret,
+            warps=8,
             name="deformable",
-        )(flat, *_by_tap(weights, index), kernel.reshape(9, *kernel.shape[2:]))
+            interpret=interpret,
+        )
         return out.reshape(*features.shape[:3], outputs)
 
     return split.by_rows(local, (features, weights, index), (kernel,))
+
+
+def backward(
+    features: Float[Array, "b h w c"],
+    weights: Float32[Array, "b 9 n 4"],
+    index: Int32[Array, "b 9 n"],
+    kernel: Float[Array, "3 3 c o"],
+    gradient: Float[Array, "b h w o"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b h w c"], Float32[Array, "b 9 n 4"], Float32[Array, "3 3 c o"]]:
+    """Returns the gradients to features, weights and kernel."""
+
+    def local(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> tuple[Array, ...]:
+        features, weights, index, gradient = rows
+        (kernel,) = whole
+        flat, sizes = _flat(features, kernel)
+        num_cells, channels = flat.shape
+        gradient = gradient.reshape(num_cells, -1)
+        by_tap = _by_tap(weights, index)
+        sample_gradient = gradient @ kernel.reshape(TAPS * channels, -1).T  # [cells, 9 * c]
+        samples, weight_gradient = _call(
+            functools.partial(_sample_kernel, **sizes),
+            (flat, *by_tap, sample_gradient),
+            [
+                jax.ShapeDtypeStruct(sample_gradient.shape, flat.dtype),
+                jax.ShapeDtypeStruct((4 * TAPS, num_cells), jnp.float32),
+            ],
+            grid=(pl.cdiv(num_cells, CELLS) * TAPS,),
+            warps=8,
+            name="deformable_samples",
+            interpret=interpret,
+        )
+        kernel_gradient = jnp.matmul(samples.T, gradient, preferred_element_type=jnp.float32)
+        order, first = _by_place(weights, index, **sizes)
+        (feature_gradient,) = _call(
+            functools.partial(_cell_kernel, **sizes),
+            (sample_gradient.reshape(-1, channels), order, first, weights.swapaxes(1, 2).reshape(-1, 4)),
+            [jax.ShapeDtypeStruct(flat.shape, flat.dtype)],
+            grid=(num_cells,),
+            warps=1,
+            name="deformable_cells",
+            interpret=interpret,
+        )
+        weight_gradient = weight_gradient.reshape(TAPS, 4, features.shape[0], -1).transpose(2, 0, 3, 1)
+        return feature_gradient.reshape(features.shape), weight_gradient, kernel_gradient[None]
+
+    *of_images, kernel_gradient = split.by_rows(local, (features, weights, index, gradient), (kernel,))
+    return *of_images, jnp.sum(kernel_gradient, axis=0).reshape(kernel.shape)
+
+
+def _call(
+    kernel: Any, inputs: tuple[Array, ...], out_shape: list[Any], *, grid: tuple[int], warps: int, name: str,
+    interpret: bool,
+) -> Any:  # fmt: skip
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(inputs),
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(out_shape),
+        out_shape=out_shape,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
+        interpret=interpret,
+        name=name,
+    )(*inputs)
+
+
+def _by_place(
+    weights: Float32[Array, "b 9 n 4"], index: Int32[Array, "b 9 n"], *, height: int, width: int
+) -> tuple[Int32[Array, " samples"], Int32[Array, " places"]]:
+    """Returns the samples (cell * 9 + tap) in the order of their places, and where each place begins in it.
+
+    Places are the rows of `deform_conv._pack_corners`, one image after the other. Samples off the map come last.
+    """
+    of_image = (height + 1) * (width + 1)
+    places = weights.shape[0] * of_image
+    image = jnp.arange(weights.shape[0], dtype=jnp.int32)[:, None, None] * of_image
+    place = jnp.where(jnp.any(weights != 0.0, axis=-1), index + image, places).swapaxes(1, 2).reshape(-1)
+    place, order = jax.lax.sort((place, jnp.arange(place.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
+    return order, jnp.searchsorted(place, jnp.arange(places + 1, dtype=jnp.int32)).astype(jnp.int32)
 
 
 def _flat(features: Array, kernel: Array) -> tuple[Float[Array, "cells c"], dict[str, int]]:
@@ -68,7 +153,7 @@ def _flat(features: Array, kernel: Array) -> tuple[Float[Array, "cells c"], dict
 
 
 def _by_tap(weights: Array, index: Array) -> tuple[Float32[Array, "36 cells"], Int32[Array, "9 cells"]]:
-    return weights.transpose(1, 3, 0, 2).reshape(36, -1), index.swapaxes(0, 1).reshape(9, -1)
+    return weights.transpose(1, 3, 0, 2).reshape(4 * TAPS, -1), index.swapaxes(0, 1).reshape(TAPS, -1)
 
 
 def _forward_kernel(
@@ -82,19 +167,74 @@ def _forward_kernel(
 
         def add(i: Array, total: Array) -> Array:
             channels = pl.ds(i * CHANNELS, CHANNELS)
-            return total + _dot(_sample(features_ref, corners, channels), kernel_ref[tap, channels, :])
+            parts = [features_ref[row, channels].astype(jnp.float32) for row, _, _ in corners]
+            return total + _dot(_weighted(parts, corners).astype(features_ref.dtype), kernel_ref[tap, channels, :])
 
         return jax.lax.fori_loop(0, features_ref.shape[1] // CHANNELS, add, total)
 
-    total = jax.lax.fori_loop(0, 9, one_tap, jnp.zeros((CELLS, outputs), jnp.float32))
+    total = jax.lax.fori_loop(0, TAPS, one_tap, jnp.zeros((CELLS, outputs), jnp.float32))
     mask = _is_cell(first, num_cells, outputs)
     triton.store(out_ref.at[pl.ds(first, CELLS), :], total.astype(out_ref.dtype), mask=mask)
 
 
+def _sample_kernel(
+    features_ref: Any, weights_ref: Any, index_ref: Any, gradient_ref: Any, samples_ref: Any, weight_gradient_ref: Any,
+    *, height: int, width: int,
+) -> None:  # fmt: skip
+    """Samples a block of cells for one tap and compares each corner with the sample's gradient."""
+    num_cells, channels = features_ref.shape
+    first, tap = pl.program_id(0) // TAPS * CELLS, pl.program_id(0) % TAPS
+    corners = _corners(weights_ref, index_ref, tap, first, height=height, width=width)
+    mask = _is_cell(first, num_cells, CHANNELS)
+
+    def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        place = pl.ds(first, CELLS), pl.ds(tap * channels + i * CHANNELS, CHANNELS)
+        gradient = triton.load(gradient_ref.at[place], mask=mask, other=0.0).astype(jnp.float32)
+        parts = [features_ref[row, pl.ds(i * CHANNELS, CHANNELS)].astype(jnp.float32) for row, _, _ in corners]
+        triton.store(samples_ref.at[place], _weighted(parts, corners).astype(samples_ref.dtype), mask=mask)
+        return tuple(total + jnp.sum(part * gradient, axis=1) for total, part in zip(totals, parts, strict=True))
+
+    totals = jax.lax.fori_loop(0, channels // CHANNELS, add, (jnp.zeros((CELLS,), jnp.float32),) * 4)
+    for i, (total, (_, _, valid)) in enumerate(zip(totals, corners, strict=True)):
+        place = weight_gradient_ref.at[4 * tap + i, pl.ds(first, CELLS)]
+        triton.store(place, jnp.where(valid, total, 0.0), mask=first + jnp.arange(CELLS) < num_cells)
+
+
+def _cell_kernel(
+    gradient_ref: Any, order_ref: Any, first_ref: Any, weights_ref: Any, out_ref: Any, *, height: int, width: int
+) -> None:
+    """Adds the gradients of the samples that touch one cell: those to its lower right and left, then the upper ones."""
+    cell = pl.program_id(0)
+    image, y, x = cell // (height * width), cell % (height * width) // width, cell % width
+    chunks = [pl.ds(start, CHANNELS) for start in range(0, out_ref.shape[1], CHANNELS)]
+
+    def add_run(down: int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        # two neighbouring places, of which the cell is the right corner, then the left one
+        place = (image * (height + 1) + y + 1 - down) * (width + 1) + x
+        begin, middle, end = (first_ref[place + i] for i in range(3))
+
+        def add(turn: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            position = begin + turn * TOUCHING + jnp.arange(TOUCHING)
+            touches = position < end
+            sample = triton.load(order_ref.at[position], mask=touches, other=0)
+            corner = 2 * down + (position < middle).astype(jnp.int32)
+            weight = triton.load(weights_ref.at[sample, corner], mask=touches, other=0.0)
+            return tuple(
+                total + weight[:, None] * gradient_ref[sample, channels].astype(jnp.float32)
+                for total, channels in zip(totals, chunks, strict=True)
+            )
+
+        return jax.lax.fori_loop(0, pl.cdiv(end - begin, TOUCHING), add, totals)
+
+    totals = (jnp.zeros((TOUCHING, CHANNELS), jnp.float32),) * len(chunks)
+    for total, channels in zip(add_run(1, add_run(0, totals)), chunks, strict=True):
+        out_ref[cell, channels] = jnp.sum(total, axis=0).astype(out_ref.dtype)
+
+
 def _corners(
     weights_ref: Any, index_ref: Any, tap: Array, first: Array, *, height: int, width: int
-) -> list[tuple[Int32[Array, " p"], Float32[Array, " p"]]]:
-    """Returns (row of the features, weight) of the four corners of every cell's sample.
+) -> list[tuple[Int32[Array, " p"], Float32[Array, " p"], Bool[Array, " p"]]]:
+    """Returns (row of the features, weight, on the map) of the four corners of every cell's sample.
 
     Off the map the row is some other and the weight 0.
     """
@@ -108,13 +248,13 @@ def _corners(
         y, x = index // (width + 1) - 1 + down, index % (width + 1) - 1 + right
         valid = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         weight = triton.load(weights_ref.at[4 * tap + i, pl.ds(first, CELLS)], mask=valid, other=0.0)
-        corners.append((jnp.where(valid, image + y * width + x, image), weight))
+        corners.append((jnp.where(valid, image + y * width + x, image), weight, valid))
     return corners
 
 
-def _sample(features_ref: Any, corners: Sequence[tuple[Array, ...]], channels: Any) -> Float[Array, "p c"]:
-    parts = [weight[:, None] * features_ref[row, channels].astype(jnp.float32) for row, weight in corners]
-    return functools.reduce(jnp.add, parts).astype(features_ref.dtype)
+def _weighted(parts: Sequence[Array], corners: Sequence[tuple[Array, ...]]) -> Float32[Array, "p c"]:
+    """Returns the samples: sums of what lies at their corners."""
+    return functools.reduce(jnp.add, (w[:, None] * part for part, (_, w, _) in zip(parts, corners, strict=True)))
 
 
 def _is_cell(first: Array, num_cells: int, columns: int) -> Bool[Array, "p columns"]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 IMAGE_MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # ImageNet, RGB, 0-255
 IMAGE_STD = np.array((58.395, 57.12, 57.375), np.float32)
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "blocks", "heads", "all")
+# computed again: of blocks all but products and attention; blocks of Swin and text; levels of the head; these and FPN
+REMATS = ("none", "elementwise", "blocks", "heads", "all")
 NORM_EPSILON = 1e-6  # shortest length that is still normalised to 1
 
 
@@ -44,14 +45,15 @@ class DetCLIP(nn.Module):
     head: dict[str, Any]
     text: dict[str, Any]
     embed_dim: int
-    remat: str  # none | blocks (Swin and text) | heads (a level of the head) | all (both and the pyramid)
+    remat: str  # see REMATS
     normalize_regions: bool
     logit_scale: float  # initial values
     logit_bias: float
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        blocks, heads = self.remat in ("blocks", "all"), self.remat in ("heads", "all")
+        heads = self.remat in ("heads", "all")
+        blocks = {"heads": "none", "all": "blocks"}.get(self.remat, self.remat)
         head_class = nn.remat(AtssHead, static_argnums=(2,)) if heads else AtssHead
         fpn_class = nn.remat(FPN) if self.remat == "all" else FPN
         self.image_backbone = Swin(**self.swin, remat=blocks, dtype=self.dtype, name="swin")

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from detclipv2_jax.models.repeat import repeat
-from detclipv2_jax.models.window_attention import window_attention
+from detclipv2_jax.models.repeat import ATTENTION, repeat
+from detclipv2_jax.models.window_attention import window_attention, windows_of
 
 PATCH = 4  # px
 MLP_RATIO = 4
@@ -48,7 +49,7 @@ class Swin(nn.Module):
     window_size: int
     drop_path_rate: float = 0.0
     attention_impl: str = "auto"  # of `window_attention`
-    remat: bool = False
+    remat: str = "none"  # of `repeat`
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -154,29 +155,16 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
+        _, h, w, c = x.shape
         window, heads = self.window_size, self.num_heads
         table = self.param("relative_position_table", _dense_init, ((2 * window - 1) ** 2, heads), jnp.float32)
         bias = table[_relative_position_index(window).reshape(-1)].reshape(window**2, window**2, heads)
 
         x = _pad_to_multiple(x, window)
-        rows, columns = x.shape[1] // window, x.shape[2] // window
-        # an axis that one window covers has nothing to shift
-        shifts = (self.shift if rows > 1 else 0, self.shift if columns > 1 else 0)
-        if any(shifts):
-            x = _roll((-shifts[0], -shifts[1]), x)
-        x = x.reshape(b, rows, window, columns, window, c).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(b, rows * columns, window**2, c)
-
-        qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(x)
-        region = jnp.asarray(_regions(rows, columns, window, shifts)) if any(shifts) else None
-        x = window_attention(qkv, bias.transpose(2, 0, 1), region, impl=self.impl)
-        x = Dense(c, dtype=self.dtype, name="projection")(x)
-
-        x = x.reshape(b, rows, columns, window, window, c).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(b, rows * window, columns * window, c)
-        if any(shifts):
-            x = _roll(shifts, x)
+        windows = windows_of(x.shape, size=window, shift=self.shift, heads=heads, impl=self.impl)
+        qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(windows.split(x))
+        x = checkpoint_name(window_attention(qkv, bias.transpose(2, 0, 1), windows), ATTENTION)
+        x = windows.join(Dense(c, dtype=self.dtype, name="projection")(x))
         return x[:, :h, :w]
 
 
@@ -224,35 +212,11 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     return gelu(x), tangent * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5) + x * density)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _roll(shifts: tuple[int, int], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Returns the map rolled by (rows, columns); its gradient is a roll too, where slices' would be padded sums."""
-    return jnp.roll(x, shifts, axis=(1, 2))
-
-
-_roll.defvjp(
-    lambda shifts, x: (_roll(shifts, x), None),
-    lambda shifts, _, gradient: (_roll((-shifts[0], -shifts[1]), gradient),),
-)
-
-
 def _relative_position_index(window: int) -> Int[np.ndarray, "q k"]:
     """Returns the row of the table for every pair of positions in a window, in the reference's order."""
     position = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij"), axis=-1).reshape(-1, 2)
     relative = position[:, None] - position[None, :] + window - 1
     return relative[..., 0] * (2 * window - 1) + relative[..., 1]
-
-
-def _regions(rows: int, columns: int, window: int, shifts: tuple[int, int]) -> Int[np.ndarray, "n q"]:
-    """Returns a number for every place of every shifted window; places with different numbers were not neighbours.
-
-    Only the last window of an axis holds two parts: the end of the image and its wrapped beginning.
-    """
-    wrapped = [np.arange(n * window) >= n * window - s for n, s in zip((rows, columns), shifts, strict=True)]
-    region = wrapped[0][:, None] * 2 + wrapped[1][None, :]
-    # windows before the last are one region whatever their number; only differences within a window count
-    region = region.reshape(rows, window, columns, window).transpose(0, 2, 1, 3)
-    return region.reshape(rows * columns, window**2).astype(np.int32)
 
 
 def _pad_to_multiple(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, "b h2 w2 c"]:

@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
     num_heads: int
     context_length: int
     embed_dim: int
-    remat: bool = False
+    remat: str = "none"  # of `repeat`
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -16,6 +16,8 @@ first, so that it holds what was measured when time runs out. A row has
 * profile, of steps: seconds on the device and bytes of each module and pass, and of the slowest instructions, from a
   trace of one more call. A kernel inside a CUDA graph has no name: XLA_FLAGS=--xla_gpu_enable_command_buffer= gives all
   of them theirs.
+
+After steps and predictions it trains and evaluates `configs/demo.py`, where all that `main` needs is installed.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +60,9 @@ SECONDS = 3.0  # after which no more are
 SHORTEST = 0.02  # s; shorter calls are sent one after the other and timed together
 MODULES = 30  # and modules, in the table
 SLOWEST = 30  # instructions of a profile that are listed
+DEMO_AFTER = 1  # of the groups of programs
+DEMO_SECONDS = 90  # below, the demo is not begun
+DEMO_MEMORY = "0.1"  # share of the accelerator's memory: the rest is held by this process
 TIMING = 5  # s that a program needs once it is compiled
 MARGIN = 10  # s before the end of the time after which nothing is started
 GIB = 1 << 30
@@ -342,6 +348,38 @@ class Bench:
         }
 
 
+def demo(report: Report, *, config: str = "configs/demo.py") -> dict[str, Any]:
+    """Returns the scores of a run of the demo on the accelerator, and how long its steps took, as a row."""
+    if report.seconds_left < DEMO_SECONDS:
+        return {"name": "demo", "error": "time ran out"}
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder) / "demo"
+        command = [sys.executable, "-m", "detclipv2_jax.main", f"--config={config}", f"--workdir={workdir}"]
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": DEMO_MEMORY,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        start = time.monotonic()
+        try:
+            run = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=max(report.seconds_left - MARGIN, 1.0)
+            )
+        except subprocess.TimeoutExpired:
+            return {"name": "demo", "error": "time ran out"}
+        if run.returncode:
+            return {"name": "demo", "error": " ".join(run.stderr.strip().splitlines()[-1:])[:300]}
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    scores = {key: value for line in lines for key, value in line.items() if key.startswith("eval/")}
+    seconds = [line["timing/step_seconds"] for line in lines if "timing/step_seconds" in line]
+    return {
+        "name": "demo",
+        "steps": max(line["step"] for line in lines),
+        "seconds": time.monotonic() - start,
+        "step_s": float(np.median(seconds)),
+        "scores": scores,
+    }
+
+
 def _failed(error: Exception) -> concurrent.futures.Future:
     future: concurrent.futures.Future = concurrent.futures.Future()
     future.set_exception(error)
@@ -371,6 +409,15 @@ COLUMNS = (
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"| {row['name']} | {row['error']} |" + " |" * (len(COLUMNS) - 2)
+    if "scores" in row:
+        scores = ", ".join(f"{name} {100 * row['scores'][f'eval/{name}']:.1f}" for name in ("AP", "top1f", "top1r"))
+        cells = [
+            row["name"],
+            f"{1e3 * row['step_s']:.2f}",
+            "",
+            f"{scores} after {row['steps']:,} steps, {row['seconds']:.0f} s",
+        ]
+        return f"| {' | '.join(cells)} |" + " |" * (len(COLUMNS) - len(cells))
     used = "" if row["utilization"] is None else f"{row['utilization']:.1%}"
     cells = [
         row["name"],
@@ -441,9 +488,11 @@ def main() -> None:
     mesh = sharding.make_mesh(devices=[device])
     setting = programs.Setting(inputs.of_one_device(config, share=share), mesh)
     bench = Bench(setting, report, options.only)
-    for group in programs.groups(setting):
+    for i, group in enumerate(programs.groups(setting)):
         if report.seconds_left > MARGIN:
             bench.run(group)
+        if i == DEMO_AFTER and not options.only and not options.tiny:
+            report.add(demo(report))
     report.values["complete"] = report.seconds_left > MARGIN
     report.values["seconds"] = time.monotonic() - start
     report.write()

@@ -105,17 +105,16 @@ def groups(setting: Setting) -> list[Callable[[], Iterator[Program]]]:
         functools.partial(steps, setting),
         functools.partial(predictions, setting),
         functools.partial(blocks, setting),
-        functools.partial(steps_without_kernels, setting, STEPS[1:]),
+        functools.partial(steps_without_kernels, setting, STEPS),
         functools.partial(towers, setting),
         functools.partial(losses, setting),
     ]
 
 
 def steps(setting: Setting) -> Iterator[Program]:
-    """Yields the training step of every kind as it is on this device, and detection's without kernels beside it."""
+    """Yields the training step of every kind as it is on this device."""
     for kind in STEPS:
         yield _step(setting, kind, "")
-    yield from steps_without_kernels(setting, STEPS[:1])
 
 
 def steps_without_kernels(setting: Setting, kinds: Sequence[Kind]) -> Iterator[Program]:

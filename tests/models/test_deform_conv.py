@@ -75,7 +75,8 @@ KERNEL_CHANNELS = {"channels": 64, "outputs": 16}
 @pytest.fixture
 def interpreted(monkeypatch):
     """Makes the kernels run on this machine."""
-    monkeypatch.setattr(deform_pallas, "forward", functools.partial(deform_pallas.forward, interpret=True))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(deform_pallas, name, functools.partial(getattr(deform_pallas, name), interpret=True))
 
 
 @pytest.mark.parametrize("size", [(13, 18), (3, 2)], ids=str)

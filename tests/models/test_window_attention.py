@@ -17,35 +17,57 @@ from detclipv2_jax.preflight import compile_step
 HEADS, HEAD_SIZE = 2, 16
 
 
-def example(*, batch=2, windows=6, length=49, shifted=True, dtype=jnp.float32):
-    """Returns (qkv, bias, region or None, gradient of the result)."""
-    rng = np.random.default_rng(length)
+def example(*, batch=2, rows=2, columns=3, size=7, shift=3, dtype=jnp.float32):
+    """Returns (map of qkv, bias, gradient of the result), and what makes its windows."""
+    rng = np.random.default_rng(size)
     channels = HEADS * HEAD_SIZE
-    qkv = jnp.asarray(rng.normal(size=(batch, windows, length, 3 * channels)), dtype)
-    bias = jnp.asarray(rng.normal(size=(HEADS, length, length)), jnp.float32)
-    region = jnp.asarray(rng.integers(0, 3, size=(windows, length)), jnp.int32) if shifted else None
-    return qkv, bias, region, jnp.asarray(rng.normal(size=(batch, windows, length, channels)), dtype)
+    shape = (batch, rows * size, columns * size, channels)
+    qkv = jnp.asarray(rng.normal(size=(*shape[:3], 3 * channels)), dtype)
+    bias = jnp.asarray(rng.normal(size=(HEADS, size**2, size**2)), jnp.float32)
+    windows = {"size": size, "shift": shift, "heads": HEADS}
+    return (qkv, bias, jnp.asarray(rng.normal(size=shape), dtype)), windows
 
 
-def plain(qkv, bias, region):
-    """The formula, differentiable, without a word on how it is computed."""
-    query, key, value = jnp.moveaxis(qkv.reshape(*qkv.shape[:3], 3, HEADS, HEAD_SIZE), (3, 4), (0, 3))
-    logits = query @ key.swapaxes(-1, -2) / HEAD_SIZE**0.5 + bias[None, None]
-    if region is not None:
-        logits -= 100.0 * (region[:, :, None] != region[:, None, :])[None, :, None]
-    weights = jnp.exp(logits) / jnp.sum(jnp.exp(logits), axis=-1, keepdims=True)
-    return jnp.moveaxis(weights @ value, 2, 3).reshape(*qkv.shape[:3], -1)
+def attend(qkv, bias, *, impl, **settings):
+    windows = module.windows_of((*qkv.shape[:3], qkv.shape[3] // 3), impl=impl, **settings)
+    return windows.join(window_attention(windows.split(qkv), bias, windows))
 
 
-def results(function, qkv, bias, region, gradient):
+def plain(qkv, bias, *, size, shift, heads):
+    """The formula, differentiable, without a word on how it is computed: one window after the other."""
+    _, height, width, _ = qkv.shape
+    shifts = [shift if side > size else 0 for side in (height, width)]
+    output = jnp.zeros((*qkv.shape[:3], qkv.shape[3] // 3), qkv.dtype)
+    for top in range(shifts[0], height + shifts[0], size):
+        for left in range(shifts[1], width + shifts[1], size):
+            y, x = (i.reshape(-1) for i in np.mgrid[top : top + size, left : left + size])
+            part = (y >= height) * 2 + (x >= width)  # what wrapped around was no neighbour
+            tokens = qkv[:, y % height, x % width].reshape(len(qkv), len(y), 3, heads, -1)
+            query, key, value = jnp.moveaxis(tokens, (2, 3), (0, 2))
+            logits = query @ key.swapaxes(-1, -2) / query.shape[-1] ** 0.5 + bias[None]
+            logits -= 100.0 * (part[:, None] != part[None])[None, None]
+            weights = jnp.exp(logits) / jnp.sum(jnp.exp(logits), axis=-1, keepdims=True)
+            result = jnp.moveaxis(weights @ value, 1, 2).reshape(len(qkv), len(y), -1)
+            output = output.at[:, y % height, x % width].set(result)
+    return output
+
+
+def results(function, qkv, bias, gradient):
     """Returns (value, gradient to qkv, gradient to the bias) in float32."""
 
     @jax.jit
     def run(qkv, bias, gradient):
-        value, vjp = jax.vjp(lambda qkv, bias: function(qkv, bias, region), qkv, bias)
+        value, vjp = jax.vjp(function, qkv, bias)
         return value, *vjp(gradient)
 
     return [np.asarray(x, np.float32) for x in run(qkv, bias, gradient)]
+
+
+def assert_equal_to_the_formula(arrays, settings, *, impl="pallas"):
+    found = results(functools.partial(attend, impl=impl, **settings), *arrays)
+    expected = results(functools.partial(plain, **settings), *arrays)
+    for name, x, y in zip(("value", "qkv", "bias"), found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture
@@ -56,51 +78,50 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["xla", "pallas"])
-@pytest.mark.parametrize(("length", "shifted"), [(49, True), (49, False), (64, True), (4, False)])
-def test_values_and_gradients_are_those_of_the_formula(interpreted, impl, length, shifted):
-    arrays = example(length=length, shifted=shifted)
-    found = results(functools.partial(window_attention, impl=impl), *arrays)
-    for name, x, expected in zip(("value", "qkv", "bias"), found, results(plain, *arrays), strict=True):
-        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"shift": 0}, {"size": 8, "shift": 4}, {"size": 2, "shift": 1, "rows": 4, "columns": 1}, {"rows": 1}],
+    ids=str,
+)
+def test_values_and_gradients_are_those_of_the_formula(interpreted, impl, kind):
+    arrays, settings = example(**kind)
+    assert_equal_to_the_formula(arrays, settings, impl=impl)
 
 
 def test_the_kernel_errs_no_more_than_the_xla_form_in_bfloat16(interpreted):
-    arrays = example(dtype=jnp.bfloat16)
-    exact = results(plain, *(x if x is None else x.astype(jnp.float32) for x in arrays))
-    xla, pallas = (results(functools.partial(window_attention, impl=impl), *arrays) for impl in ("xla", "pallas"))
+    arrays, settings = example(dtype=jnp.bfloat16)
+    exact = results(functools.partial(plain, **settings), *(x.astype(jnp.float32) for x in arrays))
+    xla, pallas = (results(functools.partial(attend, impl=impl, **settings), *arrays) for impl in ("xla", "pallas"))
     for name, truth, old, new in zip(("value", "qkv", "bias"), exact, xla, pallas, strict=True):
         assert np.abs(new - truth).mean() < 1.2 * np.abs(old - truth).mean(), name
 
 
 def test_programs_share_windows_unevenly(interpreted, monkeypatch):
     monkeypatch.setattr(module, "PROGRAMS", 5 * HEADS)  # 12 windows: 3, 3, 3, 3; or 7: 2, 2, 2, 1
-    for batch, windows in ((2, 6), (1, 7)):
-        arrays = example(batch=batch, windows=windows, length=9)
-        found = results(functools.partial(window_attention, impl="pallas"), *arrays)
-        for x, expected in zip(found, results(plain, *arrays), strict=True):
-            np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+    for batch, columns in ((2, 3), (1, 7)):
+        arrays, settings = example(batch=batch, rows=batch, columns=columns, size=3, shift=1)
+        assert_equal_to_the_formula(arrays, settings)
 
 
 def test_kernels_are_split_over_a_mesh(interpreted):
-    arrays = example(batch=8, windows=2, length=9)
-    expected = results(plain, *arrays)
+    arrays, settings = example(batch=8, rows=1, columns=2, size=3, shift=1)
+    expected = results(functools.partial(plain, **settings), *arrays)
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto,) * 2)):
-        found = results(functools.partial(window_attention, impl="pallas"), *arrays)
+        found = results(functools.partial(attend, impl="pallas", **settings), *arrays)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "head_size"), [({"length": 65}, 16), ({"length": 9}, 8), ({"length": 9, "batch": 3}, 16)]
+    ("shape", "size", "heads"),
+    [((2, 9, 9, 32), 9, 2), ((2, 6, 6, 16), 3, 2), ((2, 6, 6, 48), 3, 2), ((3, 6, 6, 32), 3, 2)],
 )
-def test_what_the_kernel_cannot_hold_is_left_to_xla(monkeypatch, changes, head_size):
-    monkeypatch.delattr(module, "_kernel_backward")
-    monkeypatch.setattr(module, "_kernel_forward", None)
-    qkv, bias, region, _ = example(**changes)
-    qkv = qkv[..., : 3 * HEADS * head_size]
+def test_what_the_kernel_cannot_hold_is_left_to_xla(shape, size, heads):
     with jax.set_mesh(jax.make_mesh((2,), ("data",), (AxisType.Auto,))):
-        value = window_attention(qkv, bias, region, impl="pallas")
-    assert value.shape == (*qkv.shape[:3], HEADS * head_size)
+        for impl in module.IMPLS:
+            assert module.windows_of(shape, size=size, shift=0, heads=heads, impl=impl).impl == "xla"
+        fits = module.windows_of((2, 16, 8, 32), size=8, shift=4, heads=2, impl="pallas")
+    assert fits == module.Windows(2, 1, 8, (4, 0), "pallas")
 
 
 def test_what_the_kernel_just_holds_is_left_to_it(monkeypatch):
@@ -113,9 +134,8 @@ def test_what_the_kernel_just_holds_is_left_to_it(monkeypatch):
 
 
 def test_unknown_forms_are_named():
-    qkv, bias, region, _ = example(length=4)
     with pytest.raises(ValueError, match="no form 'cudnn'; allowed are auto, xla, pallas"):
-        window_attention(qkv, bias, region, impl="cudnn")
+        module.windows_of((1, 7, 7, 32), size=7, shift=0, heads=2, impl="cudnn")
 
 
 @pytest.mark.slow
@@ -127,23 +147,25 @@ def test_the_gpu_compiler_accepts_the_kernels(dtype):
         platform="cuda", topology_name="", target_config=compile_step.H100, topology="1x1x1"
     )
     place = SingleDeviceSharding(topology.devices[0])
-    batch, windows, length, channels, heads = 32, 144, 49, 96, 3
-    qkv, bias, region, gradient = (
+    batch, side, channels, heads, size = 32, 84, 96, 3, 7
+    windows = module.windows_of((batch, side, side, channels), size=size, shift=3, heads=heads)
+    qkv, bias, gradient = (
         jax.ShapeDtypeStruct(shape, kind, sharding=place)
         for shape, kind in (
-            ((batch, windows, length, 3 * channels), dtype),
-            ((heads, length, length), "float32"),
-            ((windows, length), "int32"),
-            ((batch, windows, length, channels), dtype),
+            ((batch, side, side, 3 * channels), dtype),
+            ((heads, size**2, size**2), "float32"),
+            ((batch, side, side, channels), dtype),
         )
     )
 
-    def both_passes(qkv, bias, region, gradient):
-        value, vjp = jax.vjp(lambda qkv, bias: window_attention(qkv, bias, region), qkv, bias)
+    def both_passes(qkv, bias, gradient):
+        value, vjp = jax.vjp(
+            lambda qkv, bias: windows.join(window_attention(windows.split(qkv), bias, windows)), qkv, bias
+        )
         return value, *vjp(gradient)
 
-    program = jax.jit(both_passes).trace(qkv, bias, region, gradient).lower(lowering_platforms=("cuda",)).compile()
+    program = jax.jit(both_passes).trace(qkv, bias, gradient).lower(lowering_platforms=("cuda",)).compile()
     assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
     assert (
-        program.memory_analysis().temp_size_in_bytes < batch * windows * heads * length**2
+        program.memory_analysis().temp_size_in_bytes < batch * side**2 * heads * size**2
     )  # a quarter of the float32 logits
