@@ -28,6 +28,7 @@ from detclipv2_jax.models import split
 CELLS = 64  # of a block
 CHANNELS = 64  # at a time; the number of input channels is a multiple of it
 TAPS = 9
+SAMPLES = 1 << 29  # bytes at most of the samples of the images that are pulled back together, and of their gradients
 TOUCHING = 4  # samples that a cell reads at a time; 36 corners touch one where offsets are small
 MAX_OUTPUTS = 256  # channels: CELLS rows of float32 sums are kept in registers
 
@@ -79,41 +80,54 @@ def backward(
     """Returns the gradients to features, weights and kernel."""
 
     def local(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> tuple[Array, ...]:
-        features, weights, index, gradient = rows
         (kernel,) = whole
-        flat, sizes = _flat(features, kernel)
-        num_cells, channels = flat.shape
-        gradient = gradient.reshape(num_cells, -1)
-        by_tap = _by_tap(weights, index)
-        sample_gradient = gradient @ kernel.reshape(TAPS * channels, -1).T  # [cells, 9 * c]
-        samples, weight_gradient = _call(
-            functools.partial(_sample_kernel, **sizes),
-            (flat, *by_tap, sample_gradient),
-            [
-                jax.ShapeDtypeStruct(sample_gradient.shape, flat.dtype),
-                jax.ShapeDtypeStruct((4 * TAPS, num_cells), jnp.float32),
-            ],
-            grid=(pl.cdiv(num_cells, CELLS) * TAPS,),
-            warps=8,
-            name="deformable_samples",
-            interpret=interpret,
-        )
-        kernel_gradient = jnp.matmul(samples.T, gradient, preferred_element_type=jnp.float32)
-        order, first = _by_place(weights, index, **sizes)
-        (feature_gradient,) = _call(
-            functools.partial(_cell_kernel, **sizes),
-            (sample_gradient.reshape(-1, channels), order, first, weights.swapaxes(1, 2).reshape(-1, 4)),
-            [jax.ShapeDtypeStruct(flat.shape, flat.dtype)],
-            grid=(num_cells,),
-            warps=1,
-            name="deformable_cells",
-            interpret=interpret,
-        )
-        weight_gradient = weight_gradient.reshape(TAPS, 4, features.shape[0], -1).transpose(2, 0, 3, 1)
-        return feature_gradient.reshape(features.shape), weight_gradient, kernel_gradient[None]
+        b, height, width, channels = rows[0].shape
+        of_image = height * width * TAPS * channels * rows[0].dtype.itemsize
+        parts = next(n for n in range(1, b + 1) if b % n == 0 and (n == b or b // n * of_image <= SAMPLES))
+        of_part = functools.partial(_backward, kernel=kernel, interpret=interpret)
+        start = jnp.zeros((TAPS * channels, kernel.shape[3]), jnp.float32)
+        split_rows = jax.tree.map(lambda x: x.reshape(parts, b // parts, *x.shape[1:]), rows)
+        kernel_gradient, joined = jax.lax.scan(of_part, start, split_rows)
+        return *(x.reshape(b, *x.shape[2:]) for x in joined), kernel_gradient[None]
 
     *of_images, kernel_gradient = split.by_rows(local, (features, weights, index, gradient), (kernel,))
     return *of_images, jnp.sum(kernel_gradient, axis=0).reshape(kernel.shape)
+
+
+def _backward(
+    total: Float32[Array, "9c o"], rows: tuple[Array, ...], *, kernel: Float[Array, "3 3 c o"], interpret: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    """Adds the kernel's gradient of some images to `total`; returns with it those to their features and weights."""
+    features, weights, index, gradient = rows
+    flat, sizes = _flat(features, kernel)
+    num_cells, channels = flat.shape
+    gradient = gradient.reshape(num_cells, -1)
+    sample_gradient = gradient @ kernel.reshape(TAPS * channels, -1).T  # [cells, 9 * c]
+    samples, weight_gradient = _call(
+        functools.partial(_sample_kernel, **sizes),
+        (flat, *_by_tap(weights, index), sample_gradient),
+        [
+            jax.ShapeDtypeStruct(sample_gradient.shape, flat.dtype),
+            jax.ShapeDtypeStruct((4 * TAPS, num_cells), jnp.float32),
+        ],
+        grid=(pl.cdiv(num_cells, CELLS) * TAPS,),
+        warps=8,
+        name="deformable_samples",
+        interpret=interpret,
+    )
+    order, first = _by_place(weights, index, **sizes)
+    (feature_gradient,) = _call(
+        functools.partial(_cell_kernel, **sizes),
+        (sample_gradient.reshape(-1, channels), order, first, weights.swapaxes(1, 2).reshape(-1, 4)),
+        [jax.ShapeDtypeStruct(flat.shape, flat.dtype)],
+        grid=(num_cells,),
+        warps=1,
+        name="deformable_cells",
+        interpret=interpret,
+    )
+    total += jnp.matmul(samples.T, gradient, preferred_element_type=jnp.float32)
+    weight_gradient = weight_gradient.reshape(TAPS, 4, features.shape[0], -1).transpose(2, 0, 3, 1)
+    return total, (feature_gradient.reshape(features.shape), weight_gradient)
 
 
 def _call(

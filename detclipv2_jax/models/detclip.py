@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 IMAGE_MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # ImageNet, RGB, 0-255
 IMAGE_STD = np.array((58.395, 57.12, 57.375), np.float32)
 DTYPES = ("float32", "bfloat16")
-# computed again: of blocks all but products and attention; blocks of Swin and text; levels of the head; these and FPN
-REMATS = ("none", "elementwise", "blocks", "heads", "all")
+REMATS = ("none", "blocks", "heads", "all")
 NORM_EPSILON = 1e-6  # shortest length that is still normalised to 1
 
 
@@ -45,15 +44,14 @@ class DetCLIP(nn.Module):
     head: dict[str, Any]
     text: dict[str, Any]
     embed_dim: int
-    remat: str  # see REMATS
+    remat: str  # none | blocks (Swin and text) | heads (a level of the head) | all (both and the pyramid)
     normalize_regions: bool
     logit_scale: float  # initial values
     logit_bias: float
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        heads = self.remat in ("heads", "all")
-        blocks = {"heads": "none", "all": "blocks"}.get(self.remat, self.remat)
+        blocks, heads = self.remat in ("blocks", "all"), self.remat in ("heads", "all")
         head_class = nn.remat(AtssHead, static_argnums=(2,)) if heads else AtssHead
         fpn_class = nn.remat(FPN) if self.remat == "all" else FPN
         self.image_backbone = Swin(**self.swin, remat=blocks, dtype=self.dtype, name="swin")

@@ -9,10 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ATTENTION = "attention"  # name of values that `KEEP_PRODUCTS` keeps, though they are none of a plain product
-KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION)
-)
 MIN_REPEATS = 4  # below, a loop costs more than it saves: it copies what the backward pass needs
 
 
@@ -23,7 +19,7 @@ def repeat(
     x: jax.Array,
     inputs: Sequence[Any] = (),
     *,
-    remat: str = "none",
+    remat: bool,
     static: tuple[Any, ...] = (),
 ) -> jax.Array:
     """Returns x after len(names) blocks, of which block i is `blocks[i % len(blocks)]`.
@@ -38,8 +34,7 @@ def repeat(
       x: of the same shape after every block.
       inputs: arrays whose first axis counts the blocks.
       static: further arguments, the same for all.
-      remat: what is computed again in the backward pass instead of kept: "none"; "elementwise", all but products and
-        attention; or "blocks", all within a block.
+      remat: whether a block's values are computed again in the backward pass instead of kept.
     """
     if parent.is_initializing():
         for i, name in enumerate(names):
@@ -62,10 +57,8 @@ def repeat(
                     {"params": params}, x, *given, *static, rngs=None if key is None else {"dropout": key}
                 )
 
-            policy = KEEP_PRODUCTS if remat == "elementwise" else None
             # a scan keeps the two passes apart
-            again = call if remat == "none" else jax.checkpoint(call, prevent_cse=not scanned, policy=policy)
-            x = again(x, row)
+            x = (jax.checkpoint(call, prevent_cse=not scanned) if remat else call)(x, row)
         return x, None
 
     if scanned:

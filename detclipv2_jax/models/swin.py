@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from detclipv2_jax.models.repeat import ATTENTION, repeat
+from detclipv2_jax.models.repeat import repeat
 from detclipv2_jax.models.window_attention import window_attention, windows_of
 
 PATCH = 4  # px
@@ -49,7 +48,7 @@ class Swin(nn.Module):
     window_size: int
     drop_path_rate: float = 0.0
     attention_impl: str = "auto"  # of `window_attention`
-    remat: str = "none"  # of `repeat`
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -163,7 +162,7 @@ class WindowAttention(nn.Module):
         x = _pad_to_multiple(x, window)
         windows = windows_of(x.shape, size=window, shift=self.shift, heads=heads, impl=self.impl)
         qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(windows.split(x))
-        x = checkpoint_name(window_attention(qkv, bias.transpose(2, 0, 1), windows), ATTENTION)
+        x = window_attention(qkv, bias.transpose(2, 0, 1), windows)
         x = windows.join(Dense(c, dtype=self.dtype, name="projection")(x))
         return x[:, :h, :w]
 

@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
     num_heads: int
     context_length: int
     embed_dim: int
-    remat: str = "none"  # of `repeat`
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact

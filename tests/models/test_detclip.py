@@ -207,9 +207,8 @@ def test_what_is_computed_again_is_not_kept(detector):
 
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(pull, variables)))
 
-    kept = {remat: kept_bytes(remat) for remat in detclip.REMATS}
+    kept = {remat: kept_bytes(remat) for remat in ("none", "blocks", "heads", "all")}
     assert kept["all"] < kept["blocks"] < 0.7 * kept["none"], kept
-    assert kept["blocks"] < kept["elementwise"] < 0.9 * kept["none"], kept
     assert kept["all"] < kept["heads"] < 0.95 * kept["none"], kept
 
 
