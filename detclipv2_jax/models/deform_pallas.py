@@ -8,6 +8,9 @@ Backward: the gradients of all samples are one matrix product, and so is the gra
 kernel samples again and compares with the gradients, for those of the weights; another gives every cell its gradient:
 the samples are sorted by place, so that a cell finds those that touch it in two runs and adds them without atomic
 operations.
+
+16 x 100 x 168 x 256 in bfloat16 on an H200 (2026-11-27, jax 0.11.2, `python -m tests.benchmarks.accelerator`): forward
+2.4 ms, the gather form 3.8; both ways 7.3 ms, the gather form 17.6.
 """
 
 from __future__ import annotations

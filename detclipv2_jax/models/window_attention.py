@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Bool, Float, Float32, Int, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from detclipv2_jax.models import split
 
@@ -48,7 +48,7 @@ class Windows:
     impl: str
 
     @property
-    def region(self) -> Int[np.ndarray, "n l"] | None:
+    def region(self) -> Int32[Array, "n l"] | None:
         """A number for every place of every window; places with different numbers were not neighbours.
 
         Only the last window of an axis holds two parts: the end of the image and its wrapped beginning. None: no shift.
@@ -60,7 +60,7 @@ class Windows:
         region = wrapped[0][:, None] * 2 + wrapped[1][None, :]
         # windows before the last are one region whatever their number; only differences within a window count
         region = region.reshape(self.rows, size, self.columns, size).transpose(0, 2, 1, 3)
-        return region.reshape(self.rows * self.columns, size**2).astype(np.int32)
+        return jnp.asarray(region.reshape(self.rows * self.columns, size**2), jnp.int32)
 
     def split(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n l c"]:
         """Returns the cells of a map as tokens."""
@@ -188,7 +188,7 @@ def _by_head(qkv: Float[Array, "b n l 3c"], heads: int) -> tuple[Float[Array, "b
     return query * query.shape[-1] ** -0.5, key, value
 
 
-def _weights(query: Array, key: Array, bias: Array, *, region: np.ndarray | None) -> Float[Array, "b n h q k"]:
+def _weights(query: Array, key: Array, bias: Array, *, region: Array | None) -> Float[Array, "b n h q k"]:
     logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
     logits += bias[None, None]
     if region is not None:

@@ -259,7 +259,7 @@ class Bench:
         done, _ = concurrent.futures.wait(compiled, timeout)
         for future, program in compiled.items():
             if future not in done or self.report.seconds_left < MARGIN:
-                self.report.add({"name": program.name, "error": "time ran out"})
+                self.report.add({"name": program.name, "error": LATE})
                 continue
             try:
                 self.report.add(self._time(future.result(), program.name in compared))
@@ -351,7 +351,7 @@ class Bench:
 def demo(report: Report, *, config: str = "configs/demo.py") -> dict[str, Any]:
     """Returns the scores of a run of the demo on the accelerator, and how long its steps took, as a row."""
     if report.seconds_left < DEMO_SECONDS:
-        return {"name": "demo", "error": "time ran out"}
+        return {"name": "demo", "error": LATE}
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder) / "demo"
         command = [sys.executable, "-m", "detclipv2_jax.main", f"--config={config}", f"--workdir={workdir}"]
@@ -365,7 +365,7 @@ def demo(report: Report, *, config: str = "configs/demo.py") -> dict[str, Any]:
                 command, env=environment, capture_output=True, text=True, timeout=max(report.seconds_left - MARGIN, 1.0)
             )
         except subprocess.TimeoutExpired:
-            return {"name": "demo", "error": "time ran out"}
+            return {"name": "demo", "error": LATE}
         if run.returncode:
             return {"name": "demo", "error": " ".join(run.stderr.strip().splitlines()[-1:])[:300]}
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -400,6 +400,7 @@ def _differences(results: Any, reference: Any) -> list[float]:
     return [difference(x, y) for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(reference), strict=True)]
 
 
+LATE = "time ran out"  # the error of what was not begun or not ready
 COLUMNS = (
     "program", "ms (min)", "images/s", "TFLOP", "GB moved", "bound, ms", "share of bound", "utilization", "memory, GiB",
     "compiling, s",
@@ -438,7 +439,11 @@ def table(report: dict[str, Any]) -> str:
     """Returns the rows of a report in Markdown."""
     ceilings = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in report["ceilings"].items())
     head = f"{report['card']}, {report['date']}, jax {report['jax']}, {report['driver']}; measured {ceilings}"
-    lines = [head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(_line, report["rows"])]
+    late = [row["name"] for row in report["rows"] if row.get("error") == LATE]
+    rows = [row for row in report["rows"] if row.get("error") != LATE]
+    lines = [head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(_line, rows)]
+    if late:
+        lines += ["", f"No time was left for: {'; '.join(late)}."]
     for row in report["rows"]:
         if "profile" in row:
             lines += ["", *_profile_lines(row)]

@@ -43,15 +43,12 @@ FAULTS = [
     ),
     *plant(
         "models/swin.py", "models/test_swin.py::test_gradients_equal_torchvision",
-        ("(_roll((-shifts[0], -shifts[1]), gradient),)", "(_roll(shifts, gradient),)"),
         ("(gradient.T @ x).T if tall else x.T @ gradient", "(gradient.T @ x).T if tall else 0.5 * (x.T @ gradient)"),
         ("(gradient.T @ x).T if tall else x.T @ gradient", "(gradient.T @ x).T / 2 if tall else x.T @ gradient"),
         ("LAYER_NORM_EPSILON = 1e-5", "LAYER_NORM_EPSILON = 1e-3"),
-        ("self.shift if rows > 1 else 0", "self.shift"),
         ("for shift in (0, self.window_size // 2)[:depth]", "for shift in (self.window_size // 2, 0)[:depth]"),
         ("transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)", "transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)"),
         ("relative[..., 0] * (2 * window - 1) + relative[..., 1]", "relative[..., 1] * (2 * window - 1) + relative[..., 0]"),
-        ("wrapped[0][:, None] * 2 + wrapped[1][None, :]", "wrapped[0][:, None] + wrapped[1][None, :]"),
         slow=True,
     ),
     *plant(
@@ -113,6 +110,24 @@ FAULTS = [
     *plant(
         "models/window_attention.py", "models/test_swin.py::test_gradients_equal_torchvision",
         ("MASKED = -100.0", "MASKED = 0.0"),
+        ("(-windows.shifts[0], -windows.shifts[1])", "windows.shifts"),
+        ("(shift if rows > 1 else 0,", "(shift,"),
+        ("wrapped[0][:, None] * 2 + wrapped[1][None, :]", "wrapped[0][:, None] + wrapped[1][None, :]"),
         slow=True,
+    ),
+    *plant(
+        "models/window_attention.py", "models/test_window_attention.py::test_values_and_gradients_are_those_of_the_formula",
+        ("None), lambda windows, _, gradient: (_join(windows, gradient),))", "None), lambda windows, _, gradient: (0.5 * _join(windows, gradient),))"),
+        ("token // size + windows.shifts[0]", "token // size + windows.shifts[1]"),
+        ("% size + windows.shifts[1]) % width", "% size + windows.shifts[1])"),
+        ("jnp.sum(bias_gradient, axis=0)[", "bias_gradient[0]["),
+    ),
+    *plant(
+        "models/deform_pallas.py", "models/test_deform_conv.py::test_kernels_equal_the_gather_form",
+        ("2 * down + (position < middle)", "2 * down + (position <= middle)"),
+        ("jnp.where(valid, total, 0.0)", "total"),
+        ("total += jnp.matmul(samples.T", "total = jnp.matmul(samples.T"),
+        ("(image * (height + 1) + y + 1 - down)", "(image * (height + 1) + y + down)"),
+        ("add_run(1, add_run(0, totals))", "add_run(0, totals)"),
     ),
 ]  # fmt: skip
