@@ -325,7 +325,7 @@ def pretraining(c: ConfigDict, variant: str = "") -> None:
     c.detection.dictionary = c.grounding.dictionary = DICTIONARY  # definitions and negatives (section 3.1)
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
     # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
-    kept = [(f"optimizer.remat.{kind}", "none") for kind in ("detection", "grounding")]  # 80 GB hold all of it
+    kept = [(f"optimizer.remat.{kind}", "none") for kind in ("detection", "grounding")]  # 80 GB hold it
     c.chips.h100 = (("loss.chunk_bytes", 1 << 30), *kept)
     lvis(c.eval)
 
@@ -367,8 +367,7 @@ def base() -> ConfigDict:
     # services that get the scalars as well: mlflow, wandb. They find their server and key by their own variables
     c.trackers = ()
     c.log_every_steps = 50  # every n-th step of a kind is logged: detection, grounding, image-text
-    # the first batch of a stream is drawn and every n-th after it; pairs with the best region of each phrase. 0: only
-    # the first
+    # a stream's first batch is drawn and every n-th after it, pairs with each phrase's best region; 0: only the first
     c.pictures_every_steps = 1000
     # steps traced by jax's profiler into profile/, from the tenth on; open with TensorBoard or xprof. 0: none
     c.profile_steps = 0

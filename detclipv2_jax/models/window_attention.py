@@ -70,7 +70,7 @@ class Windows:
         """Returns the map of the tokens."""
         return _join(self, tokens)
 
-    def dispatch(self, kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:
+    def _dispatch(self, kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:
         """Returns what the form computes; `auto`: the kernel where the program is compiled for NVIDIA GPUs."""
         if self.impl == "auto":
             return jax.lax.platform_dependent(*arguments, cuda=kernel, default=xla)
@@ -125,7 +125,7 @@ def _split(windows: Windows, x: Array) -> Array:
         x = x.reshape(x.shape[0], windows.rows, windows.size, windows.columns, windows.size, x.shape[3])
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(tokens)
 
-    return windows.dispatch(lambda x: x.reshape(tokens), cut, x)
+    return windows._dispatch(lambda x: x.reshape(tokens), cut, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,7 +137,7 @@ def _join(windows: Windows, tokens: Array) -> Array:
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(shape)
         return jnp.roll(x, windows.shifts, axis=(1, 2)) if any(windows.shifts) else x
 
-    return windows.dispatch(lambda x: x.reshape(shape), paste, tokens)
+    return windows._dispatch(lambda x: x.reshape(shape), paste, tokens)
 
 
 _split.defvjp(lambda windows, x: (_split(windows, x), None), lambda windows, _, gradient: (_join(windows, gradient),))
@@ -146,7 +146,7 @@ _join.defvjp(lambda windows, x: (_join(windows, x), None), lambda windows, _, gr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(windows: Windows, qkv: Array, bias: Array) -> Array:
-    return windows.dispatch(
+    return windows._dispatch(
         functools.partial(_kernel_forward, windows), functools.partial(_xla_forward, windows), qkv, bias
     )
 
@@ -156,7 +156,7 @@ def _forward(windows: Windows, *arguments: Any) -> tuple[Array, tuple[Any, ...]]
 
 
 def _backward(windows: Windows, arguments: tuple[Any, ...], gradient: Array) -> tuple[Array, ...]:
-    return windows.dispatch(
+    return windows._dispatch(
         functools.partial(_kernel_backward, windows), functools.partial(_xla_backward, windows), *arguments, gradient
     )
 
