@@ -124,15 +124,6 @@ def test_what_the_kernel_cannot_hold_is_left_to_xla(shape, size, heads):
     assert fits == module.Windows(2, 1, 8, (4, 0), "pallas")
 
 
-def test_what_the_kernel_just_holds_is_left_to_it(monkeypatch):
-    forms = []
-    monkeypatch.setattr(module, "_attention", lambda impl, *_: forms.append(impl))
-    for length, heads, channels in ((module.TILE, 2, 32), (module.TILE + 1, 2, 32), (9, 2, 16), (9, 2, 48), (9, 1, 32)):
-        qkv = np.zeros((1, 1, length, 3 * channels), np.float32)
-        window_attention(qkv, np.zeros((heads, length, length), np.float32), None, impl="pallas")
-    assert forms == ["pallas", "xla", "xla", "xla", "pallas"]
-
-
 def test_unknown_forms_are_named():
     with pytest.raises(ValueError, match="no form 'cudnn'; allowed are auto, xla, pallas"):
         module.windows_of((1, 7, 7, 32), size=7, shift=0, heads=2, impl="cudnn")

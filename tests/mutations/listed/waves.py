@@ -379,8 +379,6 @@ FAULTS = [
         ("return x[:, :h, :w]", "return x[:, -h:, -w:]", "::test_equal_to_the_libraries"),
         ("for shift in (0, self.window_size // 2)[:depth]", "for shift in (0, (self.window_size + 1) // 2)[:depth]", "::test_equal_to_the_libraries"),
         (".transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)", ".transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)", "::test_equal_to_the_libraries"),
-        ("shifts = (self.shift if rows > 1 else 0, self.shift if columns > 1 else 0)", "shifts = (self.shift, self.shift)", "::test_equal_to_the_libraries"),
-        ("region = wrapped[0][:, None] * 2 + wrapped[1][None, :]", "region = wrapped[0][:, None] + wrapped[1][None, :]", "::test_equal_to_the_libraries"),
     ),
     *plant(
         "models/text_encoder.py", "models/test_text_encoder.py",
@@ -398,7 +396,7 @@ FAULTS = [
     ),
     *plant(
         "models/window_attention.py", "models/test_window_attention.py",
-        ("fits = qkv.shape[2] <= TILE and", "fits = qkv.shape[2] < TILE and", "::test_what_the_kernel_just_holds_is_left_to_it"),
+        ("fits = size**2 <= TILE and", "fits = size**2 < TILE and", "::test_what_the_kernel_cannot_hold_is_left_to_xla"),
         slow=True,
     ),
     *plant(
