@@ -118,6 +118,9 @@ def _data_section(kind: str) -> ConfigDict:
     # (smallest, largest) px: the short side is drawn from this range, then the long side bounded; aspect ratio is kept
     c.short_side = (320, 320) if kind == "image_text" else (480, 800)
     c.long_side = 320 if kind == "image_text" else 1333  # px at most
+    # sizes of a canvas, evenly over short_side, a compiled step each: a batch has one, which its photos fill. 0, the
+    # paper: each photo has a short side of its own
+    c.num_scales = 0
     c.flip_prob = 0.5  # share of images that are mirrored left to right
     # words of other languages that mirroring makes wrong, e.g. ("links", "rechts"): photos with a category, phrase or
     # caption that has one stay as they are, as those with left, right or clockwise do in detection and grounding
@@ -133,8 +136,7 @@ def _data_section(kind: str) -> ConfigDict:
     # (1.0, 0.01) adds a hundredth of a pretraining set to every epoch, other images each time
     c.source_weights = ()
     c.max_bad_share = 0.01  # an error above this share of unusable images or boxes
-    # photos of `images` may be links to files elsewhere (DVC, git-annex, hub caches). False: only within the folder
-    c.follow_links = False
+    c.follow_links = False  # True: photos of `images` may be links to files elsewhere (DVC, git-annex, hub caches)
     if kind == "image_text":
         # a factor on `weight` for folders of class names (`prepare classes`): ImageNet is repeated 3 times (Table 13)
         c.class_weight = 3.0
@@ -163,10 +165,7 @@ def _data_section(kind: str) -> ConfigDict:
 
 
 def scenes() -> ConfigDict:
-    """Returns the keys of `config.scenes`: a generated world (data/scenes.py), for the demo, the claims and tests.
-
-    It is written once to <workdir>/data, then read like real data.
-    """
+    """Returns the keys of `config.scenes`: a generated world (data/scenes.py), for the demo, the claims and tests."""
     c = ConfigDict()
     c.num_detection = 0  # images with boxes and names; all four numbers zero: no generated data
     c.num_grounding = 0  # images with phrases and boxes
@@ -175,7 +174,7 @@ def scenes() -> ConfigDict:
     c.size_px = 128  # width and height of a scene
     c.seed = 0  # of the world
     c.novel_captions = True  # captions name novel shapes, too; False: nothing does
-    c.folder = ""  # where they are written; "": <workdir>/data
+    c.folder = ""  # where they are written once, to be read like real data; "": <workdir>/data
     return c
 
 
@@ -323,6 +322,9 @@ def pretraining(c: ConfigDict, variant: str = "") -> None:
     c.detection.data = ("data/objects365",)
     c.grounding.data, c.image_text.data = PRETRAINING[variant]
     c.detection.dictionary = c.grounding.dictionary = DICTIONARY  # definitions and negatives (section 3.1)
+    for section in (c.detection, c.grounding):  # photos fill nine tenths of them (docs/decisions.md)
+        section.canvases, section.num_scales = ((800, 1216), (1216, 800)), 3
+    c.image_text.canvases = ((320, 320), (256, 320), (320, 256))
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
     # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
     kept = [(f"optimizer.remat.{kind}", "none") for kind in ("detection", "grounding")]  # 80 GB hold it
@@ -393,7 +395,6 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns "key: old -> new" for every key in which two configurations differ."""
-
     a, b = flat(old), flat(new)
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)

@@ -168,7 +168,8 @@ def train(run: Run) -> dict[str, float]:
         logging.info("step %d of %d, %d devices, %.4g M parameters", start, order.num_steps, mesh.size, size / 1e6)
 
         # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
-        steps = {key: jitted_step(run, *key) for key in {(stream.kind, stream.canvas) for stream in run.streams}}
+        keys = {(stream.kind, canvas) for stream in run.streams for canvas in stream.canvases}
+        steps = {key: jitted_step(run, *key) for key in keys}
         ahead = stack.enter_context(contextlib.closing(compile_ahead(run, steps, state, start=start)))
         readers: dict[int, Iterator[Batch]] = {}
         positions = order.next_positions(start)
@@ -213,9 +214,10 @@ def train(run: Run) -> dict[str, float]:
                 # else every Python call while a step is traced would be an event: millions
                 options.python_tracer_level = 0
                 jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
-            ahead.wait((stream.kind, stream.canvas), what=f"the step of {stream.name}")
+            key = (stream.kind, stream.canvas_of(draw.position))
+            ahead.wait(key, what="the step of {}/{}x{}".format(stream.kind.value, *key[1]))
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = steps[stream.kind, stream.canvas](state, sharding.to_global(batch, mesh))
+                state, metrics = steps[key](state, sharding.to_global(batch, mesh))
             if finish_last:
                 finish_last()
             done, last = step + 1, step + 1 == order.num_steps
@@ -226,7 +228,7 @@ def train(run: Run) -> dict[str, float]:
                 metrics | {"learning_rate": rate(step) * decision.factor} | sharding.summed(stream.overflow, mesh),
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
-                cost=cost(draw.stream) if peak_flops else None,
+                cost=cost(draw.stream, key[1]) if peak_flops else None,
                 examples=functools.partial(stream.named, stream.examples),
                 writer=writer,
                 progress=progress,
@@ -349,24 +351,26 @@ def compile_ahead(run: Run, steps: dict[tuple[Kind, tuple[int, int]], Any], stat
         return Ahead({})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     programs: dict[Hashable, Callable[[], object]] = {}
-    for stream in (run.streams[i] for i in run.order.upcoming(start)):
+    positions = run.order.next_positions(start)
+    for stream, first in ((run.streams[i], positions[i]) for i in run.order.upcoming(start)):
         sizes: dict[str, Any] = {"table_rows": stream.capacities["table"], "num_verified": stream.num_verified}
         sizes["class_names"] = stream.class_names
-        batch = sharding.batch_shapes(run.config, stream.kind, stream.canvas, **sizes, mesh=run.mesh)
+        for canvas in map(stream.canvas_of, range(first, first + 2 * len(stream.canvases))):  # every one is among them
+            batch = sharding.batch_shapes(run.config, stream.kind, canvas, **sizes, mesh=run.mesh)
 
-        def compiled(key: Any = (stream.kind, stream.canvas), batch: Batch = batch) -> object:
-            with jax.set_mesh(run.mesh):
-                return steps[key].lower(shapes, batch).compile()
+            def compiled(key: Any = (stream.kind, canvas), batch: Batch = batch) -> object:
+                with jax.set_mesh(run.mesh):
+                    return steps[key].lower(shapes, batch).compile()
 
-        programs.setdefault((stream.kind, stream.canvas), compiled)
+            programs.setdefault((stream.kind, canvas), compiled)
     return Ahead(programs)
 
 
-def step_cost(run: Run, number: int) -> Callable[[float], float]:
-    """Returns the function from the number of distinct concepts to the FLOPs of a step on stream `number`."""
+def step_cost(run: Run, number: int, canvas: tuple[int, int]) -> Callable[[float], float]:
+    """Returns the function from the number of distinct concepts to the FLOPs of a step on a canvas of a stream."""
     stream = run.streams[number]
     table_rows = stream.capacities["table"] * jax.process_count()
-    return flops.of_step(run.config, stream.kind, stream.canvas, table_rows=table_rows, num_devices=run.mesh.size)
+    return flops.of_step(run.config, stream.kind, canvas, table_rows=table_rows, num_devices=run.mesh.size)
 
 
 def draw_batch(

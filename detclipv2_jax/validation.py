@@ -97,6 +97,7 @@ RULES = (
     *_at_least(1, "model.head.num_groups", "detection.max_box_concepts", "grounding.max_box_concepts"),
     *_at_least(1, "loss.class_proposals"),
     *_at_least(0, "loss.class_weight", "image_text.class_weight"),
+    *_at_least(0, *(f"{kind}.num_scales" for kind in KINDS)),
     *_at_least(0, "detection.num_shots", "optimizer.stop_patience", "eval.every_steps", "eval.every_epochs"),
     *_above_zero("loss.temperature", "loss.matching_temperature", "optimizer.learning_rate"),
     _share("loss.label_smoothing", lowest=True),

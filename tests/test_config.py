@@ -49,10 +49,10 @@ TABLE_9 = (  # row, keys, values of Swin-T, values of Swin-L where they differ
     ("schedule", "optimizer.schedule optimizer.warmup_steps optimizer.min_learning_rate", ("cosine", 1000, 0.0)),
     ("batch, detection and grounding", "detection.batch_size grounding.batch_size", (128, 128), (256, 256)),
     ("batch, image-text pairs", "image_text.batch_size", 6144),
-    ("resolution, boxes", "detection.canvases grounding.canvases", (((800, 1344), (1344, 800)),) * 2),
+    ("resolution, boxes", "eval.canvases", ((800, 1344), (1344, 800))),  # training's: docs/decisions.md
     ("long side, boxes", "detection.long_side grounding.long_side", (1333, 1333)),
     ("multi-scale training", "detection.short_side grounding.short_side", ((480, 800),) * 2),
-    ("resolution, pairs", "image_text.canvases image_text.short_side", (((320, 320),), (320, 320))),
+    ("resolution, pairs", "image_text.long_side image_text.short_side", (320, (320, 320))),
     ("random flip", "detection.flip_prob grounding.flip_prob image_text.flip_prob", (0.5, 0.5, 0.5)),
     ("weight of the contrastive loss", "loss.contrastive_weight", 0.1),
     ("weights of box and centerness", "loss.box_weight loss.centerness_weight", (2.0, 1.0)),
@@ -102,6 +102,16 @@ def test_pretraining_uses_one_dictionary_and_is_scored_as_eval_lvis_does(name):
     assert load(name).name == {"swin_t": "swin_t_full", "swin_l": "swin_l"}[name]
     with pytest.raises(ValueError, match=f"'o366' of configs/{name}.py is unknown; allowed are o365, o365_cc3m, "):
         load(name, "o366")
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_l", "detclip_v1"])
+def test_canvases_of_pretraining_fit_photos_and_the_papers_way_is_the_default(name):
+    c, paper = load(name), config_lib.base()
+    for kind in ("detection", "grounding"):
+        assert (c[kind].canvases, c[kind].num_scales) == (((800, 1216), (1216, 800)), 3)
+        assert (paper[kind].canvases, paper[kind].num_scales) == (((800, 1344), (1344, 800)), 0)
+    assert (c.image_text.canvases, c.image_text.num_scales) == (((320, 320), (256, 320), (320, 256)), 0)
+    assert (paper.image_text.canvases, paper.image_text.num_scales) == (((320, 320),), 0)
 
 
 def test_detclip_v1_is_swin_t_without_what_v2_added():
@@ -352,6 +362,7 @@ EDGES = [
     ("detection.short_side", [(64, 64), (32, 64)], [(64, 32), (0, 64), (64,), 64, ("a", "b")]),
     ("eval.short_side", [1, 64], [0, -1]),
     ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 112),), ((0, 32),), ((32,),)]),
+    ("detection.num_scales image_text.num_scales", [0, 3], [-1]),
     ("detection.images eval.annotations", ["a", "/a", "gs://a/b"], ["hf://a", "https://b"]),
     ("loss.selection_scope", ["device", "global"], ["host"]),
     ("loss.interaction", ["phrases", "tokens"], ["words"]),

@@ -73,11 +73,12 @@ def _steps_are_compiled_once():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, micro_session):
-    """A run of 8 steps, unbroken; (config, workdir, scores)."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    drawn = with_steps(micro_session, 8)
+    """A run of 8 steps, unbroken, its boxes on canvases of 64 and 32 px; (config, workdir, scores)."""
+    workdir, config = tmp_path_factory.mktemp("whole") / "run", micro_session.copy_and_resolve_references()
+    config.detection.short_side, config.detection.num_scales = (32, 64), 2
+    drawn = with_steps(config, 8)
     drawn.pictures_every_steps = 2
-    return micro_session, workdir, start(drawn, workdir)
+    return config, workdir, start(drawn, workdir)
 
 
 @pytest.mark.slow
@@ -153,7 +154,7 @@ def test_a_step_is_read_when_the_next_one_is_sent_and_can_be_traced(finished, tm
     monkeypatch.setattr(train, "jitted_step", recorded_step)
     monkeypatch.setattr(train, "finish_step", recorded_finish)
     monkeypatch.setattr(flops, "chip_of", lambda kind: chips.CHIPS["h100"]._replace(peak=1e12))
-    monkeypatch.setattr(train, "step_cost", lambda run, number: lambda num_concepts: 8e12)
+    monkeypatch.setattr(train, "step_cost", lambda run, number, canvas: lambda num_concepts: 8e12)
     start(config, tmp_path / "run")
     assert events == ["sent", "sent", "read 1", "sent", "read 2", "sent", "read 3", "read 4"]
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
@@ -161,8 +162,8 @@ def test_a_step_is_read_when_the_next_one_is_sent_and_can_be_traced(finished, tm
     assert row["timing/images_per_second"] * row["timing/step_seconds"] == pytest.approx(8)  # one step of 8 images
     assert 0 <= row["timing/data_wait_share"] < 1
     assert row["timing/flop_utilization"] * row["timing/step_seconds"] == pytest.approx(1)
-    few, more = (step_cost(runs[0], 0)(num_concepts) for num_concepts in (10, 20))
-    assert 0 < few < more
+    few, more = (step_cost(runs[0], 0, (64, 64))(num_concepts) for num_concepts in (10, 20))
+    assert 0 < step_cost(runs[0], 0, (32, 32))(10) < few < more
 
 
 @pytest.mark.slow

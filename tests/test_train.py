@@ -161,22 +161,35 @@ def test_steps_are_compiled_in_the_order_of_their_first_use(monkeypatch):
         (Kind.DETECTION, (64, 64)),
         (Kind.IMAGE_TEXT, (8, 8)),
     ]
+    small = Kind.GROUNDING, (32, 48)  # the second stream is on two canvases, on this one at its positions 1, 4, 7
     streams = [
         types.SimpleNamespace(
-            kind=kind, canvas=canvas, capacities={"table": 10 + i}, num_verified=0, class_names=i == 3
+            kind=kind,
+            canvases=(canvas, small[1])[: 1 + (i == 1)],
+            canvas_of=lambda n, i=i, canvas=canvas: small[1] if i == 1 and n % 3 == 1 else canvas,
+            capacities={"table": 10 + i},
+            num_verified=0,
+            class_names=i == 3,
         )
         for i, (kind, canvas) in enumerate(keys)
     ]
-    order = types.SimpleNamespace(upcoming=lambda start: {3: [1, 2, 0], 9: []}[start])
+    order = types.SimpleNamespace(
+        upcoming=lambda start: {3: [1, 2, 0], 9: []}[start], next_positions=lambda start: [0, 7, 2, 0]
+    )
+    keys.append(small)
     run = types.SimpleNamespace(streams=streams, order=order, config=None, mesh=sharding.make_mesh())
     steps = {key: step(key) for key in keys}
     ahead = train.compile_ahead(run, steps, {"a": jax.numpy.zeros((2, 3))}, start=3)
     for key in keys:
         ahead.wait(key, what="it")
     ahead.close()
-    assert compiled == [(keys[1], (2, 3), (Kind.GROUNDING, 11)), (keys[0], (2, 3), (Kind.DETECTION, 12))]
+    assert compiled == [
+        (small, (2, 3), (Kind.GROUNDING, 11)),
+        (keys[1], (2, 3), (Kind.GROUNDING, 11)),
+        (keys[0], (2, 3), (Kind.DETECTION, 12)),
+    ]
     train.compile_ahead(run, steps, {}, start=9).close()
-    assert len(compiled) == 2
+    assert len(compiled) == 3
 
 
 def test_averaged_parameters_are_scored_where_they_are_kept():

@@ -2,7 +2,8 @@
 
 1. The order of an epoch is a permutation seeded by (seed, stream, epoch); position p of the stream is its example.
 2. Scales and flips of the n-th batch are drawn by a generator seeded by (seed, stream, n), the negatives of an example
-   by one seeded by (seed, stream) that counts with p.
+   by one seeded by (seed, stream) that counts with p. Of as many batches in a row as the canvas has sizes, each has
+   another.
 3. An image that cannot be used is noted and the next readable example of the stream takes its place.
 4. The concepts of all images are merged into one table; boxes and captions point into it.
 """
@@ -72,7 +73,7 @@ class BatchMaker:
 
     name: str
     kind: Kind
-    canvas: tuple[int, int]
+    canvases: tuple[tuple[int, int], ...]  # sizes of one canvas, the largest first
     sources: tuple[Source, ...]
     members: np.ndarray  # int32 [examples of the stream]: positions in the concatenated sources
     seed: int
@@ -117,12 +118,18 @@ class BatchMaker:
     def _offsets(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self.sources)])
 
+    def canvas_of(self, n: int) -> tuple[int, int]:
+        """Returns the canvas of global batch n, the same on every host."""
+        block, place = divmod(n, len(self.canvases))
+        order = np.random.default_rng((self._tag, block, 1)).permutation(len(self.canvases))
+        return self.canvases[int(order[place])]
+
     def make(self, n: int) -> tuple[Batch, Notes]:
         """Returns this host's rows of global batch n and notes on them."""
         notes = Notes(collections.Counter(), {}, [])
         rows = self.batch_size // self.process_count
         positions = self.positions(n)
-        image = np.zeros((rows, *self.canvas, 3), np.uint8)
+        image = np.zeros((rows, *self.canvas_of(n), 3), np.uint8)
         rng, of_this_host = np.random.default_rng((self._tag, n)), slice(self.process_index * rows, None)
         short_sides = rng.integers(*self.short_side, self.batch_size, endpoint=True)[of_this_host].tolist()
         flips = (rng.random(self.batch_size) < self.flip_prob)[of_this_host].tolist()

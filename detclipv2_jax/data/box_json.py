@@ -112,16 +112,6 @@ class BoxSource:
             federated=self.federated,
         )
 
-    def fill_sizes(self) -> None:
-        """Reads the sizes the annotation does not give from the headers of the images; canvases need them."""
-        for index in np.flatnonzero((self.sizes == 0).any(axis=1)):
-            try:
-                path = resolve(self._folder, self._files[index], follow_links=self._follow_links)
-                header = transforms.read_header(files.read_bytes(path))
-                self.sizes[index] = header.displayed_size
-            except (UnusableError, OSError):
-                continue  # it is reported when it is read
-
 
 def _federated(image: dict[str, Any], index_of: dict[Any, int], *, where: Path) -> tuple[list[int], list[int]]:
     """Returns the vocabulary indices verified to be absent and those not annotated exhaustively (LVIS)."""

@@ -1,4 +1,6 @@
-"""Streams of host batches: a stream is (kind, canvas), read with Grain, endless for training, finite for evaluation.
+"""Streams of host batches, read with Grain: endless for training, finite for evaluation.
+
+A stream is (kind, canvas); a canvas may have several sizes, of which a batch has one.
 
 The n-th batch is a pure function of n: order, scale, flip and negatives of the example at position p follow from
 (seed, stream, p). A global batch holds the positions [n * batch_size, (n + 1) * batch_size), split contiguously over
@@ -11,16 +13,14 @@ import collections
 import functools
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 import grain
-import numpy as np
 from absl import flags, logging
 
-from detclipv2_jax.data import mirroring, workers
+from detclipv2_jax.data import canvases, mirroring, workers
 from detclipv2_jax.data.batches import OVERFLOWS, BatchMaker, Notes, Skipped, pixels_of, table_capacity
-from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.data.concepts import Encoder, Pool, Vocabulary, check_classes, read_dictionary
 from detclipv2_jax.data.evaluation_set import GroundTruth
@@ -36,6 +36,7 @@ class Stream:
 
     Attributes:
       name: like "detection/800x1344", with the source behind it where each has a stream of its own.
+      canvases: sizes of its canvas, the largest first; a batch has one of them.
       weight: factor on the number of its steps.
       batch_size: images a batch over all hosts.
       num_examples: images of an epoch.
@@ -54,7 +55,7 @@ class Stream:
         self.weight = weight
         self._maker, self._input, self._max_bad_share = maker, input_config, max_bad_share
         self._skipped: dict[int, Skipped] = {}
-        self.name, self.kind, self.canvas = maker.name, maker.kind, maker.canvas
+        self.name, self.kind, self.canvases = maker.name, maker.kind, maker.canvases
         self.batch_size, self.num_examples = maker.batch_size, len(maker.members)
         self.num_batches = max(1, round(self.num_examples / self.batch_size))
         self.sources, self.max_boxes = maker.sources, maker.max_boxes
@@ -77,6 +78,15 @@ class Stream:
         reasons = collections.Counter(skipped.reason for skipped in self._skipped.values())
         refuse_above_share(reasons, self.num_examples, self._max_bad_share, what="images", where=self.name)
         return batch
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """The largest of its canvases."""
+        return self.canvases[0]
+
+    def canvas_of(self, n: int) -> tuple[int, int]:
+        """Returns the canvas of the n-th global batch, the same on every host."""
+        return self._maker.canvas_of(n)
 
     def batch(self, n: int) -> Batch:
         """Returns this host's rows of the n-th global batch, a pure function of n.
@@ -193,19 +203,6 @@ class EvalStream(Stream):
         return super().batch(n)
 
 
-def _assign_canvases(sources: Sequence[Source], canvases: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Returns for each canvas the positions (in the concatenated sources) of the images that are largest on it."""
-    if len(canvases) == 1:
-        return [np.arange(sum(map(len, sources)), dtype=np.int32)]
-    for source in sources:
-        if isinstance(source, BoxSource):
-            source.fill_sizes()
-    sizes = np.maximum(np.concatenate([source.sizes for source in sources]), 1)
-    fits = np.stack([(np.array(canvas)[None] / sizes).min(axis=1) for canvas in canvases])
-    best = fits.argmax(axis=0)  # the first of equals: a square image goes to the first canvas
-    return [np.flatnonzero(best == i).astype(np.int32) for i in range(len(canvases))]
-
-
 def _divide(batch_size: int, process_count: int, where: str) -> int:
     if batch_size % process_count:
         raise ValueError(f"{where}.batch_size {batch_size} is not divisible by the number of hosts {process_count}")
@@ -255,20 +252,21 @@ def _kind_streams(
         section, kind, num_images=rows, table_multiple=table_multiple, most_concepts=most_concepts, num_known=num_known
     )
     streams = []
-    for canvas, members in zip(section.canvases, _assign_canvases(sources, section.canvases), strict=True):
+    for canvas, members in zip(section.canvases, canvases.assign(sources, section.canvases), strict=True):
         if not len(members):
             continue
         maker = BatchMaker(
             name=f"{kind.value}/{canvas[0]}x{canvas[1]}{suffix}",
             kind=kind,
-            canvas=tuple(canvas),
+            canvases=canvases.sizes(canvas, short_side=section.short_side, num_scales=section.num_scales),
             sources=tuple(sources),
             members=members,
             seed=config.seed,
             batch_size=section.batch_size,
             process_index=process_index,
             process_count=process_count,
-            short_side=tuple(section.short_side),
+            # a batch that has a size of its own is filled by its photos
+            short_side=(min(canvas),) * 2 if section.num_scales else tuple(section.short_side),
             long_side=section.long_side,
             flip_prob=section.flip_prob,
             unflippable=mirroring.pattern(section.unflippable_words, english=kind is not Kind.IMAGE_TEXT),
@@ -373,13 +371,13 @@ def eval_streams(
         return []
     source, ground_truth = opened
     streams = []
-    for canvas, members in zip(section.canvases, _assign_canvases([source], section.canvases), strict=True):
+    for canvas, members in zip(section.canvases, canvases.assign([source], section.canvases), strict=True):
         if not len(members):
             continue
         maker = BatchMaker(
             name=f"eval/{canvas[0]}x{canvas[1]}",
             kind=Kind.DETECTION,
-            canvas=tuple(canvas),
+            canvases=(tuple(canvas),),
             sources=(source,),
             members=members,
             seed=0,

@@ -342,9 +342,9 @@ class Predictor:
         sides = {"short_side": self.config.eval.short_side, "long_side": self.config.eval.long_side}
         try:
             source, size = _open(image)
-            if canvas is None:  # as data.streams assigns them: of equals the first
-                canvases = self.config.eval.canvases
-                canvas = max(canvases, key=lambda canvas: min(canvas[0] / size[0], canvas[1] / size[1]))
+            if canvas is None:  # as data.canvases assigns them: of equals the smallest, or the first
+                fits = [(min(h / size[0], w / size[1]), -h * w, (h, w)) for h, w in self.config.eval.canvases]
+                *_, canvas = max(fits, key=lambda fit: fit[:2])
             out = np.zeros((*canvas, 3), np.uint8)
             placed = transforms.place(source, out, annotated_size=(0, 0), **sides)
         except (OSError, ValueError) as error:

@@ -106,7 +106,7 @@ class Topology:
 
 
 def step_names(config: ConfigDict) -> list[str]:
-    """Returns the names of all step programs of a configuration that has data of all its kinds."""
+    """Returns the names of the step programs of kinds with data, each canvas at its largest: smaller ones need less."""
     kinds = [kind for kind in Kind if _has_data(config[kind.value])]
     names = [f"{kind}/{h}x{w}" for kind in kinds for h, w in config[kind.value].canvases]
     return names + [f"prediction/{h}x{w}" for h, w in config.eval.canvases]

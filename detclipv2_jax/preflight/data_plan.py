@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from ml_collections import ConfigDict
 
 from detclipv2_jax import buckets, train
+from detclipv2_jax.data import canvases
 from detclipv2_jax.data.batches import table_capacity
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.built import REPORT, BuiltSource
@@ -60,17 +62,27 @@ def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     factors = mixed(batches, list(by_kind), mixture=config.mixing[0], value=config.mixing[1])
     for (kind, known), num_batches, factor in zip(by_kind.items(), batches, factors, strict=True):
         section, num_examples = config[kind.value], examples[kind]
-        for height, width in section.canvases:
+        for canvas in section.canvases:
             num_steps = (config.epochs - section.from_epoch) * num_batches * factor / len(section.canvases)
-            plan.num_steps[f"{kind}/{height}x{width}"] = num_steps
+            short_side, num_scales = section.short_side, section.num_scales
+            _add_steps(plan, kind, canvases.sizes(canvas, short_side=short_side, num_scales=num_scales), num_steps)
         num_names = sum(dataset.num_names for dataset in known) if all(dataset.num_names for dataset in known) else 0
         rows = table_capacity(
             section, kind, num_images=section.batch_size // num_hosts, table_multiple=num_devices // num_hosts,
             num_known=num_names,
         )  # fmt: skip
         _set_table(plan, kind, rows * num_hosts, num_names)
-        plan.notes.append(f"{kind}: {num_examples:,} examples as published; the files were not looked at")
+        plan.notes.append(
+            f"{kind}: {num_examples:,} examples as published, evenly on its canvases; the files were not looked at"
+        )
     return plan
+
+
+def _add_steps(plan: Plan, kind: Kind, sizes: Sequence[canvases.Canvas], num_steps: float) -> None:
+    """Adds steps of a stream to the plan, evenly over the sizes of its canvas."""
+    for height, width in sizes:
+        name = f"{kind}/{height}x{width}"
+        plan.num_steps[name] = plan.num_steps.get(name, 0) + num_steps / len(sizes)
 
 
 def _set_table(plan: Plan, kind: Kind, rows: int, num_names: int) -> None:
@@ -102,7 +114,7 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     order = train.make_order(config, streams)
     positions = order.next_positions(order.num_steps)
     for stream, num_steps in zip(streams, positions, strict=True):
-        plan.num_steps[stream.name] = num_steps
+        _add_steps(plan, stream.kind, stream.canvases, num_steps)
         names = {id(source): len(source.vocabulary) for source in stream.sources if stream.kind is Kind.DETECTION}
         _set_table(plan, stream.kind, stream.capacities["table"] * num_hosts, sum(names.values()))
         passes = num_steps * stream.batch_size / stream.num_examples

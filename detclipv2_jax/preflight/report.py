@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -233,19 +234,29 @@ def _topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row]
     least = {row.step: max(row.least_seconds) for row in measured}
     trained = {step: num for step, num in plan.num_steps.items() if num}
     if trained:
-        rate = topology.num_devices * chip.peak
-        seconds = sum(
-            num * (least[step] if step in least else _by_formula(config, topology, step, plan) / rate)
-            for step, num in trained.items()
-        )
+        formula = functools.partial(_by_formula, config, topology, plan=plan)
+        seconds = sum(num * _least_of(step, least, topology, formula) for step, num in trained.items())
         steps = ", ".join(f"{step} {num:,.0f}" for step, num in trained.items())
-        how = "; by compute alone where not compiled" * bool(trained.keys() - least.keys())
+        how = "; where not compiled, by FLOPs beside its kind's largest, or by compute alone" * bool(
+            trained.keys() - least.keys()
+        )
         lines += [
             "",
             f"The whole run ({steps} steps, each at the longest of its times{how}): at least "
             f"{seconds / 3600 * topology.num_devices:,.0f} chip-hours, {seconds / 3600:.1f} hours.",
         ]
     return "\n".join(lines)
+
+
+def _least_of(step: str, least: dict[str, float], topology: Topology, formula: Callable[[str], float]) -> float:
+    """Returns the least seconds of a step: compiled, or in proportion to the largest of its kind that was."""
+    if step in least:
+        return least[step]
+    alike = [name for name in least if name.split("/")[0] == step.split("/")[0]]
+    if not alike:
+        return formula(step) / (topology.num_devices * CHIPS[topology.chip].peak)
+    largest = max(alike, key=formula)
+    return least[largest] * formula(step) / formula(largest)
 
 
 def _module_report(row: Row) -> str:

@@ -39,7 +39,9 @@ def replay(
         stream = streams[draw.stream]
         batch = stream.batch(draw.position)
         with jax.set_mesh(mesh):
-            state, found = compiled(stream.kind, stream.canvas)(state, sharding.to_global(batch, mesh))
+            state, found = compiled(stream.kind, stream.canvas_of(draw.position))(
+                state, sharding.to_global(batch, mesh)
+            )
         metrics = prefix(stream.kind.value, jax.device_get(found))
         logging.info("step %d: loss %.6g", step + 1, metrics[f"{stream.kind.value}/loss"])
     gradients = "\n".join(f"  {name} {value:.6g}" for name, value in metrics.items())

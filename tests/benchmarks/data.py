@@ -46,7 +46,7 @@ def configuration(data: pathlib.Path, folder: pathlib.Path):
 
 def pillow_batch(maker: BatchMaker, n: int) -> np.ndarray:
     """Returns the images of a batch made with Pillow alone: decode, bilinear resize, flip, pad, stack."""
-    canvas_h, canvas_w = maker.canvas
+    canvas_h, canvas_w = maker.canvas_of(n)
     images = []
     for position in range(n * maker.batch_size, (n + 1) * maker.batch_size):
         rng = np.random.default_rng(position)

@@ -7,7 +7,7 @@ import pytest
 from conftest import detection_json, grounding_json, write_image
 from PIL import Image
 
-from detclipv2_jax.data import box_json, evaluation_set, sources
+from detclipv2_jax.data import box_json, canvases, evaluation_set, sources
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import DataError, Kind
 from detclipv2_jax.data.selection import Dropped
@@ -71,7 +71,7 @@ def test_sizes_that_canvases_need_are_those_of_upright_photos(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps(content))
     source = box_json.read_detection(str(tmp_path / "d.json"), str(tmp_path), max_bad_share=1)
     source.sizes[:] = 0  # as of photos that were not probed
-    source.fill_sizes()
+    canvases.fill_sizes(source)
     assert source.sizes.tolist() == [[20, 30], [30, 20], [0, 0]]  # the third is missing
 
 

@@ -37,6 +37,17 @@ def test_a_run_on_raw_files(config):
     assert any(note.startswith("schedule: 12 of 12 steps; the learning rate ends at 0 ") for note in plan.notes)
 
 
+def test_steps_of_a_stream_are_even_over_the_sizes_of_its_canvas_whatever_its_name(config):
+    config.eval.annotations = config.eval.images = ""
+    config.detection.canvases, config.detection.num_scales = ((128, 192), (192, 128)), 3
+    config.detection.short_side, config.detection.source_weights = (64, 128), (3.0,)  # one source, of its own name
+    steps = check(config, epochs=2).num_steps
+    sizes = ("128x192", "96x128", "64x96", "192x128", "128x96", "96x64")
+    assert {name: num for name, num in steps.items() if name.startswith("detection")} == {
+        f"detection/{size}": pytest.approx(2) for size in sizes
+    }
+
+
 def test_photos_of_the_evaluation_and_other_problems(config, world):
     for image in (world / "images").iterdir():
         image.write_bytes(b"no picture")
@@ -81,8 +92,9 @@ def test_published_numbers_are_mixed_as_the_run_mixes_them():
     plain = data_plan.expected(config, num_hosts=8, num_devices=32).num_steps
     config.mixing = ("capped", 0.1)
     capped = data_plan.expected(config, num_hosts=8, num_devices=32).num_steps
-    boxes = sum(num for name, num in plain.items() if not name.startswith("image_text"))
-    assert capped == plain | {"image_text/320x320": pytest.approx(0.1 * boxes)}
-    assert plain["image_text/320x320"] == pytest.approx(12 * 13_000_000 / 6144)
+    pairs = {name for name in plain if name.startswith("image_text")}  # on three canvases
+    boxes = sum(num for name, num in plain.items() if name not in pairs)
+    assert capped == plain | dict.fromkeys(pairs, pytest.approx(0.1 * boxes / 3))
+    assert plain["image_text/320x320"] == pytest.approx(12 * 13_000_000 / 6144 / 3)
     named = data_plan.expected(swin_t.get_config("o365_in1k"), num_hosts=8, num_devices=32)
-    assert named.num_steps["image_text/320x320"] == pytest.approx(12 * 3 * 1_281_167 / 6144)  # passed 3 times an epoch
+    assert named.num_steps["image_text/320x320"] == pytest.approx(12 * 1_281_167 / 6144)  # passed 3 times an epoch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, grounding_json, write_image
 
-from detclipv2_jax.data import box_json, sources, spans
+from detclipv2_jax.data import box_json, canvases, sources, spans
 from detclipv2_jax.data.schema import Kind, UnusableError
 
 
@@ -313,7 +313,7 @@ def test_sizes_missing_in_the_json_come_from_the_files(world):
         del image["height"], image["width"]
     content["images"][3]["file_name"] = "absent.jpg"
     source = detection(world, content)
-    source.fill_sizes()
+    canvases.fill_sizes(source)
     expected = [size if i != 3 else (0, 0) for i, size in enumerate(SIZES)]
     assert [tuple(size) for size in source.sizes.tolist()] == expected
 

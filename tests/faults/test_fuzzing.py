@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from configs import demo
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, validation
-from detclipv2_jax.data import box_json, sources, tokenizer, truth
+from detclipv2_jax.data import box_json, canvases, sources, tokenizer, truth
 from detclipv2_jax.data.concepts import read_dictionary
 from detclipv2_jax.data.schema import UnusableError
 from detclipv2_jax.eval import coco, grounding, lvis
@@ -159,7 +159,7 @@ def test_annotation_json(folder, content, read):
     def one(rng):
         (folder / "annotations.json").write_bytes(mutated_json(content, rng))
         source = read(str(folder / "annotations.json"), str(folder), max_bad_share=rng.choice([0.0, 1.0]))
-        source.fill_sizes()
+        canvases.fill_sizes(source)
         for i in range(len(source)):
             with contextlib.suppress(UnusableError):
                 record = source[i]

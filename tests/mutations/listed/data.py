@@ -47,7 +47,7 @@ FAULTS = [
         ("caption=record.caption", "caption=\"\"", "::test_grounding_negatives_are_no_concept_of_the_caption_and_no_synonym_of_a_positive"),
         ("start = n * self.batch_size + self.process_index * rows", "start = n * self.batch_size", "::test_union_over_hosts_is_the_same_for_1_2_and_4_hosts"),
         ("np.arange(rows) < len(examples)", "np.ones(rows, bool)", "::test_evaluation_reads_everything_in_order ::test_evaluation_over_hosts"),
-        ("width=extent[1], flip=flip", "width=self.canvas[1], flip=flip", "::test_flip_mirrors_pixels_boxes_and_no_caption_with_sides"),
+        ("width=extent[1], flip=flip", "width=self.canvases[0][1], flip=flip", "::test_flip_mirrors_pixels_boxes_and_no_caption_with_sides"),
         ("concept_text(name, known.definition(name)) for name in names] if self.definitions", "concept_text(name, \"\") for name in names] if self.definitions", "::test_definitions_join_the_names"),
     ),
     *plant(

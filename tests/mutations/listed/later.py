@@ -70,8 +70,8 @@ FAULTS = [
         slow=True,
     ),
     *plant(
-        "data/box_json.py", "data/test_box_json.py",
-        ("self.sizes[index] = header.displayed_size", "self.sizes[index] = header.size"),
+        "data/canvases.py", "data/test_box_json.py",
+        ("source.sizes[index] = header.displayed_size", "source.sizes[index] = header.size"),
     ),
     *plant(
         "data/built.py", "data/test_built.py",
