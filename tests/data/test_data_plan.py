@@ -41,7 +41,12 @@ def test_steps_of_a_stream_are_even_over_the_sizes_of_its_canvas_whatever_its_na
     config.eval.annotations = config.eval.images = ""
     config.detection.canvases, config.detection.num_scales = ((128, 192), (192, 128)), 3
     config.detection.short_side, config.detection.source_weights = (64, 128), (3.0,)  # one source, of its own name
+    config.grounding.num_scales = 3  # two canvases, of both 64 x 64 is the second size
     steps = check(config, epochs=2).num_steps
+    assert {name: num for name, num in steps.items() if name.startswith("grounding")} == {
+        f"grounding/{size}": pytest.approx(num)
+        for size, num in {"64x96": 2 / 3, "64x64": 4 / 3, "32x64": 2 / 3, "96x64": 2 / 3, "64x32": 2 / 3}.items()
+    }
     sizes = ("128x192", "96x128", "64x96", "192x128", "128x96", "96x64")
     assert {name: num for name, num in steps.items() if name.startswith("detection")} == {
         f"detection/{size}": pytest.approx(2) for size in sizes

@@ -142,6 +142,13 @@ def test_a_run_that_fits(monkeypatch, tmp_path):
     assert hours < 0.8 * 12 * (660_000 / 128 + 770_000 / 128 + 13_000_000 / 6144) * 250 / 819 / 3600
 
 
+def test_a_canvas_that_was_not_compiled_is_estimated_by_the_largest():
+    work = {"detection/64x96": 8.0, "detection/32x64": 3.0, "detection/32x48": 2.0, "grounding/64x96": 197e12 * 32}
+    least = {"detection/64x96": 4.0, "detection/32x64": 3.5}
+    found = {step: preflight._least_of(step, least, V5E, work.get) for step in work}
+    assert found == least | {"detection/32x48": 1.0, "grounding/64x96": 1.0}
+
+
 def test_values_that_would_fit_are_found(monkeypatch, tmp_path):
     def measured(step, config):
         return result(20.0 / config.optimizer.accumulate.detection + 1, executed=4e14)
@@ -164,7 +171,7 @@ def test_pairs_are_recomputed_before_they_are_embedded_twice(monkeypatch, tmp_pa
     def measured(step, config):
         return result(18.0) if config.model.remat == "blocks" else result(14.0, executed=6e14)
 
-    report, well, compiled = run(monkeypatch, tmp_path, measured, only=["image_text"])
+    report, well, compiled = run(monkeypatch, tmp_path, measured, only=["image_text/320x320"])
     assert not well
     assert "--config.model.remat=all (14.0 GiB, +50% FLOPs)" in report
     assert len(compiled) == 2

@@ -51,6 +51,24 @@ FAULTS = [
         ("concept_text(name, known.definition(name)) for name in names] if self.definitions", "concept_text(name, \"\") for name in names] if self.definitions", "::test_definitions_join_the_names"),
     ),
     *plant(
+        "data/canvases.py", "data/test_canvases.py",
+        ("np.linspace(1.0, short_side[0] / short_side[1], num_scales)", "np.linspace(1.0, 0.5, num_scales)"),
+        ("np.lexsort((areas, -fits), axis=0)", "np.lexsort((-areas, -fits), axis=0)"),
+        ("np.lexsort((areas, -fits), axis=0)", "np.lexsort((-fits, areas), axis=0)"),
+        ("round(side / STRIDE)", "int(side / STRIDE)"),
+    ),
+    *plant(
+        "data/batches.py", "data/test_canvases.py",
+        ("np.random.default_rng((self._tag, block, 1))", "np.random.default_rng((self._tag, 1))"),
+        ("np.random.default_rng((self._tag, block, 1))", "np.random.default_rng((block, 1))"),
+        ("self.canvases[int(order[place])]", "self.canvases[int(order[0])]"),
+        ("np.zeros((rows, *self.canvas_of(n), 3), np.uint8)", "np.zeros((rows, *self.canvases[0], 3), np.uint8)"),
+    ),
+    *plant(
+        "data/streams.py", "data/test_canvases.py::test_photos_fill_their_canvas_and_keep_their_boxes",
+        ("(min(canvas),) * 2 if section.num_scales else tuple(section.short_side)", "tuple(section.short_side)"),
+    ),
+    *plant(
         "data/concepts.py", "data/test_concepts.py",
         ("kept = kept[:capacity]", "kept = kept[: capacity - 1]"),
         ("len(first) - len(kept),", "len(ids) - len(kept),"),

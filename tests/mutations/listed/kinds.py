@@ -159,6 +159,8 @@ FAULTS = [
         "preflight/data_plan.py", "preflight/test_preflight.py::test_steps_and_sizes_of_the_paper_s_run",
         ("(config.epochs - section.from_epoch) * num_batches", "config.epochs * num_batches", "::test_a_kind_that_begins_later_has_fewer_steps"),
         ("* factor / len(section.canvases)", "* factor"),
+        ("plan.num_steps.get(name, 0) + num_steps / len(sizes)", "num_steps / len(sizes)", "data/test_data_plan.py::test_steps_of_a_stream_are_even_over_the_sizes_of_its_canvas_whatever_its_name"),
+        ("+ num_steps / len(sizes)", "+ num_steps", "data/test_data_plan.py::test_steps_of_a_stream_are_even_over_the_sizes_of_its_canvas_whatever_its_name"),
         ("(1 - MAX_MISSING_SHARE) * published.num_examples", "MAX_MISSING_SHARE * published.num_examples", "data/test_data_plan.py::test_a_built_folder_that_is_too_small_and_was_not_compared"),
         slow=True,
     ),

@@ -128,6 +128,8 @@ FAULTS = [
     ),
     *plant(
         "preflight/report.py", "preflight/test_preflight.py",
+        ("least[largest] * formula(step) / formula(largest)", "least[largest]", "::test_a_run_that_fits"),
+        ("max(alike, key=formula)", "alike[-1]", "::test_a_canvas_that_was_not_compiled_is_estimated_by_the_largest"),
         ("num_concepts=sizes.num_concepts,", "num_concepts=sizes.table_rows,", "::test_steps_and_sizes_of_the_paper_s_run"),
         ("plan.num_concepts.get(kind, 0), plan.num_words)", "plan.num_concepts.get(kind, 0), 0)", "::test_steps_and_sizes_of_the_paper_s_run"),
         ("for row in rows if by_module and", "for row in rows if", "::test_one_report_of_the_data_and_one_of_each_topology"),
