@@ -57,7 +57,9 @@ def fill_sizes(source: Source) -> None:
     for index in unknown:
         try:
             pixels = pixels_of(source[index])
-            header = transforms.read_header(pixels) if isinstance(pixels, bytes) else None
-            source.sizes[index] = header.displayed_size if header else pixels.shape[:2]
+            if isinstance(pixels, bytes):
+                source.sizes[index] = transforms.read_header(pixels).displayed_size
+            else:
+                source.sizes[index] = pixels.shape[:2]
         except (UnusableError, OSError):
             continue  # it is reported when it is read

@@ -71,7 +71,7 @@ FAULTS = [
     ),
     *plant(
         "data/canvases.py", "data/test_box_json.py",
-        ("source.sizes[index] = header.displayed_size", "source.sizes[index] = header.size"),
+        ("read_header(pixels).displayed_size", "read_header(pixels).size"),
     ),
     *plant(
         "data/built.py", "data/test_built.py",
