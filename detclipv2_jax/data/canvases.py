@@ -21,11 +21,13 @@ STRIDE = 32  # of the backbone
 
 
 def sizes(canvas: Canvas, *, short_side: tuple[int, int], num_scales: int) -> tuple[Canvas, ...]:
-    """Returns the sizes of a canvas, the largest first: evenly over the range of the short side; of 0 scales itself.
+    """Returns the sizes of a canvas, the largest first, evenly over the range of the short side; with 0 scales itself.
 
     Sides are multiples of the backbone's stride.
     """
-    factors = np.linspace(1.0, short_side[0] / short_side[1], num_scales).tolist() or [1.0]
+    if not num_scales:
+        return ((canvas[0], canvas[1]),)
+    factors = np.linspace(1.0, short_side[0] / short_side[1], num_scales).tolist()
     return tuple((_rounded(canvas[0] * factor), _rounded(canvas[1] * factor)) for factor in factors)
 
 
