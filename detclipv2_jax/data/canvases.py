@@ -56,7 +56,7 @@ def fill_sizes(source: Source) -> None:
     unknown = np.flatnonzero((source.sizes == 0).any(axis=1))
     if len(unknown):
         logging.info("%s: reading the sizes of %d images, by which they find their canvas", source.name, len(unknown))
-    for index in unknown:
+    for index in unknown.tolist():
         try:
             pixels = pixels_of(source[index])
             if isinstance(pixels, bytes):
