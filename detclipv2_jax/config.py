@@ -358,8 +358,7 @@ def base() -> ConfigDict:
 
     c.chips = ConfigDict()
     for chip in CHIPS:
-        # (key, value) pairs for this chip, e.g. one with less memory; they win there over all values but those of the
-        # command line. `python -m detclipv2_jax.preflight` finds them
+        # (key, value) pairs that hold on this chip, with only the command line above them; `preflight` finds them
         c.chips[chip] = ()
 
     c.eval = _eval_section()
