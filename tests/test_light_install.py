@@ -26,11 +26,7 @@ def other_modules():
     lines = [*asked["dependencies"], *(line for extra in asked["optional-dependencies"].values() for line in extra)]
     packages = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines} - ENOUGH
     # parts of any environment, and what jaxtyping looks for
-<<<<<<< HEAD
     packages -= {"setuptools", "importlib-resources", "protobuf", "pytest", "pyyaml", "typeguard"}
-=======
-    packages -= {"setuptools", "importlib-resources", "pytest", "pyyaml", "typeguard"}
->>>>>>> cbd7e1d (Runs save small arrays whole and import inflect without its checks: seconds of every run, and of every test that runs one)
     return {
         module
         for module, owners in importlib.metadata.packages_distributions().items()
