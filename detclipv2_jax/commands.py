@@ -75,16 +75,16 @@ def run(
             result = function(**found)
     except KeyboardInterrupt:
         end("stopped by Ctrl-C")
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        print(f"error: {error}: pip install 'detclipv2_jax[{_EXTRAS[error.name]}]'", file=sys.stderr)
+        return 1
     except Exception as error:
         is_full = bool(files.no_room(error))
         if not is_full and not isinstance(error, (ValueError, OSError, bucket_store.BucketError)):
             raise
         print(f"error: {error}{'; make room there, or write elsewhere' * is_full}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        print(f"error: {error}: pip install 'detclipv2_jax[{_EXTRAS[error.name]}]'", file=sys.stderr)
         return 1
     finally:
         if from_start:  # nothing is at work any more
