@@ -148,7 +148,8 @@ def make_step(
     Metrics are float32 scalars over the global batch: the loss and its terms before weighting, `grad_norm` and that of
     each module, and `finite`, 0 where loss or gradient is not finite; such a step changes nothing but the step count.
     """
-    model = model.clone(remat=config.optimizer.remat[kind.value] or config.model.remat)
+    if remat := config.optimizer.remat[kind.value]:
+        model = model.clone(remat=remat)
     program = Program(kind, model, config, canvas, mesh)
     gradients = _pair_gradients if kind is Kind.IMAGE_TEXT else _box_gradients
     every_token = kind is Kind.IMAGE_TEXT and config.loss.interaction == "tokens"

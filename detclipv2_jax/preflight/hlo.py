@@ -23,6 +23,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+)([0-9]*)\w*\[([0-9,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
+_COMMENT = re.compile(r"/\*.*?\*/")  # of long lists of operands: /*index=5*/
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRANSFORMED = re.compile(r"(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+")
 # what JAX and Flax write into the name of an operation beside modules and scopes: functions, loops, classes, einsums
@@ -95,7 +96,8 @@ def traffic(text: str) -> Traffic:
             computations[name] = []
             entry = name if header[1] else entry
         elif computations and (match := _INSTRUCTION.match(line)):
-            operands = re.findall(r"%?([\w.\-]+)", match[5]) if match[4] != "constant" else [match[5]]
+            listed = _COMMENT.sub("", match[5])
+            operands = re.findall(r"%?([\w.\-]+)", listed) if match[4] != "constant" else [match[5]]
             computations[name].append(_Instruction(bool(match[1]), match[2], match[3], match[4], operands, match[6]))
 
     @functools.cache
@@ -180,14 +182,27 @@ def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[
         for x in body:
             if x.opcode != "parameter":
                 continue
-            users = [user for user in body if x.name in user.operands]
+            same, users = _views(x.name, body)
             position = int(x.operands[0])
             if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
                 reads[position] = min(reads[position], sum(_bytes(user.type) for user in users))
-            elif any(user.opcode == "dynamic-update-slice" and user.operands[0] == x.name for user in users):
+            elif any(user.opcode == "dynamic-update-slice" and user.operands[0] in same for user in users):
                 updates = [inner[user.operands[1]].type for user in users if user.opcode == "dynamic-update-slice"]
                 reads[position], result = 0.0, max(0.0, result - reads[position]) + sum(map(_bytes, updates))
     return result + sum(reads)
+
+
+def _views(name: str, body: list[_Instruction]) -> tuple[set[str], list[_Instruction]]:
+    """Returns the names under which an array is known in a computation, and what uses it: a bitcast moves nothing."""
+    same, users = {name}, []
+    for x in body:  # in order: what is used stands before its users
+        if same.isdisjoint(x.operands):
+            continue
+        if x.opcode == "bitcast":
+            same.add(x.name)
+        else:
+            users.append(x)
+    return same, users
 
 
 def _bytes(shape: str) -> float:

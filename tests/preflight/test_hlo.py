@@ -165,6 +165,40 @@ def test_a_row_that_is_replaced_moves_a_row_and_a_truth_value_a_byte():
     assert hlo.traffic(ROW).memory == 2 * 128 * 4 + 2 * 10 + 6 / 2 + 1000 * 4
 
 
+STACK = """HloModule m
+
+%fused (p.0: s32[]) -> (f32[12,8,4], f32[8]) {
+  %p.1 = f32[12,4,8]{1,2,0} parameter(1)
+  %b = f32[12,8,4]{2,1,0} bitcast(%p.1)
+  %p.0 = s32[] parameter(0)
+  %p.2 = f32[8]{0} parameter(2)
+  %p.3 = f32[8]{0} parameter(3)
+  %p.4 = f32[8]{0} parameter(4)
+  %p.5 = f32[12,8,4]{2,1,0} parameter(5)
+  %z = s32[] constant(0)
+  %row = f32[1,8,4]{2,1,0} dynamic-slice(%p.5, %p.0, %z, %z), dynamic_slice_sizes={1,8,4}
+  %u = f32[12,8,4]{2,1,0} dynamic-update-slice(%b, %row, %p.0, %z, %z)
+  %sum = f32[8]{0} add(%p.2, %p.3)
+  ROOT %t = (f32[12,8,4]{2,1,0}, f32[8]{0}) tuple(%u, %sum)
+}
+
+ENTRY %main (i: s32[], a: f32[12,4,8], x: f32[8], y: f32[8], w: f32[8], s: f32[12,8,4]) -> (f32[12,8,4], f32[8]) {
+  %i = s32[] parameter(0)
+  %a = f32[12,4,8]{1,2,0} parameter(1)
+  %x = f32[8]{0} parameter(2)
+  %y = f32[8]{0} parameter(3)
+  %w = f32[8]{0} parameter(4)
+  %s = f32[12,8,4]{2,1,0} parameter(5)
+  ROOT %f = (f32[12,8,4]{2,1,0}, f32[8]{0}) fusion(%i, %a, %x, %y, %w, /*index=5*/%s), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_a_stack_only_the_row_moves_whatever_its_shape_and_place_among_the_operands():
+    row = 8 * 4 * 4
+    assert hlo.traffic(STACK).memory == 2 * row + 4 + 4 * 8 * 4  # read and written; the index; three vectors and a sum
+
+
 SLICES = """HloModule m
 
 ENTRY %main (a: bf16[12,64,128]) -> bf16[1,64,128] {
