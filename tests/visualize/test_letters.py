@@ -14,6 +14,7 @@ from detclipv2_jax.visualize import charts, drawing, letters
 FIRST = letters._own_font(bold=False)
 SCRIPTS = (
     "猫",
+    "a猫",
     "बिल्ली",
     "قطة حمراء",
     "кошка",
