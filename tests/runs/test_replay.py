@@ -21,7 +21,10 @@ def run(monkeypatch):
 
     class Stream:
         def __init__(self, kind):
-            self.kind, self.canvas, self.name, self.examples = kind, (8, 4), f"{kind.value}/8x4", []
+            self.kind, self.name, self.examples = kind, f"{kind.value}/8x4", []
+
+        def canvas_of(self, position):
+            return 8, 4 + position
 
         def batch(self, position):
             self.examples = [(0, 10 * position), (1, 7)]
@@ -31,10 +34,8 @@ def run(monkeypatch):
             return str(examples)
 
     def compiled(kind, canvas):
-        assert canvas == (8, 4)
-
         def step(state, batch):
-            assert batch[0] == kind.value
+            assert batch == (kind.value, canvas[1] - 4)
             seen = (*state.seen, batch)
             return types.SimpleNamespace(step=state.step + 1, seen=seen), {"loss": np.float32(len(seen)), "finite": 1.0}
 
