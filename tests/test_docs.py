@@ -226,7 +226,9 @@ def test_times_of_the_preflight_follow_from_its_traffic():
         by_memory = 1000 * float(traffic) / bandwidth
         bound = max(by_compute, by_memory)
         expected = (by_compute, by_memory, 1e5 * float(work) / (bound * num_devices * peak))
-        assert [float(cell.strip("%")) for cell in stated] == pytest.approx(expected, abs=0.51)
+        half_a_percent = 0.005 * 1000 * float(work) / (num_devices * peak)  # of recomputation, which is rounded, too
+        for cell, value, rounding in zip(stated, expected, (half_a_percent, 0.0, 0.0), strict=True):
+            assert float(cell.strip("%")) == pytest.approx(value, abs=0.51 + rounding)
         kind = step.split("/")[0]
         halved = config == "swin_l" and kind != "image_text"
         hours[config, topology] += 12 * per_epoch[kind] * bound / 3.6e6 / (1 + halved)
