@@ -12,7 +12,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
-from detclipv2_jax.models.atss_head import AtssHead
+from detclipv2_jax.models.atss_head import AtssHead, LevelOutput
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.swin import Swin
 from detclipv2_jax.models.text_encoder import ClassTable, TextEncoder
@@ -69,9 +69,10 @@ class DetCLIP(nn.Module):
 
     def __call__(
         self, image: UInt8[Array, "b h w 3"], extent: Int[Array, "b 2"], tokens: Int[Array, "t l"], *, train: bool
-    ) -> tuple[Regions, Float[Array, "t d"]]:
-        """Returns both towers' outputs; made for `init`."""
-        return self.encode_image(image, extent, train=train), self.encode_text(tokens)
+    ) -> tuple[LevelOutput, Float[Array, "t d"]]:
+        """Uses every parameter, for `init`: levels share those of the head, so one of them is enough."""
+        levels = self.pyramid(self.image_backbone(_normalize_image(image, extent, self.dtype), train=train))
+        return self.region_head(levels[-1], 0), self.encode_text(tokens)
 
     def encode_image(self, image: UInt8[Array, "b h w 3"], extent: Int[Array, "b 2"], *, train: bool) -> Regions:
         """Returns the regions of RGB images whose valid part is the top left `extent` (height, width) px.

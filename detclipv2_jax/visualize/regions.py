@@ -21,7 +21,7 @@ from detclipv2_jax.losses import proposals
 from detclipv2_jax.losses.concept_table import Captions, Concepts, Table
 from detclipv2_jax.models.deform_conv import TAPS
 from detclipv2_jax.models.detclip import Regions
-from detclipv2_jax.visualize import drawing, figures
+from detclipv2_jax.visualize import drawing, figures, panels
 
 
 class Anchors(NamedTuple):
@@ -154,7 +154,7 @@ def draw_sampling(
         (centers + cells[..., ::-1] * strides[:, None, None]) * to_photo
         for cells in (TAPS[None], TAPS + found.offsets[0][best])
     )
-    return figures.sampling(
+    return panels.sampling(
         _pixels(image),
         phrases,
         _on_photo(found.boxes[0][best], photos, 0),

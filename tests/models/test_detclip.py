@@ -67,8 +67,13 @@ def detector():
 def test_shapes_and_types(dtype, objectness):
     model = detclip.from_config(small(dtype=dtype, head__objectness=objectness))
     image, extent = images()
+    params = jax.eval_shape(lambda key: model.init(key, image, extent, TOKENS, train=False), jax.random.key(0))
     regions, text = jax.eval_shape(
-        lambda key: model.init_with_output(key, image, extent, TOKENS, train=False)[0], jax.random.key(0)
+        lambda v: (
+            model.apply(v, image, extent, train=False, method="encode_image"),
+            model.apply(v, TOKENS, method="encode_text"),
+        ),
+        params,
     )
     count = sum(anchors.grid(CANVAS).levels)
     assert (regions.embeddings.shape, regions.embeddings.dtype) == ((2, count, 8), jnp.dtype(dtype))

@@ -16,7 +16,7 @@ from detclipv2_jax.inference import Photos, detect
 from detclipv2_jax.losses.proposals import Proposals
 from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.visualize import __main__ as command
-from detclipv2_jax.visualize import alignment, charts, drawing, figures, regions
+from detclipv2_jax.visualize import alignment, charts, drawing, figures, panels, regions
 
 PHOTO = np.full((60, 90, 3), 128, np.uint8)
 
@@ -287,7 +287,7 @@ def test_a_contact_sheet_names_as_many_negatives_as_there_is_room_for(drawn, mon
 
 def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):
     given = batch()
-    figures.targets(given)
+    panels.targets(given)
     grid = anchor_lib.grid((64, 96))
     centers = {tuple(center) for center in (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2}
     names = [["dog", "a red cat"], ["tree"]]
@@ -313,7 +313,7 @@ def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):
         corners = [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axes.patches[::2]]
         sides = given.boxes[i, : len(counts)]
         assert corners == [(*box[:2], *(box[2:] - box[:2])) for box in sides]
-    figures.targets(given, max_images=1, top_k=1)
+    panels.targets(given, max_images=1, top_k=1)
     (axes,) = figure.figure.axes
     assert sum(len(dots.get_offsets()) for dots in axes.collections) < 10  # one a level and box at most
 
@@ -321,7 +321,7 @@ def test_targets_are_the_centres_of_the_anchors_of_each_box(figure):
 def test_samples_are_where_they_were_taken_and_as_large_as_their_weight(figure):
     regular, shift = np.arange(18.0).reshape(1, 9, 2), np.array([2, -1])
     weights = np.linspace(0, 1, 9)[None]
-    figures.sampling(
+    panels.sampling(
         PHOTO, ["a cat"], np.array([[3.0, 4, 13, 24]]), regular=regular, points=regular + shift, weights=weights,
         strides=np.array([16.0]),
     )  # fmt: skip

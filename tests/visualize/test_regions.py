@@ -13,21 +13,21 @@ from detclipv2_jax.inference import Photos, Predictor
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.runs import state as train_state
-from detclipv2_jax.visualize import figures, regions
+from detclipv2_jax.visualize import figures, panels, regions
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """What the pictures were made of."""
     calls = {}
-    for name in ("detections", "sampling"):
-        original = getattr(figures, name)
+    for module, name in ((figures, "detections"), (panels, "sampling")):
+        original = getattr(module, name)
 
         def spy(*arguments, name=name, original=original, **options):
             calls[name] = (arguments, options)
             return original(*arguments, **options)
 
-        monkeypatch.setattr(figures, name, spy)
+        monkeypatch.setattr(module, name, spy)
     return calls
 
 

@@ -56,7 +56,7 @@ FAULTS = [
         ("\"boxes\": batch.box_mask,", "\"boxes\": batch.image_mask,", "visualize/test_visualize.py::test_contact_sheet_says_what_a_batch_holds"),
     ),
     *plant(
-        "visualize/figures.py", "visualize/test_figures.py",
+        "visualize/panels.py", "visualize/test_figures.py",
         ("axes.imshow(drawing.hatch_padding(batch.image[i], batch.extent[i]), extent=(0, width, height, 0))", "axes.imshow(drawing.hatch_padding(batch.image[i], batch.extent[i]), extent=(0, width, 0, height))", "::test_targets_are_the_centres_of_the_anchors_of_each_box"),
         ("matched, color = positive & (box_of == n)", "matched, color = (box_of == n)", "::test_targets_are_the_centres_of_the_anchors_of_each_box"),
         slow=True,
