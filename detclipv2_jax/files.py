@@ -100,6 +100,12 @@ def read_bytes(path: str | os.PathLike[str], *, num: int = -1) -> bytes:
         return file.read(num)
 
 
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Returns the hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def beginning(path: str | os.PathLike[str]) -> bytes:
     """Returns the first 4 KiB of a text file; errors as `read_bytes` and `without_mark`."""
     return without_mark(read_bytes(path, num=4096), where=path)

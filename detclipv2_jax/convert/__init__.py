@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import re
 from pathlib import Path
 
@@ -48,9 +47,7 @@ def run(part: str, *, input: str, output: str, layout: str = "") -> str:
         found = layouts.to_checkpoint(part, weights, layout=layout, what=str(source))
     else:
         found = layouts.from_checkpoint(part, weights, what=str(source))
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    metadata = {"layout": found.layout, "source": source.name, "source_sha256": digest}
+    metadata = {"layout": found.layout, "source": source.name, "source_sha256": files.sha256(source)}
     metadata |= {"source_bytes": str(source.stat().st_size), "format": "pt" if ours else "detclipv2_jax"}
     with files.whole(target) as partial:
         save_file(found.params, partial, metadata=metadata)

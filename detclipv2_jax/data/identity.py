@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from detclipv2_jax import buckets
 from detclipv2_jax.data.built import INDEX, VOCABULARY
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.files import sha256
 
 _OF_A_FOLDER = (INDEX, VOCABULARY, "dataset_info.json")  # sizes and concepts, names, shards
 _EVALUATIONS = ("eval", "forgetting")
@@ -27,11 +27,11 @@ def of_run(config: Any) -> dict[str, str]:
         paths = {name: Path(section[name]) for name in (key, "dictionary") if section[name]}
         folders = (section.data,) if isinstance(section.data, str) else section.data
         paths |= {f"data[{i}] {name}": Path(folder) / name for i, folder in enumerate(folders) for name in _OF_A_FOLDER}
-        found |= {f"config.{kind.value}.{name}": _sha256(path) for name, path in paths.items() if path.is_file()}
+        found |= {f"config.{kind.value}.{name}": sha256(path) for name, path in paths.items() if path.is_file()}
     for section in _EVALUATIONS:
         given = {key: Path(config[section][key]) for key in ("annotations", "dictionary") if config[section][key]}
         found |= {
-            f"config.{section}.{key} {buckets.name_of(path)}": _sha256(path)
+            f"config.{section}.{key} {buckets.name_of(path)}": sha256(path)
             for key, path in given.items()
             if path.is_file()
         }
@@ -50,8 +50,3 @@ def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
         f"{name} " + ("is gone" if name not in now else "is new" if name not in before else "changed")
         for name in different
     ]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import pathlib
@@ -151,12 +150,6 @@ def _by_frequency(evaluation: COCOeval, truth: Truth) -> dict[str, float]:
     return scores
 
 
-def sha256(path: str | pathlib.Path) -> str:
-    """Returns the hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def table(scores: dict[str, float]) -> str:
     """Returns scores as lines of text, in percent; a dash where there was nothing to measure."""
     groups = (METRICS[:6], METRICS[6:], tuple(f"AP{name}" for name in FREQUENCIES))
@@ -203,9 +196,9 @@ def score(
     protocol = {
         "ap": ap,
         "annotations": annotations,
-        "annotations_sha256": sha256(annotations),
+        "annotations_sha256": files.sha256(annotations),
         "detections": detections,
-        "detections_sha256": sha256(detections),
+        "detections_sha256": files.sha256(detections),
         "images_evaluated": len(truth.images),
         "images_listed": len(truth.images),
         "images_with_detections": len(np.unique(found.images)),

@@ -41,9 +41,9 @@ from detclipv2_jax.data.checks import documented, missing_paths, photo_facts, re
 from detclipv2_jax.data.schema import DataError
 from detclipv2_jax.data.selection import file_name, with_fitting_ids
 from detclipv2_jax.data.spans import oddities_of, phrase_of, problem_of
-from detclipv2_jax.eval import coco, published
+from detclipv2_jax.eval import published
 from detclipv2_jax.eval.result import Parts, Rows
-from detclipv2_jax.files import write_json
+from detclipv2_jax.files import sha256, write_json
 
 RANKS = (1, 5, 10)
 MIN_IOU = 0.5
@@ -159,10 +159,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the scores of the task as fractions.
 
-    Args:
-      queries: what is to be found.
-      find: (file, texts) → boxes (xywh) of each text, best first.
-      task: phrases | referring.
+    `find` is (file, texts) → boxes (xywh) of each text, best first.
     """
     files = collections.defaultdict(list)
     for query in queries:
@@ -225,7 +222,7 @@ def run(
         "ema": config.optimizer.ema_decay > 0,
         "annotations": annotations,
         "split": split,
-        "annotations_sha256": _digest(queries) if split else coco.sha256(annotations),
+        "annotations_sha256": _digest(queries) if split else sha256(annotations),
         "repaired": repaired,
         "images_evaluated": len({query.file for query in queries}),
         "num_texts": len(queries),

@@ -63,7 +63,7 @@ class Evaluator:
         self._truth = streams[0].ground_truth
         self.federated = self._truth.truth.federated  # whether scores are LVIS's
         self._scorer = lvis if self.federated else coco
-        self._annotations_sha256 = coco.sha256(self._truth.annotations)  # of the file as it was read
+        self._annotations_sha256 = files.sha256(self._truth.annotations)  # of the file as it was read
         self._limits = Limits.from_config(config.eval)
         self._detector = detector
         whole = NamedSharding(mesh, REPLICATED)

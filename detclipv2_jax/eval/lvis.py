@@ -56,12 +56,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the 13 standard scores and, led by "fixed_", the 13 of fixed AP, as fractions; see the module.
 
-    Args:
-      annotations: LVIS json (path or content) or what `truth.read` made of it. One without LVIS's lists counts as
-        annotated exhaustively.
-      detections: COCO results, see `detections.read` and `detections.Found`; of a row 48 bytes or so are held.
-      image_ids: images that were evaluated; all listed ones by default. The boxes of others do not count as missed.
-      share: the categories of this process.
+    Arguments are those of `coco.evaluate`. A json without LVIS's lists counts as annotated exhaustively; of a detection
+    48 bytes or so are held.
 
     Raises:
       ValueError: a file is not what it should be, or detections name unknown images or categories.

@@ -43,10 +43,7 @@ def evaluate(
 
     Crowds and boxes with an "ignore" flag need not be found. -1: nothing to measure.
 
-    Args:
-      annotations: COCO json (path or content) or what `truth.read` made of it.
-      detections: COCO results, see `detections.read` and `detections.Found`.
-      image_ids: images that were evaluated; all listed ones by default.
+    Arguments are those of `coco.evaluate`.
     """
     truth = truth_lib.read(annotations)
     evaluated = truth.places(None if image_ids is None else list(image_ids))

@@ -85,11 +85,8 @@ def best(matches: Matches, *, min_precision: float | None = None) -> dict[str, f
 def choose(truth: Truth, found: Found, names: Sequence[str], *, min_precision: float | None = None) -> dict[str, Any]:
     """Returns thresholds for words, to be kept as json: {"rule", "common", "words": {name: {"threshold", …}}}.
 
-    Args:
-      truth: of the annotated photos.
-      found: detections on them.
-      names: the words; `names[i]` is the word of the truth's category i, "" for one that is not looked for.
-      min_precision: wanted precision; None: best F1.
+    `names[i]` is the word of the truth's category i, "" for one that is not looked for. Without `min_precision` they
+    are those of the best F1.
 
     Raises:
       ValueError: none of the words has an annotated box.

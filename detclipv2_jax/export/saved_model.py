@@ -204,10 +204,7 @@ def _portable(module: Exported) -> Exported:
 def save(folder: pathlib.Path, modules: Mapping[str, Exported], weights: Mapping[str, np.ndarray]) -> None:
     """Writes a SavedModel with the signatures serving_default (words are strings), encode and detect.
 
-    Args:
-      folder: where to.
-      modules: of `programs.make_modules`.
-      weights: their first argument.
+    Modules are those of `programs.make_modules`, weights their first argument.
     """
     tf.config.set_visible_devices([], "GPU")  # it would take the memory of all of them
     model = Model(modules, weights)

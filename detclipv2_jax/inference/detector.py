@@ -19,7 +19,6 @@ from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference.detect import (
     WORD_CHUNK,
     Alignment,
-    AnyArray,
     Detections,
     Limits,
     Photos,
@@ -38,6 +37,14 @@ class Detector:
 
     With a mesh, photos and texts are split over its devices, parameters stay where they are, and results are whole on
     every process.
+
+    Attributes:
+      predict: (params, photos, text, text_mask, limits) → what `detect` finds; text and mask are of `vocabulary.pad`.
+      align: (params, photos, phrases [p, m, d], index [p]) → what `align` finds for the m phrases of each of the p
+        photos `index`, stacked.
+      ground: (params, photos, phrases [p, d], limits) → what `detect` finds for each phrase alone on one photo, arrays
+        beginning with [p].
+      describe: (params, photos, boxes [b, 4]) → what `describe` says of one box of every photo.
     """
 
     def __init__(self, model: DetCLIP, *, mesh: Mesh | None = None):
@@ -47,10 +54,10 @@ class Detector:
         encode = self._split(self._encode, REPLICATED, BATCH)
         predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
         self._compiled_encode = jax.jit(encode, out_shardings=whole)
-        self.compiled_predict = jax.jit(predict, out_shardings=whole)
-        self._compiled_align = jax.jit(self._align, out_shardings=whole)
-        self._compiled_ground = jax.jit(self._ground, out_shardings=whole)
-        self._compiled_describe = jax.jit(self._describe, out_shardings=whole)
+        self.predict = jax.jit(predict, out_shardings=whole)
+        self.align = jax.jit(self._align, out_shardings=whole)
+        self.ground = jax.jit(self._ground, out_shardings=whole)
+        self.describe = jax.jit(self._describe, out_shardings=whole)
 
     def _split(self, method: Callable, *specs: PartitionSpec) -> Callable:
         """Returns the method computed by every device for its own rows, arguments and results laid out by `specs`.
@@ -82,31 +89,6 @@ class Detector:
         padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)))
         batches = np.split(padded, len(padded) // size)
         return np.concatenate([np.asarray(self._compiled_encode(params, batch)) for batch in batches])[: len(tokens)]
-
-    def predict(
-        self,
-        params: Any,
-        photos: Photos,
-        text: Float[AnyArray, "w d"],
-        text_mask: Bool[AnyArray, " w"],
-        limits: Limits,
-    ) -> Detections:
-        """Returns what `detect` finds; text and mask come from `vocabulary.pad`."""
-        return self.compiled_predict(params, photos, text, text_mask, limits)
-
-    def align(
-        self, params: Any, photos: Photos, phrases: Float[AnyArray, "p m d"], index: Int[AnyArray, " p"]
-    ) -> Alignment:
-        """Returns what `align` finds for the m phrases of each of the p photos `index`, stacked."""
-        return self._compiled_align(params, photos, phrases, index)
-
-    def ground(self, params: Any, photos: Photos, phrases: Float[AnyArray, "p d"], limits: Limits) -> Detections:
-        """Returns what `detect` finds for each phrase alone on one photo; arrays begin with [p]."""
-        return self._compiled_ground(params, photos, phrases, limits)
-
-    def describe(self, params: Any, photos: Photos, boxes: Float[AnyArray, "b 4"]) -> Float[Array, "b d"]:
-        """Returns the unit embedding of one box of every photo, see `describe`."""
-        return self._compiled_describe(params, photos, boxes)
 
     def query_length(self, params: Any) -> float:
         """Returns the length of the embedding of an example: its own region then has the logit 0.
@@ -158,18 +140,8 @@ class Detector:
     ) -> Detections:
         scale, bias = self._apply(params, method="logit_parameters")
         _, height, width, _ = photos.image.shape
-        anchors = anchor_lib.grid((height, width)).boxes
-        return detect(
-            regions,
-            text,
-            text_mask,
-            photos,
-            anchors=anchors,
-            scale=scale,
-            bias=bias,
-            limits=limits,
-            word_chunk=word_chunk,
-        )
+        given: dict[str, Any] = {"anchors": anchor_lib.grid((height, width)).boxes, "limits": limits}
+        return detect(regions, text, text_mask, photos, scale=scale, bias=bias, word_chunk=word_chunk, **given)
 
     def _align(self, params: Any, photos: Photos, phrases: Float[Array, "p m d"], index: Int[Array, " p"]) -> Alignment:
         scale, _ = self._apply(params, method="logit_parameters")

@@ -269,10 +269,7 @@ class Predictor:
     def ground(self, image: Any, phrases: Float[np.ndarray, "p d"], *, max_detections: int) -> Detections:
         """Returns the best boxes of each phrase alone on one image, arrays beginning with [p].
 
-        Args:
-          image: path or RGB array.
-          phrases: rows of what `vocabulary` gives; their number is padded to a multiple of 8: few sizes are compiled.
-          max_detections: boxes a phrase.
+        Phrases are rows of what `vocabulary` gives; their number is padded to a multiple of 8: few sizes are compiled.
         """
         limits = Limits.from_config(self.config.eval, max_detections=max_detections, score="words")
         padded, _ = vocabulary.pad(phrases, multiple=8)

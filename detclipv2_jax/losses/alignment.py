@@ -73,12 +73,8 @@ def alignment_loss(
     whole: for grounding it has 4 images x 22,400 anchors x 12,800 concepts a device. Every device goes through the
     chunks on its own; the gradient of the texts is summed over the devices once, at the end.
 
-    Args:
-      embeddings: of the regions; rows are split over the devices of `jax.set_mesh`.
-      concepts: of the global batch, de-duplicated ones first, the same on all devices.
-      concept_mask: False for rows of `concepts.text` that are no concept.
-      targets: of the anchors.
-      settings: of the loss.
+    Rows of `embeddings` are split over the devices of `jax.set_mesh`. `concepts`, de-duplicated ones first, are the
+    same on all devices; `concept_mask` is False for rows of its text that are no concept.
     """
     text = concepts.text
     num_images, num_anchors, _ = embeddings.shape
@@ -90,14 +86,24 @@ def alignment_loss(
     masks = jnp.pad(concept_mask, (0, padding)).reshape(num_chunks, chunk)
     rows = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
     labels = jnp.where(targets.positive[..., None], targets.rows, -1)
-    scale, bias = concepts.scale, concepts.bias
+    compared = _Regions(embeddings, concepts.scale, concepts.bias, targets.mask, labels)
     verified = targets.verified
     if verified is not None:
         verified = jnp.pad(verified, ((0, 0), (0, padding))).reshape(num_images, num_chunks, chunk)
     if num_chunks == 1:
         columns = _Columns(text[0], masks[0], rows[0], verified if verified is None else verified[:, 0])
-        return _sum(settings, _similarity(embeddings, text[0]), scale, bias, targets.mask, labels, columns)
-    return _in_chunks(settings, embeddings, scale, bias, targets.mask, labels, _Columns(text, masks, rows, verified))
+        return _sum(settings, _similarity(embeddings, text[0]), compared, columns)
+    return _in_chunks(settings, compared, _Columns(text, masks, rows, verified))
+
+
+class _Regions(NamedTuple):
+    """What is compared with concepts."""
+
+    embeddings: Float[Array, "b a d"]
+    scale: Float[Array, ""]  # of the logit
+    bias: Float[Array, ""]
+    mask: Bool[Array, "b a"]
+    labels: Int[Array, "b a k"]
 
 
 class _Columns(NamedTuple):
@@ -114,14 +120,9 @@ def _similarity(embeddings: Float[Array, "b a d"], text: Float[Array, "c d"]) ->
 
 
 def _sum(
-    settings: FocalSettings,
-    similarity: Float[Array, "b a c"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a k"],
-    columns: _Columns,
+    settings: FocalSettings, similarity: Float[Array, "b a c"], regions: _Regions, columns: _Columns
 ) -> Float[Array, ""]:
+    _, scale, bias, anchor_mask, labels = regions
     # one comparison after the other: a reduction over k would be an array of its own
     hits = functools.reduce(
         jnp.logical_or, (labels[..., k, None] == columns.rows[None, None] for k in range(labels.shape[2]))
@@ -134,62 +135,41 @@ def _sum(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_chunks(
-    settings: FocalSettings,
-    embeddings: Float[Array, "b a d"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a k"],
-    columns: _Columns,
-) -> Float[Array, ""]:
+def _in_chunks(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
     """Returns the loss.
 
     The gradient is computed together with the sum, so that similarities are computed once. It is written by hand,
     since the compiler would keep the similarities of a scan for the backward pass and gather them on all devices.
     """
-    return _forward(settings, embeddings, scale, bias, anchor_mask, labels, columns)[0]
+    return _forward(settings, regions, columns)[0]
 
 
 def _forward(
-    settings: FocalSettings,
-    embeddings: Float[Array, "b a d"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a k"],
-    columns: _Columns,
+    settings: FocalSettings, regions: _Regions, columns: _Columns
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
+    embeddings, scale, bias, _, _ = regions
     axes, per_device = on_each_device(embeddings.shape[0])
-    places: Any = _Columns
+    places: Any = (_Regions, _Columns)
     split = per_device(
         functools.partial(_of_device, settings, axes),
-        arguments=(SPLIT, WHOLE, WHOLE, SPLIT, SPLIT, places(WHOLE, WHOLE, WHOLE, SPLIT)),
+        arguments=(places[0](SPLIT, WHOLE, WHOLE, SPLIT, SPLIT), places[1](WHOLE, WHOLE, WHOLE, SPLIT)),
         results=(SPLIT, WHOLE, WHOLE),
     )
-    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = split(
-        embeddings, scale, bias, anchor_mask, labels, columns
-    )
+    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = split(regions, columns)
     return total, (embeddings_bar, scale_bar.astype(scale.dtype), bias_bar.astype(bias.dtype), text_bar)
 
 
 def _of_device(
-    settings: FocalSettings,
-    axes: tuple[str, ...],
-    embeddings: Float[Array, "b a d"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    anchor_mask: Bool[Array, "b a"],
-    labels: Int[Array, "b a k"],
-    columns: _Columns,
+    settings: FocalSettings, axes: tuple[str, ...], regions: _Regions, columns: _Columns
 ) -> tuple[Array, Array, Array]:
     """Returns gradients of (this device's embeddings, text), and loss and gradients of (scale, bias)."""
+    embeddings, scale, bias, _, _ = regions
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def body(carry: tuple[Array, Array], chunk: _Columns) -> tuple[tuple[Array, Array], Array]:
         def compute(carry: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
             def loss(similarity: Array, scale: Array, bias: Array) -> Array:
-                return _sum(settings, similarity, scale, bias, anchor_mask, labels, chunk)
+                return _sum(settings, similarity, regions._replace(scale=scale, bias=bias), chunk)
 
             total, pull = jax.vjp(loss, _similarity(embeddings, chunk.text), scale, bias)
             bar, *scalars_bar = pull(jnp.ones((), total.dtype))
@@ -215,7 +195,7 @@ def _backward(settings: FocalSettings, residuals: tuple[Array, ...], total_bar: 
     bars = jax.tree.map(lambda bar: (total_bar * bar).astype(bar.dtype), residuals)
     embeddings_bar, scale_bar, bias_bar, text_bar = bars
     none: Any = None  # the gradient of what is no number
-    return embeddings_bar, scale_bar, bias_bar, none, none, _Columns(text_bar, none, none, none)
+    return _Regions(embeddings_bar, scale_bar, bias_bar, none, none), _Columns(text_bar, none, none, none)
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -81,8 +81,6 @@ def windows_of(shape: tuple[int, ...], *, size: int, shift: int, heads: int, imp
     """Returns the windows of a map [b, h, w, c] whose sides are multiples of `size`.
 
     Args:
-      shape: of the map.
-      size: of a window's side.
       shift: of the windows, down and right. An axis that one window covers has nothing to shift.
       heads: c / heads channels each.
       impl: "xla", "pallas", or "auto": the kernel where the program is compiled for NVIDIA GPUs, else xla. Windows of
@@ -106,10 +104,7 @@ def window_attention(
 
     Tokens of one window that are not neighbours on the map hardly see each other.
 
-    Args:
-      qkv: of the tokens of `windows`: query, key and value side by side, the channels of a head together.
-      bias: for each head and pair of positions.
-      windows: of the map.
+    `qkv` has query, key and value side by side, the channels of a head together.
     """
     return _attention(windows, qkv, bias)
 

@@ -46,14 +46,7 @@ def check(formats: Sequence[str], output: pathlib.Path) -> None:
 
 
 def write(formats: Sequence[str], output: pathlib.Path, results: Results, *, names: Sequence[str]) -> None:
-    """Writes labels of photos to a folder, in several formats.
-
-    Args:
-      formats: some of `FORMATS`.
-      output: the folder.
-      results: what was found.
-      names: of the labels.
-    """
+    """Writes labels of photos to a folder, in several formats."""
     for name in formats:
         FORMATS[name](output, results, names)
 

@@ -24,12 +24,7 @@ def choose(
 ) -> np.ndarray:
     """Returns the threshold of every word of a search, see `eval.thresholds`, and writes them to the json `path`.
 
-    Args:
-      search: its words are compared with the names of the categories, without regard to capitals.
-      annotations: COCO json of the photos.
-      images: folder its file names are relative to.
-      min_precision: wanted precision; None: best F1.
-      path: of the json.
+    Words are compared with the names of the categories without regard to capitals.
 
     Raises:
       ValueError: a file is missing or another one, no category is called like a word, or no such category has a box.

@@ -218,13 +218,13 @@ def _prediction(
     num_words = -(-sizes.num_words // inference.WORD_CHUNK) * inference.WORD_CHUNK
     text = jax.ShapeDtypeStruct((num_words, embed_dim), jnp.float32, sharding=whole)
     mask = jax.ShapeDtypeStruct((num_words,), bool, sharding=whole)
-    predict, limits = run.detector.compiled_predict, inference.Limits.from_config(config.eval)
+    predict, limits = run.detector.predict, inference.Limits.from_config(config.eval)
 
     def count() -> dict[str, float]:
         per_image = flops.formula_image(config.model, canvas) + flops.num_anchors(canvas) * num_words * embed_dim
         detectors = {name: _assemble(_with_deform(config, name), mesh).detector for name in ("cpu", platform)}
         model, executed = (
-            flops.of(detectors[name].compiled_predict, params, photos, text, mask, limits) for name in ("cpu", platform)
+            flops.of(detectors[name].predict, params, photos, text, mask, limits) for name in ("cpu", platform)
         )
         return {"model": model, "formula": 2.0 * b * per_image, "executed": executed}
 

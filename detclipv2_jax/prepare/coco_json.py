@@ -5,7 +5,6 @@ The format and what is checked are documented in `detclipv2_jax.data.box_json`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from detclipv2_jax.data.box_json import BoxSource, read_detection
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
+from detclipv2_jax.files import sha256
 from detclipv2_jax.prepare.record_builder import RecordBuilder, Tally
 
 
@@ -54,8 +54,7 @@ class BoxReader:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Returns size and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def balanced_subset(source: BoxSource, num_images: int, *, seed: int) -> np.ndarray:

@@ -204,8 +204,6 @@ def make(
     Args:
       inputs: files and folders; of equal names the first spelling counts.
       output: TSV `name <tab> definition`; `<stem>.review.tsv` has origin, frequency and other senses too.
-      wordnet: WordNet's dict/ folder; "" for no glosses.
-      text: a converted text tower; "" leaves names without a definition that have no near entry by synset or head word.
       num_names: phrases are added, most frequent first, until there are so many names.
 
     Raises:
@@ -260,9 +258,7 @@ def _fill(entries: dict[str, Entry], tower: str) -> None:
 def coverage(output: str, inputs: Sequence[str] = ()) -> list[str]:
     """Returns a line for each list of names on how many of them the dictionary defines, and how.
 
-    Args:
-      output: the dictionary, with its review file beside it.
-      inputs: category files that are looked at beside the lists of the package.
+    The review file lies beside it; category files among the inputs are looked at beside the lists of the package.
     """
     with Path(output).with_suffix(".review.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

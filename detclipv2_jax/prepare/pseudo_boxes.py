@@ -93,9 +93,7 @@ class Labeller:
     def label(self, pairs: model_passes.Pairs, store: Callable[[int, bytes], str] | None) -> dict[str, Any]:
         """Returns images with their boxes, and counts.
 
-        Args:
-          pairs: what to label.
-          store: (number, encoded photo) → its file, for photos that are no files yet.
+        `store` is (number, encoded photo) → its file, for photos that are no files yet.
         """
         images: list[dict[str, Any]] = []
         counts: collections.Counter[str] = collections.Counter()
@@ -198,14 +196,8 @@ def make(
 
     A killed one goes on where it was, one that is done writes nothing.
 
-    Args:
-      reader: of image-text pairs.
-      output: the folder.
-      labeller: finds their boxes.
-      images: folder of the photos; "" where they are no files yet and are written.
-      max_bad_share: an error above this share of unusable pairs.
-      command: as typed, for the report.
-      read_by: options of the reader.
+    `images` is the folder of the photos, "" where they are no files yet and are written; `read_by` are the reader's
+    options.
 
     Raises:
       ValueError: too many pairs cannot be used, nothing was found, or another process writes to the folder.

@@ -121,12 +121,7 @@ def generate(
 ) -> Iterator[tuple[str, Record]]:
     """Yields name and checked record of each usable item of a shard, in order.
 
-    Args:
-      reader: the raw files.
-      shard: which part of them.
-      tally: is filled.
-      held_out: photos of validation sets (`photo_of`); those met are counted.
-      drop_held_out: leave them out.
+    Photos of validation sets that are met (`photo_of`) are counted, and left out with `drop_held_out`.
     """
     lengths: dict[str, int] = {}
     for name, record in reader.read(shard, tally):

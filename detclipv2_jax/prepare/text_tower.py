@@ -22,10 +22,7 @@ _CONTEXT_LENGTH, _BATCH = 16, 256
 def most_similar(names: Sequence[str], others: Sequence[str], *, tower: str) -> list[tuple[int, float]]:
     """Returns for each name which of the others is nearest, the first of equals, and the cosine of their embeddings.
 
-    Args:
-      names: at least one.
-      others: at least one.
-      tower: file that `python -m detclipv2_jax.convert clip_text` made.
+    The tower is a file that `python -m detclipv2_jax.convert clip_text` made.
 
     Raises:
       ValueError: the file is none.

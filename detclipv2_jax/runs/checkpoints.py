@@ -11,7 +11,6 @@ are compared before anything is restored: bits of an array that flipped on disk 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import pathlib
 import time
@@ -63,8 +62,8 @@ class _Handler(ocp.StandardCheckpointHandler):
         """Ends the writing of an item; orbax's interface, called by process 0 when all have written."""
         super().finalize(directory)
         folder = pathlib.Path(directory)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(folder)): _digest(path) for path in files}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        digests = {str(path.relative_to(folder)): files.sha256(path) for path in paths}
         write_text(folder / _DIGESTS, [json.dumps(digests, indent=1), "\n"])
 
 
@@ -76,11 +75,6 @@ class _Save(ocp.args.StandardSave):
 @ocp.args.register_with_handler(_Handler, for_restore=True)
 class _Restore(ocp.args.StandardRestore):
     """Shapes and shardings of what is read from an item."""
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _NewestAndBest:
@@ -158,7 +152,7 @@ class Checkpoints:
             for name, digest in digests.items():
                 if not (folder / name).is_file():
                     found.append(f"{item}/{name} is missing")
-                elif _digest(folder / name) != digest:
+                elif files.sha256(folder / name) != digest:
                     found.append(f"{item}/{name} has changed")
         return found
 
@@ -170,7 +164,6 @@ class Checkpoints:
         Process 0 reads them for all, and names in the log those that are damaged.
 
         Args:
-          items: what has to be intact.
           first: the step that is preferred to newer ones.
           before: only steps below this one.
           set_aside: move damaged ones to damaged_checkpoints/, since they will be written again.
@@ -350,10 +343,7 @@ def load_for_inference(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, in
 def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> None:
     """Raises a ValueError unless `load_for_inference` gives parameters of these shapes; lists every difference.
 
-    Args:
-      workdir: of another run.
-      model: config.model of this one, which explains the shapes.
-      shapes: tree of shapes of its parameters.
+    `model` is config.model of this run, which explains the shapes.
     """
     from detclipv2_jax import config as config_lib
 

@@ -50,9 +50,7 @@ def command_of(path: str, part: str) -> str:
 def load_all(init_from: Mapping[str, str], shapes: Mapping[str, Shape]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns the float32 parameters that a run starts from, by name, and lines on what was fitted or is missing.
 
-    Args:
-      init_from: config.init_from; an empty file name leaves a tower as it is initialised.
-      shapes: of all parameters of the model.
+    An empty file name leaves a tower as it is initialised.
 
     Raises:
       ValueError: every file that is missing, with the command that makes it, or does not fit the model.

@@ -26,13 +26,7 @@ def replay(
 ) -> dict[str, float]:
     """Returns the metrics of step `number` of a run (1 is the first), and prints them with the step's examples.
 
-    Args:
-      number: at most `order.num_steps`.
-      state: of the run after fewer than `number` steps; it is donated.
-      order: of the run's steps.
-      streams: that the order draws from.
-      compiled: from (kind, canvas) to the training step.
-      mesh: of the state.
+    `state` is that after fewer than `number` steps, and is donated; `compiled` is (kind, canvas) → the training step.
     """
     for step in range(int(state.step), number):
         draw = order.draw(step)

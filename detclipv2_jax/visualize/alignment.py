@@ -25,16 +25,7 @@ def draw(
     caption: str = "",
     path: str | pathlib.Path | None = None,
 ) -> drawing.Picture:
-    """Returns the picture of one photo's best regions: boxes, scores, ranks and similarity maps of its phrases.
-
-    Args:
-      predictor: a checkpoint of ours.
-      images: paths or RGB arrays; the ranks are among them.
-      phrases: of the photo's caption.
-      index: position of the photo.
-      caption: text above the picture.
-      path: where to write the picture.
-    """
+    """Returns the picture of one photo's best regions: boxes, scores, ranks and similarity maps of its phrases."""
     found = predictor.align(images, phrases, index=index)
     photo = images[index] if isinstance(images[index], np.ndarray) else transforms.read(images[index]).pixels
     return figures.alignment(
@@ -57,14 +48,6 @@ def draw_batch(
     """Draws the first photos of an image-text batch with the best region of each of their phrases.
 
     Ranks are among all images of the global batch. All processes take part; process 0 writes `<name>_<i>.jpg`.
-
-    Args:
-      detector: of the model and the mesh.
-      params: of the model.
-      batch: this process's rows.
-      num_pictures: photos drawn, at most those of the batch on process 0.
-      folder: where to write.
-      name: beginning of the files' names.
     """
     num_pictures = min(num_pictures, len(batch.image))
     tokens = batch.concept_tokens[batch.caption_concepts[:num_pictures]]  # [p, m, l]

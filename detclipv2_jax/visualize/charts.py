@@ -174,11 +174,7 @@ def trade_off(
 ) -> drawing.Picture:
     """Returns the curve of models between two: the score on old data over that on new data, `chosen` marked.
 
-    Args:
-      points: (share of the way, score on new data, score on old data), from the first model to the last.
-      chosen: position of the one that is kept.
-      score: what is measured.
-      path: where to write the picture.
+    Points are (share of the way, score on new data, score on old data), from the first model to the last.
     """
     shares, new, old = np.array(points).T
     figure = Figure(figsize=(6.0, 4.6), dpi=100, layout="constrained")
@@ -219,9 +215,7 @@ def histograms(
 ) -> drawing.Picture:
     """Returns a row a stream and a column a quantity; what is always the same in all streams is a line below.
 
-    Args:
-      rows: title of the row → name of the quantity → (edges [n + 1] that are whole, counts [n]).
-      path: where to write the picture.
+    `rows` is title of the row → name of the quantity → (edges [n + 1] that are whole, counts [n]).
     """
     names = list(dict.fromkeys(name for panels in rows.values() for name in panels))
     constant = {

@@ -36,18 +36,11 @@ def detections(
     """Returns the photo with its boxes, each with word and score, and a legend of colours.
 
     Args:
-      image: the photo.
       boxes: xyxy in its pixels, best first if they have scores.
-      labels: position in `names` of each box's word.
-      names: the vocabulary.
-      scores: of the boxes; None for annotated boxes.
       min_score: boxes below are not drawn, unless all are: then the best few are, and the heading says so.
-      max_drawn: at most so many boxes are drawn.
       max_iou: with scores, a box that overlaps a better drawn one by more, of whatever word, is not drawn: a place is
         shown once, with its best word. 1.0 draws them all.
       truth: annotated boxes and labels, drawn on a second copy of the photo at the left.
-      title: first line of the figure.
-      path: where to write the picture.
     """
     shown = np.arange(len(boxes))[:max_drawn]
     if scores is not None:
@@ -85,12 +78,6 @@ def training_batch(
     Every canvas is shown whole: the photo, its padding hatched, its boxes with their concepts, or for image-text
     pairs the caption and its phrases below. The last lines list the concepts of the table that belong to no image.
     Texts are decoded from the tokens: what is shown is what the text tower gets.
-
-    Args:
-      batch: host arrays.
-      kind: kind of data.
-      max_images: images drawn.
-      path: where to write the picture.
     """
     texts = tokenizer.decode(batch.concept_tokens)
     _, height, width, _ = batch.image.shape
@@ -147,16 +134,9 @@ def alignment(
     `alignment.draw` makes it from a checkpoint, images and phrases; `Predictor.align` computes the arrays.
 
     Args:
-      image: the photo.
-      phrases: texts compared with its regions.
-      boxes: best region of each phrase, xyxy in pixels of the photo.
       scores: similarity of phrase and best region, the contrastive loss's s.
       ranks: place of this photo in a batch ordered by best score for the phrase, from 1.
-      num_images: images in that batch.
       maps: similarity over the photo (any resolution; it is stretched over the whole photo).
-      caption: text above the figure.
-      title: what the photo is called, above the caption.
-      path: where to write the picture.
     """
     height, width, _ = image.shape
     shown_width = 440 if width >= height else 320

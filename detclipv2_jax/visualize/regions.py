@@ -74,13 +74,7 @@ def draw_proposals(
 
     They are chosen as in training (paper section 3.2, Table 2a): by the texts of the whole batch, not only the photo's.
 
-    Args:
-      predictor: a checkpoint of ours.
-      images: paths or RGB arrays: the batch.
-      texts: caption and phrases of each image.
-      index: position of the photo that is drawn.
-      max_drawn: so many regions are drawn, the best.
-      path: where to write the picture.
+    The images are the batch; `texts` has caption and phrases of each, `index` is the one that is drawn.
     """
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images have {len(texts)} lists of texts; give one for each")
@@ -128,12 +122,6 @@ def draw_sampling(
     path: str | pathlib.Path | None = None,
 ) -> drawing.Picture:
     """Returns where the deformable layer samples for the best region of every phrase (paper section 3.3, Table 3).
-
-    Args:
-      predictor: a checkpoint of ours.
-      image: path or RGB array.
-      phrases: texts compared with its regions.
-      path: where to write the picture.
 
     Raises:
       ValueError: the model has no deformable layer.

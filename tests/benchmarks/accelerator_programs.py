@@ -177,7 +177,7 @@ def predictions(setting: Setting) -> Iterator[Program]:
 
         per_image = flops.formula_image(config.model, canvas) + flops.num_anchors(canvas) * num_words * embed_dim
         yield Program(
-            f"prediction {num_images} x {_text(canvas)}, {WORDS:,} words", detector.compiled_predict, arguments,
+            f"prediction {num_images} x {_text(canvas)}, {WORDS:,} words", detector.predict, arguments,
             num_images=num_images, flops=lambda n=num_images, each=per_image: 2.0 * n * each,
         )  # fmt: skip
 

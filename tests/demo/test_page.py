@@ -563,9 +563,9 @@ def test_the_command_serves_the_photos_of_a_run(predictor, photos, tmp_path, mon
 def test_what_finds_words_is_compiled_before_the_first_question(photos):
     predictor = Predictor(*planted.make())
     Answers(predictor, Album(photos)).warm_up()
-    compiled = predictor.detector.compiled_predict._cache_size(), predictor.detector._compiled_encode._cache_size()
+    compiled = predictor.detector.predict._cache_size(), predictor.detector._compiled_encode._cache_size()
     assert compiled == (len(planted.CANVASES), 2)
     answers = Answers(predictor, Album(photos))
     for photo, request in (("p0", {"words": "red"}), ("p3", {"vocabulary": "coco"})):
         answers.find({"photo": photo, **request})
-    assert compiled == (predictor.detector.compiled_predict._cache_size(), 2)  # no size that was not there
+    assert compiled == (predictor.detector.predict._cache_size(), 2)  # no size that was not there

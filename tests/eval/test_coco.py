@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from detclipv2_jax import commands
+from detclipv2_jax import commands, files
 from detclipv2_jax.eval import coco
 
 FIXTURES = ("coco_gt_instances_val2014_100.json", "coco_dt_fakebbox100.json")
@@ -50,7 +50,7 @@ def test_published_numbers(shared_data, tmp_path, capsys):
     for name in coco.METRICS:
         assert round(printed[name], 3) == pytest.approx(expected[name], abs=1e-9)  # published with three digits
     assert printed["protocol"]["images_evaluated"] == 100
-    assert printed["protocol"]["annotations_sha256"] == coco.sha256(annotations)
+    assert printed["protocol"]["annotations_sha256"] == files.sha256(annotations)
     # the function gives the same, whatever the order of the images (pycocotools keeps that of equal scores in an image)
     rows = json.loads((folder / FIXTURES[1]).read_text())
     untouched = copy.deepcopy(rows)
@@ -230,7 +230,7 @@ def test_the_report_tells_what_was_scored(tmp_path, capsys):
     for name in ("truth", "found"):
         key = {"truth": "annotations", "found": "detections"}[name]
         assert printed["protocol"][key] == str(tmp_path / f"{name}.json")
-        assert printed["protocol"][f"{key}_sha256"] == coco.sha256(tmp_path / f"{name}.json")
+        assert printed["protocol"][f"{key}_sha256"] == files.sha256(tmp_path / f"{name}.json")
     assert f"AP {100 * printed['AP']:5.1f}" in first
     assert frequencies == f"   APr     -   APc {100 * printed['APc']:5.1f}   APf     -"
     assert coco.table({"AP": 0.0, "AR1": -1.0}) == "    AP   0.0\n   AR1     -"

@@ -12,6 +12,7 @@ import planted
 import pytest
 from PIL import Image
 
+from detclipv2_jax import files
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.eval import coco, loop, lvis, names, result
 from detclipv2_jax.inference import Detections, Detector
@@ -49,7 +50,7 @@ def test_planted_objects_are_found(dataset, tmp_path):
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (NUM_IMAGES, NUM_IMAGES)
     assert (protocol["checkpoint_step"], protocol["ema"], protocol["prompts"]) == (12, False, ["red", "blue"])
     assert protocol["prompts_truncated"] == 0
-    assert protocol["annotations_sha256"] == coco.sha256(dataset)
+    assert protocol["annotations_sha256"] == files.sha256(dataset)
     detections = tmp_path / "eval" / protocol["detections"]
     # what is written is what was scored
     assert coco.evaluate(dataset, detections) | names.evaluate(dataset, detections) == scores

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from detclipv2_jax import commands
+from detclipv2_jax import commands, files
 from detclipv2_jax.eval import coco, detections, lvis
 
 FIXTURES = ("lvis_v05_val_100.json", "lvis_dt_generated.json")
@@ -28,7 +28,7 @@ def test_numbers_of_lvis_api(shared_data, tmp_path, capsys):
     protocol = printed["protocol"]
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (100, 100)
     assert "10000 a category" in protocol["ap"]
-    assert protocol["annotations_sha256"] == coco.sha256(folder / FIXTURES[0])
+    assert protocol["annotations_sha256"] == files.sha256(folder / FIXTURES[0])
     assert commands.run(lvis.score, arguments=[*arguments, "--fixed_ap"]) == 0
     fixed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert fixed["AP"] == printed["fixed_AP"]

@@ -261,7 +261,7 @@ def test_one_device_equals_eight():
     expected = one.predict(params, photos, text, mask, limits)
     assert expected.mask.any(axis=1).all()
     # nothing but the results moves between devices; left alone, the partitioner gathers the scores of all images
-    program = eight.compiled_predict.lower(params, split, text, mask, limits).compile().as_text()
+    program = eight.predict.lower(params, split, text, mask, limits).compile().as_text()
     moved = re.findall(r"(\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
     shapes = {(re.sub(r"\{.*", "", shape), kind) for shape, kind in moved}
     results = ("f32[8,300,4]", "f32[8,300]", "s32[8,300]", "pred[8,300]")
@@ -350,7 +350,7 @@ def test_predictor_aligns_captions_of_any_number_of_phrases(predictor):
     for num in (1, 2, 7, 8):
         found = predictor.align([image], [f"{color} {i}" for i, color in enumerate(["red", "blue"] * 4)][:num])
         assert found.scores.tolist() == [10.0, 0.0, 10.0, 0.0, 10.0, 0.0, 10.0, 0.0][:num]
-        sizes.append(predictor.detector._compiled_align._cache_size())
+        sizes.append(predictor.detector.align._cache_size())
     assert len(set(sizes)) == 1  # one program for all
 
 
