@@ -23,14 +23,7 @@ from detclipv2_jax.visualize import charts, drawing
 def targets(
     batch: Batch, *, top_k: int = 9, max_images: int = 4, path: str | pathlib.Path | None = None
 ) -> drawing.Picture:
-    """Returns what the detector is asked to find: each box, and in its colour the anchors that ATSS gives it.
-
-    Args:
-      batch: host arrays, of detection or grounding.
-      top_k: see `geometry.atss.assign`.
-      max_images: images drawn.
-      path: where to write the picture.
-    """
+    """Returns what the detector is asked to find: each box, and in its colour the anchors that ATSS gives it."""
     texts = tokenizer.decode(batch.concept_tokens)
     num_images, (height, width) = min(max_images, len(batch.image)), batch.image.shape[1:3]
     grid = anchors.grid((height, width))
@@ -66,14 +59,10 @@ def sampling(
     """Returns where the deformable layer samples for one region of every phrase; `regions.draw_sampling` makes it.
 
     Args:
-      image: the photo.
-      phrases: text of each region.
-      boxes: of the regions, xyxy in pixels of the photo.
       regular: (x, y) that a plain 3×3 convolution would sample, in pixels of the photo.
       points: (x, y) that are sampled.
       weights: of the samples, in [0, 1].
       strides: of the regions' levels, in pixels of the canvas.
-      path: where to write the picture.
     """
     height, width, _ = image.shape
     figure, panels = _panels(len(phrases), height / width)
