@@ -360,6 +360,9 @@ def table_capacity(
     """Returns the rows of the concept table of a host, so many that nothing can overflow unless told otherwise.
 
     Args:
+      section: config.detection, …
+      kind: of data.
+      num_images: of a batch on the host.
       table_multiple: the rows are a multiple of it and of 8.
       most_concepts: of any image; more than the section's number are kept, too.
       num_known: how many distinct concepts there are; 0: any number.

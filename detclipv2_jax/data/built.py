@@ -303,7 +303,10 @@ def read_built(
     """Returns the source of a built folder.
 
     Args:
+      folder: made by `python -m detclipv2_jax.prepare`.
+      kind: what the folder must hold.
       dictionary: definitions for the categories that have none.
+      max_examples: the first n examples; 0: all.
       dropped: names of categories that are left out with their boxes, where the folder has them.
 
     Raises:

@@ -224,11 +224,13 @@ class Pool:
         """Returns at most `num` different indices of concepts that are not in the image.
 
         Args:
+          num: how many are wanted.
           uniform: random numbers of [0, 1), the only source of randomness; with `num_draws(num)` of them the slow
             permutation of the whole pool is hardly ever needed.
           present: names of the positives; they and their synonyms are left out.
           caption: nothing it contains, in singular or plural, is drawn.
           first: names known to be absent; drawn before the others.
+          never: names that are not drawn.
           more: whether others than exactly those of `first` are drawn.
         """
         if num <= 0:

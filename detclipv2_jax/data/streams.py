@@ -313,6 +313,9 @@ def train_streams(
     own streams.
 
     Args:
+      config: the whole configuration.
+      process_index: this host.
+      process_count: number of hosts; divides every batch size.
       table_multiple: the concept table's rows are a multiple of it (devices of this host) and of 8.
 
     Raises:
@@ -351,6 +354,13 @@ def eval_streams(
     section: Any, *, input_config: Any, prefix: str = "config.eval", process_index: int = 0, process_count: int = 1
 ) -> list[EvalStream]:
     """Returns the evaluation streams of a section like config.eval; images as in training but without augmentation.
+
+    Args:
+      section: config.eval.
+      input_config: config.input.
+      prefix: what errors call the section.
+      process_index: this host.
+      process_count: number of hosts; divides the batch size.
 
     Raises:
       ValueError: a file or folder is missing or of another kind; while reading, an image cannot be used.

@@ -109,6 +109,7 @@ def tokenize(texts: str | Sequence[str], *, max_length: int = 16) -> Int32[np.nd
     Longer texts lose their end but keep [EOS] as the last token; `num_tokens` tells which.
 
     Args:
+      texts: one text or several.
       max_length: tokens a row, [SOS] and [EOS] included; at least 2.
     """
     if max_length < 2:

@@ -286,7 +286,12 @@ def place(
     """Writes an image into the top left of a zeroed canvas; returns (extent on the canvas, size of the photo).
 
     Args:
+      image: encoded bytes, or RGB pixels.
+      out: the canvas, written in place.
       annotated_size: (height, width) the boxes refer to, (0, 0) if unknown; see `frame`.
+      short_side: wanted length of the shorter side, px.
+      long_side: bound of the longer side, px.
+      flip: mirror left and right.
 
     Raises:
       UnusableError: see `read_header`, `frame` and `decode`.
@@ -359,6 +364,7 @@ def check_boxes(
     """Returns xyxy boxes clipped to their images, which of them are usable, and the numbers of bad ones by reason.
 
     Args:
+      boxes: float64 [n, 4] xyxy px, anything.
       sizes: (height, width) of the image of each box; 0: unknown, any image's.
     """
     finite = np.isfinite(boxes).all(axis=1)

@@ -42,6 +42,7 @@ def find(detections: Any, truth: Truth, evaluated: Int[np.ndarray, " e"]) -> Fou
 
     Args:
       detections: what `read` takes; of the arrays, those of a truth in the same order.
+      truth: what they are scored against.
       evaluated: positions of the images that were looked at.
 
     Raises:

@@ -43,8 +43,11 @@ def write(
     """Returns the text of README.md.
 
     Args:
+      predictor: of the run.
       workdir: of the run, whose eval/ has the scores of the exported step.
       license: identifier of a licence on the hub; "": none was named, and the card has no such field.
+      weights: type in which they are stored.
+      words: that are stored with the model.
     """
     config = predictor.config
     name, step = printable(config.name), predictor.step

@@ -178,6 +178,9 @@ class Graph:
         """Adds the nodes of a trace and returns its results.
 
         Args:
+          jaxpr: the trace.
+          constants: of it.
+          arguments: what it is called with.
           rules: name of an operation → function of (graph, equation, inputs) that returns a value or a list of them;
             one with the attribute `repeats` takes inputs without their repetitions.
         """

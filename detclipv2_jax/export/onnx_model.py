@@ -35,8 +35,14 @@ def build(
     """Returns a function as an ONNX model.
 
     Args:
+      name: of the graph.
+      function: one of `programs.make_functions`.
       shapes: of its arguments; the first is all weights by name.
+      names: of the other arguments.
+      weights: that become constants of the model.
       text: the last argument, if it is to be a constant too.
+      opset: version of ONNX's operators, of `OPSETS`.
+      as_int8: store the weights of large layers as int8 with a scale for every channel.
       about: entries of the model's metadata, stored as JSON.
     """
     traced, graph = jax.jit(function).trace(*shapes), Graph()

@@ -129,8 +129,14 @@ def write_onnx(
     """Writes ONNX models: detect_HxW for each canvas, and encode_text, whose inputs are those of `make_functions`.
 
     Args:
+      folder: where to.
+      predictor: whose weights become constants of the models.
+      limits: what counts as a detection.
+      words: of vocabulary.npz, beside the models, or of the models themselves.
       batch_size: photos of every call; 0: any number.
       bake_words: the words are a part of the models, which then take no text.
+      opset: version of ONNX's operators.
+      weights: "float32" or "int8".
 
     Raises:
       ValueError: onnx is missing, or what was asked for it cannot do.
@@ -186,6 +192,8 @@ def make_functions(
 
     Args:
       predictor: of `portable`.
+      weights: its parameters by name.
+      limits: what counts as a detection.
       images, words: their numbers, symbolic where they are free.
     """
     model, config = predictor.detector.model, predictor.config

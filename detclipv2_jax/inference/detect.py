@@ -109,8 +109,13 @@ def detect(
     boxes that stay are called by their best word.
 
     Args:
+      regions: of a canvas (padded network image) whose `anchors` are given.
       text: L2-normalised word embeddings; w must be a multiple of `word_chunk`, see `vocabulary.pad`.
+      text_mask: which rows are words.
       photos: where they lie on the canvas; their pixels are not read.
+      anchors: of the canvas, all levels.
+      scale, bias: of the logit.
+      limits: what counts.
       word_chunk: words scored at once; changes memory and speed only.
     """
     anchors = jnp.asarray(anchors)

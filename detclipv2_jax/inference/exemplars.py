@@ -77,7 +77,10 @@ def from_coco(path: str | pathlib.Path, *, images: str, per_class: int, seed: in
     with an "ignore" flag are none.
 
     Args:
+      path: the json.
+      images: folder its file names are relative to.
       per_class: examples a category, 1 to 5; fewer where it has not as many boxes.
+      seed: of the choice.
 
     Raises:
       ValueError: `per_class` is out of range, or the file or the folder is missing or another one.

@@ -75,7 +75,10 @@ def iterate(
 
     Args:
       find: the same for images that are not cut.
+      images: paths or RGB arrays.
+      tile: side of a tile, px of the image.
       overlap: least share of a tile's side that it shares with the next one.
+      limits: of NMS and of the number of boxes.
     """
     check(tile=tile, overlap=overlap)
     owners: dict[int, tuple[int, Place | None]] = {}  # of pieces: an image and a place on it, None for the whole

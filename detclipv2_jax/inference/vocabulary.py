@@ -43,6 +43,7 @@ def parse_words(words: str, *, words_file: str = "", vocabulary: str = "") -> di
       words: separated by commas, each "name" or "name: definition".
       words_file: one word a line ("name", "name: definition" or "name <tab> definition"), or the categories of a .json
         in COCO's format.
+      vocabulary: one of `NAMED`, or "".
 
     Raises:
       ValueError: no word, or the file cannot be read.

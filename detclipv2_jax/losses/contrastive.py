@@ -102,8 +102,13 @@ def word_region_loss(
 
     Args:
       regions: embeddings of the proposals. Their dtype is that of the products; sums are float32.
+      text: L2-normalised concept embeddings.
+      scale: of the logits; learnable.
+      proposed: which of `regions` are proposals.
+      table: which rows of `text` are concepts.
       captions: of the images. One without any concept makes no pair.
       image_mask: False for padding, which never counts.
+      settings: of the loss.
 
     Metrics, all float32: accuracy (captions whose own image is the best; a tie is a miss), rank (mean place of the
     own image, from 1), similarity (mean s of pairs), chosen_by_own and chosen_by_others (share of an image's

@@ -26,8 +26,12 @@ def localization_losses(
     the global batch (mmdet's ATSSHead: the targets weight `loss_bbox` and their sum is its `avg_factor`).
 
     Args:
+      box_deltas: predicted deltas to the anchors.
+      centerness: logits.
+      anchors: boxes xyxy, px.
       target_boxes: the box assigned to each anchor; any finite box where `positive` is False.
       target_centerness: 0 where `positive` is False.
+      positive: anchors with a box.
     """
     anchors = jnp.broadcast_to(anchors[None], target_boxes.shape)
     # a place without target gets its own anchor, so that no gradient of the masked-out loss can be NaN

@@ -100,10 +100,15 @@ def select_proposals(
     `contrastive.word_region_loss`.
 
     Args:
+      regions: of all anchors; classification and iou need their objectness.
+      boxes: of all anchors.
+      concepts: the rows of the global batch's table, encoded.
       anchor_mask: anchors that may be chosen, i.e. those on the photo.
+      table: which rows are concepts.
       captions: of the images at hand.
       batch_captions: of all images of the step, which scope="device" looks at; under gradient accumulation those are
         more than the images at hand.
+      settings: of the choice.
     """
     selection = settings.selection
     if selection in ("classification", "iou") and regions.objectness is None:

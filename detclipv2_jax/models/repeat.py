@@ -28,9 +28,13 @@ def repeat(
     written there. From `MIN_REPEATS` turns on, the turns are a `lax.scan` over parameters that are stacked when traced.
 
     Args:
+      parent: the module, in its compact method.
       blocks: those of one turn, made with `parent=None`.
       names: of all blocks' parameters.
+      x: of the same shape after every block.
       inputs: arrays whose first axis counts the blocks.
+      static: further arguments, the same for all.
+      remat: whether a block's values are computed again in the backward pass instead of kept.
     """
     if parent.is_initializing():
         for i, name in enumerate(names):

@@ -81,6 +81,8 @@ def windows_of(shape: tuple[int, ...], *, size: int, shift: int, heads: int, imp
     """Returns the windows of a map [b, h, w, c] whose sides are multiples of `size`.
 
     Args:
+      shape: of the map.
+      size: of a window's side.
       shift: of the windows, down and right. An axis that one window covers has nothing to shift.
       heads: c / heads channels each.
       impl: "xla", "pallas", or "auto": the kernel where the program is compiled for NVIDIA GPUs, else xla. Windows of

@@ -36,7 +36,10 @@ class Record:
         """Opens or begins the file `path`.
 
         Args:
+          path: of the file.
           searched: all that results depend on, as json has it.
+          paths: of the photos.
+          names: of the labels.
 
         Raises:
           ValueError: the file holds what was found by another search, or another process writes to its folder.

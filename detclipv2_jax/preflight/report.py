@@ -130,8 +130,12 @@ def run(
     """Returns (the report in Markdown, whether all is well).
 
     Args:
+      config: of the run.
+      topologies: see the module.
       only: beginnings of the names of the steps to compile; empty: all.
+      cache: folder of results.
       check_data: look at the files; else the run is planned from what the published data sets have.
+      by_module: add a table of every step's traffic.
 
     Raises:
       ValueError: a topology or the configuration makes no sense, or `only` names no step.

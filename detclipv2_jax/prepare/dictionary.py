@@ -204,6 +204,8 @@ def make(
     Args:
       inputs: files and folders; of equal names the first spelling counts.
       output: TSV `name <tab> definition`; `<stem>.review.tsv` has origin, frequency and other senses too.
+      wordnet: WordNet's dict/ folder; "" for no glosses.
+      text: a converted text tower; "" leaves names without a definition that have no near entry by synset or head word.
       num_names: phrases are added, most frequent first, until there are so many names.
 
     Raises:

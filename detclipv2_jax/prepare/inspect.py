@@ -31,6 +31,8 @@ def inspect(
     """Returns what the streams give, by stream, after writing `inspection.json` and pictures to a folder.
 
     Args:
+      output: folder for `inspection.json`, `histograms.png` and `<stream>_<batch>.jpg`.
+      config: names the data, canvases and numbers of concepts; None: `config.base()`.
       folders: built folders that are read instead of what the configuration names.
       num_examples: images a stream that are counted, in the order in which training reads them.
 

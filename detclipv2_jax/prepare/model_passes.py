@@ -36,8 +36,11 @@ def over_shards(
     """Yields for each shard what `work` makes of its pairs, beside what was "seen", "dropped" and "noted" of them.
 
     Args:
+      reader: the pairs.
+      folder: has a json for every shard that is done.
       plan: of `plan_of`; a shard that was done by another one is done anew.
       work: (shard, its pairs) → what is kept as json; it reads all pairs.
+      what: of the progress.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm.tqdm(desc=what, unit="pair", total=reader.num_items or None, mininterval=interval) as progress:

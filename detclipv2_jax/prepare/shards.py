@@ -161,8 +161,15 @@ def build(
 
     Args:
       builder_class: names the data set in the files.
+      reader: the raw files.
+      output: folder of the build.
       options: everything that decides what is written, for the plan.
+      command: as typed; for the report.
+      max_bad_share: an error above this share of unusable items.
+      num_workers: processes.
       held_out: photos of validation sets, see `data.leakage.photo_of`.
+      drop_held_out: leave them out.
+      part: of several machines.
 
     Raises:
       ValueError: another build in `output`, no usable example, or too many unusable ones, with the worst reasons.

@@ -170,6 +170,7 @@ class Checkpoints:
 
         Raises:
           DamagedError: there are checkpoints, and none of them is intact.
+          items: what has to be intact.
         """
         steps = [step for step in self._manager.all_steps() if before is None or step < before]
         found, damaged = -1 if steps else -2, dict[int, str]()

@@ -25,6 +25,12 @@ def mixed(num_steps: Sequence[float], kinds: Sequence[Kind], *, mixture: str, va
     proportional: 1. capped: pairs have at most `value` steps a step of data with boxes, if there is such data; what is
     left over comes in later epochs. temperature: a kind's share goes with its number of steps to the power of
     1 / `value`, and an epoch is as long as before; above 1 that evens kinds out.
+
+    Args:
+      num_steps: an epoch, of every stream.
+      kinds: of the streams.
+      mixture: one of MIXTURES.
+      value: above 0.
     """
     totals = dict.fromkeys(kinds, 0.0)
     for kind, num in zip(kinds, num_steps, strict=True):
@@ -52,7 +58,11 @@ class StepOrder:
     """The order of all steps of a run.
 
     Args:
+      num_batches: batches an epoch of every stream.
+      epochs: passes over every stream.
+      seed: of the order.
       weights: a factor a stream on the number of its steps; a stream's passes are `epochs * weight`.
+      num_steps: caps the run; 0 does not.
       from_epochs: the first epoch (from 0) that draws from each stream; None: all do from the beginning.
 
     Raises:
