@@ -174,6 +174,7 @@ def scenes() -> ConfigDict:
     c.size_px = 128  # width and height of a scene
     c.seed = 0  # of the world
     c.novel_captions = True  # captions name novel shapes, too; False: nothing does
+    c.named_share = 0.5  # of the objects of a pair, by its caption
     c.folder = ""  # where they are written once, to be read like real data; "": <workdir>/data
     return c
 
@@ -370,8 +371,7 @@ def base() -> ConfigDict:
     c.log_every_steps = 50  # every n-th step of a kind is logged: detection, grounding, image-text
     # a stream's first batch is drawn and every n-th after it, pairs with each phrase's best region; 0: only the first
     c.pictures_every_steps = 1000
-    # steps traced by jax's profiler into profile/, from the tenth on; open with TensorBoard or xprof. 0: none
-    c.profile_steps = 0
+    c.profile_steps = 0  # traced by jax's profiler into profile/, from the tenth on, for TensorBoard or xprof; 0: none
     c.checkpoint = checkpoint()
     return c
 

@@ -6,7 +6,8 @@ leaves a small file in results/claims; what has one is not run again, so the tab
 that was stopped continues at its last checkpoint. At the end docs/claims.md (the table, with a verdict a claim) and
 docs/claims.png (novel AP over steps) are written from the files there are; --jobs=0 does that alone.
 
-A claim is judged on the means over the seeds. No value is tuned for a row, and a claim that does not hold says so.
+A claim is judged by the mean difference over paired seeds (same start, same order) and its 95% interval: reproduced,
+contradicted or undecided. Rows have five seeds, and up to ten where these do not decide. No value is tuned for a row.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ COLUMNS = {  # of the table: score → heading
     "base_top1": "base names right",
     "novel_top1": "novel names right",
 }
+NOT_RUN = "not run yet | – | 0"
 
 
 def configuration(recipe: str, row: str, seed: int) -> ConfigDict:
@@ -138,16 +140,15 @@ def pending_runs(recipe: str, results: pathlib.Path, work: pathlib.Path) -> list
     Raises:
       ValueError: a stored result was made by another recipe.
     """
-    pending = []
-    for row, seed in ablations.queue():
-        result = stored(results, row, seed)
-        if result is None:
-            pending.append((row, seed))
-        elif result["recipe"] != (now := recipe_of(recipe, row, seed)):
+    found = all_results(results)
+    for (row, seed), result in found.items():
+        if result["recipe"] != (now := recipe_of(recipe, row, seed)):
             changed = sorted(set(result["recipe"]) ^ set(now))
             raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
+    queue = ablations.queue(found)
+    pending = [run for run in queue if run not in found]
     starts = dict.fromkeys((ablations.start_of(row), seed) for row, seed in pending if row in ablations.ROWS)
-    return [run for run in ablations.queue() if run in pending or (run in starts and not _is_done(work, *run))]
+    return [run for run in queue if run in pending or (run in starts and not _is_done(work, *run))]
 
 
 def _is_done(work: pathlib.Path, row: str, seed: int) -> bool:
@@ -163,7 +164,7 @@ def _run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: 
     """
     if not pending_runs(recipe, results, work):
         return
-    durations, total = [run["seconds"] for run in all_results(results).values()], len(ablations.queue())
+    durations = [run["seconds"] for run in all_results(results).values()]
     cores = sorted(os.sched_getaffinity(0))[-jobs:]
     running: dict[int, tuple[subprocess.Popen, str, int, ConfigDict, float]] = {}
     with contextlib.ExitStack() as stack:
@@ -209,7 +210,10 @@ def _run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: 
                 else:
                     shutil.rmtree(workdir / "checkpoints")
                 durations.append(spent["seconds"])
-                left = len(pending) + len(running)
+                if not pending:  # what is undecided wants more seeds
+                    busy = [run[1:3] for run in running.values()]
+                    pending = [run for run in pending_runs(recipe, results, work) if run not in busy]
+                left, total = len(pending) + len(running), len(ablations.queue(all_results(results)))
                 shown = ", ".join(f"{heading} {result['scores'][name]:.1f}" for name, heading in COLUMNS.items())
                 print(
                     f"[{total - left}/{total}] {row}, seed {seed}: {shown}; {spent['seconds'] / 60:.1f} minutes, about "
@@ -224,20 +228,35 @@ def start(
     """Writes the world of a run and returns its process, whose output goes to log.txt of its workdir."""
     workdir = work / f"{row}_{seed}"
     workdir.mkdir(parents=True, exist_ok=True)
-    config.scenes.folder = str(work / f"world_{seed}{'' if config.scenes.novel_captions else '_base_words'}")
+    world = str(work / f"world_{seed}")
+    changed = [key.split(".")[1] for key in ablations.ROWS.get(row, {}) if key.startswith("scenes.")]
+    config.scenes.folder = "_".join([world, *(f"{key}_{config.scenes[key]}" for key in changed)])
     scenes.write(**config.scenes.to_dict())
     if row in ablations.ROWS:
         config.init_from.checkpoint = str(work / f"{ablations.start_of(row)}_{seed}")
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ}
     with open(workdir / "log.txt", "ab") as log:
-        process = subprocess.Popen(
-            command(recipe, config, workdir),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ},
-        )
+        output: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+        if row in ablations.PREPARED:
+            _prepare(recipe, row, seed, config, world=world, prepared=workdir / "prepared", output=output)
+        process = subprocess.Popen(command(recipe, config, workdir), **output)
     with contextlib.suppress(ProcessLookupError):  # it may have failed at once
         os.sched_setaffinity(process.pid, {core})  # threads, which come later, inherit it
     return process
+
+
+def _prepare(
+    recipe: str, row: str, seed: int, config: ConfigDict, *, world: str, prepared: pathlib.Path, output: dict[str, Any]
+) -> None:
+    """Prepares the data of a row, if they are not there, and writes their places into its configuration."""
+    places = {"start": config.init_from.checkpoint, "world": world, "prepared": str(prepared)}
+    scenes.write(**configuration(recipe, "pairs", seed).scenes.to_dict() | {"folder": world})
+    if not (prepared / "report.json").exists():
+        arguments = [argument.format(**places) for argument in ablations.PREPARED[row]]
+        if subprocess.run([sys.executable, "-m", "detclipv2_jax.prepare", *arguments], **output).returncode:
+            raise ValueError(f"preparing {row}, seed {seed}, failed; see {prepared.parent}/log.txt")
+    values = {key: value for key, value in ablations.ROWS[row].items() if isinstance(value, str)}
+    config.update_from_flattened_dict({key: value.format(**places) for key, value in values.items()})
 
 
 def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
@@ -270,20 +289,28 @@ def account(workdir: pathlib.Path, *, since: float, usage: resource.struct_rusag
 
 def all_results(folder: pathlib.Path) -> ablations.Results:
     """Returns the stored results of the table by (row, seed)."""
-    found = {key: stored(folder, *key) for key in ablations.queue()}
-    return {key: result for key, result in found.items() if result is not None}
+    runs = [(row, seed) for seed in ablations.SEEDS for row in (*ablations.STARTS, *ablations.ROWS)]
+    found = {run: stored(folder, *run) for run in runs}
+    return {run: result for run, result in found.items() if result is not None}
 
 
 def markdown(results: ablations.Results) -> Iterator[str]:
-    """Yields the table as text: scores in %, mean ± half of the range over the seeds, and the verdicts.
+    """Yields the verdicts, and below the scores they are made of: in %, mean ± half of the range over the seeds.
 
     Scores are means over the seeds that every row of a finding has; rows without any result do not count. The first
     score is that of the detectors they start from, which differ between seeds and models.
     """
     minutes = [result["cpu_seconds"] / 60 for result in results.values()]
-    yield f"{len(results)} of {len(ablations.queue())} runs are done" + (
+    queue = ablations.queue(results)
+    yield f"{len(results.keys() & queue)} of {len(queue)} runs are done" + (
         f"; a run takes {np.mean(minutes):.1f} minutes of one core, at most {max(minutes):.1f}.\n" if minutes else ".\n"
     )
+    yield "\n| claim | verdict | margin, points of AP | seeds |\n|---|---|---|---|\n"
+    for finding in ablations.FINDINGS:
+        for claim in finding.claims:
+            found = ablations.judge(claim, finding, results)
+            shown = f"**{found.word}** | {found.mean:+.1f} ± {found.half:.1f} | {found.num_seeds}" if found else NOT_RUN
+            yield f"| {finding.title.partition(' ')[0]} {claim.text} | {shown} |\n"
     # results of older versions have no share of right names
     columns = [score for score in COLUMNS if any(score in result["scores"] for result in results.values())]
     for finding in ablations.FINDINGS:
@@ -298,9 +325,6 @@ def markdown(results: ablations.Results) -> Iterator[str]:
             row_scores = [results[row, seed]["scores"] for seed in row_seeds]
             cells += [_cell([scores[name] for scores in row_scores if name in scores]) for name in columns]
             yield f"| {title} | {len(row_seeds)} | {' | '.join(cells)} |\n"
-        yield "\n"
-        for claim in finding.claims:
-            yield f"* {claim.text}: {ablations.verdict(claim, finding, results)}\n"
 
 
 def _cell(values: list[float]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 
 # what every row changes in configs/demo.py; at the start's rate of 1e-3 the first pairs undo half of what it learned
 GOING_ON: dict[str, Any] = {
@@ -47,6 +49,25 @@ OTHER_CHOICES: dict[str, dict[str, Any]] = {
     "pairs_128": {
         "image_text.canvases": ((128, 128),), "image_text.short_side": (128, 128), "image_text.long_side": 128
     },
+    "tokens": {"loss.interaction": "tokens"},
+    "all_named": {"scenes.named_share": 1.0},
+    "all_named_image_to_text": {"scenes.named_share": 1.0, "loss.side": "image_to_text"},
+    # as many steps in all as "pairs" has, which takes one step of pairs a step of boxes
+    **{
+        f"pair_steps_{n}": {"detection.weight": 2 / (1 + n), "image_text.weight": 2 * n / (1 + n)} for n in (2, 4, 8)
+    },
+    # the captions of "pairs", whose phrases have the boxes that the start finds
+    "pseudo_boxes": {
+        "grounding.weight": 1.0, "grounding.annotations": "{prepared}/grounding.json", "grounding.images": "{world}",
+        "scenes.num_grounding": 0, "scenes.num_image_text": 0,
+    },
+}  # fmt: skip
+# what is prepared of the world of "pairs" before a row runs: arguments of `python -m detclipv2_jax.prepare`
+PREPARED: dict[str, tuple[str, ...]] = {
+    "pseudo_boxes": (
+        "pseudo_boxes", "--checkpoint={start}", "--input={world}/pairs.tsv", "--images={world}", "--output={prepared}",
+        "--pipeline=",
+    ),
 }  # fmt: skip
 # what a row changes in configs/demo.py
 ROWS: dict[str, dict[str, Any]] = {
@@ -70,15 +91,25 @@ STARTS: dict[str, dict[str, Any]] = {
     "start_plain": _START | {"model.head.deformable": False},
     "start_classification": _START | {"model.head.objectness": "classification"},
 }
-SEEDS = (0, 1, 2)  # of the first finding; the others take the first two
+MIN_SEEDS = 5
+SEEDS = tuple(range(10))  # more than five where a claim is undecided and its rows are cheap
 Results = dict[tuple[str, int], dict[str, Any]]  # by (row, seed)
 
 
 class Claim(NamedTuple):
-    """One sentence of the paper as an inequality between means."""
+    """One sentence of the paper as inequalities between the scores of one seed."""
 
     text: str
     margins: Callable[[Mapping[str, dict[str, float]]], list[float]]  # in points of AP; it holds if none is negative
+
+
+class Verdict(NamedTuple):
+    """What paired seeds say about a claim."""
+
+    word: str  # reproduced | contradicted | undecided
+    mean: float  # of the margin that is nearest to failing
+    half: float  # of its 95% interval; infinite for one seed
+    num_seeds: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +119,7 @@ class Finding:
     title: str
     rows: dict[str, str]  # name → row
     claims: tuple[Claim, ...]
-    num_seeds: int = 2
+    max_seeds: int = len(SEEDS)
 
 
 def _best(row: str, *others: str) -> Claim:
@@ -130,7 +161,6 @@ FINDINGS = (
                 lambda m: [3.0 - abs(m["pairs_base_words"]["novel_AP"] - m["detection"]["novel_AP"])],
             ),
         ),
-        num_seeds=3,
     ),
     Finding(
         "2. Contrast one text with all images (Table 2c)",
@@ -151,6 +181,7 @@ FINDINGS = (
             "classification": "classification",
         },
         (_best("pairs", "centerness", "sample_text", "classification"),),
+        max_seeds=MIN_SEEDS,  # a start of its own a seed
     ),
     Finding(
         "4. One region a phrase (Table 2b)",
@@ -184,6 +215,7 @@ FINDINGS = (
             Claim("it raises AP with pairs", lambda m: [m["pairs"]["AP"] - m["plain_pairs"]["AP"]]),
             Claim("it does not without", lambda m: [m["plain_detection"]["AP"] - m["detection"]["AP"]]),
         ),
+        max_seeds=MIN_SEEDS,  # a start of its own a seed
     ),
     Finding(
         "7. Resolution of pairs (Table 12)",
@@ -194,6 +226,41 @@ FINDINGS = (
                 lambda m: [m["pairs"]["AP"] - m["pairs_64"]["AP"], m["pairs_128"]["AP"] - m["pairs"]["AP"]],
             ),
         ),
+    ),
+    Finding(
+        "8. Captions rarely name everything, which hurts image to text (section 3.2)",
+        {
+            "half is named, text to image": "pairs",
+            "half is named, image to text": "image_to_text",
+            "all is named, text to image": "all_named",
+            "all is named, image to text": "all_named_image_to_text",
+        },
+        (
+            Claim(
+                "text to image gains more where half is named",
+                lambda m: [
+                    m["pairs"]["AP"]
+                    - m["image_to_text"]["AP"]
+                    - m["all_named"]["AP"]
+                    + m["all_named_image_to_text"]["AP"]
+                ],
+            ),
+        ),
+    ),
+    Finding(
+        "9. Phrases in place of tokens (FILIP)",
+        {"phrases": "pairs", "tokens": "tokens"},
+        (_best("pairs", "tokens"),),
+    ),
+    Finding(
+        "10. Word-region alignment in place of pseudo labels (Table 6)",
+        {"alignment": "pairs", "pseudo boxes of the same captions": "pseudo_boxes"},
+        (_best("pairs", "pseudo_boxes"),),
+    ),
+    Finding(
+        "11. Steps of pairs a step of boxes, of 400 in all",
+        {"1": "pairs", "2": "pair_steps_2", "4": "pair_steps_4", "8": "pair_steps_8"},
+        (),
     ),
 )
 
@@ -207,50 +274,60 @@ def start_of(row: str) -> str:
     return next(name for name, changes in STARTS.items() if model(changes) == model(ROWS[row]))
 
 
-def queue() -> list[tuple[str, int]]:
+def queue(results: Results) -> list[tuple[str, int]]:
     """Returns every (row, seed) of the table once: the first finding, then the others, one seed after the other.
 
-    What a row starts from stands before it.
+    What a row starts from stands before it. A finding that its first five seeds leave undecided has more.
     """
     every = [
         (row, seed)
         for part in (FINDINGS[:1], FINDINGS[1:])
         for seed in SEEDS
         for finding in part
-        if seed in SEEDS[: finding.num_seeds]
+        if seed < num_seeds(finding, results)
         for row in finding.rows.values()
     ]
     return list(dict.fromkeys(run for row, seed in every for run in ((start_of(row), seed), (row, seed))))
 
 
+def num_seeds(finding: Finding, results: Results) -> int:
+    """Returns how many seeds a finding is to have: five, and one more as long as they leave a claim undecided."""
+    num = MIN_SEEDS
+    while num < finding.max_seeds:
+        if not all((row, seed) in results for row in finding.rows.values() for seed in SEEDS[:num]):
+            return num
+        first = {(row, seed): result for (row, seed), result in results.items() if seed < num}
+        verdicts = [judge(claim, finding, first) for claim in finding.claims]
+        if not any(verdict and verdict.word == "undecided" for verdict in verdicts):
+            return num
+        num += 1
+    return num
+
+
 def common_seeds(finding: Finding, results: Results) -> list[int]:
     """Returns the seeds that every row of a finding has; rows without any result do not count."""
-    seeds = SEEDS[: finding.num_seeds]
-    found = [{seed for seed in seeds if (row, seed) in results} for row in finding.rows.values()]
-    return [seed for seed in seeds if all(seed in row_seeds for row_seeds in found if row_seeds)]
+    found = [{seed for seed in SEEDS if (row, seed) in results} for row in finding.rows.values()]
+    return [seed for seed in SEEDS if all(seed in row_seeds for row_seeds in found if row_seeds)]
 
 
-def verdict(claim: Claim, finding: Finding, results: Results) -> str:
-    """Returns whether the means over the seeds bear a claim out, and the margin of each seed that has all rows."""
-    margins: dict[int, float] = {}
-    by_seed: dict[int, dict[str, dict[str, float]]] = {}
+def judge(claim: Claim, finding: Finding, results: Results) -> Verdict | None:
+    """Returns what the seeds that have all rows of a claim say about it; None if there is none.
+
+    Rows of a seed have the same start and the same order, so that margins are differences of pairs. A margin's 95%
+    interval is Student's: above zero for all margins, the claim is reproduced; below zero for one, contradicted.
+    """
+    margins = []
     for seed in SEEDS:
         scores = {row: results[row, seed]["scores"] for row in finding.rows.values() if (row, seed) in results}
-        try:
-            margins[seed], by_seed[seed] = min(claim.margins(scores)), scores
-        except KeyError:
-            continue  # a row is missing
+        with contextlib.suppress(KeyError):  # a row is missing
+            margins.append(claim.margins(scores))
     if not margins:
-        return "not run yet"
-    rows = set.intersection(*(set(scores) for scores in by_seed.values()))
-    names = set.intersection(*(set(score) for scores in by_seed.values() for score in scores.values()))
-    mean = {
-        row: {name: float(np.mean([scores[row][name] for scores in by_seed.values()])) for name in names}
-        for row in rows
-    }
-    margin = min(claim.margins(mean))
-    found = "reproduced" if margin >= 0 else "**not reproduced**"
-    each = ", ".join(f"{margin:+.1f}" for margin in margins.values())
-    early = f"; {len(margins)} of {finding.num_seeds} seeds" if len(margins) < finding.num_seeds else ""
-    split = ", which disagree" if min(margins.values()) < 0 <= max(margins.values()) else ""
-    return f"{found}; smallest margin {margin:+.1f}, by seed {each}{split}{early}"
+        return None
+    values, num = np.array(margins), len(margins)
+    means = values.mean(axis=0)
+    halves = np.full_like(means, np.inf)
+    if num > 1:
+        halves = values.std(axis=0, ddof=1) / np.sqrt(num) * scipy.special.stdtrit(num - 1, 0.975)
+    word = "reproduced" if np.all(means >= halves) else "contradicted" if np.any(means < -halves) else "undecided"
+    nearest = int(np.argmin(means + halves if word == "contradicted" else means - halves))
+    return Verdict(word, float(means[nearest]), float(halves[nearest]), num)

@@ -6,7 +6,7 @@
 |---|---|
 | `detection.json` | COCO json; boxes of base shapes, categories like "red star" with LVIS-style frequency |
 | `grounding.json` | MDETR-style json; captions naming every object, base shapes, `tokens_positive` spans |
-| `pairs.tsv` | captions without boxes, which alone name the novel shapes (unless `novel_captions` is False: then nothing does); incomplete (half of the objects are not mentioned) and noisy (one in ten names something absent) |
+| `pairs.tsv` | captions without boxes, which alone name the novel shapes (unless `novel_captions` is False: then nothing does); incomplete (of the objects `named_share`, half by default, are mentioned) and noisy (one in ten names something absent) |
 | `eval.json` | COCO json with LVIS's fields; all shapes: base "f", novel "r"; objects in a combination of colour, shape and texture that training never shows have `held_out` |
 | `images/…` | file names in all of the above are relative to the folder |
 
@@ -259,15 +259,17 @@ class _Json:
             self.content["annotations"].append(annotation)
 
 
-def _image_text_line(rng: np.random.Generator, scene: Scene, name: str, *, shapes: Sequence[str]) -> str:
+def _image_text_line(
+    rng: np.random.Generator, scene: Scene, name: str, *, shapes: Sequence[str], named_share: float
+) -> str:
     """Returns a TSV line whose caption names things of `shapes` only, or the ground alone where there is none.
 
-    Each is mentioned with probability 1/2, at least one; now and then an absent one is, too.
+    Each is mentioned with probability `named_share`, at least one; now and then an absent one is, too.
     """
     nameable = [thing for thing in scene.things if thing.shape in shapes]
     if not nameable:
         return f"{name}\ta picture of {scene.ground}\t[]\n"
-    mentioned = [thing for thing in nameable if rng.random() < 0.5] or [nameable[rng.integers(len(nameable))]]
+    mentioned = [thing for thing in nameable if rng.random() < named_share] or [nameable[rng.integers(len(nameable))]]
     phrases = [_phrase(rng, thing) for thing in mentioned]
     if rng.random() < 0.1:
         absent = f"{list(COLORS)[rng.integers(len(COLORS))]} {shapes[int(rng.integers(len(shapes)))]}"
@@ -285,7 +287,9 @@ def _grounding_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, lis
     return _caption(rng, phrases, scene.ground, joint=joint)
 
 
-def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int, novel_captions: bool) -> None:
+def _write_part(
+    folder: Path, part: str, count: int, *, size_px: int, seed: int, novel_captions: bool, named_share: float
+) -> None:
     (folder / "images" / part).mkdir(parents=True, exist_ok=True)
     every = (*BASE_SHAPES, *NOVEL_SHAPES)
     shapes = BASE_SHAPES if part in ("detection", "grounding") else every
@@ -303,7 +307,8 @@ def _write_part(folder: Path, part: str, count: int, *, size_px: int, seed: int,
             (folder / name).write_bytes(cv2.imencode(".jpg", scene.image[..., ::-1], quality)[1].tobytes())
         image: dict[str, Any] = {"id": i + 1, "file_name": name, "height": size_px, "width": size_px}
         if part == "image_text":
-            lines.append(_image_text_line(rng, scene, name, shapes=every if novel_captions else BASE_SHAPES))
+            named = every if novel_captions else BASE_SHAPES
+            lines.append(_image_text_line(rng, scene, name, shapes=named, named_share=named_share))
         elif part == "grounding":
             image["caption"], spans = _grounding_caption(rng, scene)
             out.add(image, scene.boxes, [{"category_id": 1, "tokens_positive": [span]} for span in spans])
@@ -335,20 +340,26 @@ def write(
     size_px: int = 128,
     seed: int = 0,
     novel_captions: bool = True,
+    named_share: float = 0.5,
 ) -> None:
     """Writes the files of the module's table into a folder; a part with no images is left out.
 
     Does nothing if the folder already holds the same world.
 
     Raises:
-      ValueError: the folder holds a world of other parameters, or the size is too small to draw in.
+      ValueError: the folder holds a world of other parameters, the size is too small to draw in, or the share is none.
     """
+    if not 0 <= named_share <= 1:
+        raise ValueError(f"named_share is {named_share}; it must be from 0 to 1")
     if size_px < 32:
         raise ValueError(f"size_px is {size_px}; shapes cannot be told apart below 32")
     folder = Path(folder)
     counts = dict(zip(_PARTS, (num_detection, num_grounding, num_image_text, num_eval), strict=True))
     options: dict[str, Any] = {"size_px": size_px, "seed": seed, "novel_captions": novel_captions}
     parameters = {"format": FORMAT, **counts, **options}
+    options["named_share"] = named_share
+    if named_share != 0.5:  # worlds of before this option stay the same
+        parameters["named_share"] = named_share
     if _holds(folder, parameters):
         return
     with files.only_writer(folder):

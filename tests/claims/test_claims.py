@@ -23,16 +23,18 @@ from detclipv2_jax.claims import __main__ as claims
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.visualize import charts
 
+REAL_RUN = subprocess.run
+TOKENS = next(finding for finding in ablations.FINDINGS if finding.rows.keys() == {"phrases", "tokens"})
 RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "demo.py")
 
 
 def test_every_row_is_a_valid_run_of_its_own():
-    rows = ablations.queue()
+    rows = ablations.queue({})
     assert len(rows) == len(set(rows))
     assert {row for row, _ in rows} == set(ablations.ROWS) | set(ablations.STARTS)
     assert rows[:3] == [("start", 0), ("detection", 0), ("pairs", 0)]
     # a table that is stopped early has every finding with one seed before any with two
-    assert rows.index(("detection", 2)) < rows.index(("pairs_128", 0)) < rows.index(("bilateral", 1))
+    assert rows.index(("detection", 4)) < rows.index(("pairs_128", 0)) < rows.index(("bilateral", 1))
     for row, seed in rows:
         if row in ablations.ROWS:  # its start has its model and comes before it
             before = (ablations.start_of(row), seed)
@@ -40,14 +42,18 @@ def test_every_row_is_a_valid_run_of_its_own():
             one, other = (claims.configuration(RECIPE, *run) for run in (before, (row, seed)))
             assert one.model == other.model
             assert one.scenes.num_detection == other.scenes.num_detection
+        config = claims.configuration(RECIPE, row, seed)
+        if row.startswith("pair_steps"):
+            assert config.detection.weight + config.image_text.weight == pytest.approx(2.0)
+            assert config.image_text.weight / config.detection.weight == pytest.approx(int(row.rpartition("_")[2]))
     recipes = set()
     for row, seed in rows:
         config = claims.configuration(RECIPE, row, seed)
         validation.validate(config, num_devices=1)
         recipes.add(tuple(claims.recipe_of(RECIPE, row, seed)))
     assert len(recipes) == len(rows)
-    seeds = [{seed for of, seed in rows if of == row} for row in ("pairs", "bilateral")]
-    assert seeds == [{0, 1, 2}, {0, 1}]
+    assert {seed for _, seed in rows} == {0, 1, 2, 3, 4}
+    assert len(rows) == 5 * (len(ablations.ROWS) + len(ablations.STARTS))
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -155,25 +161,73 @@ def test_scores_are_rounded_and_every_place_counts_once(monkeypatch):
     assert (scores["base_top1"], scores["novel_top1"]) == (34.57, 45.68)
 
 
-def results(margins, *, row="pairs"):
-    """Returns results of finding 2 in which a row leads the others' AP by the margin of each seed."""
-    rows = ablations.FINDINGS[1].rows.values()
+def results(margins, *, row="pairs", finding=ablations.FINDINGS[1]):
+    """Returns results of a finding in which a row leads the others' AP by the margin of each seed."""
     made = {}
     for seed, margin in enumerate(margins):
-        for name in rows:
-            scores = dict.fromkeys(claims.COLUMNS, 30.0) | {"AP": 30.0 + margin * (name == row)}
+        for name in finding.rows.values():
+            scores = dict.fromkeys(claims.COLUMNS, 30.0 + seed) | {"AP": 30.0 + seed + margin * (name == row)}
             made[name, seed] = {"scores": scores, "cpu_seconds": 240}
     return made
 
 
-def test_verdicts_go_by_the_means():
+# Student's t at 0.975 with 1, 2, 4 degrees of freedom, of a table: 12.706, 4.303, 2.776
+@pytest.mark.parametrize(
+    ("margins", "word", "mean", "half"),
+    [
+        ([3.0], "undecided", 3.0, np.inf),
+        ([-3.0], "undecided", -3.0, np.inf),
+        ([2.0, 4.0], "undecided", 3.0, 12.706),
+        ([3.0, 3.0], "reproduced", 3.0, 0.0),
+        ([1.0, 2.0, 3.0], "undecided", 2.0, 4.303 / 3**0.5),
+        ([2.0, 3.0, 4.0], "reproduced", 3.0, 4.303 / 3**0.5),
+        ([-2.0, -3.0, -4.0], "contradicted", -3.0, 4.303 / 3**0.5),
+        ([-2.0, 1.0, 1.0, 1.0, 1.0], "undecided", 0.4, 2.776 * 0.6),
+        ([0.0, 0.0, 0.0], "reproduced", 0.0, 0.0),
+    ],
+)
+def test_a_claim_is_judged_by_the_interval_of_its_paired_margins(margins, word, mean, half):
+    finding, (claim,) = TOKENS, TOKENS.claims
+    verdict = ablations.judge(claim, finding, results(margins, finding=finding))
+    assert verdict.word == word
+    assert (verdict.mean, verdict.half) == (pytest.approx(mean), pytest.approx(half, rel=1e-3))
+    assert verdict.num_seeds == len(margins)
+
+
+def test_the_margin_that_is_nearest_to_failing_is_told():
     finding, (claim,) = ablations.FINDINGS[1], ablations.FINDINGS[1].claims
-    assert ablations.verdict(claim, finding, {}) == "not run yet"
-    text = ablations.verdict(claim, finding, results([2.0, -1.0]))
-    assert text == "reproduced; smallest margin +0.0, by seed +0.0, -1.0, which disagree"
-    assert ablations.verdict(claim, finding, results([3.0], row="image_to_text")) == (
-        "**not reproduced**; smallest margin -3.0, by seed -3.0; 1 of 2 seeds"
-    )
+    assert ablations.judge(claim, finding, {}) is None
+    # text to image leads by 5, bilateral and image to text are equal: both hold
+    assert ablations.judge(claim, finding, results([5.0] * 3)) == ("reproduced", 0.0, 0.0, 3)
+    # one of two fails for certain, whatever the other does
+    text = ablations.judge(claim, finding, results([5.0, 5.0, 5.1], row="image_to_text"))
+    assert (text.word, round(text.mean, 2)) == ("contradicted", -5.03)
+    noisy = ablations.judge(claim, finding, results([9.0, 1.0, 9.0], row="bilateral"))
+    assert (noisy.word, round(noisy.mean, 2)) == ("undecided", -6.33)
+
+    def of(first, second):  # leads of text to image over bilateral, of that over image to text
+        scores = {"pairs": 0.0, "bilateral": -np.array(first), "image_to_text": -np.array(first) - second}
+        scores = {row: np.broadcast_to(values, 3) for row, values in scores.items()}
+        return {(row, seed): {"scores": {"AP": x}} for row, values in scores.items() for seed, x in enumerate(values)}
+
+    wide = ablations.judge(claim, finding, of([1.0, 1.0, 1.1], np.array([9.0, 1.0, 5.0])))
+    assert (wide.word, wide.mean) == ("undecided", pytest.approx(5.0))  # from -5 on, where the other is about 1
+    sure = ablations.judge(claim, finding, of([5.0, -20.0, -3.0], np.array([-5.0, -5.0, -5.1])))
+    assert (sure.word, sure.mean) == ("contradicted", pytest.approx(-5.033, abs=1e-3))
+
+
+def test_what_five_seeds_do_not_decide_has_more():
+    decided, undecided = [3.0, 3.1, 2.9, 3.0, 3.0], [3.0, -3.0, 1.0, -1.0, 0.5]
+    finding = TOKENS
+    for first, wanted in (
+        (decided, 5), ([*decided, -90.0], 5), (undecided, 6), (undecided[:4], 5), (undecided + decided[:2], 8)
+    ):  # fmt: skip
+        assert ablations.num_seeds(finding, results(first, finding=finding)) == wanted
+        found = results(first, finding=finding)
+        assert {seed for row, seed in ablations.queue(found) if row == "tokens"} == set(range(wanted))
+    assert ablations.num_seeds(finding, results(undecided * 2, finding=finding)) == 10
+    few = dataclasses.replace(finding, max_seeds=5)
+    assert ablations.num_seeds(few, results(undecided, finding=finding)) == 5
 
 
 def test_a_claim_is_judged_as_soon_as_the_rows_it_needs_are_there():
@@ -181,9 +235,8 @@ def test_a_claim_is_judged_as_soon_as_the_rows_it_needs_are_there():
     scores = {"novel_AP": 5.0, "base_AP": 40.0, "novel_AR": 90.0}
     found = {(row, 0): {"scores": scores} for row in ("detection", "pairs_base_words")}
     found["detection", 1] = {"scores": scores}
-    texts = [ablations.verdict(claim, finding, found) for claim in finding.claims]
-    assert texts[:4] == ["not run yet"] * 4
-    assert texts[4] == "reproduced; smallest margin +3.0, by seed +3.0; 1 of 3 seeds"
+    verdicts = [ablations.judge(claim, finding, found) for claim in finding.claims]
+    assert verdicts == [None] * 4 + [("undecided", 3.0, np.inf, 1)]
 
 
 def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
@@ -199,22 +252,26 @@ def test_the_first_finding_wants_fifteen_points_and_a_control_that_stays():
     assert held == [False, True, False, False, False]
 
 
-def test_the_table_tells_means_spreads_and_what_is_missing():
+def test_the_table_tells_verdicts_means_spreads_and_what_is_missing():
     starts = {("start", seed): {"scores": {"AP": 20.0 + seed}, "cpu_seconds": 240} for seed in (0, 1)}
     text = "".join(claims.markdown(results([2.0, 1.0]) | starts))
-    assert "8 of 56 runs are done; a run takes 4.0 minutes of one core" in text
-    assert "| text to image | 2 | 20.5 ± 0.5 | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text
+    total = len(ablations.queue({}))
+    assert f"8 of {total} runs are done; a run takes 4.0 minutes of one core" in text
+    assert "| 2. text to image ≥ bilateral ≥ image to text | **reproduced** | +0.0 ± 0.0 | 2 |" not in text
+    assert "| 2. text to image ≥ bilateral ≥ image to text | **undecided** | +1.5 ± 6.4 | 2 |" in text
+    assert "| 4. the paper's choice is the best | not run yet | – | 0 |" in text
+    assert "| text to image | 2 | 20.5 ± 0.5 | 32.0 ± 0.0 | 30.5 ± 0.5 |" in text
     assert "| k = 3 | 0 | – |" in text
     assert "base names right | novel names right |" in text
     older = {key: {**result, "scores": {"AP": 30.0, "base_AP": 30.0}} for key, result in results([2.0]).items()}
-    assert "right" not in "".join(claims.markdown(older)).split("*")[0]  # a column that no result has
+    assert "right" not in "".join(claims.markdown(older)).split("| claim |")[1].split("**1.")[0].split("–")[0]
     (row,) = [
         line for line in claims.markdown(results([2.0]) | {("pairs", 0): older["pairs", 0]}) if "| text to" in line
     ][:1]
     assert row.endswith(" – | – |\n")
     more = results([2.0, 1.0]) | {("pairs", 2): results([60.0])["pairs", 0]}
     text_of_more = "".join(claims.markdown(more))
-    assert "| text to image | 2 | – | 31.5 ± 0.5 | 30.0 ± 0.0 |" in text_of_more  # not the others' third
+    assert "| text to image | 2 | – | 32.0 ± 0.0 | 30.5 ± 0.5 |" in text_of_more  # not the others' third
     del more["bilateral", 1]
     assert "| text to image | 1 | – | 32.0 | 30.0 |" in "".join(claims.markdown(more))
     assert text.count("not run yet") == sum(len(finding.claims) for finding in ablations.FINDINGS) - 1
@@ -257,8 +314,10 @@ lines = [scores[0], {"step": 15, "detection/loss": 1.0}, scores[1]]
 
 
 def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
-    finding = dataclasses.replace(ablations.FINDINGS[1], num_seeds=1)
+    finding = ablations.FINDINGS[1]
     monkeypatch.setattr(ablations, "FINDINGS", (finding,))
+    monkeypatch.setattr(ablations, "MIN_SEEDS", 1)
+    monkeypatch.setattr(ablations, "SEEDS", (0,))
     monkeypatch.setattr(claims.scenes, "write", lambda folder, **_: write_world(pathlib.Path(folder)))
     fails, started = "bilateral", []
 
@@ -290,7 +349,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"image_to_text, seed 0, begins: {folders['work']}/image_to_text_0/log.txt" in printed
     assert "[4/4] image_to_text, seed 0: AP" in printed
-    assert "reproduced" in (folders["output"] / "claims.md").read_text()
+    assert "**undecided** | +0.0 ± inf | 1 |" in (folders["output"] / "claims.md").read_text()
 
     # a table that is done
     def state():
@@ -336,7 +395,8 @@ def test_the_recipe_comes_with_the_package(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("row", "start", "world"),
     [("start_plain", "", "world_1"), ("plain_pairs", "start_plain_1", "world_1"),
-     ("pairs_base_words", "start_1", "world_1_base_words")],
+     ("pairs_base_words", "start_1", "world_1_novel_captions_False"),
+     ("all_named", "start_1", "world_1_named_share_1.0")],
 )  # fmt: skip
 def test_a_run_has_its_world_and_its_start(tmp_path, monkeypatch, row, start, world):
     written = []
@@ -351,6 +411,41 @@ def test_a_run_has_its_world_and_its_start(tmp_path, monkeypatch, row, start, wo
     assert config.init_from.checkpoint == (start and str(tmp_path / start))
     assert written == [config.scenes.to_dict()]
     assert written[0]["folder"] == str(tmp_path / world)
+
+
+def test_what_a_row_needs_is_prepared_once_of_the_world_of_pairs(tmp_path, monkeypatch):
+    ran = []
+    code = "import pathlib, sys; pathlib.Path(sys.argv[-2].removeprefix('--output=')).mkdir()"
+
+    def run(arguments, **options):
+        ran.append(arguments)
+        return REAL_RUN([sys.executable, "-S", "-c", code, *arguments], **options)
+
+    written = []
+    monkeypatch.setattr(claims.subprocess, "run", run)
+    monkeypatch.setattr(claims.scenes, "write", lambda **options: written.append(options))
+    monkeypatch.setattr(claims, "command", lambda *_: [sys.executable, "-S", "-c", ""])
+    place = {"work": tmp_path, "core": min(os.sched_getaffinity(0))}
+    for _ in range(2):
+        config = claims.configuration(RECIPE, "pseudo_boxes", 1)
+        claims.start(RECIPE, "pseudo_boxes", 1, config, **place).wait()
+        (tmp_path / "pseudo_boxes_1" / "prepared" / "report.json").touch()
+    prepared, world = tmp_path / "pseudo_boxes_1" / "prepared", str(tmp_path / "world_1")
+    assert ran == [
+        [
+            sys.executable, "-m", "detclipv2_jax.prepare", "pseudo_boxes", f"--checkpoint={tmp_path}/start_1",
+            f"--input={world}/pairs.tsv", f"--images={world}", f"--output={prepared}", "--pipeline=",
+        ]
+    ]  # fmt: skip
+    assert (config.grounding.annotations, config.grounding.images) == (f"{prepared}/grounding.json", world)
+    own, of_pairs = written[:2]
+    assert (own["num_grounding"], own["num_image_text"]) == (0, 0)
+    assert own["folder"] == f"{world}_num_grounding_0_num_image_text_0"
+    assert of_pairs == claims.configuration(RECIPE, "pairs", 1).scenes.to_dict() | {"folder": world}
+    monkeypatch.setattr(claims.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    config = claims.configuration(RECIPE, "pseudo_boxes", 2)
+    with pytest.raises(ValueError, match=r"preparing pseudo_boxes, seed 2, failed; see .*pseudo_boxes_2/log.txt"):
+        claims.start(RECIPE, "pseudo_boxes", 2, config, **place)
 
 
 def test_what_was_stopped_counts_to_the_time_of_a_run(tmp_path):
@@ -394,7 +489,7 @@ def write_world(folder):
 
 
 def test_seeds_that_all_rows_have():
-    finding = ablations.Finding("", {"a": "x", "b": "y", "not run": "z"}, (), num_seeds=2)
-    results = {(row, seed): {} for row, seed in (("x", 0), ("x", 1), ("y", 1), ("y", 2), ("x", 2))}
+    finding = ablations.Finding("", {"a": "x", "b": "y", "not run": "z"}, ())
+    results = {(row, seed): {} for row, seed in (("x", 0), ("x", 1), ("y", 1), ("y", 2), ("x", 3))}
     assert ablations.common_seeds(finding, results) == [1]
-    assert ablations.common_seeds(finding, {}) == [0, 1]
+    assert ablations.common_seeds(finding, {}) == list(range(10))

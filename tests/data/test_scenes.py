@@ -154,13 +154,16 @@ def test_spans_of_grounding_captions_name_the_categories(folder):
         assert len(phrase.split()) == 2 or phrase.split()[0] in scenes.TEXTURES
 
 
-def test_captions_are_incomplete_and_noisy():
+@pytest.mark.parametrize(("share", "low", "high"), [(0.5, 0.45, 0.7), (0.9, 0.85, 0.95), (1.0, 1.0, 1.0)])
+def test_captions_are_incomplete_and_noisy(share, low, high):
     shown = mentioned = absent = 0
     for i in range(300):
         rng = np.random.default_rng(i)
         scene = scenes.draw(rng, shapes=scenes.BASE_SHAPES, size_px=64, training=True, distinct=True)
         _, caption, phrases = (
-            scenes._image_text_line(rng, scene, "x.jpg", shapes=scenes.BASE_SHAPES).rstrip("\n").split("\t")
+            scenes._image_text_line(rng, scene, "x.jpg", shapes=scenes.BASE_SHAPES, named_share=share)
+            .rstrip("\n")
+            .split("\t")
         )
         phrases = json.loads(phrases)
         assert all(phrase in caption for phrase in phrases)
@@ -170,8 +173,23 @@ def test_captions_are_incomplete_and_noisy():
         shown += len(present)
         mentioned += len(present & set(names))
         absent += bool(set(names) - present)
-    assert 0.45 < mentioned / shown < 0.7  # one half, and at least one of each scene
+    assert low <= mentioned / shown <= high  # at least one of each scene
     assert 0.04 < absent / 300 < 0.16
+
+
+def test_the_share_that_captions_name_belongs_to_a_world(tmp_path):
+    counts = {"num_detection": 0, "num_grounding": 0, "num_image_text": 20, "num_eval": 0}
+    for share in (0.5, 1.0):
+        scenes.write(tmp_path / str(share), **counts, size_px=32, named_share=share)
+    half, whole = (json.loads((tmp_path / name / "scenes.json").read_text()) for name in ("0.5", "1.0"))
+    assert (half.keys() ^ whole.keys(), whole["named_share"]) == ({"named_share"}, 1.0)  # worlds of before have none
+    named = [sum(line.count(" a") for line in (tmp_path / name / "pairs.tsv").open()) for name in ("0.5", "1.0")]
+    assert named[0] < named[1]
+    scenes.write(tmp_path / "0.5", **counts, size_px=32)  # the same
+    with pytest.raises(ValueError, match=r"holds generated scenes with .*choose another folder"):
+        scenes.write(tmp_path / "0.5", **counts, size_px=32, named_share=0.25)
+    with pytest.raises(ValueError, match=r"named_share is 1.5; it must be from 0 to 1"):
+        scenes.write(tmp_path / "other", **counts, size_px=32, named_share=1.5)
 
 
 def test_captions_may_leave_novel_shapes_out(tmp_path):
@@ -212,7 +230,8 @@ def test_an_eighth_of_the_combinations_is_held_out_and_no_caption_names_one_twic
     scene = scenes.draw(rng, shapes=shapes, size_px=256, training=True, distinct=True)
     assert len(scene.things) > 2
     for _ in range(400):
-        *_, phrases = scenes._image_text_line(rng, scene, "x.jpg", shapes=shapes).rstrip("\n").split("\t")
+        line = scenes._image_text_line(rng, scene, "x.jpg", shapes=shapes, named_share=0.5)
+        *_, phrases = line.rstrip("\n").split("\t")
         names = [" ".join(phrase.split()[-2:]) for phrase in json.loads(phrases)]
         assert len(set(names)) == len(names)
 

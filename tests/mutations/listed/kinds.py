@@ -175,9 +175,21 @@ FAULTS = [
         slow=True,
     ),
     *plant(
-        "claims/ablations.py", "claims/test_claims.py::test_verdicts_go_by_the_means claims/test_claims.py::test_seeds_that_all_rows_have",
-        ("margin = min(claim.margins(mean))", "margin = max(claim.margins(mean))"),
+        "claims/ablations.py", "claims/test_claims.py::test_seeds_that_all_rows_have",
         ("if all(seed in row_seeds for", "if any(seed in row_seeds for"),
+    ),
+    *plant(
+        "claims/ablations.py", "claims/test_claims.py::test_a_claim_is_judged_by_the_interval_of_its_paired_margins claims/test_claims.py::test_the_margin_that_is_nearest_to_failing_is_told claims/test_claims.py::test_what_five_seeds_do_not_decide_has_more",
+        ("stdtrit(num - 1, 0.975)", "stdtrit(num, 0.975)"),
+        ("stdtrit(num - 1, 0.975)", "stdtrit(num - 1, 0.95)"),
+        ("ddof=1", "ddof=0"),
+        ("np.all(means >= halves)", "np.any(means >= halves)"),
+        ("np.all(means >= halves)", "np.all(means > halves)"),
+        ("np.any(means < -halves)", "np.all(means < -halves)"),
+        ("means - halves))", "means))"),
+        ("means + halves if word", "means - halves if word"),
+        ("if seed < num}", "if seed <= num}"),
+        ("while num < finding.max_seeds", "while num < len(SEEDS)"),
     ),
     *plant(
         "commands.py", "test_commands.py",

@@ -166,7 +166,7 @@ FAULTS = [
         ("\"ignore\": int(not counts(row))", "\"ignore\": int(counts(row))", "::test_scores_are_those_of_the_subsets"),
         ("round(100 * value, 2) for name, value in scores", "round(value, 2) for name, value in scores", "::test_scores_are_those_of_the_subsets"),
         ("before.get(name, 0) + value", "value", "::test_what_was_stopped_counts_to_the_time_of_a_run"),
-        ("np.ptp(values) / 2", "np.ptp(values)", "::test_the_table_tells_means_spreads_and_what_is_missing"),
+        ("np.ptp(values) / 2", "np.ptp(values)", "::test_the_table_tells_verdicts_means_spreads_and_what_is_missing"),
         ("steps / steps[-1] * num_steps", "steps * num_steps", "::test_the_plot_counts_detection_steps"),
     ),
 ]  # fmt: skip

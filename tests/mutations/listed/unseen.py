@@ -177,7 +177,8 @@ FAULTS = [
     ),
     *plant(
         "claims/__main__.py", "claims/test_claims.py",
-        ("'' if config.scenes.novel_captions else", "'' if not config.scenes.novel_captions else", "::test_a_run_has_its_world_and_its_start"),
+        ("if key.startswith(\"scenes.\")]", "if key.endswith(\"novel_captions\")]", "::test_a_run_has_its_world_and_its_start"),
+        ("not (prepared / \"report.json\").exists()", "True", "::test_what_a_row_needs_is_prepared_once_of_the_world_of_pairs"),
         ("if row in ablations.ROWS:\n        config.init_from", "if False:\n        config.init_from", "::test_a_run_has_its_world_and_its_start"),
         slow=True,
     ),
