@@ -9,18 +9,23 @@
 | nano (the default) | nano   | 320 x 320 px                        | laptops, trying things out  |
 | overfit            | nano   | 320 x 320 px, no augmentation       | the first 8 photos by heart |
 | swin_t             | Swin-T | 800 x 1344 px, multi-scale          | one or more GPUs or TPUs    |
+| swin_t_24gb        | Swin-T | the same, in 2 chunks a step        | one GPU with 24 GB or more  |
+| swin_t_16gb        | Swin-T | the same, in 4 chunks a step        | one GPU with 16 GB          |
+| swin_t_frozen_text | Swin-T | the same, in 4 chunks a step        | one GPU with 16 GB or more  |
 
-With `--config.init_from.checkpoint=RUN`, swin_t is a fine-tune; configs/finetune_odinw.py says how its learning rate
-may follow the scores, what can be mixed in against forgetting, and how that is measured.
+With `--config.init_from.checkpoint=RUN`, those of Swin-T are fine-tunes; configs/finetune_odinw.py says how the rate
+may follow the scores, what can be mixed in against forgetting, and how that is measured. Chunks change no gradient and
+cost no arithmetic (of pairs they do: images are embedded twice). The text tower of swin_t_frozen_text stays as it is
+and encodes each name once. docs/fine-tuning.md has memory and hours.
 
-What `overfit` reached on 2 CPU cores stands in docs/benchmarks.md; swin_t was not run.
+What `overfit` reached on 2 CPU cores stands in docs/benchmarks.md; those of Swin-T were not run.
 """
 
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
 
-VARIANTS = ("nano", "overfit", "swin_t")
+VARIANTS = ("nano", "overfit", "swin_t", "swin_t_24gb", "swin_t_16gb", "swin_t_frozen_text")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -31,10 +36,18 @@ def get_config(variant: str = "") -> ConfigDict:
     c.name = f"coco_json_{variant}"
     c.detection.definitions = c.eval.definitions = False  # a COCO json has none
     c.checkpoint.every_steps = 500
-    if variant == "swin_t":
+    if variant.startswith("swin_t"):
         c.detection.batch_size = c.grounding.batch_size = 16
         c.image_text.batch_size = 256
         c.optimizer.learning_rate = 1e-4  # the paper's rule: 1e-4 * sqrt(detection batch / 16)
+        if variant != "swin_t":
+            num_chunks = 2 if variant == "swin_t_24gb" else 4
+            c.optimizer.accumulate.update({"detection": num_chunks, "grounding": 4, "image_text": num_chunks})
+            c.optimizer.remat.detection = "none"  # chunks save memory for nothing, computing again does not
+            c.optimizer.warmup_steps = 100  # 1,000 photos are 750 steps
+            c.eval.batch_size = 8
+        if variant == "swin_t_frozen_text":
+            c.optimizer.frozen, c.optimizer.text_once = "text_encoder/.*", True
         return c
 
     c.model = config_lib.model("nano")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class Chip(NamedTuple):
     """An accelerator, by its maker's data sheet; arithmetic is dense, a multiplication and an addition are two."""
 
     name: str  # in `config.chips` and `preflight --topology`
-    device_kind: str  # the beginning of jax's `device_kind`
+    device_kind: str  # how jax's `device_kind` begins, a regular expression
     platform: str  # tpu | cuda
     peak: float  # bf16 FLOP/s
     bandwidth: float  # of its memory, byte/s
@@ -28,8 +29,9 @@ class Chip(NamedTuple):
 
 
 # Sources: cloud.google.com/tpu/docs (peak, HBM, interchip interconnect; memory is what programs were seen to get);
-# NVIDIA's data sheets of A100, H100, H200, B200, L4 and A10; for RTX 4090 and 5090 its papers on the Ada and Blackwell
-# architectures (bf16 with float32 accumulation). Where one name begins another, the longer comes first.
+# NVIDIA's data sheets of A100, H100, H200, B200, L4 and A10G; for RTX 4080, 4090 and 5090 its papers on the Ada and
+# Blackwell architectures (bf16 with float32 accumulation). A GPU's memory is what CUDA says it has in all, less than it
+# is sold with. Where one name begins another, the longer comes first.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -37,14 +39,15 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", "tpu", 197e12, 819e9, 15.75 * GIB, 200e9, 4),
         Chip("v5p", "TPU v5", "tpu", 459e12, 2765e9, 95.74 * GIB, 600e9, 4),
         Chip("v6e", "TPU v6 lite", "tpu", 918e12, 1640e9, 31.25 * GIB, 448e9, 4),
-        Chip("a100_40gb", "NVIDIA A100-SXM4-40GB", "cuda", 312e12, 1555e9, CUDA_SHARE * 39.4 * GIB, 300e9, 8),
+        Chip("a100_40gb", "NVIDIA A100-(SXM4|PCIE)-40GB", "cuda", 312e12, 1555e9, CUDA_SHARE * 39.4 * GIB, 300e9, 8),
         Chip("a100_80gb", "NVIDIA A100", "cuda", 312e12, 2039e9, CUDA_SHARE * 79.1 * GIB, 300e9, 8),
         Chip("h100_pcie", "NVIDIA H100 PCIe", "cuda", 756e12, 2000e9, CUDA_SHARE * 79.1 * GIB, 0.0, 8),
         Chip("h100", "NVIDIA H100", "cuda", 989e12, 3350e9, CUDA_SHARE * 79.1 * GIB, 450e9, 8),
         Chip("h200", "NVIDIA H200", "cuda", 989e12, 4800e9, CUDA_SHARE * 140.0 * GIB, 450e9, 8),
         Chip("b200", "NVIDIA B200", "cuda", 2250e12, 8000e9, CUDA_SHARE * 178.0 * GIB, 900e9, 8),
-        Chip("l4", "NVIDIA L4", "cuda", 121e12, 300e9, CUDA_SHARE * 22.5 * GIB, 0.0, 1),
-        Chip("a10g", "NVIDIA A10G", "cuda", 70e12, 600e9, CUDA_SHARE * 22.5 * GIB, 0.0, 1),
+        Chip("l4", r"NVIDIA L4\b", "cuda", 121e12, 300e9, CUDA_SHARE * 22.0 * GIB, 0.0, 1),
+        Chip("a10g", "NVIDIA A10G", "cuda", 70e12, 600e9, CUDA_SHARE * 22.0 * GIB, 0.0, 1),
+        Chip("rtx4080", "NVIDIA GeForce RTX 4080", "cuda", 97.5e12, 717e9, CUDA_SHARE * 15.5 * GIB, 0.0, 1),
         Chip("rtx4090", "NVIDIA GeForce RTX 4090", "cuda", 165e12, 1008e9, CUDA_SHARE * 23.5 * GIB, 0.0, 1),
         Chip("rtx5090", "NVIDIA GeForce RTX 5090", "cuda", 209e12, 1792e9, CUDA_SHARE * 31.4 * GIB, 0.0, 1),
     )
@@ -53,7 +56,9 @@ CHIPS = {
 
 def chip_of(device_kind: str) -> Chip | None:
     """Returns the accelerator with jax's name for a device, None where the table has none."""
-    return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)), None)
+    if re.search(r"\b(Laptop|Max-Q|MIG)\b", device_kind):  # less of everything under the same name
+        return None
+    return next((chip for chip in CHIPS.values() if re.match(chip.device_kind, device_kind)), None)
 
 
 def has_nvidia_gpu() -> bool:

@@ -223,13 +223,12 @@ def optimizer() -> ConfigDict:
     """Returns the keys of `config.optimizer` (Table 9)."""
     c = ConfigDict()
     c.learning_rate = 2.8e-4  # after the warmup
-    # what follows the warmup: cosine | step (x decay_factor at each of decay_at) | plateau (x decay_factor when
-    # eval.monitor was not better for `patience` evaluations) | constant
+    # after the warmup: cosine | step (falls at decay_at) | plateau (falls when eval.monitor does not rise) | constant
     c.schedule = "cosine"
     c.warmup_steps = 1000  # linear from 0; evaluations before its end are not held against the run
     c.min_learning_rate = 0.0  # where cosine ends, and the smallest of plateau
     c.decay_at = (2 / 3, 11 / 12)  # shares of all epochs
-    c.decay_factor = 0.1  # of step and plateau
+    c.decay_factor = 0.1  # that step and plateau multiply the rate by
     c.patience = 5  # evaluations that plateau waits for a better score
     # evaluations without a better score (plateau: at min_learning_rate) after which the run ends; 0: it does not
     c.stop_patience = 0
@@ -241,6 +240,7 @@ def optimizer() -> ConfigDict:
     c.groups = parameter_groups(text_factor=0.1)
     # regex over the whole name of parameters that stay as they are, without moments: r"text_encoder/.*"; "": none
     c.frozen = ""
+    c.text_once = False  # a frozen text tower encodes a concept when it is first met (2 KB), not in every step
     c.ema_decay = 0.0  # of a moving average of the parameters, used for evaluation; 0: none
     c.accumulate, c.remat = ConfigDict(), ConfigDict()
     for kind in KINDS:

@@ -27,7 +27,7 @@ from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.runs import checkpoints as checkpoints_lib
 from detclipv2_jax.runs import optimizer as optimizer_lib
 from detclipv2_jax.runs import pretrained as pretrained_lib
-from detclipv2_jax.runs import processes, sharding
+from detclipv2_jax.runs import processes, sharding, text_once
 from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.ahead import Ahead
 from detclipv2_jax.runs.metrics import MetricsWriter, Progress, prefix
@@ -71,6 +71,7 @@ class Run:
     detector: Detector
     evaluator: evaluation.Evaluator | None  # None without config.eval.annotations
     second: evaluation.Evaluator | None  # None without config.forgetting.annotations
+    with_text: Callable[[Any, Batch], Batch]  # from parameters and a host's batch to what the step is given
 
 
 def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
@@ -100,6 +101,8 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     with listed(problems):
         second = evaluation.make_second(config, detector, workdir)
     with listed(problems):
+        with_text = text_once.make(config, shapes, detector.encode_tokens)
+    with listed(problems):
         if not has_parameters(config, workdir):
             pretrained_lib.load_all(config.init_from, named_shapes(shapes))  # read again when needed
         elif not has_checkpoint(workdir):
@@ -121,6 +124,7 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
         detector=detector,
         evaluator=evaluator,
         second=second,
+        with_text=with_text,
     )
 
 
@@ -207,7 +211,7 @@ def train(run: Run) -> dict[str, float]:
                 if draw.stream not in readers:
                     reader = stream.iterate(positions[draw.stream])
                     readers[draw.stream] = stack.enter_context(contextlib.closing(reader))
-                batch = next(readers[draw.stream])
+                batch = run.with_text(state.params, next(readers[draw.stream]))
                 processes.barrier("step", note=str(step + 1), timeout_s=config.timeout_s)
             if profiled and step == profiled[0]:
                 options = jax.profiler.ProfileOptions()
@@ -287,7 +291,8 @@ def replay_step(run: Run, number: int) -> dict[str, float]:
     with contextlib.closing(checkpoints_lib.Checkpoints(run.workdir)) as checkpoints:
         state = initial_state(run, checkpoints, before=number)
     compiled = functools.cache(functools.partial(jitted_step, run))
-    return replay(number, state=state, order=run.order, streams=run.streams, compiled=compiled, mesh=run.mesh)
+    options = {"compiled": compiled, "with_text": run.with_text, "mesh": run.mesh}
+    return replay(number, state=state, order=run.order, streams=run.streams, **options)
 
 
 def evaluation_due(run: Run, step: int) -> bool:

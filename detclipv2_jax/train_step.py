@@ -118,10 +118,13 @@ class Program:
     def num_chunks(self) -> int:
         return self.config.optimizer.accumulate[self.kind.value]
 
-    def encode_concepts(self, params: Any, tokens: Int[Array, "t l"], *, every_token: bool = False) -> Concepts:
-        """Returns what logits need beside regions; of `every_token` each token is a concept."""
-        method = "encode_tokens" if every_token else "encode_text"
-        text: Any = self.model.apply({"params": params}, tokens, method=method)
+    def encode_concepts(
+        self, params: Any, tokens: Int[Array, "t l"], *, text: Any = None, every_token: bool = False
+    ) -> Concepts:
+        """Returns what logits need beside regions; of `every_token` each token is a concept; `text` may be known."""
+        if text is None:
+            method = "encode_tokens" if every_token else "encode_text"
+            text = self.model.apply({"params": params}, tokens, method=method)
         if every_token:
             text = text.reshape(-1, text.shape[-1])
         return Concepts(text, *self.model.apply({"params": params}, method="logit_parameters"))
@@ -156,11 +159,10 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        by_tokens = every_token and batch.class_names is None
-        if by_tokens:
+        if by_tokens := every_token and batch.class_names is None:
             batch = by_token(batch, mesh)
-        encode = functools.partial(program.encode_concepts, tokens=batch.concept_tokens, every_token=by_tokens)
-        concepts, concepts_vjp = jax.vjp(encode, state.params)  # 1
+        table = {"tokens": batch.concept_tokens, "text": batch.concept_text, "every_token": by_tokens}
+        concepts, concepts_vjp = jax.vjp(functools.partial(program.encode_concepts, **table), state.params)  # 1
         loss, metrics, grads, concept_grads = gradients(program, state.params, concepts, batch, key)  # 2
         grads = jax.tree.map(jnp.add, grads, concepts_vjp(concept_grads)[0])  # 3
         grads = without_frozen(grads, config.optimizer.frozen)
@@ -214,7 +216,7 @@ def by_token(batch: Batch, mesh: Mesh) -> Batch:
 
 def _image_part(batch: Batch) -> Batch:
     """Returns the batch without its concept table, the only arrays that do not have one row an image."""
-    return batch._replace(concept_tokens=None, concept_mask=None, concept_ids=None)
+    return batch._replace(concept_tokens=None, concept_mask=None, concept_ids=None, concept_text=None)
 
 
 def _box_gradients(program: Program, params: Any, concepts: Concepts, batch: Batch, key: jax.Array) -> Gradients:

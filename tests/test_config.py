@@ -19,7 +19,8 @@ VARIANTS = {
     "swin_t": ("o365", "o365_cc3m", "o365_goldg_cc3m", "full", "o365_in1k", "full_in1k"),
     "swin_l": ("o365", "full"),
     "detclip_v1": ("o365_goldg", "full"),
-    "coco_json": ("nano", "overfit", "swin_t"),
+    "coco_json": ("nano", "overfit", "swin_t", "swin_t_24gb", "swin_t_16gb", "swin_t_frozen_text"),
+    "swin_t_one_gpu": ("o365", "full"),
     "eval_lvis": ("val",),
     "finetune_lvis": ("swin_l",),
     "finetune_odinw": ("Raccoon", "Raccoon:swin_l"),
@@ -36,8 +37,24 @@ def load(name, variant=""):
 @pytest.mark.parametrize(("name", "variant"), EVERY)
 def test_every_config_is_valid_on_one_and_on_many_devices(name, variant):
     config = load(name, variant)
-    for num_devices in (1, 8 if name in ("coco_json", "demo") else 32):
+    of_one = name == "swin_t_one_gpu" or variant.startswith("swin_t_")
+    for num_devices in (1,) if of_one else (1, 8 if name in ("coco_json", "demo") else 32):
         validation.validate(config, num_devices=num_devices)
+
+
+@pytest.mark.parametrize("variant", ["swin_t_24gb", "swin_t_16gb", "swin_t_frozen_text"])
+def test_recipes_for_one_gpu_are_swin_t_in_chunks(variant):
+    recipe, num_chunks = load("coco_json", variant), 2 if variant == "swin_t_24gb" else 4
+    accumulated = {"detection": num_chunks, "grounding": 4, "image_text": num_chunks}
+    changed = {line.partition(":")[0] for line in config_lib.differences(load("coco_json", "swin_t"), recipe)}
+    frozen = {"optimizer.frozen", "optimizer.text_once"} if variant == "swin_t_frozen_text" else set()
+    chunks = {f"optimizer.accumulate.{kind}" for kind in accumulated}
+    rest = {"name", "eval.batch_size", "optimizer.remat.detection", "optimizer.warmup_steps"}
+    assert (recipe.optimizer.accumulate.to_dict(), changed) == (accumulated, chunks | rest | frozen)
+    assert (recipe.optimizer.frozen, recipe.optimizer.text_once) == (
+        ("text_encoder/.*", True) if frozen else ("", False)
+    )
+    assert recipe.optimizer.warmup_steps < 1000 * recipe.epochs / recipe.detection.batch_size / 5
 
 
 TABLE_9 = (  # row, keys, values of Swin-T, values of Swin-L where they differ

@@ -185,6 +185,25 @@ def test_a_frozen_tower_stays_and_the_average_follows_the_rest(tuned):
 
 
 @pytest.mark.slow
+def test_names_encoded_once_train_as_with_the_frozen_tower_in_the_step_and_resume_exactly(recipe, tuned, tmp_path):
+    config = recipe.copy_and_resolve_references()
+    config.optimizer.text_once, config.forgetting.annotations, config.forgetting.images = True, "", ""
+    for num_steps, name in ((4, "whole"), (3, "broken"), (4, "broken")):
+        start(with_steps(config, num_steps), tmp_path / name)
+    inside, whole, broken = (lines(workdir) for workdir in (tuned[0], tmp_path / "whole", tmp_path / "broken"))
+    for step in range(1, 5):
+        found = {name: value for name, value in whole[step].items() if name.startswith("detection/")}
+        assert found == {name: broken[step][name] for name in found}, step
+        assert found == pytest.approx({name: inside[step][name] for name in found}, rel=1e-4), step
+    one, other = (read(tmp_path / name, 4) for name in ("whole", "broken"))
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], name)
+    one, tower = (read(workdir, 3) for workdir in (tmp_path / "whole", tuned[0]))
+    for name, value in one.items():
+        np.testing.assert_allclose(value, tower[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_odinw_members_are_tuned_from_a_checkpoint_and_scored(recipe, tuned, shared_data, tmp_path):
     config = with_steps(recipe, 3)
     config.scenes.num_detection = config.scenes.num_eval = 0

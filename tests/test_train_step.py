@@ -190,10 +190,12 @@ def test_towers_are_asked_for_what_a_step_needs(micro):
 
     program = train_step.Program(Kind.DETECTION, Model(), micro, (8, 8), None)
     assert tuple(program.encode_concepts("params", "tokens")) == ("encoded", 2.0, -4.0)
+    assert tuple(program.encode_concepts("params", "tokens", text="known")) == ("known", 2.0, -4.0)
     batch = types.SimpleNamespace(image="image", extent="extent")
     assert program.encode_images("params", batch, "key") == "encoded"
     assert calls == [
         ({"params": "params"}, ("tokens",), "encode_text", {}),
+        ({"params": "params"}, (), "logit_parameters", {}),
         ({"params": "params"}, (), "logit_parameters", {}),
         ({"params": "params"}, ("image", "extent"), "encode_image", {"train": True, "rngs": {"dropout": "key"}}),
     ]

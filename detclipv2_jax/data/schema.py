@@ -90,6 +90,7 @@ class Batch(NamedTuple):
     caption_mask: Bool[Any, "b m"]
     class_names: Bool[Any, " b"] | None = None  # None, or True: the caption is the name of the image's class
     federated: Federated | None = None  # None: every image is annotated for all concepts
+    concept_text: Float32[Any, "t d"] | None = None  # None, or embeddings of the table: no text tower is asked
 
 
 class DataError(ValueError):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Float32, Int32
 
 BLOCK = 128  # regions, and concepts, of a tile
-DEPTH = 64  # of the embeddings at a time; their size must be a multiple of it
+DEPTH = 64  # of the embeddings at a time, half of it in float32; their size must be a multiple of it
 
 
 def max_over_concepts(
@@ -50,17 +50,18 @@ def max_over_concepts(
 def _kernel(regions_ref: Any, concepts_ref: Any, num_blocks_ref: Any, best_ref: Any, *, low: float) -> None:
     num_regions, d = regions_ref.shape
     first = pl.program_id(0) * BLOCK
-    inside = first + jax.lax.broadcasted_iota(jnp.int32, (BLOCK, DEPTH), 0) < num_regions
+    size = 2 * DEPTH // regions_ref.dtype.itemsize  # a block has 99 KiB of shared memory on some GPUs
+    inside = first + jax.lax.broadcasted_iota(jnp.int32, (BLOCK, size), 0) < num_regions
     precision = jax.lax.Precision.HIGHEST if regions_ref.dtype == jnp.float32 else None
 
     def one_block(n: Array, best: Array) -> Array:
         def add(i: Array, similarity: Array) -> Array:
-            depth = pl.ds(i * DEPTH, DEPTH)
+            depth = pl.ds(i * size, size)
             regions = triton.load(regions_ref.at[pl.ds(first, BLOCK), depth], mask=inside, other=0.0)
             concepts = concepts_ref[pl.ds(n * BLOCK, BLOCK), depth]
             return similarity + triton.dot(regions, concepts, trans_b=True, precision=precision)
 
-        similarity = jax.lax.fori_loop(0, d // DEPTH, add, jnp.zeros((BLOCK, BLOCK), jnp.float32))
+        similarity = jax.lax.fori_loop(0, d // size, add, jnp.zeros((BLOCK, BLOCK), jnp.float32))
         return jnp.maximum(best, jnp.max(similarity, axis=1))
 
     best_ref[:] = jax.lax.fori_loop(0, num_blocks_ref[0], one_block, jnp.full((BLOCK,), low, jnp.float32))

@@ -178,16 +178,17 @@ def _forward_kernel(
 ) -> None:
     num_cells, outputs = out_ref.shape
     first = pl.program_id(0) * CELLS
+    depth = 2 * CHANNELS // features_ref.dtype.itemsize  # a block has 99 KiB of shared memory on some GPUs
 
     def one_tap(tap: Array, total: Array) -> Array:
         corners = _corners(weights_ref, index_ref, tap, first, height=height, width=width)
 
         def add(i: Array, total: Array) -> Array:
-            channels = pl.ds(i * CHANNELS, CHANNELS)
+            channels = pl.ds(i * depth, depth)
             parts = [features_ref[row, channels].astype(jnp.float32) for row, _, _ in corners]
             return total + _dot(_weighted(parts, corners).astype(features_ref.dtype), kernel_ref[tap, channels, :])
 
-        return jax.lax.fori_loop(0, features_ref.shape[1] // CHANNELS, add, total)
+        return jax.lax.fori_loop(0, features_ref.shape[1] // depth, add, total)
 
     total = jax.lax.fori_loop(0, TAPS, one_tap, jnp.zeros((CELLS, outputs), jnp.float32))
     mask = _is_cell(first, num_cells, outputs)

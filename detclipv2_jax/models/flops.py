@@ -60,7 +60,8 @@ def of_step(
     if num_tokens := _num_tokens(config, kind):
         towers += TRAINING * batch_size * forward("encode_tokens", tokens)
         return lambda num_concepts: towers + 2.0 * batch_size * rows * settings.embed_dim * num_tokens
-    towers += TRAINING * table_rows * forward("encode_text", tokens)
+    if not config.optimizer.text_once:
+        towers += TRAINING * table_rows * forward("encode_text", tokens)
     return lambda num_concepts: towers + 2.0 * batch_size * rows * settings.embed_dim * num_concepts
 
 
@@ -134,6 +135,8 @@ def formula(
     num_images, rows = config[kind].batch_size, _num_compared(config, kind, canvas, num_devices)
     if num_tokens := _num_tokens(config, kind):
         table_rows, num_concepts = num_images, num_tokens
+    if config.optimizer.text_once:
+        table_rows = 0
     towers = num_images * formula_image(config.model, canvas) + table_rows * formula_text(config.model)
     towers += max(num_tokens - num_images, 0) * config.model.text.width * config.model.embed_dim  # projections
     return 2.0 * (TRAINING * towers + num_images * rows * num_concepts * config.model.embed_dim)

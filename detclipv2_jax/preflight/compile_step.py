@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config_json, files, inference, train
-from detclipv2_jax.chips import CHIPS, GIB
+from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.preflight import hlo
@@ -39,22 +39,55 @@ from detclipv2_jax.runs.order import StepOrder
 MAX_CHUNK_BYTES = 1 << 50  # no loss is cut into chunks
 READER = 2  # counts what changed in what is read from a program; results of before are not used
 
-DESCRIBED = ("v4", "v5e", "v5p", "v6e", "h100")  # of `chips`, those that programs can be compiled for
-# what XLA asks a device for; the figures are those of nvidia-smi and of the CUDA programming guide for an H100 SXM
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 }
+
+class Gpu(NamedTuple):
+    """What XLA asks an NVIDIA GPU for beside what `chips` has."""
+
+    capability: tuple[int, int]  # of its architecture
+    cores: int  # multiprocessors
+    clock_ghz: float
+    cache_mib: int
+    shared_kib: int  # memory of a multiprocessor; a block may have 1 KiB less
+    threads: int  # of a multiprocessor
+
+
+# Sources: NVIDIA's papers on the architectures (multiprocessors, clock, cache), its CUDA programming guide (shared
+# memory and threads by compute capability); A100, H100, H200 and B200 as XLA's own descriptions have them
+GPUS = {
+    "a100_40gb": Gpu((8, 0), 108, 1.41, 40, 164, 2048),
+    "a100_80gb": Gpu((8, 0), 108, 1.41, 40, 164, 2048),
+    "h100": Gpu((9, 0), 132, 1.98, 50, 228, 2048),
+    "h200": Gpu((9, 0), 132, 1.98, 50, 228, 2048),
+    "b200": Gpu((10, 0), 148, 1.965, 126, 228, 2048),
+    "l4": Gpu((8, 9), 58, 2.04, 48, 100, 1536),
+    "a10g": Gpu((8, 6), 80, 1.71, 6, 100, 1536),
+    "rtx4080": Gpu((8, 9), 76, 2.505, 64, 100, 1536),
+    "rtx4090": Gpu((8, 9), 128, 2.52, 72, 100, 1536),
+    "rtx5090": Gpu((12, 0), 170, 2.407, 96, 100, 1536),
 }
+DESCRIBED = ("v4", "v5e", "v5p", "v6e", *GPUS)  # of `chips`, those that programs can be compiled for
+
+
+def description(name: str) -> str:
+    """Returns what XLA compiles for, of a GPU that is not there."""
+    chip, gpu = CHIPS[name], GPUS[name]
+    major, minor = gpu.capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {(gpu.shared_kib - 1) << 10}
+  shared_memory_per_core: {gpu.shared_kib << 10}
+  core_count: {gpu.cores} fpus_per_core: {64 if gpu.capability == (8, 0) else 128} clock_rate_ghz: {gpu.clock_ghz}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {chip.bandwidth:.0f} l2_cache_size: {gpu.cache_mib << 20}
+  device_memory_size: {chip.memory / CUDA_SHARE:.0f}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{name}"
 """
 
 
@@ -73,7 +106,7 @@ class Topology:
         if chip not in DESCRIBED or not re.fullmatch(r"\d+(x\d+)*", shape):
             raise ValueError(
                 f"--topology={name} is unknown; allowed are {', '.join(DESCRIBED)}, each with its shape: v5e:4x8, "
-                "v5p:4x4x4, h100:8"
+                "v5p:4x4x4, h100:8, rtx4090:1"
             )
         return cls(name, chip, math.prod(map(int, shape.split("x"))))
 
@@ -97,7 +130,7 @@ class Topology:
         options: dict[str, Any] = {"topology_name": self.name}
         if platform == "cuda":
             shape = f"1x{self.num_hosts}x{self.num_devices // self.num_hosts}"
-            options = {"topology_name": "", "target_config": H100, "topology": shape}
+            options = {"topology_name": "", "target_config": description(self.chip), "topology": shape}
         try:
             return list(topologies.get_topology_desc(platform=platform, **options).devices)
         except Exception as error:  # of several types, each for a missing package or an unknown shape
@@ -150,6 +183,7 @@ def _assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
         detector=inference.Detector(model, mesh=mesh),
         evaluator=None,
         second=None,
+        with_text=lambda _, batch: batch,
         shapes=shapes,
     )
 

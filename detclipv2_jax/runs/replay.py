@@ -8,6 +8,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.streams import Stream
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs.metrics import prefix
@@ -22,16 +23,18 @@ def replay(
     order: StepOrder,
     streams: Sequence[Stream],
     compiled: Callable[..., Callable],
+    with_text: Callable[..., Batch],
     mesh: Mesh,
 ) -> dict[str, float]:
     """Returns the metrics of step `number` of a run (1 is the first), and prints them with the step's examples.
 
-    `state` is that after fewer than `number` steps, and is donated; `compiled` is (kind, canvas) → the training step.
+    `state` is that after fewer than `number` steps, and is donated; `compiled` is (kind, canvas) → the training step, `with_text`
+    that of `train.Run`.
     """
     for step in range(int(state.step), number):
         draw = order.draw(step)
         stream = streams[draw.stream]
-        batch = stream.batch(draw.position)
+        batch = with_text(state.params, stream.batch(draw.position))
         with jax.set_mesh(mesh):
             state, found = compiled(stream.kind, stream.canvas_of(draw.position))(
                 state, sharding.to_global(batch, mesh)

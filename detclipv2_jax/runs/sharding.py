@@ -141,4 +141,5 @@ def batch_shapes(
         federated=Federated(shape((b,), bool), shape((b, num_verified), np.int32), shape((b, num_verified), bool))
         if num_verified
         else None,
+        concept_text=shape((table_rows, config.model.embed_dim), np.float32) if config.optimizer.text_once else None,
     )

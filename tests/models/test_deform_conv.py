@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, SingleDeviceSharding
+from products import bytes_of_products
 
 from detclipv2_jax.models import deform_conv, deform_pallas
 from detclipv2_jax.preflight import compile_step
@@ -91,6 +92,15 @@ def test_kernels_equal_the_gather_form(interpreted, size, monkeypatch):
             np.testing.assert_allclose(value, expected, atol=atol, err_msg=f"{kind} {name}")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_block_holds_of_a_product_fits_the_smallest_gpu(dtype):
+    shapes = ((1, 8, 9, 256), (1, 9, 72, 4), (1, 9, 72), (3, 3, 256, 256))
+    dtypes = (dtype, "float32", "int32", dtype)
+    arguments = [jax.ShapeDtypeStruct(*array) for array in zip(shapes, dtypes, strict=True)]
+    (held,) = bytes_of_products(jax.make_jaxpr(deform_pallas.forward)(*arguments).jaxpr)
+    assert held == (64 + 256) * 64 * 2  # two of them, the product's stages, are below 99 KiB
+
+
 def test_kernels_are_split_over_a_mesh(interpreted):
     case = cases.deform_case((8, 9), "large", batch=8, **KERNEL_CHANNELS)
     expected = evaluate("gather")(case[:4], case.gradient)
@@ -112,11 +122,12 @@ def test_what_the_kernels_cannot_hold_is_left_to_xla(monkeypatch, batch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install 'jax[cuda13]' (no GPU)")
+@pytest.mark.parametrize("gpu", ["h100", "rtx4090"])  # with the most and the least memory of a block
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_gpu_compiler_accepts_the_kernels(dtype):
-    """For a described H100, P3 of the paper's runs; forward no samples in memory."""
+def test_the_gpu_compiler_accepts_the_kernels(dtype, gpu):
+    """For a described GPU, P3 of the paper's runs; forward no samples in memory."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=compile_step.H100, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=compile_step.description(gpu), topology="1x1x1"
     )
     place = SingleDeviceSharding(topology.devices[0])
     shapes = (

@@ -132,10 +132,11 @@ def test_unknown_forms_are_named():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install 'jax[cuda13]' (no GPU)")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_gpu_compiler_accepts_the_kernels(dtype):
-    """For a described H100, at a stage's sizes of the paper's runs; no logits in memory."""
+@pytest.mark.parametrize("gpu", ["h100", "rtx4090"])  # with the most and the least memory of a block
+def test_the_gpu_compiler_accepts_the_kernels(dtype, gpu):
+    """For a described GPU, at a stage's sizes of the paper's runs; no logits in memory."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=compile_step.H100, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=compile_step.description(gpu), topology="1x1x1"
     )
     place = SingleDeviceSharding(topology.devices[0])
     batch, side, channels, heads, size = 32, 84, 96, 3, 7

@@ -10,7 +10,7 @@ import pytest
 
 from configs import swin_t
 from detclipv2_jax import config as config_lib
-from detclipv2_jax.chips import GIB
+from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
 from detclipv2_jax.preflight import compile_step, data_plan
@@ -39,9 +39,26 @@ def test_topologies():
     assert (Topology.parse("h100:8").num_hosts, Topology.parse("h100:32").num_hosts) == (1, 4)
     assert Topology.parse("v5p:4x4x4").num_devices == 64
     assert [Topology.parse(name).num_hosts for name in ("h100:9", "v5e:3x3", "v5e:1x1")] == [2, 3, 1]
-    for name in ("v7:4x4", "v5e", "h100:", "v5e:4x"):
+    cards = {name for name, chip in CHIPS.items() if chip.platform == "cuda" and name != "h100_pcie"}
+    assert set(compile_step.GPUS) == cards
+    for name in ("v7:4x4", "v5e", "h100:", "v5e:4x", "h100_pcie:1"):
         with pytest.raises(ValueError, match="v5e:4x8"):
             Topology.parse(name)
+
+
+def test_a_gpu_is_described_as_xla_does():
+    text = compile_step.description("a100_40gb")
+    # xla/backends/gpu/target_config/specs/a100_sxm_40.txtpb
+    for line in (
+        "threads_per_core_limit: 2048", "shared_memory_per_block_optin: 166912", "shared_memory_per_core: 167936",
+        "core_count: 108", "fpus_per_core: 64", "clock_rate_ghz: 1.41", "memory_bandwidth: 1555000000000",
+        "l2_cache_size: 41943040", "cuda_compute_capability { major: 8 minor: 0 }",
+    ):  # fmt: skip
+        assert line in text
+    size = int(re.search(r"device_memory_size: (\d+)", text)[1])
+    assert size == pytest.approx(42331013120, rel=1e-3)
+    for line in ("fpus_per_core: 128", "shared_memory_per_block_optin: 101376", "{ major: 8 minor: 6 }"):
+        assert line in compile_step.description("a10g")
 
 
 def test_steps_and_sizes_of_the_paper_s_run():

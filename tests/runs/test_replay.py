@@ -35,17 +35,20 @@ def run(monkeypatch):
 
     def compiled(kind, canvas):
         def step(state, batch):
-            assert batch == (kind.value, canvas[1] - 4)
+            batch, params = batch
+            assert (batch, params) == ((kind.value, canvas[1] - 4), "parameters")
             seen = (*state.seen, batch)
-            return types.SimpleNamespace(step=state.step + 1, seen=seen), {"loss": np.float32(len(seen)), "finite": 1.0}
+            after = types.SimpleNamespace(step=state.step + 1, seen=seen, params=state.params)
+            return after, {"loss": np.float32(len(seen)), "finite": 1.0}
 
         return step
 
     return {
-        "state": types.SimpleNamespace(step=np.int32(1), seen=()),
+        "state": types.SimpleNamespace(step=np.int32(1), seen=(), params="parameters"),
         "order": types.SimpleNamespace(draw=lambda step: DRAWS[step]),
         "streams": [Stream(Kind.DETECTION), Stream(Kind.IMAGE_TEXT)],
         "compiled": compiled,
+        "with_text": lambda params, batch: (batch, params),
         "mesh": jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
     }
 

@@ -72,7 +72,8 @@ FAULTS = [
     ),
     *plant(
         "chips.py", "test_chips.py",
-        ("device_kind.startswith(chip.device_kind)", "chip.device_kind.startswith(device_kind)"),
+        ("re.match(chip.device_kind, device_kind)", "re.fullmatch(chip.device_kind, device_kind)"),
+        ("if re.search(r\"\\b(Laptop|Max-Q|MIG)\\b\", device_kind):", "if False:"),
         ("Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 197e12,", "Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 394e12,"),
         ("Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 989e12,", "Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 1979e12,"),
         ("GIB = 1 << 30", "GIB = 1_000_000_000"),
