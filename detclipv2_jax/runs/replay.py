@@ -28,8 +28,8 @@ def replay(
 ) -> dict[str, float]:
     """Returns the metrics of step `number` of a run (1 is the first), and prints them with the step's examples.
 
-    `state` is that after fewer than `number` steps, and is donated; `compiled` is (kind, canvas) → the training step, `with_text`
-    that of `train.Run`.
+    `state` is that after fewer than `number` steps, and is donated; `compiled` is (kind, canvas) → the training step,
+    `with_text` that of `train.Run`.
     """
     for step in range(int(state.step), number):
         draw = order.draw(step)
