@@ -291,7 +291,7 @@ def replay_step(run: Run, number: int) -> dict[str, float]:
     with contextlib.closing(checkpoints_lib.Checkpoints(run.workdir)) as checkpoints:
         state = initial_state(run, checkpoints, before=number)
     compiled = functools.cache(functools.partial(jitted_step, run))
-    options = {"compiled": compiled, "with_text": run.with_text, "mesh": run.mesh}
+    options: dict[str, Any] = {"compiled": compiled, "with_text": run.with_text, "mesh": run.mesh}
     return replay(number, state=state, order=run.order, streams=run.streams, **options)
 
 
