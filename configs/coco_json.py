@@ -42,8 +42,8 @@ def get_config(variant: str = "") -> ConfigDict:
         c.optimizer.learning_rate = 1e-4  # the paper's rule: 1e-4 * sqrt(detection batch / 16)
         if variant != "swin_t":
             num_chunks = 2 if variant == "swin_t_24gb" else 4
-            c.optimizer.accumulate.update({"detection": num_chunks, "grounding": 4, "image_text": num_chunks})
-            c.optimizer.remat.detection = "none"  # chunks save memory for nothing, computing again does not
+            c.optimizer.accumulate.update({"detection": num_chunks, "grounding": 4, "image_text": 2})
+            c.optimizer.remat.detection = c.optimizer.remat.grounding = "none"  # chunks cost nothing, unlike this
             c.optimizer.warmup_steps = 100  # 1,000 photos are 750 steps
             c.eval.batch_size = 8
         if variant == "swin_t_frozen_text":

@@ -17,7 +17,8 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, session
-from detclipv2_jax.chips import CHIPS
+from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB
+from detclipv2_jax.preflight.compile_step import GPUS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -237,6 +238,17 @@ def test_times_of_the_preflight_follow_from_its_traffic():
         expected = hours[config, topology]
         assert float(run_hours) == pytest.approx(expected, abs=0.06)
         assert float(chip_hours) == pytest.approx(expected * chip_and_number(topology)[1], abs=0.6)
+
+
+def test_the_table_of_gpus_is_that_of_the_program():
+    row = r"^\| `(\w+):1` \| ([\d.,]+) TFLOP/s \| ([\d,]+) GB/s \| ([\d.]+) GiB \| \[.+\]\(https://\S+\).* \|$"
+    found = re.findall(row, (ROOT / "docs" / "preflight.md").read_text(), re.MULTILINE)
+    stated = {name: tuple(float(x.replace(",", "")) for x in figures) for name, *figures in found}
+    known = {
+        name: pytest.approx((chip.peak / 1e12, chip.bandwidth / 1e9, chip.memory / CUDA_SHARE / GIB))
+        for name, chip in ((name, CHIPS[name]) for name in GPUS)
+    }
+    assert stated == known
 
 
 def chip_and_number(topology):

@@ -27,6 +27,7 @@ from detclipv2_jax.inference import vocabulary
 
 MAX_EXAMPLES = 5
 _ROUNDING_PX = 1.0  # so far a box may reach beyond the border of its photo
+_SMALLEST_PX = 1.0  # side of a box
 
 OneImage = str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]
 Example = tuple[OneImage, Sequence[float]]  # photo, xyxy
@@ -59,6 +60,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, list[Example]]:
                 raise ValueError(f"--exemplars: {where} is {annotations_lib.shown(example)}: {form}")
             if not (path.parent / example["image"]).is_file():
                 raise ValueError(f"--exemplars: {where}: there is no photo {path.parent / example['image']}")
+            _four_numbers(example["box"], where=f"--exemplars: {where}")
         found[name] = [(path.parent / example["image"], example["box"]) for example in examples]
     return found
 
@@ -94,7 +96,7 @@ def from_coco(path: str | pathlib.Path, *, images: str, per_class: int, seed: in
     corners = np.concatenate([known.boxes[:, :2], known.boxes[:, :2] + known.boxes[:, 2:]], axis=1)
     sizes = np.array([annotations_lib.size_of(image) for image in known.images], np.float64).reshape(-1, 2)
     boxes, usable, _ = transforms.check_boxes(corners, sizes[known.image])
-    usable &= ~known.crowd & ~known.ignored
+    usable &= ~known.crowd & ~known.ignored & (boxes[:, 2:] - boxes[:, :2] >= _SMALLEST_PX).all(axis=1)
     found: dict[str, list[Example]] = {}
     for category in range(len(known.categories)):
         name = concepts.display_name(str(known.categories[category].get("name", "")))
@@ -124,7 +126,7 @@ def _photo_of(image: dict[str, Any], folder: str, *, where: str | pathlib.Path) 
 def check(exemplars: Exemplars, *, words: Collection[str]) -> dict[str, list[Example]]:
     """Returns the examples of every name in lists; ValueError if a name or a list is not as it must be.
 
-    Boxes are checked with their photos, by `checked_box`.
+    That boxes lie on their photos is checked by `checked_box`.
     """
     form = f'{{"name": [(photo, (x1, y1, x2, y2)), …]}} with 1 to {MAX_EXAMPLES} examples a name'
     if not isinstance(exemplars, Mapping):
@@ -141,6 +143,8 @@ def check(exemplars: Exemplars, *, words: Collection[str]) -> dict[str, list[Exa
             raise ValueError(f"exemplars: the examples of {name!r} are no list of pairs; they must be {form}")
         if not 1 <= len(listed) <= MAX_EXAMPLES:
             raise ValueError(f"exemplars: {name!r} has {len(listed)} examples; there must be 1 to {MAX_EXAMPLES}")
+        for i, (_, box) in enumerate(listed):
+            _four_numbers(box, where=f"exemplars: example {i + 1} of {name!r}")
         found[name] = [(image, box) for image, box in listed]
     return found
 
@@ -149,24 +153,32 @@ def checked_box(box: Any, size: tuple[int, int], *, where: str) -> Float[np.ndar
     """Returns a box (xyxy) of a photo of `size` (height, width) px, cut at its border.
 
     Raises:
-      ValueError: it is no box, has no area, or does not lie on the photo; `where` says whose it is.
+      ValueError: it is no box, has a side below 1 px, or does not lie on the photo; `where` says whose it is.
     """
-    try:
-        corners = np.asarray(box)
-        numbers = corners.shape == (4,) and corners.dtype.kind in "iuf" and bool(np.isfinite(corners).all())
-    except ValueError:  # lists of several lengths
-        numbers = False
-    if not numbers:
-        raise ValueError(f"{where}: the box is {annotations_lib.shown(box)}, not four numbers x1, y1, x2, y2 in px")
-    corners = corners.astype(np.float32)
+    corners = _four_numbers(box, where=where)
     shown = [round(float(side), 2) for side in corners]
-    if not (corners[2:] > corners[:2]).all():
-        raise ValueError(f"{where}: the box {shown} has no area; it must be x1, y1, x2, y2 with x1 < x2 and y1 < y2")
+    if not (corners[2:] - corners[:2] >= _SMALLEST_PX).all():  # shares of the photo's sides are such boxes, too
+        raise ValueError(
+            f"{where}: the box {shown} has no area; it must be x1, y1, x2, y2 in px of the photo, and "
+            f"{_SMALLEST_PX:g} px wide and high or more"
+        )
     height, width = size
     cut = np.clip(corners, 0, np.array([width, height, width, height], np.float32))
     if np.abs(cut - corners).max() > _ROUNDING_PX or not (cut[2:] > cut[:2]).all():
         raise ValueError(f"{where}: the box {shown} does not lie on the photo, which is {width} px wide, {height} high")
     return cut
+
+
+def _four_numbers(box: Any, *, where: str) -> Float[np.ndarray, " 4"]:
+    """Returns the corners of a box; ValueError if it is no list of four finite numbers."""
+    try:
+        corners = np.asarray(box)
+        numbers = corners.shape == (4,) and corners.dtype.kind in "iuf" and bool(np.isfinite(corners).all())
+    except ValueError:  # lists of several lengths
+        numbers = False
+    if not numbers or any(isinstance(side, bool) for side in box):
+        raise ValueError(f"{where}: the box is {annotations_lib.shown(box)}, not four numbers x1, y1, x2, y2 in px")
+    return corners.astype(np.float32)
 
 
 def title(image: OneImage) -> str:

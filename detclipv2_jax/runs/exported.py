@@ -6,6 +6,7 @@ weights.safetensors.index.json lists as `transformers` does.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import re
@@ -78,8 +79,8 @@ def save(
     """Writes an export; `embeddings` are those of the words, in their order."""
     from detclipv2_jax import config_json
 
-    about = {"layout": "detclipv2_jax", "step": str(step)}
     flat = flax.traverse_util.flatten_dict(cast(params, dtype), sep="/")
+    about = {"layout": "detclipv2_jax", "step": str(step), "sha256": _digest(flat)}
     files.write_text(folder / "config.json", [config_json.to_json(config)])
     if words and embeddings is not None:
         files.write_json(folder / WORDS, {"words": list(words), "definitions": list(words.values())}, indent=1)
@@ -108,7 +109,7 @@ def load(folder: str | os.PathLike[str]) -> Export:
 def _read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], int]:
     """Returns the weights by name, and the number of steps of their training, 0 where the file does not say it."""
     weights, about = dict[str, np.ndarray](), dict[str, str]()
-    for path in _files_of_weights(folder):
+    for path in (paths := _files_of_weights(folder)):
         tensors, about = _read(path)
         weights |= tensors
     if wrong := [f"{name} ({value.dtype})" for name, value in weights.items() if value.dtype.name not in DTYPES]:
@@ -116,11 +117,24 @@ def _read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], int]:
             f"{folder}: weights of another type than {', '.join(DTYPES)}: {', '.join(sorted(wrong)[:5])}; write the "
             "folder with `python -m detclipv2_jax.export --format=hub`"
         )
+    if not all(np.isfinite(value.astype(np.float32, copy=False)).all() for value in weights.values()):
+        raise ValueError(f"{folder}: weights that are no finite numbers; {_AGAIN}")
+    if len(paths) == 1 and about.get("sha256", digest := _digest(weights)) != digest:
+        raise ValueError(f"{folder}: weights that are not those that were written; {_AGAIN}")
     parts = {name[: match.start()] for name in weights for match in re.finditer("/", name)}
     if both := sorted(parts & weights.keys()):
         raise ValueError(f"{folder}: {both[0]} is a weight and holds others; {_AGAIN}")
     step = about.get("step", "")
     return weights, int(step) if re.fullmatch(r"[0-9]{1,15}", step) else 0
+
+
+def _digest(weights: Mapping[str, np.ndarray]) -> str:
+    """Returns a hash of names and values: a file that was downloaded by halves may have its whole length."""
+    hasher = hashlib.sha256()
+    for name in sorted(weights):
+        hasher.update(f"{name} {weights[name].dtype} {weights[name].shape} ".encode())
+        hasher.update(np.ascontiguousarray(weights[name]).view(np.uint8))
+    return hasher.hexdigest()
 
 
 def _files_of_weights(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -1,9 +1,11 @@
 """AP, size and latency of ONNX models of a run, with weights in float32 and int8, beside JAX.
 
     python -m tests.benchmarks.onnx_models --run=runs/demo
+    python -m tests.benchmarks.onnx_models --random=swin_t --canvas=800x1344
 
 Photos and names are those of an LVIS json; AP is in %, base and novel names apart; ms are the median of one call for
-one photo that is on its canvas. JAX runs the program of `Predictor`; the words are an input of all.
+one photo that is on its canvas. JAX runs the program of `Predictor`; the words are an input of all. Of a model with
+random weights, photos of noise and the names of COCO it prints by how much the results differ, in place of scores.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ import jax
 import numpy as np
 
 from detclipv2_jax import commands
+from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import lvis
 from detclipv2_jax.export import __main__ as export
 from detclipv2_jax.export.scripts.onnx_detector import Detector
 from detclipv2_jax.inference import Limits, Photos, Predictor
+from detclipv2_jax.models import detclip
+from detclipv2_jax.runs import exported
+from detclipv2_jax.runs import state as train_state
 
 
 def measure(
@@ -46,14 +52,63 @@ def measure(
     return 1e3 * statistics.median(seconds), lvis.evaluate(annotations, rows)
 
 
-def run(*, run: str, annotations: str = "", max_photos: int = 0) -> None:
+def of_random_weights(size: str, canvas: tuple[int, int], num_photos: int) -> None:
+    """Prints times of JAX and ONNX, and the largest differences of scores and of boxes in sides of the photo."""
+    config = config_lib.base()
+    config.model = config_lib.model(size)
+    config.model.dtype = "float32"
+    config.eval.canvases, config.eval.short_side, config.eval.long_side = (canvas,), min(canvas), max(canvas)
+    model, keys = detclip.from_config(config.model), jax.random.split(jax.random.key(0), 2)
+    params = train_state.init_params(model, keys[0], context_length=config.model.text.context_length)
+    leaves, tree = jax.tree.flatten(params)
+    noise = zip(leaves, jax.random.split(keys[1], len(leaves)), strict=True)  # else offsets of samples are zero
+    params = jax.tree.unflatten(tree, [x + 0.02 * jax.random.normal(key, x.shape) for x, key in noise])
+    rng, seconds, off = np.random.default_rng(0), ([], []), []
+    with tempfile.TemporaryDirectory() as temporary:
+        start, folder = pathlib.Path(temporary) / "start", pathlib.Path(temporary) / "onnx"
+        exported.save(start, config=config, params=params, step=0)
+        export.run(checkpoint=str(start), format="onnx", output=str(folder), vocabulary="coco")
+        megabytes = sum(file.stat().st_size for file in folder.glob("*.onnx*")) / 1e6
+        predictor, detector = Predictor.from_checkpoint(start, keep_vocabularies=False), Detector(folder)
+        _, text, mask = predictor.vocabulary(detector.words)
+        limits, extent = Limits.from_config(config.eval), np.array([canvas], np.int32)
+        for _ in range(num_photos):
+            image = rng.integers(0, 256, (1, *canvas, 3), np.uint8)
+            photos, found = Photos(image, extent, np.ones((1, 2), np.float32), extent), []
+
+            def with_jax(photos: Photos = photos) -> dict[str, Any]:
+                return jax.device_get(vars(predictor.detector.predict(predictor.params, photos, text, mask, limits)))
+
+            def with_onnx(image: np.ndarray = image) -> dict[str, Any]:
+                return detector(image, extent, extent)
+
+            for times, call in zip(seconds, (with_jax, with_onnx), strict=True):
+                call()  # compiles
+                begun = time.perf_counter()
+                found.append(call())
+                times.append(time.perf_counter() - begun)
+            scores, boxes = (abs(found[0][name] - found[1][name]).max() for name in ("scores", "boxes"))
+            off.append((scores, boxes / max(canvas), np.mean(found[0]["labels"] != found[1]["labels"])))
+    print(f"{size} {canvas[0]}x{canvas[1]}: {megabytes:.0f} MB, {found[0]['mask'].sum()} boxes in the last photo")
+    print("jax {:.0f} ms, onnx {:.0f} ms".format(*(1000 * statistics.median(times) for times in seconds)))
+    print("scores differ by {:.1e}, boxes by {:.1e} of a side, labels of {:.1%}".format(*np.max(off, axis=0)))
+
+
+def run(
+    *, run: str = "", annotations: str = "", max_photos: int = 0, random: str = "", canvas: str = "320x320"
+) -> None:
     """Prints a table, a row for JAX and each of the exports.
 
     Args:
       run: workdir of a run
       annotations: LVIS json; default: RUN/data/eval.json
-      max_photos: the first ones only; 0: all
+      max_photos: the first ones only; 0: all, or 3 of noise
+      random: size of a model with random weights, such as swin_t, in place of a run
+      canvas: height x width of its photos
     """
+    if random:
+        height, width = map(int, canvas.split("x"))
+        return of_random_weights(random, (height, width), max_photos or 3)
     path = pathlib.Path(annotations or pathlib.Path(run) / "data" / "eval.json")
     truth = json.loads(path.read_text())
     if max_photos:

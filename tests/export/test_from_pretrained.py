@@ -161,6 +161,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def hollow(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
 def rename(folder, old, new):
     (folder / old).rename(folder / new)
 
@@ -172,9 +177,9 @@ def reshape(folder):
     save_file(weights, folder / "weights.safetensors")
 
 
-def retype(folder, dtype):
+def retype(folder, dtype, factor=1):
     weights = load_file(folder / "weights.safetensors")
-    save_file(weights | {"logit_bias": weights["logit_bias"].astype(dtype)}, folder / "weights.safetensors")
+    save_file(weights | {"logit_bias": (weights["logit_bias"] * factor).astype(dtype)}, folder / "weights.safetensors")
 
 
 def nest(folder):
@@ -201,6 +206,9 @@ def listed(folder, **values):
 AGAIN = "damaged or half downloaded; download or export it again"
 DAMAGES = {
     "cut weights": (lambda f: cut(f / "weights.safetensors"), rf"weights\.safetensors cannot be read .*{AGAIN}"),
+    # as long as it must be, and never written to the end
+    "half a download": (lambda f: hollow(f / "weights.safetensors"), rf"weights that are not those that .*{AGAIN}"),
+    "no numbers": (lambda f: retype(f, np.float32, np.nan), rf"weights that are no finite numbers; .*{AGAIN}"),
     "a pointer": (
         lambda f: (f / "weights.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         rf"weights\.safetensors cannot be read .*{AGAIN}",

@@ -152,6 +152,14 @@ WRONG = {
     "three numbers": ({"a": [("photo.jpg", RED), ("photo.jpg", RED[:3])]}, f"example 2 of 'a': {BOX}"),
     "text": ({"a": [("photo.jpg", "box")]}, BOX),
     "texts": ({"a": [("photo.jpg", ["1", "2", "3", "4"])]}, BOX),
+    "nothing": ({"a": [("photo.jpg", None)]}, BOX),
+    "an object": ({"a": [("photo.jpg", {"x": 1})]}, BOX),
+    "two corners": ({"a": [("photo.jpg", [[1, 2], [30, 40]])]}, BOX),
+    "true and false": ({"a": [("photo.jpg", [False, True, 30, 40])]}, BOX),
+    "shares of the sides": (
+        {"a": [("photo.jpg", (0.1, 0.2, 0.5, 0.9))]},
+        r"has no area; .* and 1 px wide and high or more",
+    ),
     "ragged": ({"a": [("photo.jpg", [1, 2, [3], 4])]}, BOX),
     "not finite": ({"a": [("photo.jpg", (0, 0, float("nan"), 9))]}, BOX),
     "no area": ({"a": [("photo.jpg", (5, 5, 5, 9))]}, r"the box \[5.0, 5.0, 5.0, 9.0\] has no area"),
@@ -198,6 +206,8 @@ def test_a_json_of_examples(tmp_path):
         ({"mug": example}, "'mug' has .* no list"),
         ({"mug": [{"image": "photos/a.jpg"}]}, r"example 1 of 'mug' is \{.image.: .photos/a.jpg.\}: it must be"),
         ({"mug": [{"image": 3, "box": []}]}, "example 1 of 'mug' is"),
+        ({"mug": [example, example | {"box": None}]}, "example 2 of 'mug': the box is null, not four numbers"),
+        ({"mug": [example | {"box": "1,2,3,4"}]}, "example 1 of 'mug': the box is .*, not four numbers"),
         ({"mug": [example, example | {"image": "b.jpg"}]}, "example 2 of 'mug': there is no photo .*b.jpg"),
         ('{"mug": [], "mug": []}', "'mug' stands there twice"),
     ):

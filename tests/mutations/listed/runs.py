@@ -78,4 +78,28 @@ FAULTS = [
         ("Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 989e12,", "Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 1979e12,"),
         ("GIB = 1 << 30", "GIB = 1_000_000_000"),
     ),
+    *plant(
+        "runs/text_once.py", "runs/test_text_once.py",
+        ("for key in dict.fromkeys(keys) if key not in known]", "for key in dict.fromkeys(keys)]"),
+        ("-len(tokens) % SIZE", "0"),
+        ("np.stack([known[key] for key in keys])", "np.stack([known[key] for key in dict.fromkeys(keys)])"),
+        ("if not all(jax.tree.leaves(", "if not any(jax.tree.leaves("),
+        ("if config.loss.interaction == \"tokens\":", "if config.loss.interaction == \"phrases\":"),
+        ("if jax.process_count() > 1:", "if jax.process_count() > 2:"),
+    ),
+    *plant(
+        "preflight/compile_step.py", "preflight/test_preflight.py::test_a_gpu_is_described_as_xla_does",
+        ("(gpu.shared_kib - 1) << 10", "gpu.shared_kib << 10"),
+        ("64 if gpu.capability == (8, 0) else 128", "64 if gpu.capability[0] == 8 else 128"),
+        ("{chip.memory / CUDA_SHARE:.0f}", "{chip.memory:.0f}"),
+        ("\"a10g\": Gpu((8, 6),", "\"a10g\": Gpu((8, 9),"),
+    ),
+    *plant(
+        "losses/selection_pallas.py", "losses/test_selection_pallas.py::test_what_a_block_holds_of_a_product_fits_the_smallest_gpu",
+        ("2 * DEPTH // regions_ref.dtype.itemsize", "DEPTH"),
+    ),
+    *plant(
+        "models/deform_pallas.py", "models/test_deform_conv.py::test_what_a_block_holds_of_a_product_fits_the_smallest_gpu",
+        ("2 * CHANNELS // features_ref.dtype.itemsize", "CHANNELS"),
+    ),
 ]  # fmt: skip
