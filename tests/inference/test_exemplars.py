@@ -187,6 +187,7 @@ def test_neither_words_nor_examples(predictor, photo):
 
 def test_a_box_may_reach_a_pixel_beyond_the_border():
     np.testing.assert_array_equal(exemplars.checked_box([-1, 0, 50.5, 20], (20, 50), where=""), [0, 0, 50, 20])
+    np.testing.assert_array_equal(exemplars.checked_box([3, 4, 4, 5], (20, 50), where=""), [3, 4, 4, 5])
 
 
 def test_a_json_of_examples(tmp_path):

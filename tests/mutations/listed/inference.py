@@ -65,7 +65,7 @@ FAULTS = [
         ("if unsafe_path(name):", "if not name:", "::test_wrong_data_sets_of_examples"),
         ("taken.add(name.strip().casefold())", "pass", "::test_wrong_examples_are_one_clear_error"),
         ("if not 1 <= len(listed) <= MAX_EXAMPLES:", "if not len(listed) <= MAX_EXAMPLES:", "::test_wrong_examples_are_one_clear_error"),
-        ("if not (corners[2:] > corners[:2]).all():", "if not (corners[2:] >= corners[:2]).all():", "::test_wrong_examples_are_one_clear_error"),
+        ("if not (corners[2:] - corners[:2] >= _SMALLEST_PX).all():", "if not (corners[2:] - corners[:2] > _SMALLEST_PX).all():", "::test_wrong_examples_are_one_clear_error"),
         ("np.abs(cut - corners).max() > _ROUNDING_PX or ", "", "::test_wrong_examples_are_one_clear_error"),
         (" or not (cut[2:] > cut[:2]).all():", ":", "::test_wrong_examples_are_one_clear_error"),
         ("hasher.update(hashlib.sha256(content).digest())", "pass", "::test_stored_examples_are_not_embedded_again"),
