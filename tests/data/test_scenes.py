@@ -183,7 +183,7 @@ def test_the_share_that_captions_name_belongs_to_a_world(tmp_path):
         scenes.write(tmp_path / str(share), **counts, size_px=32, named_share=share)
     half, whole = (json.loads((tmp_path / name / "scenes.json").read_text()) for name in ("0.5", "1.0"))
     assert (half.keys() ^ whole.keys(), whole["named_share"]) == ({"named_share"}, 1.0)  # worlds of before have none
-    named = [sum(line.count(" a") for line in (tmp_path / name / "pairs.tsv").open()) for name in ("0.5", "1.0")]
+    named = [(tmp_path / name / "pairs.tsv").read_text().count(" a") for name in ("0.5", "1.0")]
     assert named[0] < named[1]
     scenes.write(tmp_path / "0.5", **counts, size_px=32)  # the same
     with pytest.raises(ValueError, match=r"holds generated scenes with .*choose another folder"):
