@@ -27,6 +27,7 @@ from detclipv2_jax.inference.detect import (
     detect,
 )
 from detclipv2_jax.models.detclip import DetCLIP, Regions
+from detclipv2_jax.runs import kept
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED
 
 TEXT_BATCH = 256  # texts encoded at once
@@ -51,10 +52,14 @@ class Detector:
         warn_of_unused_accelerator()
         self.model, self.mesh = model, mesh
         whole = None if mesh is None else NamedSharding(mesh, REPLICATED)
-        encode = self._split(self._encode, REPLICATED, BATCH)
-        predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
-        self._compiled_encode = jax.jit(encode, out_shardings=whole)
-        self.predict = jax.jit(predict, out_shardings=whole)
+        if mesh is None:
+            self._compiled_encode = kept.jit(self._encode, of=model)
+            self.predict = kept.jit(self._predict, of=model, result=Detections)
+        else:
+            encode = self._split(self._encode, REPLICATED, BATCH)
+            predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
+            self._compiled_encode = jax.jit(encode, out_shardings=whole)
+            self.predict = jax.jit(predict, out_shardings=whole)
         self.align = jax.jit(self._align, out_shardings=whole)
         self.ground = jax.jit(self._ground, out_shardings=whole)
         self.describe = jax.jit(self._describe, out_shardings=whole)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
-from detclipv2_jax.runs import pretrained
+from detclipv2_jax.runs import kept, pretrained
 from detclipv2_jax.runs.optimizer import named_shapes
 from detclipv2_jax.runs.sharding import REPLICATED, param_shardings
 
@@ -47,7 +47,11 @@ def param_shapes(model: DetCLIP, *, context_length: int) -> Any:
 
 def report_differences(stored: Any, expected: Any, *, what: str) -> None:
     """Raises a ValueError that lists missing, unexpected and reshaped parameters of `stored`, if there are any."""
-    if lines := pretrained.differences(named_shapes(stored), named_shapes(expected)):
+    _report(named_shapes(stored), named_shapes(expected), what=what)
+
+
+def _report(stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], *, what: str) -> None:
+    if lines := pretrained.differences(stored, expected):
         raise ValueError(f"{what} does not fit the model of this configuration:\n" + "\n".join(lines))
 
 
@@ -58,11 +62,14 @@ def checked_model(config: ConfigDict, params: Any, *, what: str, folder: str | o
     """
     try:
         model = detclip.from_config(config.model)
-        shapes = param_shapes(model, context_length=config.model.text.context_length)
+        shapes = kept.value(
+            lambda: named_shapes(param_shapes(model, context_length=config.model.text.context_length)),
+            of=("parameter shapes", config.model.to_json()),
+        )
     except Exception as error:  # of whatever part of the model cannot have the sizes of a stranger's config.json
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder}/config.json: no model has the values of config.model ({reason})") from error
-    report_differences(params, shapes, what=what)
+    _report(named_shapes(params), {name: tuple(shape) for name, shape in shapes.items()}, what=what)
     return model
 
 

@@ -27,6 +27,7 @@ from detclipv2_jax.demo.__main__ import run
 from detclipv2_jax.demo.album import Album
 from detclipv2_jax.demo.answers import Answers
 from detclipv2_jax.inference import Alignment, Predictor
+from detclipv2_jax.runs import kept
 from detclipv2_jax.visualize import drawing, figures
 
 
@@ -560,12 +561,13 @@ def test_the_command_serves_the_photos_of_a_run(predictor, photos, tmp_path, mon
             run(checkpoint=str(workdir), port=port)
 
 
-def test_what_finds_words_is_compiled_before_the_first_question(photos):
+def test_what_finds_words_is_compiled_before_the_first_question(photos, tmp_path, monkeypatch):
+    place = tmp_path / "traced"
+    monkeypatch.setattr(kept, "folder", lambda: place)
     predictor = Predictor(*planted.make())
     Answers(predictor, Album(photos)).warm_up()
-    compiled = predictor.detector.predict._cache_size(), predictor.detector._compiled_encode._cache_size()
-    assert compiled == (len(planted.CANVASES), 2)
+    assert len(list(place.iterdir())) == len(planted.CANVASES) + 2
     answers = Answers(predictor, Album(photos))
     for photo, request in (("p0", {"words": "red"}), ("p3", {"vocabulary": "coco"})):
         answers.find({"photo": photo, **request})
-    assert compiled == (predictor.detector.predict._cache_size(), 2)  # no size that was not there
+    assert len(list(place.iterdir())) == len(planted.CANVASES) + 3  # COCO's words are encoded at once; photos as before

@@ -102,4 +102,20 @@ FAULTS = [
         "models/deform_pallas.py", "models/test_deform_conv.py::test_what_a_block_holds_of_a_product_fits_the_smallest_gpu",
         ("2 * CHANNELS // features_ref.dtype.itemsize", "CHANNELS"),
     ),
+    *plant(
+        "runs/kept.py", "runs/test_kept.py",
+        ("str(of), str(tree), types)", "str(tree), types)", "::test_a_trace_is_kept_for_what_is_the_same"),
+        ("str(of), str(tree), types)", "str(of), types)", "::test_a_trace_is_kept_for_what_is_the_same"),
+        ("str(of), str(tree), types)", "str(of), str(tree))", "::test_a_trace_is_kept_for_what_is_the_same"),
+        ("(str(kind), kind.weak_type)", "str(kind.shape)", "::test_a_trace_is_kept_for_what_is_the_same"),
+        ("repr((_environment(), *parts))", "repr(parts)", "::test_other_sources_or_settings_are_traced_anew"),
+        ("parents[1].rglob", "parents[0].rglob", "::test_other_sources_or_settings_are_traced_anew"),
+        ("with contextlib.suppress(OSError), files.whole", "with files.whole", "::test_damaged_files_are_made_again_and_a_disk_that_takes_none_costs_time_alone"),
+        ("place and jax.default_backend() == \"cpu\"", "place", "::test_traces_stand_beside_the_compiled_programs_of_cpus"),
+        ("_hash(str(of))}.json", "_hash()}.json", "::test_a_value_is_computed_once"),
+    ),
+    *plant(
+        "runs/state.py", "runs/test_kept.py",
+        ("config.model.to_json()),", "),", "::test_shapes_of_parameters_are_checked_by_what_was_kept"),
+    ),
 ]  # fmt: skip
