@@ -75,24 +75,38 @@ def _opened(scheme: str, bucket: str, endpoint: str) -> Any:
     return tensorstore.KvStore.open(spec, context=context).result()
 
 
+def _store(where: Place) -> Any:
+    return _opened(where.scheme, where.bucket, os.environ.get("AWS_ENDPOINT_URL", ""))
+
+
 def _ask(where: Place, doing: str, question: Callable[[Any], Any]) -> Any:
     """Returns the answer of a bucket; BucketError that names it, TensorStore's reason and what helps."""
     try:
-        return question(_opened(where.scheme, where.bucket, os.environ.get("AWS_ENDPOINT_URL", ""))).result()
+        return question(_store(where)).result()
     except Exception as error:  # ValueError of every kind, and others
         reason = str(error).strip().partition("\n")[0][:300]
         hint = next((f"; {hint}" for status, hint in _HINTS.items() if status in reason), "")
         raise BucketError(f"{where} cannot be {doing}: {reason}{hint}") from error
 
 
-def read(where: Place, *, known: bytes = b"") -> tuple[bytes | None, bytes]:
+def begin(where: Place, *, known: bytes = b"") -> Any:
+    """Begins to read an object and returns what `read` takes; 32 of a bucket are read at once, the others wait."""
+    return _store(where).read(where.key, if_not_equal=known or None)
+
+
+def read(where: Place, *, known: bytes = b"", begun: Any = None) -> tuple[bytes | None, bytes]:
     """Returns (content, version) of an object; the content is None where its version is the `known` one.
+
+    Args:
+      where: the object.
+      known: a version.
+      begun: what `begin` returned, if it was called for the object.
 
     Raises:
       FileNotFoundError: there is no such object.
       BucketError: the bucket does not answer, or does not let us.
     """
-    found = _ask(where, "read", lambda store: store.read(where.key, if_not_equal=known or None))
+    found = _ask(where, "read", lambda store: begun or store.read(where.key, if_not_equal=known or None))
     if found.state == "missing":
         end = where.key + "\0"  # an object that is gone is one thing, a bucket another
         _ask(where, "read", lambda store: store.list(_range(where.key, end)))

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from detclipv2_jax import files
+from detclipv2_jax import bucket_store, files
 from detclipv2_jax.bucket_store import BucketError, Place, names_below, place, read, write
 
 if TYPE_CHECKING:
@@ -81,24 +81,45 @@ def _since() -> float:
     return float(os.environ.setdefault("DETCLIP_BUCKETS_SINCE", repr(time.time())))
 
 
+def _known(path: str | os.PathLike[str], where: Place) -> bytes | None:
+    """Returns the version of a file of the cache, b"" of none; None if the bucket need not be asked about it."""
+    since = _since()
+    with contextlib.suppress(OSError):
+        facts = os.stat(path)
+        if facts.st_mtime >= since or os.path.isdir(path):
+            return None
+        number, _, version = path_of(where, part="versions").read_bytes().partition(b" ")
+        return version if number == str(facts.st_ino).encode() else b""
+    return b""
+
+
+_begun: dict[str, Any] = {}  # by path: reads that nobody has asked for yet
+
+
+def begin(paths: Iterable[str]) -> None:
+    """Begins to read photos that are not up to date in the cache, several at a time, and returns at once.
+
+    `fetch` of the same path, which must follow, waits for its content; till then that is held in memory.
+    """
+    for path in paths:
+        where = place_of(path)
+        if where and path not in _begun and path.lower().endswith(files.IMAGE_SUFFIXES):
+            known = _known(path, where)
+            if known is not None:
+                _begun[path] = bucket_store.begin(where, known=known)
+
+
 def fetch(path: str | os.PathLike[str]) -> bytes | None:
     """Brings a file of the cache up to date, at most once a run; returns its content if it was fetched.
 
     Raises: as `read`; BucketError, too, where there is no room.
     """
-    where = place_of(path)
-    if where is None:
+    where, begun = place_of(path), _begun.pop(os.fspath(path), None)
+    if where is None or (known := _known(path, where)) is None:
         return None
     version = path_of(where, part="versions")
-    known, since = b"", _since()
-    with contextlib.suppress(OSError):
-        facts = os.stat(path)
-        if facts.st_mtime >= since or os.path.isdir(path):
-            return None
-        number, _, recorded = version.read_bytes().partition(b" ")
-        known = recorded if number == str(facts.st_ino).encode() else b""
     try:
-        content, current = read(where, known=known)
+        content, current = read(where, known=known, begun=begun)
     except FileNotFoundError:
         for stale in (Path(path), version):
             stale.unlink(missing_ok=True)

@@ -41,11 +41,11 @@ class Server:
 
     def __init__(self, scheme):
         self.scheme, self.fault, self.requests = scheme, lambda method, path: "", []
-        self.writing = threading.Lock()
+        self.writing, self.asking = threading.Lock(), threading.Lock()
         self.port = portpicker.pick_unused_port()
         command = [sys.executable, "-m", *(part.format(self.port) for part in COMMANDS[scheme])]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (Handler,), {"server_of": self}))
+        self.proxy = Proxy(("127.0.0.1", 0), type("Of", (Handler,), {"server_of": self}))
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.proxy.server_port}"
         for _ in range(200):
@@ -58,7 +58,7 @@ class Server:
 
     def ask(self, method, path, body=None, headers=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        with contextlib.closing(connection):
+        with self.asking, contextlib.closing(connection):  # several at once are more than they take
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
             return answer.status, answer.getheaders(), answer.read()
@@ -72,6 +72,10 @@ class Server:
         self.proxy.server_close()
         self.process.kill()
         self.process.wait()
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # of 5, the others are cut
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import threading
 import time
 
 import bucket_servers
@@ -242,6 +243,53 @@ def test_data_of_a_bucket_are_those_of_a_folder(bucket, tmp_path):
     buckets.fetch_all([kept.with_name("absent")], missing_ok=True)
     with pytest.raises(FileNotFoundError):
         buckets.fetch(kept.with_name("absent"))
+
+
+@needs_servers
+def test_photos_of_a_batch_are_fetched_at_once_and_those_of_the_next_meanwhile(server, bucket, tmp_path):
+    folder, where = tmp_path / "scenes", url(bucket, "ahead")
+    scenes.write(folder, num_detection=12, num_grounding=0, num_image_text=0, num_eval=0, size_px=64)
+    buckets.upload(folder, place(where))
+    config = micro_config()
+    config.scenes.num_detection = config.scenes.num_grounding = config.scenes.num_image_text = 0
+    config.detection.batch_size = 4
+
+    def maker_in(where):
+        config.detection.annotations, config.detection.images = f"{where}/detection.json", str(where)
+        return streams.train_streams(buckets.localized(config))[0]._maker
+
+    ours, theirs = maker_in(folder), maker_in(where)
+    for path in buckets.path_of(place(where)).rglob("*.jpg"):  # of the first 64 one was looked at
+        path.unlink()
+    asked, late, all_asked = [], [], threading.Event()
+
+    def fault(method, path):
+        if "jpg" in path:
+            asked.append(path.partition("?")[0])
+            if len(asked) >= 8:
+                all_asked.set()
+            if not late and not all_asked.wait(timeout=10):  # none is answered before all are asked
+                late.append(path)
+        return ""
+
+    server.fault = fault
+    for n in (0, 1):
+        made, notes = theirs.make(n, step=1 - n)
+        jax.tree.map(np.testing.assert_array_equal, made, ours.make(n)[0])
+        assert not notes.skipped
+    assert not late
+    assert len(asked) == len(set(asked)) == 8, asked  # those of batch 1 were asked for once, with those of batch 0
+    assert not buckets._begun
+    server.fault = lambda method, path: "403" * ("jpg" in path)
+    with pytest.raises(BucketError, match="PERMISSION_DENIED"):
+        theirs.make(2)
+    buckets._begun.clear()
+    server.fault = lambda method, path: ""
+    for path in folder.rglob("*.jpg"):
+        if not buckets.path_of(place(f"{where}/{path.relative_to(folder)}")).exists():
+            bucket_store.write(place(f"{where}/{path.relative_to(folder)}"), None)
+    _, notes = theirs.make(2)
+    assert {skipped.reason for skipped in notes.skipped.values()} == {"missing file"}
 
 
 @needs_servers

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detclipv2_jax import files
+from detclipv2_jax import buckets, files
 from detclipv2_jax.data import transforms
 from detclipv2_jax.data.concepts import Encoded, Encoder, Pool, Table, Vocabulary, build_table, concept_text, num_draws
 from detclipv2_jax.data.mirroring import speaks_of_sides
@@ -118,14 +118,21 @@ class BatchMaker:
     def _offsets(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self.sources)])
 
+    @functools.cached_property
+    def _in_bucket(self) -> list[bool]:
+        return [buckets.place_of(source.file(0)) is not None for source in self.sources]
+
     def canvas_of(self, n: int) -> tuple[int, int]:
         """Returns the canvas of global batch n, the same on every host."""
         block, place = divmod(n, len(self.canvases))
         order = np.random.default_rng((self._tag, block, 1)).permutation(len(self.canvases))
         return self.canvases[int(order[place])]
 
-    def make(self, n: int) -> tuple[Batch, Notes]:
-        """Returns this host's rows of global batch n and notes on them."""
+    def make(self, n: int, *, step: int = 0) -> tuple[Batch, Notes]:
+        """Returns this host's rows of global batch n and notes on them; with a `step`, batch n + step is next."""
+        for soon in range(n, n + step + 1, step or 1):
+            places = map(self.place, self.positions(soon))
+            buckets.begin(self.sources[source].file(index) for _, source, index in places if self._in_bucket[source])
         notes = Notes(collections.Counter(), {}, [])
         rows = self.batch_size // self.process_count
         positions = self.positions(n)

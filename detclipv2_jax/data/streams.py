@@ -96,8 +96,10 @@ class Stream:
         """
         return self._account(*self._maker.make(n))
 
-    def _dataset(self, start: int) -> grain.MapDataset:
-        return grain.MapDataset.range(start, _FOREVER).map(self._maker.make)
+    def _dataset(self, start: int, end: int = _FOREVER) -> grain.MapDataset:
+        # a worker process makes every so many-th batch; threads make several at once
+        make = functools.partial(self._maker.make, step=self._input.num_workers)
+        return grain.MapDataset.range(start, end).map(make)
 
     def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yields batch(start), batch(start + 1), … read ahead by threads or processes; `close()` it when done.
@@ -194,8 +196,8 @@ class EvalStream(Stream):
         self.ground_truth = ground_truth
         self.num_batches = -(-self.num_examples // self.batch_size)
 
-    def _dataset(self, start: int) -> grain.MapDataset:
-        return grain.MapDataset.range(start, self.num_batches).map(self._maker.make)
+    def _dataset(self, start: int, end: int = 0) -> grain.MapDataset:
+        return super()._dataset(start, end or self.num_batches)
 
     def batch(self, n: int) -> Batch:
         if not 0 <= n < self.num_batches:

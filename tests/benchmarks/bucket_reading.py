@@ -1,15 +1,20 @@
 """Images a second of batches from a bucket beside local files: photos in folders, and built sets.
 
-Run: `python -m tests.benchmarks.bucket_reading [--images=256] [--bucket=gs://bucket/folder]`. Without --bucket the
-servers of the tests stand for both kinds of bucket, on this machine; they are written in Python and have a bound of
-their own, which is printed: objects a second that are read and not used. Seconds are of the clock.
+Run: `python -m tests.benchmarks.bucket_reading [--images=256] [--bucket=gs://bucket/folder]`. Without --bucket a server
+of S3's kind that answers after 30 ms, in a process of its own, and the servers of the tests stand for buckets, on this
+machine; they are written in Python and have a bound of their own, which is printed: objects a second that are read and
+not used. Seconds are of the clock.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import functools
+import http.server
+import multiprocessing
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import time
@@ -18,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import bucket_servers
 import building
+import portpicker
 from micro import micro_config
 
 from detclipv2_jax import bucket_store, buckets
@@ -26,6 +32,34 @@ from detclipv2_jax.data import scenes
 from detclipv2_jax.data.streams import train_streams
 
 SIZE_PX = 320
+LATENCY_S = 0.03
+
+
+class Late(http.server.SimpleHTTPRequestHandler):
+    """Gives the files of a folder as objects of S3's kind, each after a while."""
+
+    protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, -1
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        time.sleep(LATENCY_S)
+        content = pathlib.Path(self.translate_path(self.path)).read_bytes()
+        self.send_response_only(200)
+        self.send_header("ETag", f'"{len(content)}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+class LateServer(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+
+def serve(folder: pathlib.Path, port: int) -> None:
+    with LateServer(("127.0.0.1", port), functools.partial(Late, directory=str(folder))) as server:
+        server.serve_forever()
 
 
 def world(folder: pathlib.Path, num_images: int) -> None:
@@ -55,8 +89,9 @@ def rates(where: str, *, is_built: bool) -> dict[str, float]:
     found = {"open_s": time.perf_counter() - start}
     for stream in streams:
         start = time.perf_counter()
-        for n in range(stream.num_batches):
-            stream.batch(n)
+        with contextlib.closing(stream.iterate()) as batches:
+            for _ in range(stream.num_batches):
+                next(batches)
         found[stream.kind.value] = stream.num_batches * stream.batch_size / (time.perf_counter() - start)
     return found
 
@@ -99,6 +134,15 @@ def main() -> None:
         if options.bucket:
             compare(at / "world", options.bucket)
             return
+        port = portpicker.pick_unused_port()
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=(at, port), daemon=True)
+        process.start()
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.1)
+        os.environ.update(bucket_servers.CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+        for when in ("first", "again"):
+            show(f"after {LATENCY_S * 1e3:.0f} ms, photos, {when}", rates("s3://world", is_built=False))
+        process.kill()
         for scheme in ("gs", "s3"):
             server = stack.enter_context(bucket_servers.served(scheme))
             os.environ.update(server.environment())

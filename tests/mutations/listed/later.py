@@ -138,7 +138,7 @@ FAULTS = [
     *plant(
         "data/streams.py", "data/test_streams.py",
         ("self.overflow[\"num_images_skipped\"] = len(new)", "self.overflow[\"num_images_skipped\"] = len(self._skipped)"),
-        ("MapDataset.range(start, self.num_batches)", "MapDataset.range(0, self.num_batches)"),
+        ("_dataset(start, end or self.num_batches)", "_dataset(0, end or self.num_batches)"),
         ("\"suffix\": \"\", \"weight\": section.weight}]", "\"suffix\": \"\", \"weight\": 1.0}]"),
         ("streams[0].counters.update(source.counters)", "pass"),
         ("max(1, round(self.num_examples / self.batch_size))", "round(self.num_examples / self.batch_size)"),

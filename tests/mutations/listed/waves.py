@@ -5,6 +5,7 @@ from tests.mutations.fault import plant
 FAULTS = [
     *plant(
         "bucket_store.py", "test_buckets.py",
+        ("lambda store: begun or store.read", "lambda store: store.read", "::test_photos_of_a_batch_are_fetched_at_once_and_those_of_the_next_meanwhile"),
         ("return version if found == content else None", "return version", "::test_writes_on_condition"),
         ("f\"{lead[:-1]}0\" if lead else \"\"", "f\"{lead}0\" if lead else \"\"", "::test_writes_on_condition"),
         slow=True,
@@ -12,6 +13,8 @@ FAULTS = [
     *plant(
         "buckets.py", "test_buckets.py",
         ("if self._added > limit_bytes() / 64:", "if self._added > limit_bytes() / 2:", "::test_photos_make_room_and_files_in_use_do_not"),
+        ("path not in _begun and path", "path", "::test_photos_of_a_batch_are_fetched_at_once_and_those_of_the_next_meanwhile"),
+        ("_begun.pop(os.fspath(path), None)", "_begun.get(os.fspath(path))", "::test_photos_of_a_batch_are_fetched_at_once_and_those_of_the_next_meanwhile"),
         ("goal = limit_bytes() * 0.95", "goal = limit_bytes() * 0.5", "::test_photos_make_room_and_files_in_use_do_not"),
         ("when < time.time() - _UNUSED_S", "when > time.time() - _UNUSED_S", "::test_photos_make_room_and_files_in_use_do_not"),
         ("if facts.st_mtime >= since or os.path.isdir(path):", "if os.path.isdir(path):", "::test_a_file_is_fetched_once_and_asked_for_once_a_run"),
