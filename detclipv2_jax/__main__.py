@@ -27,6 +27,7 @@ COMMANDS = {
     "eval.lvis": ("eval.lvis", "scores detections in a file against an LVIS json"),
     "eval.names": ("eval.names", "shares of found objects with the right name, from detections in a file"),
     "eval.odinw": ("eval.odinw", "evaluates on the ODinW data sets"),
+    "transfer": ("transfer", "fine-tunes on the sets of ODinW or Roboflow and evaluates: zero-shot, few shots, full"),
     "eval.grounding": ("eval.grounding", "evaluates phrases on Flickr30k Entities and RefCOCO"),
 }
 

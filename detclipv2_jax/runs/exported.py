@@ -133,7 +133,7 @@ def _digest(weights: Mapping[str, np.ndarray]) -> str:
     hasher = hashlib.sha256()
     for name in sorted(weights):
         hasher.update(f"{name} {weights[name].dtype} {weights[name].shape} ".encode())
-        hasher.update(np.ascontiguousarray(weights[name]).view(np.uint8))
+        hasher.update(np.ascontiguousarray(weights[name]).view(np.uint8).data)
     return hasher.hexdigest()
 
 
