@@ -7,6 +7,7 @@ import building
 import jax
 import numpy as np
 import pytest
+import stand_in
 from PIL import Image
 
 from detclipv2_jax import session, train
@@ -37,11 +38,12 @@ def test_tokens_class_names_and_a_capped_mixture_train_and_resume(micro, tmp_pat
     micro.image_text.data, micro.image_text.class_weight = (str(tmp_path / "built"),), 24 / report["examples"]
     micro.loss.interaction, micro.loss.side = "tokens", "bilateral"
     micro.optimizer.warmup_steps, micro.pictures_every_steps, micro.mixing = 1, 0, ("capped", 2.0)
+    micro.optimizer.learning_rate = 0.03  # the stand-in's weights are few and large
     jitted, compiled = train.jitted_step, {}
 
     def run(num_steps, name):
         micro.num_steps = num_steps
-        with pytest.MonkeyPatch.context() as patch:  # runs share their steps
+        with stand_in.installed(), pytest.MonkeyPatch.context() as patch:  # runs share their steps
             patch.setattr(train, "jitted_step", lambda r, *key: compiled.setdefault(key, jitted(r, *key)))
             session.prepare(micro, tmp_path / name, training=True)()
         return checkpoints.load_for_inference(tmp_path / name)[1]

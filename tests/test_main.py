@@ -73,9 +73,8 @@ def _steps_are_compiled_once():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, micro_session):
-    """A run of 8 steps, unbroken, its boxes on canvases of 64 and 32 px; (config, workdir, scores)."""
+    """A run of 8 steps, unbroken; (config, workdir, scores)."""
     workdir, config = tmp_path_factory.mktemp("whole") / "run", micro_session.copy_and_resolve_references()
-    config.detection.short_side, config.detection.num_scales = (32, 64), 2
     drawn = with_steps(config, 8)
     drawn.pictures_every_steps = 2
     return config, workdir, start(drawn, workdir)

@@ -224,7 +224,9 @@ def test_an_evaluation_by_two_processes(tmp_path, at_barrier):
 
 
 TRAINING = """
+import stand_in
 from cases.test_runs import small_config
+stand_in.install()
 def get_config():
     c = small_config()
     c.num_steps, c.checkpoint.every_steps, c.log_every_steps = 10000, 10000, 1

@@ -1,5 +1,7 @@
 """Runs that are interrupted, finished, damaged or taken away, and what a stranger's workdir may hold."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -10,7 +12,9 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
+import stand_in
 import test_main
 from micro import micro_config
 from test_main import _steps_are_compiled_once  # noqa: F401  (steps are shared here too)
@@ -18,20 +22,28 @@ from test_main import _steps_are_compiled_once  # noqa: F401  (steps are shared 
 from detclipv2_jax import config_json, session, train
 from detclipv2_jax.data import scenes
 from detclipv2_jax.inference import Predictor
+from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, trackers
+from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parents[2]
+MODEL = detclip.from_config  # not the stand-in for it
 
 
 def small_config():
     c = micro_config()
     c.num_steps = 4
-    c.model.head.deformable = False  # much to compile
     c.scenes.num_grounding = c.scenes.num_image_text = 0
     c.checkpoint.every_steps = 2
     c.eval.num_pictures = c.pictures_every_steps = 0
     return c
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_are_stand_ins():
+    with stand_in.installed():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +125,19 @@ def test_what_is_no_configuration_is_read_or_one_error(tmp_path, data):
     read_or_one_error(tmp_path, data)
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The workdir of a run that saved its model at once."""
+    folder, config = tmp_path_factory.mktemp("untrained"), small_config()
+    init = functools.partial(train_state.init_params, MODEL(config.model), context_length=16)
+    params = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), jax.eval_shape(init, jax.random.key(0)))
+    state = train_state.TrainState(step=jax.numpy.zeros((), int), params=params, opt_state=(), ema=None)
+    with contextlib.closing(checkpoints.Checkpoints(folder, keep=1)) as manager:
+        manager.save(1, state)
+    (folder / "config.json").write_text(config_json.to_json(config))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -121,7 +146,9 @@ def test_what_is_no_configuration_is_read_or_one_error(tmp_path, data):
         ("text.width", 15), ("text.context_length", 0), ("head.num_groups", 7), ("head.num_convs", 2), ("dtype", "f99"),
     ],
 )  # fmt: skip
-def test_a_configuration_that_is_not_the_checkpoints_is_one_error(workdir, key, value):
+def test_a_configuration_that_is_not_the_checkpoints_is_one_error(untrained, tmp_path, key, value, monkeypatch):
+    monkeypatch.setattr(detclip, "from_config", MODEL)
+    workdir = shutil.copytree(untrained, tmp_path / "run")
     content = json.loads((workdir / "config.json").read_text())
     *path, last = key.split(".")
     section = content["model"]
@@ -268,7 +295,9 @@ def interrupt_when(process, line):
 
 
 CONFIG = """
+import stand_in
 from cases.test_runs import small_config
+stand_in.install()
 def get_config():
     c = small_config()
     c.num_steps, c.checkpoint.every_steps = 1000, 1000
@@ -309,9 +338,8 @@ def test_ctrl_c_ends_other_commands_with_one_line(finished, tmp_path, command):
         case "evaluation":
             (tmp_path / "config.py").write_text("from cases.test_runs import small_config as get_config")
             argv = ["--mode=eval", f"--config={tmp_path}/config.py", f"--workdir={folder}"]
-            before = (
-                f"import time; from detclipv2_jax.eval.loop import Evaluator; Evaluator._predict = lambda *_: {wait}"
-            )
+            before = "import stand_in, time; stand_in.install(); "
+            before += f"from detclipv2_jax.eval.loop import Evaluator; Evaluator._predict = lambda *_: {wait}"
             process = start("main", argv, before=before, run="sys.exit(command.cli())")
         case "predict":
             argv = [
@@ -320,7 +348,7 @@ def test_ctrl_c_ends_other_commands_with_one_line(finished, tmp_path, command):
                 "--words=cat",
                 f"--output={tmp_path}/out",
             ]
-            before = "import time; from detclipv2_jax.inference import Predictor; "
+            before = "import stand_in, time; stand_in.install(); from detclipv2_jax.inference import Predictor; "
             before += f"Predictor.iterate = lambda *_, **__: {wait}"
             process = start("predict.__main__", argv, before=before, run="sys.exit(commands.run(command.run))")
         case _:

@@ -24,11 +24,12 @@ def time_time():
 time.time = time_time
 """
 CONFIG = """
+import stand_in
 from micro import micro_config
+stand_in.install()
 def get_config():
     c = micro_config()
     c.num_steps = 4
-    c.model.head.deformable = False  # much to compile
     c.scenes.num_grounding = c.scenes.num_image_text = c.scenes.num_eval = 0
     c.checkpoint.every_steps = 2
     c.pictures_every_steps = 0
