@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from mutations import fault, listed
+from mutations import drawn, fault, listed
 from mutations.fault import Fault
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,6 +38,20 @@ def test_what_cannot_be_planted_is_named():
     for change, message in wrong:
         assert message in " ".join(fault.problems([change], ROOT))
     assert "1 faults are listed twice" in fault.problems([good, good], ROOT)
+
+
+def test_drawn_faults_apply_are_those_of_their_seed_and_leave_out_what_people_read():
+    first = drawn.draw(ROOT, num=25, seed=1)
+    assert not fault.problems(first, ROOT)
+    assert len(first) == 25
+    assert first == drawn.draw(ROOT, num=25, seed=1) != drawn.draw(ROOT, num=25, seed=2)
+    assert {f.file.split("/")[1] for f in drawn.draw(ROOT, num=5, seed=0, only="geometry/")} == {"geometry"}
+    text = "def f(x: int = 3) -> bool:\n print(5)\n if x < 1.0 and g(x, 7):\n  raise E(f'{x + 1}')\n return -x\n"
+    changed = {text[start:end] + " → " + new for start, end, new in drawn._changes(text)}
+    assert changed == {
+        "3 → 4", "x < 1.0 → x <= 1.0", "1.0 → 1.25", "7 → 8", "x, 7 → 7, x", "x < 1.0 and g(x, 7) → x < 1.0 or g(x, 7)",
+        "x < 1.0 and g(x, 7) → (not (x < 1.0 and g(x, 7)))", "-x → (x)",
+    }  # fmt: skip
 
 
 PROGRAM = """

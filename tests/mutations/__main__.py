@@ -1,11 +1,12 @@
 """Plants faults one by one and runs the tests that must notice; says which faults survive.
 
-    python -m tests.mutations [--only=TEXT] [--sample=N --seed=S] [--jobs=N] [--fresh] [--passed]
+    python -m tests.mutations [--only=TEXT] [--sample=N | --random=N] [--seed=S] [--jobs=N] [--fresh] [--passed]
 
 Every fault is written into a copy of the repository, never into the working tree. Before it, its tests must pass in
 that copy. Verdicts are kept in .cache/mutations.json and taken from there while file and tests are the same.
 Exits with 1 if tests fail without a fault, if a fault could not be tried, or if fewer than 95% die or one survives
-without a reason in the list.
+without a reason in the list. --random plants faults that are not in the list, see drawn.py, before the tests that
+mirror their file; whether a survivor changes anything is then for you to judge.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.mutations import server
+from tests.mutations import drawn, server
 from tests.mutations.fault import Fault, problems
 from tests.mutations.listed import FAULTS
 
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="faults in whose line of the report it stands")
     parser.add_argument("--sample", type=int, metavar="N", help="N of the faults whose tests take seconds")
+    parser.add_argument(
+        "--random", type=int, metavar="N", help="N faults that nobody chose, instead of the listed ones"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="faults at once")
     parser.add_argument("--limit_s", type=float, default=600.0, help="seconds that a file of tests may take")
@@ -44,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     chosen = [fault for fault in FAULTS if options.only in fault.name]
+    if options.random is not None:
+        chosen = drawn.draw(ROOT, num=options.random, seed=options.seed, only=options.only)
     if options.sample is not None:
         fast = [fault for fault in chosen if not fault.slow]
         chosen = random.Random(options.seed).sample(fast, min(options.sample, len(fast)))
@@ -67,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = {file: verdict.seconds for file, verdict in zip(sound, healthy, strict=True)}
     # tests that take far longer than without a fault have noticed it: they wait for what never comes
     limits = [LATE_S + LATE_FACTOR * sum(seconds.get(file, LATE_S) for file in _files(fault)) for fault in chosen]
-    return max(report(chosen, _try_all(chosen, limits, options)), bool(failing))
+    verdicts = _try_all(chosen, limits, options)
+    return max(report(chosen, verdicts, judged=options.random is None), bool(failing))
 
 
 def _files(fault: Fault) -> set[str]:
@@ -118,8 +125,8 @@ def _try_all(faults: Sequence[Fault], limits_s: Sequence[float], options: argpar
     return [found[i] if i in found else server.Verdict(*known[key]) for i, key in enumerate(keys)]
 
 
-def report(faults: Sequence[Fault], verdicts: Sequence[server.Verdict]) -> int:
-    """Prints what became of faults; returns the exit status of the command."""
+def report(faults: Sequence[Fault], verdicts: Sequence[server.Verdict], *, judged: bool = True) -> int:
+    """Prints what became of faults, of which those that survive must have a reason if they are judged; exit status."""
     pairs = list(zip(faults, verdicts, strict=True))
     survivors = [fault for fault, verdict in pairs if verdict.state == server.SURVIVED]
     broken = [(fault, verdict) for fault, verdict in pairs if verdict.state == server.BROKEN]
@@ -132,7 +139,7 @@ def report(faults: Sequence[Fault], verdicts: Sequence[server.Verdict]) -> int:
         print(f"\ndied although the list says that it cannot: {fault.name}")
     share = f"{len(died)} of {len(pairs)} died ({len(died) / len(pairs):.0%})"
     print(f"\n{share}, {len(survivors)} survived, {len(broken)} could not be tried")
-    unexplained = any(not fault.reason for fault in survivors)
+    unexplained = judged and any(not fault.reason for fault in survivors)
     return int(bool(broken) or unexplained or len(died) < MUST_DIE * len(pairs))
 
 
