@@ -29,5 +29,6 @@ def test_images_of_one_class_are_no_negatives_of_each_other(smoothing):
     # half of what is smoothed goes to the other of the two names
     assert value == pytest.approx(np.mean(np.log1p(np.exp(-margins)) + smoothing * margins / 2), rel=1e-6)
     assert metrics["accuracy"] == pytest.approx(2 / 3)  # the second is a tie
+    assert metrics["similarity"] == pytest.approx(1.5 * (2 + 1 + 3) / 3)
     assert metrics["num_concepts"] == 2
     assert not np.any(gradient[3:])
