@@ -49,7 +49,7 @@ def test_drawn_faults_apply_are_those_of_their_seed_and_leave_out_what_people_re
     text = "def f(x: int = 3) -> bool:\n print(5)\n if x < 1.0 and g(x, 7):\n  raise E(f'{x + 1}')\n return -x\n"
     changed = {text[start:end] + " → " + new for start, end, new in drawn._changes(text)}
     assert changed == {
-        "3 → 4", "x < 1.0 → x <= 1.0", "1.0 → 1.25", "7 → 8", "x, 7 → 7, x", "x < 1.0 and g(x, 7) → x < 1.0 or g(x, 7)",
+        "3 → 4", " <  →  <= ", "1.0 → 1.25", "7 → 8", "x, 7 → 7, x", " and  →  or ",
         "x < 1.0 and g(x, 7) → (not (x < 1.0 and g(x, 7)))", "-x → (x)",
     }  # fmt: skip
 

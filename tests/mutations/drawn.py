@@ -12,10 +12,14 @@ from tests.mutations.fault import Fault
 from tests.mutations.listed import FAULTS
 
 _COMPARED = {
-    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.In: "not in",
-    ast.NotIn: "in", ast.Is: "is not", ast.IsNot: "is",
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
 }  # fmt: skip
-_COMPUTED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/", ast.Mod: "//"}
+_COMPUTED = {
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "/"),
+    ast.Mod: ("%", "//"), ast.And: ("and", "or"), ast.Or: ("or", "and"),
+}  # fmt: skip
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum",
           "floor": "ceil", "ceil": "floor", "argmax": "argmin", "zeros_like": "ones_like"}  # fmt: skip
 _SAID = {"info", "warning", "error", "print", "debug", "update", "set_description"}  # what people read
@@ -67,8 +71,9 @@ def _changes(text: str) -> Iterator[tuple[int, int, str]]:
         start, end = span(node)
         return text.encode()[start:end].decode()
 
-    def between(left: ast.expr, right: ast.expr, new: str) -> tuple[int, int, str]:
-        return span(left)[0], span(right)[1], f"{source(left)} {new} {source(right)}"
+    def between(left: ast.expr, right: ast.expr, change: tuple[str, str]) -> tuple[int, int, str]:
+        start, end = span(left)[1], span(right)[0]
+        return start, end, text.encode()[start:end].decode().replace(*change, 1)
 
     waiting: list[ast.AST] = [ast.parse(text)]
     while waiting:
@@ -94,7 +99,7 @@ def _changes(text: str) -> Iterator[tuple[int, int, str]]:
                 if not isinstance(getattr(left, "value", None), str) and not isinstance(left, ast.JoinedStr):
                     yield between(left, right, _COMPUTED[type(operation)])
             case ast.BoolOp(op=operation, values=[left, right]):
-                yield between(left, right, "or" if isinstance(operation, ast.And) else "and")
+                yield between(left, right, _COMPUTED[type(operation)])
             case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
                 yield (*span(node), f"({source(operand)})")
             case ast.Constant(value=bool(value)):
