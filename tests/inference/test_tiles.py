@@ -107,7 +107,7 @@ def test_parts_of_an_object_go_into_the_whole_one():
 
 
 def test_boxes_are_cut_by_borders_inside_the_photo_only():
-    boxes = np.array([[0, 20, 30, 50], [20, 0, 50, 30], [60, 20, 99.5, 50], [20, 70, 50, 100], [5, 5, 90, 90]])
+    boxes = np.array([[0, 20, 30, 50], [20, 0, 50, 30], [60, 20, 99, 50], [20, 70, 50, 100], [5, 5, 90, 90]])
     corner, middle = Place(0, 0, 100, 100), Place(50, 50, 100, 100)
     assert tiles.cut_boxes(boxes, corner, (200, 200), margin=1).tolist() == [False, False, True, True, False]
     assert tiles.cut_boxes(boxes, middle, (200, 200), margin=1).tolist() == [True, True, True, True, False]
