@@ -16,6 +16,7 @@ Scene i of a part depends on (seed, part, i) alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from detclipv2_jax import files
+from detclipv2_jax.data import workers
 from detclipv2_jax.data.shapes import BASE_SHAPES, BODY, BODY_ALTERNATE, DARK, NOVEL_SHAPES, outlines
 
 COLORS = {
@@ -55,6 +57,7 @@ _PARTS = ("detection", "grounding", "image_text", "eval")
 FORMAT = 2  # raise when the same parameters would give other files
 _MARKER = "scenes.json"
 _SUPERSAMPLING = 2
+_NUM_BESIDE = 1000  # so many scenes take longer than a process needs to start
 
 
 class Thing(NamedTuple):
@@ -288,8 +291,9 @@ def _grounding_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, lis
 
 
 def _write_part(
-    folder: Path, part: str, count: int, *, size_px: int, seed: int, novel_captions: bool, named_share: float
+    where: str, part: str, count: int, *, size_px: int, seed: int, novel_captions: bool, named_share: float
 ) -> None:
+    folder = Path(where)
     (folder / "images" / part).mkdir(parents=True, exist_ok=True)
     every = (*BASE_SHAPES, *NOVEL_SHAPES)
     shapes = BASE_SHAPES if part in ("detection", "grounding") else every
@@ -365,9 +369,12 @@ def write(
     with files.only_writer(folder):
         if _holds(folder, parameters):  # by another process
             return
-        for part, count in counts.items():
-            if count:
-                _write_part(folder, part, count, **options)
+        with contextlib.ExitStack() as stack:
+            for part, count in counts.items():
+                if part == "detection" and count > _NUM_BESIDE:
+                    stack.enter_context(workers.beside(_write_part, str(folder), part, count, **options))
+                elif count:
+                    _write_part(str(folder), part, count, **options)
         files.write_json(folder / _MARKER, parameters)  # last: an interrupted run starts over
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
+import pathlib
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker, shared_memory
 from typing import Any
 
@@ -63,3 +66,27 @@ def end_with_parent(*_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def beside(function: Callable[..., object], *arguments: Any, **options: Any) -> Iterator[None]:
+    """Has another process call a module's function meanwhile, with values that JSON knows.
+
+    If that fails, the function is called here in the end, so that what is wrong is raised.
+    """
+    code = (
+        f"import json, sys; from {function.__module__} import {function.__name__} as function; "
+        "arguments, options = json.loads(sys.argv[1]); function(*arguments, **options)"
+    )
+    paths = [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-P", "-c", code, json.dumps([arguments, options])]
+    silent: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(command, env=environment, **silent) as process:
+        try:
+            yield
+            failed = process.wait() != 0
+        finally:
+            process.kill()
+    if failed:
+        function(*arguments, **options)

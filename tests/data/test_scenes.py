@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from detclipv2_jax.data import box_json, scenes, shapes, sources, spans
+from detclipv2_jax.data import box_json, scenes, shapes, sources, spans, workers
 
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
 
@@ -66,6 +66,29 @@ def test_writing_is_deterministic_and_scenes_do_not_depend_on_their_number(folde
     shutil.rmtree(tmp_path)
     scenes.write(tmp_path, **COUNTS, size_px=96, seed=4)
     assert (tmp_path / "pairs.tsv").read_bytes() != (folder / "pairs.tsv").read_bytes()
+
+
+def test_a_large_part_is_written_by_another_process_the_same(folder, tmp_path, monkeypatch):
+    written, write_part = [], scenes._write_part
+
+    def here(where, part, count, **options):
+        written.append(part)
+        write_part(where, part, count, **options)
+
+    monkeypatch.setattr(scenes, "_NUM_BESIDE", 8)
+    here.__module__, here.__name__ = write_part.__module__, write_part.__name__
+    monkeypatch.setattr(scenes, "_write_part", here)
+    scenes.write(tmp_path, **COUNTS, size_px=96, seed=3)
+    assert written == ["grounding", "image_text", "eval"]
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (tmp_path / path.relative_to(folder)).read_bytes()
+
+
+def test_what_another_process_cannot_do_is_raised_here(tmp_path):
+    (tmp_path / "images").write_text("no folder")
+    world = {"size_px": 32, "seed": 0, "novel_captions": True, "named_share": 0.5}
+    with pytest.raises(NotADirectoryError), workers.beside(scenes._write_part, str(tmp_path), "eval", 1, **world):
+        pass
 
 
 def test_parts_have_scenes_of_their_own_and_captions_the_side_that_is_seen(folder):
