@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 def run(*arguments, cwd=ROOT):
     command = [sys.executable, "-m", "detclipv2_jax", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_signals_wake_the_watch_of_a_command_and_nothing_else_afterwards():
+    before = signal.set_wakeup_fd(-1)
+    with commands._watched():
+        pipe = signal.set_wakeup_fd(-1)
+        assert pipe >= 0
+        signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+    assert signal.set_wakeup_fd(before) == -1
 
 
 def test_help_names_every_command_and_each_is_a_program():

@@ -59,6 +59,12 @@ def lines_of_module(module):
         if re.fullmatch(r"_?[A-Z][A-Z0-9_]+", name) and not isinstance(value, types.ModuleType):
             if is_value(value) and not imported(module, name):
                 yield f"{name} = {told(value)}"
+            elif isinstance(value, dict) and len(value) <= 60 and not imported(module, name):
+                yield from (
+                    f"{name}[{key!r}] = {told(row)}"
+                    for key, row in value.items()
+                    if isinstance(row, tuple) and is_value(row)
+                )
         elif getattr(value, "__module__", "") == module.__name__ and not name.startswith("_"):
             owners = {name: value}
             if inspect.isclass(value):
@@ -80,7 +86,7 @@ def leaves_of(value):
     """Yields what containers hold."""
     if isinstance(value, dict):
         value = tuple(value.items())
-    if type(value) in (tuple, list, set, frozenset):
+    if isinstance(value, tuple | list | set | frozenset):
         for one in value:
             yield from leaves_of(one)
     else:

@@ -163,6 +163,18 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_of_the_same_content_stays_and_any_other_is_replaced(tmp_path):
+    path = tmp_path / "file.txt"
+    for content in ("", "a" * (1 << 20), "a" * (1 << 20) + "b"):
+        files.write_text(path, [content])
+        before = path.stat().st_ino
+        files.write_text(path, [content])
+        assert path.stat().st_ino == before
+        changed = content[:-1] + "c"
+        files.write_text(path, [changed])
+        assert path.read_text() == changed
+
+
 def test_a_lock_keeps_other_processes_out_until_its_process_is_gone(tmp_path):
     code = (
         "import pathlib, sys\nfrom detclipv2_jax import files\n"

@@ -16,6 +16,7 @@ from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.catalog import DATASETS, command_of
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import Batch, Kind, Record
+from detclipv2_jax.data.sources import open_sources
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.prepare import __main__ as prepare
 
@@ -234,6 +235,13 @@ def test_part_of_a_folder_with_definitions_and_without_categories(world):
     assert max(numbers) > len(less[len(less) - 1].concepts) > 1
     with pytest.raises(ValueError, match="has no category beside those that drop_categories names"):
         read_built(folder, Kind.DETECTION, dropped=names)
+    section = config_lib.base().detection
+    section.data, section.drop_categories = (str(folder),), ("zebra", names[0])
+    with pytest.raises(ValueError, match=f"^config: {folder} has no category 'zebra', which drop_categories names"):
+        open_sources(Kind.DETECTION, section, prefix="config")
+    section.drop_categories = (names[0],)
+    (source,) = open_sources(Kind.DETECTION, section, prefix="config")
+    assert source.vocabulary.names == tuple(name for name in names if name != names[0])
     report = pathlib.Path(folder, built.REPORT)
     report.write_text(json.dumps(json.loads(report.read_text()) | {"dropped": {"missing file": 2}}))
     assert read_built(folder, Kind.DETECTION).counters == {"missing file (when built)": 2}

@@ -1,6 +1,7 @@
 """All faults, room by room."""
 
 from tests.mutations.listed import (
+    by_chance,
     data,
     demo,
     geometry,
@@ -16,5 +17,5 @@ from tests.mutations.listed import (
     waves,
 )
 
-ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later, unseen, waves)
+ROOMS = (geometry, models, losses, data, reading, runs, inference, demo, tools, kinds, later, unseen, waves, by_chance)
 FAULTS = [fault for room in ROOMS for fault in room.FAULTS]

@@ -1,0 +1,25 @@
+"""Faults that were drawn at random (`--random`) and survived; the tests that notice them came after."""
+
+from tests.mutations.fault import plant
+
+FAULTS = [
+    *plant(
+        "files.py", "test_files.py::test_a_file_of_the_same_content_stays_and_any_other_is_replaced",
+        ("            if not part:\n", "            if part:\n"),
+        ("path.stat().st_size != other.stat().st_size", "path.stat().st_size == other.stat().st_size"),
+    ),
+    *plant(
+        "data/sources.py", "data/test_built.py::test_part_of_a_folder_with_definitions_and_without_categories",
+        ("if built_names and not sources:", "if built_names and sources:"),
+        slow=True,
+    ),
+    *plant(
+        "commands.py", "test_commands.py::test_signals_wake_the_watch_of_a_command_and_nothing_else_afterwards",
+        ("os.set_blocking(writer, False)", "pass"),
+        ("            signal.set_wakeup_fd(before)\n", "            pass\n"),
+    ),
+    *plant(
+        "preflight/compile_step.py", "test_defaults.py",
+        ("\"a10g\": Gpu((8, 6), 80, 1.71,", "\"a10g\": Gpu((8, 6), 80, 2.1375,"),
+    ),
+]  # fmt: skip
