@@ -78,9 +78,10 @@ class Labelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Photos with the labels 2, 1, 0, as TFDS writes them."""
 
     VERSION = tfds.core.Version("1.0.0")
+    LABEL = {"names": ["n01", "n02", "n03"]}  # noqa: RUF012
 
     def _info(self):
-        label = tfds.features.ClassLabel(names=["n01", "n02", "n03"])
+        label = tfds.features.ClassLabel(**self.LABEL)
         features = {"image": tfds.features.Image(), "label": label, "file_name": tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -110,6 +111,20 @@ def test_a_data_set_of_tfds(tmp_path, form):
     path.write_text(path.read_text().replace("tensorflow_datasets.core.features.text_feature.Text", "os.Evil"))
     with pytest.raises(ValueError, match=r"names the class 'os\.Evil', which is none of TFDS's features"):
         build(builder.data_dir, tmp_path / "other", split="validation")
+
+
+class Numbered(Labelled, skip_registration=True):
+    """The same without names of its labels."""
+
+    LABEL = {"num_classes": 3}  # noqa: RUF012
+
+
+def test_labels_without_names_are_numbers(tmp_path):
+    (tmp_path / "names.txt").write_text("0 tench\n1 shark\n2 fox\n")
+    builder = Numbered(data_dir=str(tmp_path / "tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    build(builder.data_dir, tmp_path / "out", split="validation", names=str(tmp_path / "names.txt"))
+    assert pairs(tmp_path / "out") == [("0.JPEG", ("fox",)), ("1.JPEG", ("shark",)), ("2.JPEG", ("tench",))]
 
 
 def test_streams_of_class_names_are_apart_and_repeated(folder, tmp_path, micro):

@@ -14,6 +14,11 @@ FAULTS = [
         slow=True,
     ),
     *plant(
+        "prepare/classes.py", "prepare/test_classes.py::test_labels_without_names_are_numbers",
+        ("getattr(label, \"num_classes\", 0) or 0", "getattr(label, \"num_classes\", 0) and 0"),
+        slow=True,
+    ),
+    *plant(
         "commands.py", "test_commands.py::test_signals_wake_the_watch_of_a_command_and_nothing_else_afterwards",
         ("os.set_blocking(writer, False)", "pass"),
         ("            signal.set_wakeup_fd(before)\n", "            pass\n"),
