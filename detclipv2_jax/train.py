@@ -164,6 +164,10 @@ def train(run: Run) -> dict[str, float]:
         checkpoints = stack.enter_context(
             contextlib.closing(checkpoints_lib.Checkpoints(run.workdir, keep=config.checkpoint.keep))
         )
+        # --- one compiled step a (kind, canvas), the first of them while there is no state yet
+        keys = {(stream.kind, canvas) for stream in run.streams for canvas in stream.canvases}
+        steps, known = {key: jitted_step(run, *key) for key in keys}, checkpoints.latest_step() or 0
+        ahead = stack.enter_context(contextlib.closing(compile_ahead(run, steps, _abstract_state(run), start=known)))
         state = initial_state(run, checkpoints)
         start = int(state.step)
         if first_process and not (table := run.workdir / "parameters.txt").exists():
@@ -171,10 +175,7 @@ def train(run: Run) -> dict[str, float]:
         size = sum(x.size for x in jax.tree.leaves(state.params))
         logging.info("step %d of %d, %d devices, %.4g M parameters", start, order.num_steps, mesh.size, size / 1e6)
 
-        # --- one compiled step a (kind, canvas) and one reader a stream, made when first drawn
-        keys = {(stream.kind, canvas) for stream in run.streams for canvas in stream.canvases}
-        steps = {key: jitted_step(run, *key) for key in keys}
-        ahead = stack.enter_context(contextlib.closing(compile_ahead(run, steps, state, start=start)))
+        # --- one reader a stream, made when first drawn
         readers: dict[int, Iterator[Batch]] = {}
         positions = order.next_positions(start)
         writer = stack.enter_context(contextlib.closing(_metrics_writer(run, start)))
