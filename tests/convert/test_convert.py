@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from detclipv2_jax import convert
-from detclipv2_jax.convert import reading
+from detclipv2_jax.convert import layouts, reading
 from detclipv2_jax.data.tokenizer import num_tokens, tokenize
 from detclipv2_jax.models.swin import Swin
 from detclipv2_jax.models.text_encoder import TextEncoder
@@ -420,3 +420,9 @@ def test_real_clip_embeds_names_as_clip_does(shared_data, tmp_path):
         theirs = np.load(folder / file).astype(np.float32)
         cosine = np.sum(ours * theirs, axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
         assert cosine[whole].min() >= 0.999, np.array(texts)[whole][cosine[whole].argmin()]
+
+
+def test_a_text_tower_is_expected_as_deep_as_its_names():
+    whole = layouts.text_shapes(8, 3, positions=5, embed_dim=4)
+    names = [name for name in whole if "block2/mlp_out" not in name or name.endswith("bias")]  # one is missing
+    assert layouts._expected("clip_text", names, {name: whole[name] for name in names}) == whole
