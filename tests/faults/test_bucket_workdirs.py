@@ -120,6 +120,8 @@ class Runs:
             while not (line := process.stdout.readline().strip()).lstrip("-").isdigit():
                 assert process.poll() is None, self.log.read_text()
             statuses.append(int(line))
+        with self.log.open("a") as log:
+            print(workdir, kill, f"of process {killed} ended with", statuses, file=log)
         return statuses[killed]
 
     def close(self):
