@@ -18,7 +18,7 @@ from PIL import Image
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.data import tokenizer, transforms
-from detclipv2_jax.inference import Predictor, vocabulary
+from detclipv2_jax.inference import Found, Predictor, vocabulary
 from detclipv2_jax.models import detclip
 from detclipv2_jax.predict import __main__ as predict
 from detclipv2_jax.predict import inputs
@@ -162,6 +162,21 @@ def test_what_is_found_on_one_photo(photos):
     assert 190 * factor <= np.flatnonzero(changed.sum(axis=(0, 2))).min() <= 206 * factor  # the left side of the box
     assert str(predictor(pixels, ["blue", "red"], score_threshold=0.999)) == "nothing found of 2 words"
     np.testing.assert_array_equal(predictor(pixels, ["red"], score_threshold=0.999).plot(pixels), enlarged)
+
+
+def test_a_printed_table_ends_after_twenty_boxes():
+    def found(num: int) -> Found:
+        scores = np.linspace(0.9, 0.1, num, dtype=np.float32)
+        words = ("red", *["a name of a box that is not shown"] * (num > 20))
+        labels = (np.arange(num) >= 20).astype(int)
+        return Found(np.tile(np.float32([1, 2, 3, 4]), (num, 1)), scores, labels, words, (8, 8))
+
+    assert [len(str(found(num)).splitlines()) for num in (1, 20)] == [2, 21]
+    header, *rows, last = str(found(25)).splitlines()
+    assert header.split() == ["score", "word", "x1", "y1", "x2", "y2"]
+    assert [row.split()[1] for row in rows] == ["red"] * 20
+    assert {len(row) for row in rows} == {len(header)} == {len(str(found(20)).splitlines()[0])}
+    assert last == "and 5 more, none with a higher score than 0.23"
 
 
 def test_what_is_found_goes_to_supervision(photos, monkeypatch):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 Words = Sequence[str] | Mapping[str, str]
+_TABLE_ROWS = 20  # of a printed table: the boxes of a photo are up to eval.max_detections, most without any score
 _PLOT_SIDE_PX = 900  # of the long side of a picture, at least
 
 
@@ -48,15 +49,18 @@ class Found:
         return [self.vocabulary[label] for label in self.labels]
 
     def __str__(self) -> str:
-        """Returns a table: score, word and box of each, best first."""
+        """Returns a table of the best: score, word and box of each, best first; and how many more there are."""
         if not len(self.scores):
             return f"nothing found of {len(self.vocabulary)} words"
-        width = max(map(len, self.names))
+        names = self.names[:_TABLE_ROWS]
+        width = max(map(len, ["word", *names]))
         rows = [
             f"{score:6.2f}  {name:{width}}  " + " ".join(f"{side:7.1f}" for side in box)
-            for score, name, box in zip(self.scores, self.names, self.boxes, strict=True)
+            for score, name, box in zip(self.scores, names, self.boxes, strict=False)
         ]
-        return "\n".join([f"{'score':>6}  {'word':{width}}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}", *rows])
+        more = len(self.scores) - len(rows)
+        last = [f"and {more} more, none with a higher score than {self.scores[_TABLE_ROWS]:.2f}"] if more else []
+        return "\n".join([f"{'score':>6}  {'word':{width}}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}", *rows, *last])
 
     def to_coco(self, *, image_id: int = 1) -> list[dict[str, Any]]:
         """Returns rows of COCO results with the word beside; category ids are positions in `vocabulary` from 1 on."""
