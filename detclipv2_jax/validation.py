@@ -55,11 +55,12 @@ def _numbers(value: Any, length: int | None = None) -> bool:
     return numbers and length in (None, len(value))
 
 
-def _texts(key: str) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, tuple | list) and all(isinstance(text, str) and text.strip() for text in value)
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(text, str) and text.strip() for text in value)
 
-    return Rule(key, holds, 'texts, e.g. ("a", "b")')
+
+def _texts(key: str) -> Rule:
+    return Rule(key, _are_texts, 'texts, e.g. ("a", "b")')
 
 
 def _is_mixture(value: Any) -> bool:
@@ -194,8 +195,11 @@ def _of_model(config: ConfigDict) -> Iterator[str]:
         )
     if (config.loss.interaction, config.loss.matching) == ("tokens", "max_size"):
         yield "config.loss.matching max_size takes the caption as a whole; it needs config.loss.interaction phrases"
+    classes = config.model.text.classes
     try:
-        text_encoder.class_tokens(config.model.text.classes, context_length=config.model.text.context_length)
+        text_encoder.class_tokens(
+            classes if _are_texts(classes) else (), context_length=config.model.text.context_length
+        )
     except ValueError as error:
         yield str(error)
     for section, size, parts in (("text", "width", "num_heads"), ("head", "channels", "num_groups")):

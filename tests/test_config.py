@@ -371,7 +371,7 @@ EDGES = [
     ("optimizer.decay_at", [(), (0.001, 0.999)], [(0.0,), (0.5, 1.0), ("a",), 0.5]),
     ("detection.unflippable_words image_text.unflippable_words", [(), ("links",)], [("",), ("a", " "), (3,), "links"]),
     ("eval.drop_categories detection.drop_categories", [(), ("a",)], [("",), (3,)]),
-    ("model.text.classes", [(), ("a", "b")], [("",), ("a", "A"), "a"]),
+    ("model.text.classes", [(), ("a", "b")], [("",), ("a", "A"), "a", (3,), (("a",),)]),
     ("optimizer.frozen", ["", "a.*"], ["("]),
     ("init_from.swin init_from.text", ["", "a.safetensors"], ["a.pth", "asafetensors"]),
     ("detection.from_epoch grounding.from_epoch", [0, 2], [-1, 3]),

@@ -24,6 +24,7 @@ from detclipv2_jax.data.schema import DataError
 MAX_SIDE = 65_535  # px; of a JPEG
 MAX_NUMBER = 1e9  # px
 _NUMBERS = {int, float}
+_ENOUGH = 20  # boxes, to tell from how they lie
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 
 
@@ -220,14 +221,16 @@ def areas_of(
 ) -> Float[np.ndarray, " n"]:
     """Returns the area of each annotation, that of its box where none is given; what else is repaired is in `odd`."""
     whole = boxes[:, 2] * boxes[:, 3]
-    values = [row.get("area", "") for row in rows]
-    if {*map(type, values)} <= _NUMBERS:
-        areas = np.array(values, np.float64)
-    else:
+    values = [row.get("area") for row in rows]
+    try:
+        areas = np.array(values, np.float64) if _NUMBERS.issuperset(map(type, values)) else None
+    except OverflowError:  # whole numbers without end
+        areas = None
+    if areas is None:
         areas = np.array([_number(value) for value in values])
-        odd["area that is no number"] += sum(type(value) not in _NUMBERS for value in values if value != "")
+        odd["area that is no number"] += sum("area" in row and type(row["area"]) not in _NUMBERS for row in rows)
     given = np.isfinite(areas)
-    odd["area that is NaN or infinite"] += sum(type(values[i]) is float for i in np.flatnonzero(~given))
+    odd["area that is NaN or infinite"] += sum(type(values[i]) in _NUMBERS for i in np.flatnonzero(~given))
     odd["area of 0 or less of a box that has one"] += int((given & (areas <= 0) & (whole > 0)).sum())
     return np.where(given & ((areas > 0) | ~(whole > 0)), areas, whole)
 
@@ -246,23 +249,52 @@ def suspicious(
     inside = (np.minimum(end, limit) - np.maximum(low, 0)).clip(min=0)
     beyond = np.any(np.maximum(-low, end - limit) > 2, axis=1)
     cut: np.ndarray = known & beyond & (inside.prod(axis=1) < 0.9 * size.prod(axis=1))
-    below: np.ndarray = np.any(size < 1, axis=1)
-    if not len(boxes):
-        return cut, below, ""
+    return cut, np.any(size < 1, axis=1), _form_of(boxes, limit, known=known, cut=cut) if len(boxes) else ""
+
+
+def _form_of(
+    boxes: Float[np.ndarray, "n 4"], limit: Float[np.ndarray, "n 2"], *, known: np.ndarray, cut: np.ndarray
+) -> str:
+    """Returns what boxes look like that are not x, y, width, height in pixels; `limit` is the (width, height)."""
+    low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
     if np.mean((np.abs(boxes) <= 1).all(axis=1)) > 0.5:
-        return cut, below, "look relative to the image's size (0 to 1); they must be in pixels"
-    # corners: all are boxes of the photo, and as sizes many of them would leave it, or all reach its border
+        return "look relative to the image's size (0 to 1); they must be in pixels"
+    middle = low + size / 2
+    if (
+        len(boxes) >= _ENOUGH
+        and (known & (limit >= 200).all(axis=1) & (low >= 0).all(axis=1)).all()
+        and (np.abs(end.max(axis=0) - 95) < 6).all()
+        and (middle.std(axis=0) > 10).all()
+    ):
+        return "look like percent of the image's size; they must be in pixels"
+    # all are boxes of the photo, and as sizes many of them would leave it, or all reach its border, or they grow to
+    # the right and downwards, as ends do
     told: np.ndarray = known & np.all(low > 0, axis=1)
     corners = np.all((size > low) & (size <= limit), axis=1)[told]
     reach, leave = (np.any(end >= limit + margin, axis=1)[told] for margin in (0, 1))
-    if len(corners) and corners.mean() >= 0.99 and (leave.mean() > 0.3 or (reach.all() and len(reach) > 1)):
-        return cut, below, "look like x1, y1, x2, y2; they must be x, y, width, height"
-    return cut, below, ""
+    if len(corners) and corners.mean() >= 0.99:
+        by_border = leave.mean() > 0.3 or (reach.all() and len(reach) > 1)
+        if by_border or _grow(low[told] / limit[told], (size / limit)[told]):
+            return "look like x1, y1, x2, y2; they must be x, y, width, height"
+    # all lie in the photo around their first point, and none of those that would leave it does so at the left or top
+    around = np.all((low >= size / 2 - 1) & (low + size / 2 <= limit + 1), axis=1)[known]
+    if len(around) >= _ENOUGH and cut[known].mean() > 0.02 and around.mean() >= 0.99:
+        return "look like centre x, centre y, width, height; they must begin at the left top corner"
+    return ""
+
+
+def _grow(low: Float[np.ndarray, "n 2"], size: Float[np.ndarray, "n 2"]) -> bool:
+    """Returns whether boxes are the larger the further from the left top corner they begin, in both directions."""
+    together = ((low - low.mean(axis=0)) * (size - size.mean(axis=0))).mean(axis=0)
+    apart = low.std(axis=0), size.std(axis=0)
+    return len(low) >= _ENOUGH and bool(
+        np.all(np.minimum(*apart) > 1e-3) and np.all(together > 0.5 * np.prod(apart, axis=0))
+    )
 
 
 def size_of(image: dict[str, Any]) -> tuple[int, int]:
     """Returns the annotated (height, width) of an image, (0, 0) where there is none."""
     height, width = image.get("height"), image.get("width")
-    if not (isinstance(height, int | float) and isinstance(width, int | float)):
+    if not {type(height), type(width)} <= _NUMBERS:
         return 0, 0
     return (int(height), int(width)) if 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE else (0, 0)

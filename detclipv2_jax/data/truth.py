@@ -93,11 +93,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     odd: collections.Counter[str] = collections.Counter()
     images, image_ids = in_order(content["images"], f"{name}: images", odd)
     categories, category_ids = in_order(content["categories"], f"{name}: categories", odd)
-    names = [str(category["name"]).lower() for category in categories if "name" in category]
-    odd["category called like another"] = len(names) - len(set(names))
-    if any("frequency" in category for category in categories):
-        odd["category without a frequency"] = sum(c.get("frequency") not in FREQUENCIES for c in categories)
-
+    _count_names(images, categories, odd)
     entries = content["annotations"]
     rows = [entry if isinstance(entry, dict) else {} for entry in entries]
     odd["annotation id missing, 0, repeated or no number, which changes nothing"] = _odd_ids(rows)
@@ -117,7 +113,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     bad = refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
     flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)
     odd["box without width or height left out, which pycocotools would count as missed"] = int(flat.sum())
-    kept = np.flatnonzero(~bad & ~flat)
+    kept = _once(np.flatnonzero(~bad & ~flat), entries, np.column_stack([image, category, boxes]), odd)
     if not len(kept):
         raise DataError(f"{name} has no usable box: there is nothing to score against")
     crowd, ignored = (annotations_lib.flags_of(rows, key, odd, where=name)[kept] for key in ("iscrowd", "ignore"))
@@ -127,6 +123,10 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     areas = annotations_lib.areas_of([rows[i] for i in kept] if len(kept) < len(rows) else rows, boxes, odd)
     check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
     absent, incomplete = (_pairs(images, key, category_ids, odd, name=name) for key in FEDERATED)
+    of_boxes, of_absent = (
+        (pairs[:, 0] * len(categories) + pairs[:, 1]) for pairs in (np.stack([image, category], axis=1), absent)
+    )
+    odd["category that an image lists as absent and has boxes of"] = len(np.intersect1d(of_boxes, of_absent))
     return Truth(
         name=name,
         images=images,
@@ -143,6 +143,17 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
         incomplete=incomplete,
         odd={what: int(num) for what, num in odd.items() if num},
     )
+
+
+def _count_names(images: list[dict[str, Any]], categories: list[dict[str, Any]], odd: collections.Counter[str]) -> None:
+    """Counts photos and categories with the name of another one, and categories without a frequency where some have."""
+    names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
+    num_again = len(names) - len({*names})
+    odd["image whose photo has another id, too: it is scored against the boxes of each alone"] = num_again
+    names = [str(category["name"]).lower() for category in categories if "name" in category]
+    odd["category called like another"] = len(names) - len(set(names))
+    if any("frequency" in category for category in categories):
+        odd["category without a frequency"] = sum(c.get("frequency") not in FREQUENCIES for c in categories)
 
 
 def _check_lists(content: Any, name: str) -> None:
@@ -193,6 +204,29 @@ def _odd_ids(rows: list[dict[str, Any]]) -> int:
     if {*map(type, ids)} != {int}:
         ids = [key if type(key) in (int, str) else None for key in ids]
     return len(rows) - len({*ids} - {0, None})
+
+
+def _once(
+    kept: Int[np.ndarray, " k"], entries: list[Any], columns: Float[np.ndarray, "n 6"], odd: collections.Counter[str]
+) -> Int[np.ndarray, " k"]:
+    """Returns the annotations to keep without copies: of equal image, category and box (`columns`), and of one id.
+
+    Those of another id stay, as all evaluators count them, and are counted in `odd`.
+    """
+    weighted = (weight * column for weight, column in zip(np.sqrt([2, 3, 5, 7, 11, 13]), columns[kept].T, strict=True))
+    if len(np.unique(sum(weighted))) == len(kept):
+        return kept
+    first: dict[tuple[Any, ...], int] = {}
+    distinct, copies = set(), []
+    for i, row in zip(kept.tolist(), columns[kept].tolist(), strict=True):
+        j = first.setdefault((*row, str(entries[i].get("id"))), i)
+        if i != j and entries[i] == entries[j]:
+            copies.append(i)
+        distinct.add(tuple(row))
+    odd["annotation listed twice"] = len(copies)
+    num_equal = len(kept) - len(copies) - len(distinct)
+    odd["box equal to another of its image and category, which has to be found twice"] = num_equal
+    return np.setdiff1d(kept, copies)
 
 
 def refuse(

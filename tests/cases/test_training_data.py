@@ -62,6 +62,7 @@ def test_boxes_of_another_form_are_refused_with_what_they_look_like(folder, seed
         (corners, r"60 boxes that look like x1, y1, x2, y2; they must be x, y, width, height"),
         (right / [*SIZE, *SIZE], "60 boxes that look relative to the image's size"),
         (corners / [*SIZE, *SIZE], "60 boxes that look relative to the image's size"),
+        (np.hstack([right[:, :2] + right[:, 2:] / 2, right[:, 2:]]), "60 boxes that look like centre x, centre y"),
     ):
         content = detection_json(size=SIZE, boxes=boxes.tolist())
         if not sizes_known:

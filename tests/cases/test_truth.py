@@ -84,6 +84,8 @@ REPAIRED = {
     "area null": (set_all("area", [None, 1.0]), {"area that is no number": 1}),
     "area text": (set_all("area", ["800", "x", "1e3"]), {"area that is no number": 3}),
     "area NaN": (set_all("area", [math.nan, math.inf, None]), {"area that is no number": 1, NOT_FINITE: 2}),
+    "area without end": (set_all("area", [10**400, -(10**400)]), {NOT_FINITE: 2}),
+    "area empty": (set_all("area", [""]), {"area that is no number": 1}),
     "area true": (set_all("area", [True, [1]]), {"area that is no number": 2}),
     "area 0": (set_all("area", [0, -3]), {"area of 0 or less of a box that has one": 2}),
     "iscrowd null": (set_all("iscrowd", [None] * 4), {"iscrowd that is no whole number": 4}),
@@ -151,7 +153,7 @@ def test_images_stand_in_the_order_of_their_ids_numbers_first():
         read.places([12, 9, "c"])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -3, 0, 0.5, None, "200", [200], 1 << 70, 70_000])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -3, 0, 0.5, None, True, "200", [200], 1 << 70, 70_000])
 @pytest.mark.parametrize("key", ["width", "height"])
 def test_sizes_of_images_that_say_nothing_are_unknown(key, value):
     content = make_truth()
@@ -169,6 +171,7 @@ def test_lists_of_lvis_belong_to_their_image():
     assert read.incomplete.tolist() == [[0, 1], [2, 0]]
     assert read.odd["not_exhaustive_category_ids that are not listed"] == 1
     assert read.odd["neg_category_ids of another type than the category's id"] == 1
+    assert read.odd["category that an image lists as absent and has boxes of"] == 2
 
 
 def test_an_image_listed_twice_is_one():
@@ -176,6 +179,35 @@ def test_an_image_listed_twice_is_one():
     content["images"].append(dict(content["images"][1]))
     content["categories"].append(dict(content["categories"][0]))
     assert scored(content, perfect(content)) == (pytest.approx(1.0), {"entry listed twice": 2})
+
+
+def test_a_photo_with_two_ids_is_counted():
+    content = make_truth()
+    rows = perfect(content)
+    content["images"].append(content["images"][1] | {"id": 77})
+    said = "image whose photo has another id, too: it is scored against the boxes of each alone"
+    assert scored(content, rows) == (pytest.approx(1.0), {said: 1})
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_an_annotation_listed_twice_is_one_and_an_equal_box_is_counted(with_ids):
+    content = make_truth()
+    if not with_ids:
+        remove("id")(content)
+    rows = perfect(content)
+    content["annotations"] += copy.deepcopy(content["annotations"][:4])  # of a file that was joined with itself
+    num_odd = 4 if with_ids else 10
+    assert scored(content, rows) == (pytest.approx(1.0), {IDS: num_odd, "annotation listed twice": 4})
+    assert len(truth.read(content).boxes) == 6
+    content["annotations"].append(content["annotations"][5] | {"id": 99})
+    said = "box equal to another of its image and category, which has to be found twice"
+    counts = {IDS: num_odd, "annotation listed twice": 4, said: 1}
+    ap, odd = scored(content, rows)
+    assert odd == counts
+    assert ap < 0.9  # as pycocotools and LVIS count it
+    assert scored(content, [*rows, rows[5] | {"score": 0.1}]) == (pytest.approx(1.0), counts)
+    content["annotations"][-1]["category_id"] = 1  # another thing at the same place
+    assert truth.read(content).odd == {IDS: num_odd, "annotation listed twice": 4}
 
 
 BAD = {
@@ -374,6 +406,24 @@ def test_boxes_of_another_form_are_refused_and_right_ones_are_not(seed):
         with pytest.raises(ValueError, match="its 60 boxes look relative to the image's size"):
             truth.read(with_boxes(relative / [640, 480, 640, 480]))
     assert truth.read(with_boxes(corners), max_bad_share=1).odd["box cut at the border"] > 10
+    photo = np.array([640, 480, 640, 480])
+    small = np.concatenate([right[:, :2], right[:, 2:] / 20 + 2], axis=1)  # all leave room: nothing is cut as corners
+    begin = np.concatenate([small[:, :2] / 2.4, small[:, :2] / 2.4 + small[:, 2:]], axis=1)
+    middle = np.concatenate([right[:, :2] + right[:, 2:] / 2, right[:, 2:]], axis=1)
+    for boxes, look in (
+        (begin, "x1, y1, x2, y2"),
+        (middle, "centre x, centre y, width, height"),
+        (np.clip(right / photo * 100, 0, 100), "percent of the image's size"),
+    ):
+        with pytest.raises(ValueError, match=f"its 60 boxes look like {look}; they must"):
+            truth.read(with_boxes(boxes))
+        assert truth.read(with_boxes(boxes), max_bad_share=1)
+    for boxes in (
+        small,
+        np.concatenate([begin[:, :2], small[:, 2:]], axis=1),
+        np.tile(right[0] / 9, (60, 1)),
+    ):
+        assert truth.read(with_boxes(boxes), max_bad_share=0.5)
 
 
 def test_whole_photos_and_single_boxes_look_like_what_they_are():
