@@ -137,7 +137,8 @@ def decode(data: bytes, *, where: str | os.PathLike[str]) -> str:
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """Returns the lines of a UTF-8 file, which end with LF, CRLF or CR; ValueError as `decode`."""
-    return io.StringIO(decode(read_bytes(path), where=path), newline=None).read().split("\n")
+    lines = io.StringIO(decode(read_bytes(path), where=path), newline=None).read().split("\n")
+    return [line.removeprefix("\ufeff") for line in lines]  # of files that were joined
 
 
 def read_json(
@@ -205,7 +206,8 @@ def byte_lines(file: BinaryIO, *, where: str | os.PathLike[str]) -> Iterator[tup
         if len(rest) > _MAX_LINE_BYTES:
             raise ValueError(f"{os.fspath(where)} has a line of more than {_MAX_LINE_BYTES >> 20} MiB; it is no text")
         for line in lines:
-            yield position, line.rstrip(b"\r\n")
+            text = line.removeprefix(codecs.BOM_UTF8)  # of files that were joined
+            yield position + len(line) - len(text), text.rstrip(b"\r\n")
             position += len(line)
 
 

@@ -38,7 +38,7 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import detections, lvis, names, proposals
-from detclipv2_jax.files import only_writer, read_json, write_json, write_text
+from detclipv2_jax.files import only_writer, read_json, read_json_lines, write_json, write_text
 
 # glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_ARENA_MAX": "1"}
@@ -112,7 +112,7 @@ def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     """Returns what is stored of a finished run beside its name and times."""
     last = max((workdir / "eval").glob("step_*_detections.json"))
     truth = json.loads((pathlib.Path(config.scenes.folder) / "eval.json").read_text())
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines, _ = read_json_lines(workdir / "metrics.jsonl")
     curves = {
         f"{name}_by_step": {str(line["step"]): round(100 * line[key], 2) for line in lines if key in line}
         for name, key in (("base_AP", "eval/APf"), ("novel_AP", "eval/APr"))

@@ -295,6 +295,6 @@ def _grow(low: Float[np.ndarray, "n 2"], size: Float[np.ndarray, "n 2"]) -> bool
 def size_of(image: dict[str, Any]) -> tuple[int, int]:
     """Returns the annotated (height, width) of an image, (0, 0) where there is none."""
     height, width = image.get("height"), image.get("width")
-    if not {type(height), type(width)} <= _NUMBERS:
+    if not (isinstance(height, int | float) and isinstance(width, int | float)) or height is True or width is True:
         return 0, 0
     return (int(height), int(width)) if 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE else (0, 0)

@@ -286,6 +286,7 @@ def _shards_of(info: dict[str, Any], folder: Path) -> list[_Shard]:
 
 
 @documented
+@documented
 def read_names(folder: str) -> list[str]:
     """Returns the names of a built folder's categories."""
     return list(map(str, files.read_json(Path(folder) / VOCABULARY)["names"]))

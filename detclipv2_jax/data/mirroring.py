@@ -7,9 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 
 _ENGLISH = (
-    r"(?:no|top|bottom|upper|lower|front|rear|back|turn|keep|go|facing|pointing|arrow|curve|bend|lane|exit|slight|sharp)?"
+    r"(?:no|top|bottom|upper|lower|front|rear|back|turns?|keep|go|bear|merge|fork|ramp|swing|rotate|facing|pointing|"
+    r"arrow|curve|bend|lane|exit|slight|sharp|straight|(?:up|down)(?!right))?"
     r"(?:left|right)"
-    r"(?:most|wards?|side|turn|arrow|facing|pointing|curve|bend|lane|exit|only|[ -]?hand(?:ed|er|ers|side)?)?",
+    r"(?:most|wards?|bound|side|u?turn|arrow|facing|pointing|curve|bend|lane|exit|only|to(?:left|right)|foot|leg|arm|eye|"
+    r"ear|shoe|glove|door|wheel|mirror|wing|[ -]?hand(?:ed|er|ers|side|traffic)?)?",
     r"(?:anti|counter)?[ -]?clock[ -]?wise",
     r"c?cw",
 )
@@ -19,7 +21,7 @@ _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # of "turnLeft"
 
 def pattern(words: Sequence[str], *, english: bool) -> re.Pattern[str] | None:
     """Returns what finds any of some words in a text, with `english` English ones too; None without words."""
-    alternatives = [_whole(re.escape(_plain(word).strip())) for word in words]
+    alternatives = [_whole(r"[\s_-]+".join(map(re.escape, _plain(word).split()))) for word in words]
     if english:
         alternatives += [*map(_bounded, _ENGLISH), _SIGNS]
     return re.compile("|".join(alternatives), re.IGNORECASE) if alternatives else None

@@ -9,7 +9,6 @@ What cannot be used is counted by reason in `counters`; above a share of the who
 from __future__ import annotations
 
 import collections
-import dataclasses
 import io
 import json
 import os
@@ -232,7 +231,7 @@ def open_evaluation(section: Any, *, prefix: str) -> tuple[BoxSource, GroundTrut
     if problems := _missing_files(Kind.DETECTION, section, prefix):
         raise ValueError("\n".join(problems))
     try:
-        source, ground_truth = read_evaluation(
+        return read_evaluation(
             section.annotations,
             section.images,
             dictionary=section.dictionary,
@@ -240,7 +239,7 @@ def open_evaluation(section: Any, *, prefix: str) -> tuple[BoxSource, GroundTrut
             max_bad_share=section.max_bad_share,
             follow_links=section.follow_links,
             dropped=Dropped(section.drop_categories, f"{prefix}.drop_categories"),
+            definitions=section.definitions,
         )
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None
-    return source, dataclasses.replace(ground_truth, definitions=section.definitions)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from detclipv2_jax import files
-from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data import evaluation_set, tokenizer
 from detclipv2_jax.data.concepts import check_classes
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.selection import file_name
@@ -202,7 +202,7 @@ class Evaluator:
         truth, image = self._truth.truth, int(self._truth.images[sample.example_id])
         rows = np.flatnonzero(truth.image == image)
         boxes = np.concatenate([truth.boxes[rows, :2], truth.boxes[rows, :2] + truth.boxes[rows, 2:]], axis=1)
-        label_of = np.argsort(self._truth.categories)
+        label_of = {category: label for label, category in enumerate(self._truth.categories.tolist())}
         figures.detections(
             sample.image,
             sample.boxes * sample.scale,
@@ -210,7 +210,7 @@ class Evaluator:
             self._truth.vocabulary.names,
             scores=sample.scores,
             max_drawn=min(20, max(3, len(rows))),
-            truth=(boxes * sample.scale, label_of[truth.category[rows]].astype(np.int32)),
+            truth=(boxes * sample.scale, np.array([label_of[c] for c in truth.category[rows].tolist()], np.int32)),
             title=f"{file_name(truth.images[image])} after {step} steps",
             path=path,
         )
@@ -230,7 +230,7 @@ class Evaluator:
 
     def _protocol(self, step: int) -> dict[str, Any]:
         """Returns all that the detections and scores depend on beside the parameters."""
-        section, truth = self._config.eval, self._truth
+        section, truth, length = self._config.eval, self._truth, self._config.model.text.context_length
         return {
             "ap": self._scorer.AP_KIND,
             "checkpoint_step": step,
@@ -250,9 +250,7 @@ class Evaluator:
             "max_examples": section.max_examples,
             "definitions": truth.definitions,
             "prompts": truth.texts,
-            "prompts_truncated": int(
-                np.sum(tokenizer.num_tokens(truth.texts) > self._config.model.text.context_length)
-            ),
+            "prompts_truncated": int(np.sum(tokenizer.num_tokens(truth.texts) > length)),
         }
 
 
@@ -284,6 +282,7 @@ def make_streams(config: ConfigDict, *, prefix: str = "config.eval") -> list[Eva
     streams = eval_streams(config.eval, input_config=config.input, prefix=prefix, **place)
     for stream in streams[:1]:
         check_classes(stream.ground_truth.texts, config.model.text, where=prefix)
+        evaluation_set.refuse_equal_texts(stream.ground_truth, context_length=config.model.text.context_length)
     return streams
 
 

@@ -21,6 +21,7 @@ The review file lists each choice, what it was taken from, and the senses that w
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import importlib.resources
 import re
@@ -67,9 +68,10 @@ class WordNet:
         missing = [name for name in ("index.noun", "data.noun", "noun.exc") if not (self._path / name).is_file()]
         if missing:
             raise ValueError(f"--wordnet={folder} has no {', '.join(missing)}; it must be WordNet 3.x's dict/ folder")
-        rows = self._rows("index.noun")
-        self._offsets = {row[0]: [int(offset) for offset in row[6 + int(row[3]) :]] for row in rows}
-        self._singular = {row[0]: row[1] for row in self._rows("noun.exc")}
+        with _naming(self._path, "wordnet"):
+            rows = self._rows("index.noun")
+            self._offsets = {row[0]: [int(offset) for offset in row[6 + int(row[3]) :]] for row in rows}
+            self._singular = {row[0]: row[1] for row in self._rows("noun.exc")}
         self._data = (self._path / "data.noun").read_bytes()
 
     def _rows(self, file: str) -> Iterator[list[str]]:
@@ -94,10 +96,11 @@ class WordNet:
         return self._sense(offsets[int(number) - 1]) if number.isdigit() and 0 < int(number) <= len(offsets) else None
 
     def _sense(self, offset: int) -> Sense:
-        head, _, gloss = self._data[offset : self._data.index(b"\n", offset)].decode().partition("|")
-        fields = head.split()
-        # "@i": an individual, like a writer or a city
-        return Sense(gloss.split('; "')[0].strip(), fields[1] in _THINGS and "@i" not in fields)
+        with _naming(self._path, "wordnet"):
+            head, _, gloss = self._data[offset : self._data.index(b"\n", offset)].decode().partition("|")
+            fields = head.split()
+            # "@i": an individual, like a writer or a city
+            return Sense(gloss.split('; "')[0].strip(), fields[1] in _THINGS and "@i" not in fields)
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -141,8 +144,30 @@ def _read_json(path: Path) -> Iterator[Entry]:
             yield Entry(concepts.display_name(word), definition, origin, synset=synset)
 
 
-def read_names(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]:
-    """Yields the names of an input; adds the phrases of a built folder with their numbers to `phrases`."""
+@contextlib.contextmanager
+def _naming(path: Path, option: str) -> Iterator[None]:
+    """Turns errors of what reads a file or folder into a ValueError that names it."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"--{option}: {path} is damaged or of another form ({type(error).__name__}: {error})"
+        ) from error
+
+
+def read_names(path: Path, phrases: collections.Counter[str]) -> list[Entry]:
+    """Returns the names of an input; adds the phrases of a built folder with their numbers to `phrases`.
+
+    Raises:
+      ValueError: it is none of the documented inputs; names it.
+    """
+    with _naming(path, "input"):
+        return list(_names_of(path, phrases))
+
+
+def _names_of(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]:
     if path.is_dir():
         if not (path / VOCABULARY).is_file():
             raise ValueError(f"--input: the folder {path} is not built: it has no {VOCABULARY}")
@@ -154,7 +179,10 @@ def read_names(path: Path, phrases: collections.Counter[str]) -> Iterator[Entry]
             rows = (line.split("\t") for line in files.read_lines(path / PHRASES) if line)
             phrases.update({phrase: int(number) for phrase, number in rows})
     elif path.suffix == ".csv":
-        yield from (Entry(concepts.display_name(row[-1]), "", "") for row in csv.reader(files.read_lines(path)) if row)
+        for row in filter(None, csv.reader(files.read_lines(path), strict=True)):
+            if not (name := concepts.display_name(row[-1])):
+                raise ValueError(f"--input: {path} has no name in the last column of {','.join(row)[:80]!r}")
+            yield Entry(name, "", "")
     elif path.suffix == ".json":
         yield from _read_json(path)
     else:

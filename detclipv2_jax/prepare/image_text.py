@@ -42,6 +42,7 @@ _IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in files.IMAGE_S
 _MAX_SAMPLE_BYTES = 1 << 28  # of what is read of a sample of a tar
 _MAX_NAME_BYTES = 1 << 16  # of a header of a tar that holds a long name
 _MAX_ZEROS = 1 << 16  # blocks between archives in a file
+_MAX_EMPTY = 64  # reads at the end of a file
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _NAME_TYPES = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
@@ -181,6 +182,20 @@ class _HashingFile:
         return data
 
 
+class _Ending:
+    """A stream that is not read on and on after its end, as tarfile does where a header gives a size of petabytes."""
+
+    def __init__(self, file: Any):
+        self._file, self._num_empty = file, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._num_empty += not data
+        if self._num_empty > _MAX_EMPTY:
+            raise EOFError("a file goes on after the end of its archive")
+        return data
+
+
 class _Member(tarfile.TarInfo):
     """A file of a tar; damage of an archive is an error, where tarfile takes it for the end."""
 
@@ -275,7 +290,7 @@ def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
     current, contents, num_bytes = "", dict[str, bytes](), 0
     keys = set[str]()
     try:
-        with _Archives.open(fileobj=file, mode="r|", ignore_zeros=True) as archive:
+        with _Archives.open(fileobj=_Ending(file), mode="r|", ignore_zeros=True) as archive:
             while member := archive.next():
                 archive.members.clear()  # it would remember all of them
                 folder, _, base = member.name.rpartition("/")

@@ -9,6 +9,7 @@ import lzma
 import os
 import random
 import tarfile
+import time
 import tracemalloc
 
 import pytest
@@ -207,6 +208,24 @@ def test_headers_without_end_and_zeros_without_end_are_counted(tmp_path):
         pairs, tally = read(tmp_path, gzip.compress(tar(samples([0]), end=False) + more, 1), "0.tar.gz")
         assert whole(pairs, [0])
         assert tally.dropped == {"tar cut or damaged": 1}
+
+
+@pytest.mark.parametrize("size", [1 << 50, 1 << 80, -512, -(1 << 50)])
+@pytest.mark.parametrize("in_header", [True, False])
+@pytest.mark.parametrize("suffix", ["jpg", "txt", "cls"])
+def test_a_file_of_any_size_in_an_archive_takes_no_time(tmp_path, size, in_header, suffix):
+    member = tarfile.TarInfo(f"1.{suffix}")
+    member.size = size if in_header else 0
+    if not in_header:
+        member.pax_headers = {"size": str(size)}
+    header = member.tobuf(tarfile.GNU_FORMAT if in_header else tarfile.PAX_FORMAT)
+    data = tar(samples([0]), end=False) + header + tar([("1.jpg", b"image"), ("1.txt", b"caption 1")])
+    for name, pack in (("0.tar", bytes), ("0.tar.gz", gzip.compress)):
+        start = time.process_time()
+        pairs, tally = read(tmp_path, pack(data), name)
+        assert time.process_time() - start < 5
+        assert whole(pairs[:1], [0])
+        assert tally.dropped["tar cut or damaged"] == 1
 
 
 def test_a_folder_is_read_whatever_packs_its_archives(tmp_path):

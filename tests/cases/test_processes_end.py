@@ -15,7 +15,7 @@ from micro import micro_config
 
 from detclipv2_jax import commands
 from detclipv2_jax.claims import __main__ as claims
-from detclipv2_jax.data import scenes
+from detclipv2_jax.data import scenes, workers
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.predict import __main__ as predict
 from detclipv2_jax.prepare import __main__ as prepare
@@ -46,7 +46,8 @@ def gone(pid):
 
 def memory():
     """Returns the names of the shared memory of this machine; what other processes hold for long was there before."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem."))}
+    names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem."))}
+    return {name for name in names if not name.endswith(".lock")}  # those of other tests come and stay
 
 
 def wait_for(condition, seconds=60):
@@ -96,6 +97,43 @@ def test_data_workers_end_with_their_parent_and_leave_no_memory(world, end, kill
         wait_for(lambda: all(map(gone, children)))
         left = memory() - before
         wait_for(lambda: not left & memory())
+
+
+HOLDING = """
+import time
+from multiprocessing import resource_tracker, shared_memory
+from detclipv2_jax.data import workers
+with workers.starting():
+    pass
+workers._name_memory()
+memory = shared_memory.SharedMemory(create=True, size=100)
+print(memory.name, resource_tracker._resource_tracker._pid, flush=True)
+{end}
+memory.close()
+memory.unlink()
+"""
+
+
+@pytest.mark.parametrize("killed", ["nothing", "run", "all of it at once"])
+def test_memory_that_nobody_could_remove_goes_when_another_run_starts(killed):
+    with start(HOLDING.format(end="pass" if killed == "nothing" else "time.sleep(600)")) as run:
+        name, tracker = run.stdout.readline().split()
+        left = {name, f"{name.rpartition('_')[0]}.lock"}
+        if killed != "nothing":
+            with workers.starting():  # another run meanwhile hurts nothing
+                assert left <= set(os.listdir("/dev/shm"))
+            if killed != "run":
+                os.kill(int(tracker), signal.SIGKILL)
+                wait_for(lambda: gone(int(tracker)))
+            run.kill()
+        run.wait(timeout=60)
+        assert killed != "nothing" or not run.stderr.read()
+    if killed == "all of it at once":
+        assert left <= set(os.listdir("/dev/shm"))
+        with workers.starting():
+            pass
+        assert not left & set(os.listdir("/dev/shm"))
+    wait_for(lambda: not left & set(os.listdir("/dev/shm")))
 
 
 BUILDING = """

@@ -1,5 +1,6 @@
 """Texts of every encoding and names of every kind, in each of the readers."""
 
+import collections
 import json
 import struct
 
@@ -69,6 +70,52 @@ def test_marks_and_line_ends_change_nothing(folder, name, mark, end):
     assert "\ufeff" not in str(expected)
     path.write_bytes(with_ends(text, end, mark))
     assert read(path, folder) == expected
+
+
+@pytest.mark.parametrize("name", ["pairs", "dictionary", "words", "names of a csv"])
+def test_a_mark_within_a_file_that_was_joined_of_several_is_no_letter(folder, name):
+    text, read = READERS[name]
+    path = folder / f"text.{SUFFIXES[name]}"
+    path.write_bytes(text.encode())
+    expected = read(path, folder)
+    path.write_bytes(b"".join(MARK + line.encode() for line in text.splitlines(keepends=True)))
+    assert read(path, folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", '1,"cat\n2,dog\n'), ("a.csv", f"1,{'x' * 200_000}\n"), ("a.csv", "1,cat\n2,\n"), ("a.csv", "1,_\n"),
+        ("b/vocabulary.json", "null"), ("b/vocabulary.json", "[]"), ("b/vocabulary.json", "{}"),
+        ("b/vocabulary.json", '{"names": ["cat"], "definitions": [], "category_ids": [1]}'),
+        ("b/phrases.tsv", "cat\n"), ("b/phrases.tsv", "cat\t1\t2\n"), ("b/phrases.tsv", "cat\tmany\n"),
+    ],
+)  # fmt: skip
+def test_damaged_inputs_of_a_dictionary_are_one_error_that_names_them(tmp_path, name, text):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/vocabulary.json").write_text('{"names": ["cat"], "definitions": [""], "category_ids": []}')
+    assert dictionary.read_names(tmp_path / "b", collections.Counter()) == []
+    (tmp_path / name).write_text(text)
+    path = tmp_path / name.split("/")[0]
+    with pytest.raises(ValueError, match=f"^--input: {path}"):
+        dictionary.read_names(path, collections.Counter())
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("index.noun", "cat n\n"), ("index.noun", "cat n 1 x 1 0 1\n"), ("index.noun", "cat n 1 0 1 0 99\n"),
+        ("noun.exc", "cats\n"), ("data.noun", "00000000\n"), ("data.noun", ""),
+    ],
+)  # fmt: skip
+def test_a_damaged_wordnet_is_one_error_that_names_it(tmp_path, file, text):
+    whole = {"index.noun": "cat n 1 0 1 0 0\n", "noun.exc": "cats cat\n", "data.noun": "00000000 05 n | an animal\n"}
+    for name, content in whole.items():
+        (tmp_path / name).write_text(content)
+    assert dictionary.WordNet(str(tmp_path)).senses("cats")[0].gloss == "an animal"
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"--wordnet: {tmp_path} is damaged or of another form"):
+        dictionary.WordNet(str(tmp_path)).senses("cat")
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -323,7 +323,8 @@ def test_lists_of_words_are_checked():
         "counter clockwise", "rightwards arrow", "left2", "2_right", "left/right", "righthand",
         "a man on the left.", "lefthander", "topleft", "bottomright corner", "turnleft", "leftside", "LEFTTURN",
         "ccw_arrow", "cw", "facingLeft", "leftfacing", "noleftturn", "rightlane", "arrow ←", "↱", "👈",
-        "\uff2c\uff25\uff26\uff34",
+        "\uff2c\uff25\uff26\uff34", "mergeleft", "straightRight", "leftToRight", "righteye", "bearleft", "downleft",
+        "turnsright", "leftbound", "leftUTurn", "lefthandtraffic",
     ],
 )  # fmt: skip
 def test_texts_that_speak_of_sides(text):
@@ -335,6 +336,7 @@ def test_texts_that_speak_of_sides(text):
     [
         "bright light", "leftover", "copyright", "cleft", "clock", "upright piano", "alright", "fright", "wisely",
         "downright", "rights", "stopright", "↑ up", "↔", "é", "cwt",
+        "righteous", "leftist", "downrights",
     ],
 )  # fmt: skip
 def test_texts_that_do_not(text):
@@ -346,7 +348,8 @@ def test_texts_that_do_not(text):
     [
         (("links",), "links abbiegen", True), (("links",), "LINKS_abbiegen", True), (("links",), "linksrum", False),
         (("à gauche",), "tournez à gauche", True), (("左",), "左转", True), (("a.b",), "axb", False),
-        (("links", "rechts"), "nach rechts", True), ((), "left", False), (("à gauche",), "tourne a\u0300 gauche", True),
+        (("links", "rechts"), "nach rechts", True), (("à gauche",), "va_à-gauche", True),
+        ((), "left", False), (("à gauche",), "tourne a\u0300 gauche", True),
     ],
 )  # fmt: skip
 def test_words_of_other_languages(words, text, expected):

@@ -120,22 +120,35 @@ def test_an_evaluation_has_photos_without_boxes_and_the_truth(world, config):
 def test_categories_with_boxes_are_told_apart_by_their_texts(world):
     content, path = detection_json(), world / "e.json"
     first, second = content["categories"][:2]
-    for names, definitions, fine in (
-        (("crane", "crane"), ("a bird", "a machine"), True),
-        (("crane", "Crane"), ("a bird", "a bird"), False),
-        (("crane", "crane"), ("", ""), False),
+    for names, texts, definitions, fine in (
+        (("crane", "crane"), ("a bird", "a machine"), True, True),
+        (("crane", "crane"), ("a bird", "a machine"), False, False),
+        (("crane", "Crane"), ("a bird", "a bird"), True, False),
+        (("crane", "crane"), ("", ""), True, False),
     ):
-        for category, name, definition in zip((first, second), names, definitions, strict=True):
-            category |= {"name": name, "def": definition}
+        for category, name, text in zip((first, second), names, texts, strict=True):
+            category |= {"name": name, "def": text}
         path.write_text(json.dumps(content))
         if fine:
-            evaluation_set.read_evaluation(str(path), str(world / "images"))
+            evaluation_set.read_evaluation(str(path), str(world / "images"), definitions=definitions)
         else:
             with pytest.raises(DataError, match=r"the categories 1 and 2 are both called .* and have boxes"):
-                evaluation_set.read_evaluation(str(path), str(world / "images"))
+                evaluation_set.read_evaluation(str(path), str(world / "images"), definitions=definitions)
+    first["name"], second["name"] = (
+        "a crane of a very old harbour in the north",
+        "A crane of a very old harbour in the south",
+    )
+    path.write_text(json.dumps(content))
+    _, truth = evaluation_set.read_evaluation(str(path), str(world / "images"))
+    evaluation_set.refuse_equal_texts(truth, context_length=16)
+    with pytest.raises(DataError, match=r"are both called 'A crane of .*, as far as 8 tokens go, and have boxes"):
+        evaluation_set.refuse_equal_texts(truth, context_length=8)
+    first["name"] = second["name"] = "crane"
     content["annotations"] = [row for row in content["annotations"] if row["category_id"] != 2]
     path.write_text(json.dumps(content))
-    evaluation_set.read_evaluation(str(path), str(world / "images"))  # what has no box is not found
+    _, truth = evaluation_set.read_evaluation(str(path), str(world / "images"))
+    assert truth.vocabulary.category_ids == (1, 3, 4, 5, 6)  # what has no box is not asked for twice
+    assert truth.categories.tolist() == [0, 2, 3, 4, 5]
 
 
 def test_a_line_of_pairs():

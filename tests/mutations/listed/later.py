@@ -103,7 +103,8 @@ FAULTS = [
         "data/evaluation_set.py", "data/test_box_json.py",
         ("counters | truth.odd | num_dropped", "counters"),
         ("definitions: bool = False", "definitions: bool = True"),
-        ("texts(definitions=True)", "texts(definitions=False)"),
+        ("kept if has_boxes or text not in seen", "kept if text not in seen"),
+        ("if context_length:", "if not context_length:"),
     ),
     *plant(
         "data/leakage.py", "data/test_checks.py",
@@ -113,7 +114,7 @@ FAULTS = [
     *plant(
         "data/mirroring.py", "data/test_mirroring.py",
         ("(?:most|wards?|", "(?:wards?|"),
-        ("re.escape(_plain(word).strip())", "_plain(word).strip()"),
+        ("map(re.escape, _plain(word).split())", "_plain(word).split()"),
         ("{word}(?![^\\W\\d_])\"", "{word}(?![^\\W_])\""),
     ),
     *plant(
@@ -187,7 +188,7 @@ FAULTS = [
         ("del wanted[\"annotations\"]", "pass"),
         ("sample.boxes * sample.scale", "sample.boxes"),
         ("unsized = {\"ap\", \"annotations\", \"annotations_sha256\", \"repaired\"}", "unsized = {\"ap\"}"),
-        ("label_of[truth.category[rows]]", "truth.category[rows]"),
+        ("[label_of[c] for c in", "[c for c in"),
         ("if not (config.forgetting.annotations or config.forgetting.images):", "if not config.forgetting.annotations:"),
         ("(workdir / \"checkpoints\").is_dir() or not", "not"),
         slow=True,

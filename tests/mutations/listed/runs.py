@@ -54,7 +54,7 @@ FAULTS = [
         "files.py", "test_files.py",
         ("os.replace(partial, path)", "os.rename(partial, path.with_suffix('.new'))"),
         ("partial.unlink(missing_ok=True)", "pass"),
-        ("yield position, line.rstrip(b\"\\r\\n\")", "yield position, line.rstrip(b\"\\n\")"),
+        ("text.rstrip(b\"\\r\\n\")", "text.rstrip(b\"\\n\")"),
         ("position += len(line)", "position += len(line.rstrip())"),
         ("rest = lines.pop() + more if more else b\"\"", "rest = more"),
         ("data.removeprefix(codecs.BOM_UTF8)", "data"),
