@@ -259,12 +259,11 @@ def _form_of(
     low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
     if np.mean((np.abs(boxes) <= 1).all(axis=1)) > 0.5:
         return "look relative to the image's size (0 to 1); they must be in pixels"
-    middle = low + size / 2
     if (
         len(boxes) >= _ENOUGH
-        and (known & (limit >= 200).all(axis=1) & (low >= 0).all(axis=1)).all()
         and (np.abs(end.max(axis=0) - 95) < 6).all()
-        and (middle.std(axis=0) > 10).all()
+        and (known & (limit >= 200).all(axis=1) & (low >= 0).all(axis=1)).all()
+        and ((low + size / 2).std(axis=0) > 10).all()
     ):
         return "look like percent of the image's size; they must be in pixels"
     # all are boxes of the photo, and as sizes many of them would leave it, or all reach its border, or they grow to
@@ -277,9 +276,10 @@ def _form_of(
         if by_border or _grow(low[told] / limit[told], (size / limit)[told]):
             return "look like x1, y1, x2, y2; they must be x, y, width, height"
     # all lie in the photo around their first point, and none of those that would leave it does so at the left or top
-    around = np.all((low >= size / 2 - 1) & (low + size / 2 <= limit + 1), axis=1)[known]
-    if len(around) >= _ENOUGH and cut[known].mean() > 0.02 and around.mean() >= 0.99:
-        return "look like centre x, centre y, width, height; they must begin at the left top corner"
+    if known.sum() >= _ENOUGH and cut[known].mean() > 0.02:
+        around = np.all((low >= size / 2 - 1) & (low + size / 2 <= limit + 1), axis=1)[known]
+        if around.mean() >= 0.99:
+            return "look like centre x, centre y, width, height; they must begin at the left top corner"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ NOT_IN_CAPTION = "box whose spans are not in the caption"
 WITHIN_A_WORD = "box whose spans begin within a word"
 OTHER_UNITS = "box whose spans seem to count bytes or UTF-16, not characters"
 
+_MAX_SPANS = 100  # of a box; each takes as long as the phrase is
 _AROUND = " \t\n.,;:"  # what does not belong to a phrase
 _BEGINNING = re.compile(  # of a noun phrase, of which there is one at most
     r"(?:an?|the|this|that|these|those|some|another|each|every|his|her|its|their|my|our|your|he|she|it|they|him|them)\b",
@@ -107,10 +109,12 @@ def oddities_of(caption: str, spans: Any) -> Sequence[str]:
 
 
 def _joined(spans: Any) -> list[tuple[int, int]]:
-    """Returns spans in their order, those that overlap as one, without empty ones; [] if they are no pairs."""
+    """Returns spans in their order, those that overlap as one, without empty ones; [] if too many or no pairs."""
     try:
-        pairs = sorted((max(int(start), 0), int(end)) for start, end in spans)
+        pairs = sorted((max(int(start), 0), int(end)) for start, end in itertools.islice(spans, _MAX_SPANS + 1))
     except (OverflowError, TypeError, ValueError):
+        return []
+    if len(pairs) > _MAX_SPANS:
         return []
     joined: list[tuple[int, int]] = []
     for start, end in pairs:

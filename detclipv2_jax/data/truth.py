@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     categories, category_ids = in_order(content["categories"], f"{name}: categories", odd)
     _count_names(images, categories, odd)
     entries = content["annotations"]
-    rows = [entry if isinstance(entry, dict) else {} for entry in entries]
+    rows = entries
+    if {*map(type, entries)} != {dict}:
+        rows = [entry if isinstance(entry, dict) else {} for entry in entries]
     odd["annotation id missing, 0, repeated or no number, which changes nothing"] = _odd_ids(rows)
     image, odd["image_id of another type than the image's"] = image_ids.find([row.get("image_id") for row in rows])
     category, odd["category_id of another type than the category's"] = category_ids.find(
@@ -104,7 +107,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     boxes, odd["box taken from the outline for want of a bbox"] = annotations_lib.boxes_of(rows)
     finite = np.isfinite(boxes).all(axis=1)
     unusable = {
-        "is no object": np.array([entry is not row for entry, row in zip(entries, rows, strict=True)]),
+        "is no object": np.fromiter(map(operator.is_not, entries, rows), bool, len(rows)),
         "image_id is not listed": image < 0,
         "category_id is not listed": category < 0,
         "bbox is not four numbers in px": ~finite,
@@ -113,7 +116,7 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     bad = refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
     flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)
     odd["box without width or height left out, which pycocotools would count as missed"] = int(flat.sum())
-    kept = _once(np.flatnonzero(~bad & ~flat), entries, np.column_stack([image, category, boxes]), odd)
+    kept = _once(np.flatnonzero(~bad & ~flat), entries, (image, category, *boxes.T), odd)
     if not len(kept):
         raise DataError(f"{name} has no usable box: there is nothing to score against")
     crowd, ignored = (annotations_lib.flags_of(rows, key, odd, where=name)[kept] for key in ("iscrowd", "ignore"))
@@ -123,10 +126,11 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
     areas = annotations_lib.areas_of([rows[i] for i in kept] if len(kept) < len(rows) else rows, boxes, odd)
     check_form(boxes, images, image, name, max_bad_share=max_bad_share, odd=odd)
     absent, incomplete = (_pairs(images, key, category_ids, odd, name=name) for key in FEDERATED)
-    of_boxes, of_absent = (
-        (pairs[:, 0] * len(categories) + pairs[:, 1]) for pairs in (np.stack([image, category], axis=1), absent)
-    )
-    odd["category that an image lists as absent and has boxes of"] = len(np.intersect1d(of_boxes, of_absent))
+    if len(absent):
+        keys = np.sort(absent[:, 0] * len(categories) + absent[:, 1])
+        of_boxes = image * len(categories) + category
+        found = keys[np.searchsorted(keys, of_boxes).clip(max=len(keys) - 1)] == of_boxes
+        odd["box of a category that its image lists as absent"] = found.sum()
     return Truth(
         name=name,
         images=images,
@@ -203,22 +207,25 @@ def _odd_ids(rows: list[dict[str, Any]]) -> int:
     ids = [row.get("id") for row in rows]
     if {*map(type, ids)} != {int}:
         ids = [key if type(key) in (int, str) else None for key in ids]
-    return len(rows) - len({*ids} - {0, None})
+    different = {*ids}
+    return len(rows) - len(different) + (0 in different) + (None in different)
 
 
 def _once(
-    kept: Int[np.ndarray, " k"], entries: list[Any], columns: Float[np.ndarray, "n 6"], odd: collections.Counter[str]
+    kept: Int[np.ndarray, " k"], entries: list[Any], columns: Sequence[np.ndarray], odd: collections.Counter[str]
 ) -> Int[np.ndarray, " k"]:
     """Returns the annotations to keep without copies: of equal image, category and box (`columns`), and of one id.
 
     Those of another id stay, as all evaluators count them, and are counted in `odd`.
     """
-    weighted = (weight * column for weight, column in zip(np.sqrt([2, 3, 5, 7, 11, 13]), columns[kept].T, strict=True))
-    if len(np.unique(sum(weighted))) == len(kept):
+    weighted = (weight * column for weight, column in zip(np.sqrt([2, 3, 5, 7, 11, 13]), columns, strict=True))
+    mixed = np.sort(sum(weighted)[kept])
+    if not (mixed[1:] == mixed[:-1]).any():
         return kept
+    rows = np.column_stack(columns)[kept].tolist()
     first: dict[tuple[Any, ...], int] = {}
     distinct, copies = set(), []
-    for i, row in zip(kept.tolist(), columns[kept].tolist(), strict=True):
+    for i, row in zip(kept.tolist(), rows, strict=True):
         j = first.setdefault((*row, str(entries[i].get("id"))), i)
         if i != j and entries[i] == entries[j]:
             copies.append(i)

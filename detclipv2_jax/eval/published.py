@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import pathlib
 import pickle
 import re
@@ -13,12 +14,13 @@ import numpy as np
 from jaxtyping import Float
 
 from detclipv2_jax import files
+from detclipv2_jax.data.annotations import boxes_of
 from detclipv2_jax.data.box_json import load_json
 from detclipv2_jax.data.checks import documented, unsafe_path
 from detclipv2_jax.data.schema import DataError
 
 Row = tuple[str, str, Float[np.ndarray, "n 4"]]  # photo, text, boxes (xywh)
-_PHRASE = re.compile(r"\[/EN#(\d+)(?:/[^\s\]]+)* ([^\]]+)\]")  # [/EN#283585/people Two people]
+_PHRASE = re.compile(r"\[/EN#(\d+)(?:/[^\s\]/]*)* ([^\]]+)\]")  # [/EN#283585/people Two people]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -35,11 +37,10 @@ def read_refcoco(path: pathlib.Path, *, split: str) -> list[Row]:
     Raises:
       DataError: there is no such split, the file is of another form, or holds what could run code.
     """
-    with path.open("rb") as file:
-        try:
-            refs = _Unpickler(file, encoding="latin1").load()  # Python 2 wrote it
-        except Exception as error:  # whatever a damaged pickle leads to
-            raise DataError(f"{path} cannot be read as a pickle of RefCOCO: {error}") from error
+    try:
+        refs = _Unpickler(io.BytesIO(files.read_bytes(path)), encoding="latin1").load()  # Python 2 wrote it
+    except Exception as error:  # whatever a damaged pickle leads to
+        raise DataError(f"{path} cannot be read as a pickle of RefCOCO: {error}") from error
     chosen = [ref for ref in refs if ref["split"] == split]
     if not chosen:
         raise DataError(
@@ -47,7 +48,8 @@ def read_refcoco(path: pathlib.Path, *, split: str) -> list[Row]:
         )
     content = load_json(path.parent / "instances.json")
     photos = {image["id"]: image["file_name"] for image in content["images"]}
-    boxes = {row["id"]: np.array([row["bbox"]], np.float64).reshape(1, 4) for row in content["annotations"]}
+    given, _ = boxes_of(content["annotations"])
+    boxes = {row["id"]: box[None] for row, box in zip(content["annotations"], given, strict=True)}
     rows = [
         (photos[ref["image_id"]], text["sent"], boxes[ref["ann_id"]]) for ref in chosen for text in ref["sentences"]
     ]
@@ -93,7 +95,11 @@ def _boxes_of(path: pathlib.Path, odd: collections.Counter[str]) -> dict[str, li
     for entry in root.iter("object"):
         if (corners := entry.find("bndbox")) is None:
             continue
-        left, top, right, bottom = (float(corners.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax"))
+        texts = {key: corners.findtext(key, "") for key in ("xmin", "ymin", "xmax", "ymax")}
+        try:
+            left, top, right, bottom = map(float, texts.values())
+        except ValueError:
+            raise DataError(f"{path} has a box that is no four numbers: {texts}") from None
         if right <= left or bottom <= top:
             odd["box without area left out"] += 1
             continue

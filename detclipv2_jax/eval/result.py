@@ -138,7 +138,7 @@ def _packed(rows: Rows, *, batches: tuple[int, int]) -> bytes:
 def _unpacked(path: pathlib.Path) -> Rows | None:
     """Returns the rows of a file, None if it is not as it was written."""
     try:
-        data = path.read_bytes()
+        data = files.read_bytes(path)
         digest, data = data[:_NUM_DIGEST_BYTES], data[_NUM_DIGEST_BYTES:]
         if hashlib.sha256(data).digest() != digest:
             return None

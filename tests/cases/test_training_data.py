@@ -412,6 +412,9 @@ def test_what_speaks_of_sides_is_not_mirrored(folder, kind, text, words, mirrore
         ("red car", [0, 3], spans.NOT_IN_CAPTION),
         ("red car", [], spans.NOT_IN_CAPTION),
         ("red car", None, spans.NOT_IN_CAPTION),
+        ("red car", {"a": 1}, spans.NOT_IN_CAPTION),
+        ("é " * 30_000, [[2 * i, 2 * i + 1] for i in range(30_000)], spans.NOT_IN_CAPTION),  # would take minutes
+        ("é " * 100, [[2 * i, 2 * i + 1] for i in range(100)], ""),
         ("😀 red toy car", [[2, 13]], ""),
         ("一只红色的猫 on 桌子", [[2, 6]], ""),  # no spaces between its words
         ("the man's hat", [[4, 7]], ""),

@@ -171,7 +171,7 @@ def test_lists_of_lvis_belong_to_their_image():
     assert read.incomplete.tolist() == [[0, 1], [2, 0]]
     assert read.odd["not_exhaustive_category_ids that are not listed"] == 1
     assert read.odd["neg_category_ids of another type than the category's id"] == 1
-    assert read.odd["category that an image lists as absent and has boxes of"] == 2
+    assert read.odd["box of a category that its image lists as absent"] == 2
 
 
 def test_an_image_listed_twice_is_one():

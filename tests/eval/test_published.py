@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import pickle
 
 import numpy as np
@@ -63,6 +64,11 @@ def test_what_flickr30k_lacks_is_said(tmp_path):
     (folder / "Annotations" / "36979.xml").write_text("<annotation>")
     with pytest.raises(DataError, match=r"36979\.xml is no valid XML"):
         read(folder, task="phrases", split="val")
+    (folder / "Annotations" / "36979.xml").write_text(
+        XML.format(name="36979", objects=f"<object>{BOX.format(1, 1, '', 2)}</object>")
+    )
+    with pytest.raises(DataError, match=r"36979\.xml has a box that is no four numbers: \{'xmin': '1'.* 'xmax': ''"):
+        read(folder, task="phrases", split="val")
     (folder / "Annotations" / "36979.xml").write_text("<annotation></annotation>")
     with pytest.raises(DataError, match="names no text with a box"):
         published.read_flickr30k(folder, split="val", odd=collections.Counter())
@@ -96,9 +102,24 @@ def test_every_sentence_of_refcoco_is_an_expression(tmp_path):
     write_refcoco(tmp_path, annotations=[])
     with pytest.raises(DataError, match=r"refs\(unc\)\.p does not have the documented form \(KeyError: 71\)"):
         published.read_refcoco(path, split="testA")
+    for box in (None, "1 2 3 4", [1, 2, 3], [1, 2, "x", 4], [True, 2, 3, 4]):
+        write_refcoco(tmp_path, annotations=[{"id": 70 + i, "image_id": 5, "bbox": box} for i in range(3)])
+        with pytest.raises(DataError, match=r"refs\(unc\)\.p: the text 'left man 1' .* cannot be used"):
+            read(path, task="referring", split="testA")
     write_refcoco(tmp_path, images=[{"id": 5, "file_name": "../../etc/passwd"}])
     with pytest.raises(DataError, match=r"'left man 1' of photo '../../etc/passwd' .* cannot be used"):
         read(path, task="referring", split="testA")
+
+
+def test_a_phrase_of_many_types_takes_no_time():
+    assert published._PHRASE.findall("[/EN#1" + "/a" * 10_000) == []
+    assert published._PHRASE.findall("[/EN#1" + "/a" * 10_000 + " a hat]") == [("1", "a hat")]
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "refs(unc).p")
+    with pytest.raises(DataError, match="is not a regular file"):
+        published.read_refcoco(tmp_path / "refs(unc).p", split="testA")
 
 
 def test_texts_of_python_2_are_read():
