@@ -273,10 +273,11 @@ def _read_parquet(path: Path, tally: Tally) -> dict[str, str]:
         return {}
     import pyarrow.parquet
 
+    damages = (ValueError, OSError, OverflowError, pyarrow.ArrowException)  # of other versions, types out of range
     try:
         present = set(pyarrow.parquet.read_schema(path).names)
         rows = pyarrow.parquet.read_table(path, columns=sorted({"key", "caption", "status"} & present)).to_pylist()
-    except (ValueError, OSError) as error:
+    except damages as error:
         raise ValueError(f"{path} is damaged: {error}; download it again, or remove it") from error
     statuses = collections.Counter(row.get("status", "success") for row in rows)
     tally.noted.update({f"not downloaded: {name}": num for name, num in statuses.items() if name != "success"})

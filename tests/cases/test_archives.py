@@ -255,6 +255,15 @@ def test_a_damaged_parquet_is_named(tmp_path):
         list(reader.pairs(0, Tally()))
 
 
+def test_a_parquet_whose_times_are_out_of_range_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {"key": ["0"], "caption": pyarrow.array([2**31 - 1], pyarrow.date32())}
+    parquet.write_table(pyarrow.table(table), tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=r"0\.parquet is damaged: .*download it again, or remove it"):
+        read(tmp_path, tar([("0.jpg", b"image")]))
+
+
 def test_the_caption_of_the_parquet_is_the_last_that_is_taken(tmp_path):
     table = pytest.importorskip("pyarrow").table({"key": ["0"], "caption": ["of the table"]})
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "0.parquet")
