@@ -109,6 +109,7 @@ RULES = (
         lambda value: _numbers(value) and all(0 < share < 1 for share in value),
         "shares of the run, 0 < value < 1",
     ),
+    *(Rule(f"{part}.max_bad_share", lambda value: 0 <= value <= 1, "0 to 1") for part in (*KINDS, "eval")),
     _texts("model.text.classes"),
     *map(_texts, (f"{kind}.unflippable_words" for kind in KINDS)),
     *map(_texts, (f"{section}.drop_categories" for section in ("detection", "eval", "forgetting"))),

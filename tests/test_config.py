@@ -372,6 +372,7 @@ EDGES = [
     ("detection.unflippable_words image_text.unflippable_words", [(), ("links",)], [("",), ("a", " "), (3,), "links"]),
     ("eval.drop_categories detection.drop_categories", [(), ("a",)], [("",), (3,)]),
     ("model.text.classes", [(), ("a", "b")], [("",), ("a", "A"), "a", (3,), (("a",),)]),
+    ("detection.max_bad_share image_text.max_bad_share eval.max_bad_share", [0.0, 1.0], [-0.1, 1.1, float("nan")]),
     ("optimizer.frozen", ["", "a.*"], ["("]),
     ("init_from.swin init_from.text", ["", "a.safetensors"], ["a.pth", "asafetensors"]),
     ("detection.from_epoch grounding.from_epoch", [0, 2], [-1, 3]),

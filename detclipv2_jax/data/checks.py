@@ -46,8 +46,15 @@ def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
     return checked
 
 
+def check_share(share: float) -> None:
+    """Raises a ValueError unless a share is one, from 0 to 1: of NaN nothing would be too much."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"max_bad_share is {share}; allowed: 0 to 1")
+
+
 def refuse_above_share(bad: dict[str, int], total: int, share: float, *, what: str, where: str | Path) -> None:
     """Raises a DataError with the worst reasons if more than a share of what was read cannot be used."""
+    check_share(share)
     num_bad = sum(bad.values())
     if num_bad > share * total:
         worst = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1])[:5])

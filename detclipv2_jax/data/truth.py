@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax.data import annotations as annotations_lib
 from detclipv2_jax.data.annotations import Ids, shown
-from detclipv2_jax.data.checks import documented
+from detclipv2_jax.data.checks import check_share, documented
 from detclipv2_jax.data.schema import DataError
 
 LISTS = ("images", "annotations", "categories")
@@ -245,6 +245,7 @@ def refuse(
     odd: collections.Counter[str],
 ) -> Bool[np.ndarray, " n"]:
     """Returns which annotations cannot be used, by reason counted in `odd`; DataError above a share, naming some."""
+    check_share(max_bad_share)
     bad, named = np.zeros(len(entries), bool), []
     for reason, rows in unusable.items():
         new = np.flatnonzero(rows & ~bad)

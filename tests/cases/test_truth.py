@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as mask_lib
 
 from detclipv2_jax import commands
-from detclipv2_jax.data import annotations, truth
+from detclipv2_jax.data import annotations, checks, truth
 from detclipv2_jax.eval import coco, detections, lvis
 
 IDS = "annotation id missing, 0, repeated or no number, which changes nothing"
@@ -138,6 +138,16 @@ def test_what_is_left_out_takes_its_own_area_and_flags():
         row["bbox"] = None
     with pytest.raises(ValueError, match="has no usable box: there is nothing to score against"):
         truth.read(content, max_bad_share=1)
+
+
+@pytest.mark.parametrize("share", [math.nan, -0.1, 1.1, math.inf])
+def test_a_share_that_is_none_allows_nothing(share):
+    content = make_truth()
+    content["annotations"][1]["bbox"] = None
+    with pytest.raises(ValueError, match=r"max_bad_share is .*; allowed: 0 to 1"):
+        truth.read(content, max_bad_share=share)
+    with pytest.raises(ValueError, match=r"max_bad_share is .*; allowed: 0 to 1"):
+        checks.refuse_above_share({}, 1, share, what="boxes", where="f")
 
 
 def test_images_stand_in_the_order_of_their_ids_numbers_first():
