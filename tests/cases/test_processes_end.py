@@ -99,7 +99,7 @@ def test_data_workers_end_with_their_parent_and_leave_no_memory(world, end, kill
         wait_for(lambda: not left & memory())
 
 
-HOLDING = """
+SHARING = """
 import time
 from multiprocessing import resource_tracker, shared_memory
 from detclipv2_jax.data import workers
@@ -116,7 +116,7 @@ memory.unlink()
 
 @pytest.mark.parametrize("killed", ["nothing", "run", "all of it at once"])
 def test_memory_that_nobody_could_remove_goes_when_another_run_starts(killed):
-    with start(HOLDING.format(end="pass" if killed == "nothing" else "time.sleep(600)")) as run:
+    with start(SHARING.format(end="pass" if killed == "nothing" else "time.sleep(600)")) as run:
         name, tracker = run.stdout.readline().split()
         left = {name, f"{name.rpartition('_')[0]}.lock"}
         if killed != "nothing":
