@@ -290,8 +290,9 @@ def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields key and files by suffix of each sample of a tar; of a tar that is cut, the samples before the cut."""
     current, contents, num_bytes = "", dict[str, bytes](), 0
     keys = set[str]()
+    stream: Any = _Ending(file)
     try:
-        with _Archives.open(fileobj=_Ending(file), mode="r|", ignore_zeros=True) as archive:
+        with _Archives.open(fileobj=stream, mode="r|", ignore_zeros=True) as archive:
             while member := archive.next():
                 archive.members.clear()  # it would remember all of them
                 folder, _, base = member.name.rpartition("/")
