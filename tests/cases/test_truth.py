@@ -148,6 +148,8 @@ def test_a_share_that_is_none_allows_nothing(share):
         truth.read(content, max_bad_share=share)
     with pytest.raises(ValueError, match=r"max_bad_share is .*; allowed: 0 to 1"):
         checks.refuse_above_share({}, 1, share, what="boxes", where="f")
+    with pytest.raises(ValueError, match=r"max_bad_share is .*; allowed: 0 to 1"):
+        checks.check_share(share)
 
 
 def test_images_stand_in_the_order_of_their_ids_numbers_first():
