@@ -179,7 +179,8 @@ def reshape(folder):
 
 def retype(folder, dtype, factor=1):
     weights = load_file(folder / "weights.safetensors")
-    save_file(weights | {"logit_bias": (weights["logit_bias"] * factor).astype(dtype)}, folder / "weights.safetensors")
+    changed = np.asarray(weights["logit_bias"] * factor, dtype)
+    save_file(weights | {"logit_bias": changed}, folder / "weights.safetensors")
 
 
 def nest(folder):

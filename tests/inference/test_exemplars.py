@@ -167,7 +167,7 @@ WRONG = {
     "outside": ({"a": [("photo.jpg", (200, 5, 220, 20))]}, "does not lie on the photo, which is 128 px wide, 64 high"),
     "half outside": ({"a": [("photo.jpg", (100, 5, 140, 20))]}, "does not lie on the photo"),
     "five pixels outside": ({"a": [("photo.jpg", (100, 5, 133, 20))]}, "does not lie on the photo"),
-    "at the rim": ({"a": [("photo.jpg", (128, 5, 128.9, 20))]}, "does not lie on the photo"),
+    "at the rim": ({"a": [("photo.jpg", (128, 5, 129, 20))]}, "does not lie on the photo"),
 }
 
 
