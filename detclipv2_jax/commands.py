@@ -62,7 +62,10 @@ def run(
         logging.set_verbosity(logging.WARNING)
         flags.FLAGS.mark_as_parsed()  # absl's own, which libraries read
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only of what is C++ in JAX and TensorFlow
-        python_logging.getLogger("jax._src.xla_bridge").addFilter(_is_wanted)
+        # that CUDA cannot start is no error where there is no GPU
+        python_logging.getLogger("jax._src.xla_bridge").addFilter(
+            lambda record: "plugin configuration error" not in record.getMessage() or has_nvidia_gpu()
+        )
         # a process beside the workers removes what an interrupted command leaves of them, and would warn of it
         given = os.environ.get("PYTHONWARNINGS")
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker")))
@@ -92,11 +95,6 @@ def run(
     if isinstance(result, str):
         print(result)
     return result if isinstance(result, int) else 0
-
-
-def _is_wanted(record: python_logging.LogRecord) -> bool:
-    """Returns whether JAX's word belongs in the log: that CUDA cannot start is no error where there is no GPU."""
-    return "plugin configuration error" not in record.getMessage() or has_nvidia_gpu()
 
 
 def end_last() -> None:
@@ -218,7 +216,8 @@ def _add_options(parser: argparse.ArgumentParser, function: Command) -> None:
         elif get_origin(kind) is list:
             parser.add_argument(f"--{name}", action="append", metavar="TEXT", **options)
         elif get_origin(kind) is tuple:
-            parser.add_argument(f"--{name}", type=_listed, metavar="A,B,…", **options)
+            options["type"] = lambda text: tuple(filter(None, text.split(",")))
+            parser.add_argument(f"--{name}", metavar="A,B,…", **options)
         elif kind is ConfigDict:
             parser.add_argument(f"--{name}", type=_ConfigFile, metavar="FILE[:VARIANT]", **options)
         else:
@@ -266,10 +265,6 @@ def config_file(given: str) -> str:
             f"--config={given}: there is no such file, and no configuration {name}: {', '.join(sorted(names))}"
         )
     return f"{names[name]}{colon}{variant}"
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
 
 
 def configuration(arguments: Sequence[str]) -> ConfigDict:

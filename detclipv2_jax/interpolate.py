@@ -158,9 +158,9 @@ def _scorer(config: ConfigDict, tuned: Checkpoint) -> Callable[[Any], tuple[floa
 
     def score(params: Any) -> tuple[float, float]:
         found = []
-        for own, streams in both:
+        for scored, streams in both:
             with tempfile.TemporaryDirectory() as folder:  # detections of every α would fill a disk
-                evaluator = loop.Evaluator(own, tuned.detector, streams=streams, workdir=folder)
+                evaluator = loop.Evaluator(scored, tuned.detector, streams=streams, workdir=folder)
                 scores = evaluator(params, step=tuned.step)
             found.append(scores.get(config.eval.monitor, scores["AP"]))
         return found[0], found[1]

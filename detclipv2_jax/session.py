@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from detclipv2_jax import buckets, commands, config_json, files, validation
+from detclipv2_jax import buckets, commands, config_json, validation
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import train as train_lib
 from detclipv2_jax.bucket_store import BucketError
@@ -28,7 +28,7 @@ from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import read_json, write_json, write_text
 from detclipv2_jax.runs import processes, remote
 from detclipv2_jax.runs.checkpoints import DamagedError, read_best
-from detclipv2_jax.runs.workdir import WorkdirError, only_run, room
+from detclipv2_jax.runs.workdir import WorkdirError, only_run, read_config, room
 
 # keys that may change when a run is continued: how long it trains and how it is watched, not what it learns
 CHANGEABLE = (
@@ -184,12 +184,10 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
     Raises:
       ValueError: the workdir holds another run; every difference that matters is listed.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        stored = config_json.from_json(files.decode(files.read_bytes(path), where=path), where=str(path))
+    if (workdir / "config.json").exists():
         changed = [
             line
-            for line in config_lib.differences(stored, config)
+            for line in config_lib.differences(read_config(workdir), config)
             if not line.startswith(tuple(f"{key}:" for key in CHANGEABLE) + tuple(f"{key}." for key in CHANGEABLE))
         ]
         if changed:

@@ -178,7 +178,9 @@ def train(run: Run) -> dict[str, float]:
         # --- one reader a stream, made when first drawn
         readers: dict[int, Iterator[Batch]] = {}
         positions = order.next_positions(start)
-        writer = stack.enter_context(contextlib.closing(_metrics_writer(run, start)))
+        trackers = opener(run.workdir, config)
+        writer = MetricsWriter(run.workdir, start, monitor=config.eval.monitor, open_trackers=trackers)
+        stack.enter_context(contextlib.closing(writer))
         peak_flops = flops.peak_per_second(mesh)
         progress = stack.enter_context(contextlib.closing(Progress(start, order.num_steps, peak_flops)))
 
@@ -331,12 +333,6 @@ def _conclude(
         factor = jax.device_put(np.float32(decision.factor), NamedSharding(run.mesh, sharding.REPLICATED))
         state = dataclasses.replace(state, opt_state=optimizer_lib.with_rate_factor(state.opt_state, factor))
     return state, decision
-
-
-def _metrics_writer(run: Run, start: int) -> MetricsWriter:
-    """Returns what writes the scalars of a run that goes on from step `start`."""
-    trackers = opener(run.workdir, run.config)
-    return MetricsWriter(run.workdir, start, monitor=run.config.eval.monitor, open_trackers=trackers)
 
 
 def recorded(writer: MetricsWriter, kind: str) -> dict[int, dict[str, float]]:

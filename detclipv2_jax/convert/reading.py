@@ -72,9 +72,5 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         content = content[wrapper]
     if other := [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"{path} has no weights under {', '.join(other[:8])}; save the weights alone")
-    return {name: _to_numpy(torch, value) for name, value in content.items()}
-
-
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    """Returns a tensor as an array; NumPy has no bfloat16, float32 holds all its values."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    # NumPy has no bfloat16, float32 holds all its values
+    return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in content.items()}

@@ -260,18 +260,18 @@ class BatchMaker:
         # captions hardly ever recur: they are not remembered
         parts = (self.encoder(captions, remember=False), encoded)
         encoded = Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-        ids, owned, at = encoded.ids.tolist(), [], len(captions)
+        ids, owned, start = encoded.ids.tolist(), [], len(captions)
         for i, example in enumerate(examples):
             num_phrases = len(example.record.concepts) - 1
             # the caption first, then each phrase that says something new
             first: dict[int, int] = {}
-            for k in (i, *range(at, at + num_phrases)):
+            for k in (i, *range(start, start + num_phrases)):
                 first.setdefault(ids[k], k)
             distinct = list(first.values())
             if len(distinct) > self.num_captions:
                 notes.counts[PHRASES_CUT] += len(distinct) - self.num_captions
             owned.append(distinct[: self.num_captions])
-            at += num_phrases
+            start += num_phrases
         kept = sorted(itertools.chain.from_iterable(owned))
         place = {k: j for j, k in enumerate(kept)}
         return Encoded(*(array[kept] for array in encoded)), [[place[k] for k in indices] for indices in owned]

@@ -294,12 +294,7 @@ def read_names(folder: str) -> list[str]:
 
 @documented
 def read_built(
-    folder: str,
-    kind: Kind,
-    *,
-    dictionary: Vocabulary | None = None,
-    max_examples: int = 0,
-    dropped: Iterable[str] = (),
+    folder: str, kind: Kind, *, dictionary: Vocabulary | None = None, max_examples: int = 0, dropped: Iterable[str] = ()
 ) -> BuiltSource:
     """Returns the source of a built folder.
 

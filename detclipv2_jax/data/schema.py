@@ -25,36 +25,20 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One example of a source, before augmentation and before negatives are sampled.
-
-    Attributes:
-      kind: kind of data.
-      source: name of the source, for messages.
-      example_id: position in the source.
-      image: path of the file, its encoded bytes, or RGB uint8 [h, w, 3].
-      size: annotated (height, width), the frame of the boxes; (0, 0) where the source does not tell.
-      boxes: float32 [n, 4]; valid, inside the image; n = 0 for image-text.
-      concepts: detection: names of the categories present; grounding: annotated phrases; image-text: the caption and
-        then its noun phrases.
-      box_concepts: int32 [n], index into `concepts`.
-      caption: "" for detection.
-      negatives: names verified to be absent (LVIS); sampled before others.
-      not_negatives: names that may be present without boxes (LVIS); never sampled.
-      federated: what is neither in `concepts` nor in `negatives` may be present, too (LVIS).
-    """
+    """One example of a source, before augmentation and before negatives are sampled."""
 
     kind: Kind
-    source: str
-    example_id: int
-    image: bytes | str | os.PathLike[str] | np.ndarray
-    size: tuple[int, int]
-    boxes: np.ndarray
-    concepts: tuple[str, ...]
-    box_concepts: np.ndarray
-    caption: str = ""
-    negatives: tuple[str, ...] = ()
-    not_negatives: tuple[str, ...] = ()
-    federated: bool = False
+    source: str  # its name, for messages
+    example_id: int  # position in the source
+    image: bytes | str | os.PathLike[str] | np.ndarray  # encoded, a file's path, or RGB uint8 [h, w, 3]
+    size: tuple[int, int]  # annotated (height, width), the frame of the boxes; (0, 0) where the source does not tell
+    boxes: np.ndarray  # float32 [n, 4]; valid, inside the image; n = 0 for image-text
+    concepts: tuple[str, ...]  # categories present; annotated phrases; or the caption and then its noun phrases
+    box_concepts: np.ndarray  # int32 [n], index into `concepts`
+    caption: str = ""  # "" for detection
+    negatives: tuple[str, ...] = ()  # names verified to be absent (LVIS); sampled before others
+    not_negatives: tuple[str, ...] = ()  # names that may be present without boxes (LVIS); never sampled
+    federated: bool = False  # what is neither in `concepts` nor in `negatives` may be present, too (LVIS)
 
 
 class Federated(NamedTuple):

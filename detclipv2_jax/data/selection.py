@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from detclipv2_jax.data.annotations import Ids, boxes_of, usable_id
-from detclipv2_jax.data.checks import probe_images, refuse_above_share, unsafe_path
+from detclipv2_jax.data.checks import probe_images, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import display_name
 from detclipv2_jax.data.schema import DataError
 
@@ -23,6 +23,13 @@ _NUM_NAMED = 10  # categories in a message
 def file_name(image: dict[str, Any]) -> str:
     """Returns the file of an image; LVIS gives no name but an address that ends with split/file."""
     return str(image.get("file_name") or "/".join(str(image.get("coco_url", "")).split("/")[-2:]))
+
+
+def photo_path(image: dict[str, Any], folder: str, *, where: Any) -> str:
+    """Returns the path of an image in a folder (see `resolve`); ValueError for a name that leads out of it."""
+    if unsafe_path(file_name(image)):
+        raise ValueError(f"{where}: the file name {file_name(image)!r} leads out of the folder of images")
+    return resolve(folder, file_name(image))
 
 
 def with_fitting_ids(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import json
 import math
 import re
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -130,8 +132,15 @@ class Answers:
             rows.append(row | {"low": round(low, 3), "high": round(high, 3), "map": map_url, "look": look_of(text)})
         return {"phrases": rows, "seconds": round(time.perf_counter() - begin, 3)}
 
-    def _turn(self) -> _Turn:
-        return _Turn(self._lock)
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Waits until nobody else uses the model, but not for ever."""
+        if not self._lock.acquire(timeout=MAX_WAITING_S):
+            raise BusyError("others are using the model; try again in a minute")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _found(self, request: dict[str, Any]) -> Found:
         """Returns what a request finds, from memory if the same was asked before."""
@@ -168,20 +177,6 @@ class Answers:
         if len(grouped) > MAX_NAMES:
             raise ValueError(f"the examples have {len(grouped)} names; there may be {MAX_NAMES}")
         return grouped
-
-
-class _Turn:
-    """Waits until nobody else uses the model, but not for ever."""
-
-    def __init__(self, lock: threading.Lock):
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(timeout=MAX_WAITING_S):
-            raise BusyError("others are using the model; try again in a minute")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def about(entry: Entry) -> dict[str, Any]:

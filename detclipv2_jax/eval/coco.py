@@ -75,15 +75,15 @@ def evaluate(
         evaluation = _Evaluation(_index(truth, _boxes_of(truth)), _index(truth, _rows_of(found)), "bbox")
         evaluation.params.imgIds = (evaluated + 1).tolist()
         ids = evaluation.params.catIds
-        own = share.owns(np.arange(len(ids)))
-        evaluation.params.catIds = [category_id for category_id, mine in zip(ids, own, strict=True) if mine]
+        owned = share.owns(np.arange(len(ids)))
+        evaluation.params.catIds = [category_id for category_id, is_owned in zip(ids, owned, strict=True) if is_owned]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.params.catIds = ids
         for name, axis in (("precision", 2), ("recall", 1)):
             values = np.moveaxis(evaluation.eval[name], axis, 0)
             full = np.full((len(ids), *values.shape[1:]), -1.0)
-            full[own] = values
+            full[owned] = values
             evaluation.eval[name] = np.moveaxis(share.join(full), 0, axis)
         evaluation.summarize()
     scores = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}

@@ -43,12 +43,7 @@ class Evaluator:
     """Evaluates parameters of one model on `config.eval`; compiled functions and streams live as long as the object."""
 
     def __init__(
-        self,
-        config: ConfigDict,
-        detector: Detector,
-        *,
-        streams: Sequence[EvalStream],
-        workdir: str | pathlib.Path,
+        self, config: ConfigDict, detector: Detector, *, streams: Sequence[EvalStream], workdir: str | pathlib.Path
     ):
         if not streams:
             raise ValueError("nothing to evaluate on: set config.eval.annotations and config.eval.images")
@@ -122,7 +117,7 @@ class Evaluator:
                 (names, lambda name: name.startswith(names.SCORES)),
                 (proposals, lambda name: name.startswith(proposals.LEAD)),
             ]
-            lines = [part.table({name: scores[name] for name in scores if of(name)}) for part, of in tables]
+            lines = [part.table({name: scores[name] for name in scores if has(name)}) for part, has in tables]
             logging.info("step %d: %s; in %%:\n%s", step, self._scorer.AP_KIND, "\n".join(filter(None, lines)))
             ids = [self._truth.truth.image_ids.ids[self._truth.images[sample.example_id]] for sample in samples]
             for sample, image_id in zip(samples, files.safe_names(ids), strict=True):
@@ -263,8 +258,8 @@ def make(
 
 def make_second(config: ConfigDict, detector: Detector, workdir: pathlib.Path) -> Evaluator | None:
     """Returns the evaluator of `config.forgetting`, which writes to <workdir>/forgetting; None if it names no files."""
-    own = second(config)
-    return own and make(own, detector, workdir / "forgetting", prefix="config.forgetting")
+    changed = second(config)
+    return changed and make(changed, detector, workdir / "forgetting", prefix="config.forgetting")
 
 
 def second(config: ConfigDict) -> ConfigDict | None:

@@ -150,9 +150,9 @@ def _measure(
     category_of_box = truth.keys // truth.num_images
     num_boxes = np.stack([np.bincount(category_of_box[~x], minlength=num_categories) for x in truth.ignored.T], axis=1)
     for category in np.flatnonzero((num_boxes[:, 0] > 0) & share.owns(np.arange(num_categories))):
-        own = slice(starts[category], starts[category + 1])
-        order = np.argsort(-found.scores[own], kind="stable")
-        states, unmatched_ignored = state[own][order], ignored[own][order][:, _AREA_OF]
+        those = slice(starts[category], starts[category + 1])
+        order = np.argsort(-found.scores[those], kind="stable")
+        states, unmatched_ignored = state[those][order], ignored[those][order][:, _AREA_OF]
         matched = states == MATCHED
         places = np.cumsum(matched | ((states == UNMATCHED) & ~unmatched_ignored), axis=0, dtype=np.int32)
         hits, totals = matched.sum(axis=0), num_boxes[category, _AREA_OF]
@@ -163,8 +163,8 @@ def _measure(
             rank = np.arange(1, len(place) + 1)
             # precision rises at right ones only, so that the best one from a recall on stands at one of them
             best = np.maximum.accumulate((rank / (place + np.spacing(1)))[::-1])[::-1]
-            at = np.searchsorted(rank / totals[column], RECALLS)
-            precision[category, column] = np.append(best, 0.0)[at].mean()
+            reached = np.searchsorted(rank / totals[column], RECALLS)
+            precision[category, column] = np.append(best, 0.0)[reached].mean()
     return both
 
 
@@ -225,8 +225,8 @@ def _overlapping_pairs(
         sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
         near = np.flatnonzero((sides > 0).all(axis=1))
         common = sides[near, 0] * sides[near, 1]
-        own = a[near, 2] * a[near, 3]  # of a crowd's box the part outside of the detection does not count
-        iou = common / np.where(truth.crowd[box[near]], own, own + b[near, 2] * b[near, 3] - common)
+        area = a[near, 2] * a[near, 3]  # of a crowd's box the part outside of the detection does not count
+        iou = common / np.where(truth.crowd[box[near]], area, area + b[near, 2] * b[near, 3] - common)
         enough = iou >= IOUS[0]
         yield detection[near[enough]], box[near[enough]], iou[enough]
         start = end
@@ -240,10 +240,10 @@ def _summary(truth: _Keyed, precision: Float[np.ndarray, "c x"], recall: Float[n
     columns = [i == _AREA_OF for i in range(len(AREAS))]
     all_areas = precision[:, columns[0]]
     scores = {"AP": mean(all_areas), "AP50": mean(all_areas[:, 0]), "AP75": mean(all_areas[:, 5])}
-    scores |= {f"AP{name}": mean(precision[:, own]) for name, own in zip(AREAS, columns, strict=True) if name}
+    scores |= {f"AP{name}": mean(precision[:, chosen]) for name, chosen in zip(AREAS, columns, strict=True) if name}
     for name in FREQUENCIES:
         scores[f"AP{name}"] = mean(all_areas[[frequency == name for frequency in truth.frequencies]])
-    return scores | {f"AR{name}": mean(recall[:, own]) for name, own in zip(AREAS, columns, strict=True)}
+    return scores | {f"AR{name}": mean(recall[:, chosen]) for name, chosen in zip(AREAS, columns, strict=True)}
 
 
 def table(scores: dict[str, float]) -> str:

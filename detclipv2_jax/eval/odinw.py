@@ -231,22 +231,15 @@ def main(
       suite: whose members
       only: names of some of them, separated by commas
     """
-    result = run(
-        data=pathlib.Path(data),
-        output=pathlib.Path(output),
-        checkpoint=checkpoint,
-        finetuned=finetuned,
-        plain_names=plain_names,
-        suite=suite,
-        only=only,
-    )
+    scored: dict[str, Any] = {"checkpoint": checkpoint, "finetuned": finetuned}
+    options: dict[str, Any] = {"plain_names": plain_names, "suite": suite, "only": only}
+    result = run(data=pathlib.Path(data), output=pathlib.Path(output), **scored, **options)
     protocol = {
         "ap": coco.AP_KIND,
         "prompts": "category names" if plain_names else "GLIP's; of fine-tuned runs category names",
         "suite": suite,
         "data": data,
-        "checkpoint": checkpoint,
-        "finetuned": finetuned,
+        **scored,
         "of each member": f"{output}/<zero_shot|finetuned>/<name>/eval",
     }
     write_json(pathlib.Path(output, "scores.json"), result | {"protocol": protocol}, indent=2)

@@ -104,8 +104,8 @@ def choose(truth: Truth, found: Found, names: Sequence[str], *, min_precision: f
     words: dict[str, dict[str, Any]] = {}
     for name, one in asked:
         few = one.num_boxes < MIN_EXAMPLES
-        own = {"threshold": common["threshold"]} if few else best(one, min_precision=min_precision)
-        words[name] = own | {"examples": one.num_boxes, "common": few}
+        chosen = {"threshold": common["threshold"]} if few else best(one, min_precision=min_precision)
+        words[name] = chosen | {"examples": one.num_boxes, "common": few}
     _say(words, where=truth.name, min_precision=min_precision)
     rule = "best F1" if min_precision is None else f"precision of at least {min_precision:g}"
     return {"rule": rule, "annotations": truth.name, "iou": MIN_IOU, "common": common, "words": words}

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from detclipv2_jax import commands
 from detclipv2_jax.files import check_empty
@@ -116,8 +116,11 @@ def run(
         limits = Limits.from_config(
             predictor.config.eval, score_threshold=score_threshold, nms_iou=nms_iou, max_detections=max_detections
         )
-        settings = {"batch_size": batch_size, "bake_words": bake_words, "opset": opset, "weights": weights}
-        programs.write(folder, predictor, format, limits=limits, words=asked, onnx=settings)
+        if is_onnx:
+            settings: dict[str, Any] = {"batch_size": batch_size, "bake_words": bake_words, "opset": opset}
+            programs.write_onnx(folder, predictor, limits=limits, words=asked, weights=weights, **settings)
+        else:
+            programs.write(folder, predictor, format, limits=limits, words=asked)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size / 1e6:10.2f} MB  {path}")
     if push:

@@ -68,16 +68,12 @@ def write(
     *,
     limits: Limits,
     words: Mapping[str, str] | None,
-    onnx: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes an export: "safetensors", "stablehlo", "saved_model" or "onnx" (with the settings of `write_onnx`).
+    """Writes an export: "safetensors", "stablehlo" or "saved_model".
 
     Raises:
       ValueError: a library is missing.
     """
-    if form == "onnx":
-        write_onnx(folder, predictor, limits=limits, words=words or {}, **(onnx or {}))
-        return
     weights = _by_name(predictor.params)
     if form == "saved_model":
         try:

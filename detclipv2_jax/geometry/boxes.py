@@ -56,25 +56,19 @@ def centers(boxes: Float[Array, "... 4"]) -> Float[Array, "... 2"]:
     return (boxes[..., :2] + boxes[..., 2:]) * 0.5
 
 
-def decode_deltas(
-    anchors: Float[Array, "... 4"], deltas: Float[Array, "... 4"], *, wh_ratio_clip: float = WH_RATIO_CLIP
-) -> Float[Array, "... 4"]:
+def decode_deltas(anchors: Float[Array, "... 4"], deltas: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
     """Returns the boxes that deltas (dx, dy, dw, dh) make of anchors, not clipped to the image.
 
     dx = (x_box - x_anchor) / w_anchor, dw = log(w_box / w_anchor), each divided by `DELTA_STD`: Faster R-CNN's
-    parametrisation, as mmdetection's DeltaXYWHBBoxCoder. |dw| and |dh| are bounded by |log(wh_ratio_clip)|, so that a
+    parametrisation, as mmdetection's DeltaXYWHBBoxCoder. |dw| and |dh| are bounded by |log(WH_RATIO_CLIP)|, so that a
     wild prediction stays finite.
     """
-    deltas = deltas * _delta_std(deltas)
+    deltas = deltas * jnp.broadcast_to(jnp.asarray(DELTA_STD, deltas.dtype), deltas.shape)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     center = centers(anchors) + deltas[..., :2] * anchor_size
-    bound = abs(math.log(wh_ratio_clip))
+    bound = abs(math.log(WH_RATIO_CLIP))
     half = anchor_size * jnp.exp(jnp.clip(deltas[..., 2:], -bound, bound)) * 0.5
     return jnp.concatenate([center - half, center + half], axis=-1)
-
-
-def _delta_std(like: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
-    return jnp.broadcast_to(jnp.asarray(DELTA_STD, like.dtype), like.shape)
 
 
 def centerness_target(anchors: Float[Array, "... 4"], boxes: Float[Array, "... 4"]) -> Float[Array, "..."]:

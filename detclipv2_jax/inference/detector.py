@@ -16,16 +16,7 @@ from detclipv2_jax.data import tokenizer
 from detclipv2_jax.data.concepts import check_classes
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference.detect import (
-    WORD_CHUNK,
-    Alignment,
-    Detections,
-    Limits,
-    Photos,
-    align,
-    describe,
-    detect,
-)
+from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos, align, describe, detect
 from detclipv2_jax.models.detclip import DetCLIP, Regions
 from detclipv2_jax.runs import kept
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED

@@ -21,8 +21,8 @@ from jaxtyping import Float, UInt8
 from detclipv2_jax import files
 from detclipv2_jax.data import annotations as annotations_lib
 from detclipv2_jax.data import concepts, transforms, truth
-from detclipv2_jax.data.checks import missing_paths, resolve, unsafe_path
-from detclipv2_jax.data.selection import file_name
+from detclipv2_jax.data.checks import missing_paths
+from detclipv2_jax.data.selection import photo_path
 from detclipv2_jax.inference import vocabulary
 
 MAX_EXAMPLES = 5
@@ -106,7 +106,7 @@ def from_coco(path: str | pathlib.Path, *, images: str, per_class: int, seed: in
             first = np.sort(np.unique(known.image[rows], return_index=True)[1])  # one of every photo, in drawn order
             rows = rows[[*first, *np.setdiff1d(np.arange(len(rows)), first)]][:per_class]
             found.setdefault(name, []).extend(
-                (_photo_of(known.images[known.image[row]], folder, where=path), boxes[row].tolist()) for row in rows
+                (photo_path(known.images[known.image[row]], folder, where=path), boxes[row].tolist()) for row in rows
             )
     missing = [
         str(c.get("name")) for c in known.categories if concepts.display_name(str(c.get("name", ""))) not in found
@@ -114,13 +114,6 @@ def from_coco(path: str | pathlib.Path, *, images: str, per_class: int, seed: in
     if missing:
         logging.warning("%s: no example of %d categories: %s", path, len(missing), ", ".join(missing[:20]))
     return {name: examples[:per_class] for name, examples in found.items()}
-
-
-def _photo_of(image: dict[str, Any], folder: str, *, where: str | pathlib.Path) -> str:
-    name = file_name(image)
-    if unsafe_path(name):
-        raise ValueError(f"{where}: the file name {name!r} leads out of the folder of images")
-    return resolve(folder, name)
 
 
 def check(exemplars: Exemplars, *, words: Collection[str]) -> dict[str, list[Example]]:

@@ -131,13 +131,13 @@ def _merged(image: _Image, *, tile: int, limits: Limits) -> Found:
     """Returns what was found on a photo from what was found on it and on its tiles."""
     boxes, is_cut = [], []
     for found, place in image.parts:
-        own = found.boxes.astype(np.float32)
+        found_boxes = found.boxes.astype(np.float32)
         if place is not None:
-            is_cut.append(cut_boxes(own, place, image.size, margin=BORDER * tile))
-            own = (own + np.array([place.x, place.y] * 2, np.float32)) / image.scale[None]
+            is_cut.append(cut_boxes(found_boxes, place, image.size, margin=BORDER * tile))
+            found_boxes = (found_boxes + np.array([place.x, place.y] * 2, np.float32)) / image.scale[None]
         else:
-            is_cut.append(np.zeros(len(own), bool))
-        boxes.append(own)
+            is_cut.append(np.zeros(len(found_boxes), bool))
+        boxes.append(found_boxes)
     scores, labels = (
         np.concatenate([getattr(found, name) for found, _ in image.parts]) for name in ("scores", "labels")
     )

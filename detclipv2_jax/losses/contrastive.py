@@ -30,21 +30,16 @@ SIDES = ("text_to_image", "image_to_text", "bilateral")
 class ContrastiveSettings:
     """Of the word-region contrastive loss; hashable, because it is static.
 
-    Attributes:
-      matching: one_to_one (best proposal of each concept), one_to_many (all, weighted by a softmax of s /
-        matching_temperature, Eq. 4) or max_size (the largest proposal with the caption; the first one among equals).
-      side: text_to_image, image_to_text or bilateral.
-      temperature, label_smoothing: of the InfoNCE.
-      matching_temperature: tau_t of one_to_many.
-      chunk_bytes: a device; bounds the similarities held at once.
+    Matching one_to_one takes the best proposal of each concept, one_to_many all, weighted by a softmax of s /
+    matching_temperature (Eq. 4), max_size the largest proposal with the caption, the first one among equals.
     """
 
-    matching: str
-    side: str
-    temperature: float
+    matching: str  # of MATCHINGS
+    side: str  # of SIDES
+    temperature: float  # of the InfoNCE
     label_smoothing: float
-    matching_temperature: float
-    chunk_bytes: int
+    matching_temperature: float  # tau_t of one_to_many
+    chunk_bytes: int  # a device; bounds the similarities held at once
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("matching", self.matching, MATCHINGS), ("side", self.side, SIDES)):

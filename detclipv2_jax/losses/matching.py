@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,15 +69,8 @@ def caption_scores(
     return _forward(settings, regions, text, region_mask, unique, slots, weights)[0]
 
 
-def _forward(
-    settings: Settings,
-    regions: Array,
-    text: Array,
-    region_mask: Array,
-    unique: UniqueRows,
-    slots: Array,
-    weights: Array,
-) -> tuple[tuple[Array, Array, Array], tuple[Kept, Array, Array]]:
+def _forward(settings: Settings, *arguments: Any) -> tuple[tuple[Array, Array, Array], tuple[Kept, Array, Array]]:
+    regions, text, region_mask, unique, slots, weights = arguments
     b, k, _ = regions.shape
     table = gather(text.astype(regions.dtype), settings.axes)
     t = table.shape[0]
@@ -182,11 +175,7 @@ def _first_max(similarity: Float32[Array, "b k c"]) -> Int32[Array, "b c"]:
 
 
 def _pull(
-    similarity_bar: Callable[[Array, Array, Array], Array],
-    settings: Settings,
-    kept: Kept,
-    best_bar: Array,
-    size: int,
+    similarity_bar: Callable[[Array, Array, Array], Array], settings: Settings, kept: Kept, best_bar: Array, size: int
 ) -> tuple[Array, Array]:
     """Returns gradients of (regions, table), both float32, from the gradient of one chunk's similarities.
 

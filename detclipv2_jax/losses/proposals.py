@@ -39,26 +39,18 @@ def take(x: Float[Array, "b a d"], indices: Int32[Array, "b k"]) -> Float[Array,
 
 @dataclasses.dataclass(frozen=True)
 class SelectionSettings:
-    """How proposals are chosen; hashable, because it is static.
+    """How proposals are chosen; hashable, because it is static."""
 
-    Attributes:
-      selection: the score. classification | iou: the extra head. centerness. text_sample: maximum similarity to the
-        concepts of the own caption. text_batch: to those of the batch. text_batch_centerness: the product of that
-        one's sigmoid and the centerness's.
-      scope: the batch of text_batch. device: the captions of this device, the paper's choice, which depends on the
-        number of devices; global: all.
-      num_proposals: k.
-      pre_nms: anchors an image that enter NMS.
-      nms_iou: threshold of NMS.
-      chunk_bytes: a device; bounds the similarities held at once.
-    """
-
+    # the score. classification | iou: the extra head. centerness. text_sample: maximum similarity to the concepts of
+    # the own caption. text_batch: to those of the batch. text_batch_centerness: its sigmoid times centerness's
     selection: str
+    # the batch of text_batch. device: the captions of this device, the paper's choice, which depends on the number of
+    # devices; global: all
     scope: str
-    num_proposals: int
-    pre_nms: int
+    num_proposals: int  # k
+    pre_nms: int  # anchors an image that enter NMS
     nms_iou: float
-    chunk_bytes: int
+    chunk_bytes: int  # a device; bounds the similarities held at once
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("selection", self.selection, SELECTIONS), ("scope", self.scope, SCOPES)):
@@ -185,14 +177,7 @@ def max_over_concepts(
     return jax.lax.platform_dependent(embeddings, table, rows, count, cuda=kernel, default=in_chunks)
 
 
-def _max_in_chunks(
-    embeddings: Float[Array, "b a d"],
-    table: Float[Array, "t d"],
-    rows: Int32[Array, " n"],
-    count: Int32[Array, ""],
-    *,
-    chunk_bytes: int,
-) -> Float32[Array, "b a"]:
+def _max_in_chunks(embeddings: Array, table: Array, rows: Array, count: Array, *, chunk_bytes: int) -> Array:
     """One image and one chunk of concepts at a time.
 
     Rows past `count` repeat the first one, which changes no maximum and is cheaper than a mask.

@@ -123,13 +123,7 @@ def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
 
 
 def formula(
-    config: ConfigDict,
-    kind: str,
-    canvas: tuple[int, int],
-    *,
-    table_rows: int,
-    num_devices: int,
-    num_concepts: float,
+    config: ConfigDict, kind: str, canvas: tuple[int, int], *, table_rows: int, num_devices: int, num_concepts: float
 ) -> float:
     """Returns what `of_step` counts, from sizes alone."""
     num_images, rows = config[kind].batch_size, _num_compared(config, kind, canvas, num_devices)

@@ -26,12 +26,7 @@ class Record:
     """
 
     def __init__(
-        self,
-        path: pathlib.Path,
-        *,
-        searched: Mapping[str, Any],
-        paths: Sequence[pathlib.Path],
-        names: tuple[str, ...],
+        self, path: pathlib.Path, *, searched: Mapping[str, Any], paths: Sequence[pathlib.Path], names: tuple[str, ...]
     ):
         """Opens or begins the file `path`.
 

@@ -11,9 +11,9 @@ import tqdm
 
 from detclipv2_jax import files
 from detclipv2_jax.data import transforms, truth
-from detclipv2_jax.data.checks import missing_paths, resolve, unsafe_path
+from detclipv2_jax.data.checks import missing_paths
 from detclipv2_jax.data.concepts import display_name
-from detclipv2_jax.data.selection import file_name
+from detclipv2_jax.data.selection import file_name, photo_path
 from detclipv2_jax.eval import thresholds
 from detclipv2_jax.eval.detections import Found
 from detclipv2_jax.predict.search import Search
@@ -49,13 +49,10 @@ def choose(
 
     def photos() -> Iterator[tuple[int, transforms.Photo]]:
         for i, image in enumerate(tqdm.tqdm(known.images, desc="thresholds", unit="image", disable=None)):
-            name = file_name(image)
-            if unsafe_path(name):
-                raise ValueError(f"{annotations}: the file name {name!r} leads out of the folder of images")
             try:
-                yield i, transforms.read(resolve(folder, name))
+                yield i, transforms.read(photo_path(image, folder, where=annotations))
             except (OSError, ValueError) as error:
-                raise ValueError(f"--thresholds_from: cannot read {name} in {images}: {error}") from error
+                raise ValueError(f"--thresholds_from: cannot read {file_name(image)} in {images}: {error}") from error
 
     category_of = {name: i for i, name in enumerate(names) if name}
     position = np.array([category_of.get(name, -1) for name in search.names])

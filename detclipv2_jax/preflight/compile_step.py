@@ -140,13 +140,10 @@ class Topology:
 
 def step_names(config: ConfigDict) -> list[str]:
     """Returns the names of the step programs of kinds with data, each canvas at its largest: smaller ones need less."""
-    kinds = [kind for kind in Kind if _has_data(config[kind.value])]
-    names = [f"{kind}/{h}x{w}" for kind in kinds for h, w in config[kind.value].canvases]
+    sections = {kind: config[kind.value] for kind in Kind}
+    used = {kind: x for kind, x in sections.items() if x.data or x.get("annotations") or x.get("pairs")}
+    names = [f"{kind}/{h}x{w}" for kind, section in used.items() for h, w in section.canvases]
     return names + [f"prediction/{h}x{w}" for h, w in config.eval.canvases]
-
-
-def _has_data(section: ConfigDict) -> bool:
-    return bool(section.data or section.get("annotations") or section.get("pairs"))
 
 
 class Sizes(NamedTuple):

@@ -151,7 +151,8 @@ def run(
     for i, topology in enumerate(parsed):
         plan = make_plan(config, num_hosts=topology.num_hosts, num_devices=topology.num_devices)
         if i == 0:
-            sections.append(_data_report(plan))
+            lines = [*(f"- {note}" for note in plan.notes), *(f"- **{problem}**" for problem in plan.problems)]
+            sections.append("### Data\n\n" + "\n".join(lines))
             well = not plan.problems
         rows, chip_config = [], config_lib.for_chip(config, topology.chip)
         for step in steps:
@@ -205,12 +206,6 @@ def status(row: Row) -> str:
     if math.isinf(row.needed):
         return f"more than {memory / GIB:.1f} GiB (the compiler does not say how much), {fits}"
     return f"{row.needed / GIB:.1f} of {memory / GIB:.1f} GiB, {fits}"
-
-
-def _data_report(plan: data_plan.Plan) -> str:
-    """Returns what was found in the data."""
-    lines = [*(f"- {note}" for note in plan.notes), *(f"- **{problem}**" for problem in plan.problems)]
-    return "### Data\n\n" + "\n".join(lines)
 
 
 def _topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row], plan: data_plan.Plan) -> str:

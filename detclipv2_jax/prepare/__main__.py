@@ -121,7 +121,7 @@ def run(
     _check_numbers(max_misfit=max_misfit, filter_group=filter_group, shard_size=shard_size, workers=workers)
     _check_part(index, count=count, filter=filter)
     from detclipv2_jax.data.leakage import held_out_photos
-    from detclipv2_jax.prepare import classes, coco_json, grounding_json, image_text, lvis, shards
+    from detclipv2_jax.prepare import box_json, classes, image_text, shards
     from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder
 
     if os.path.isfile(input) and kind != "classes" and not input.endswith(image_text.TAR_SUFFIXES):
@@ -133,14 +133,14 @@ def run(
     chosen["dropped"] = Dropped(drop_categories, "--drop_categories")
     match kind:
         case "coco_json":
-            reader = coco_json.open_reader(input, images, **chosen, **limits)
-            builder = coco_json.CocoJson
+            reader = box_json.open_detection(input, images, **chosen, **limits)
+            builder = box_json.CocoJson
         case "lvis":
-            reader = lvis.open_reader(input, images, **chosen, **limits)
-            builder = lvis.Lvis
+            reader = box_json.open_lvis(input, images, **chosen, **limits)
+            builder = box_json.Lvis
         case "grounding_json":
-            reader = grounding_json.open_reader(input, images, max_bad_share=max_bad_share, **limits)
-            builder = grounding_json.GroundingJson
+            reader = box_json.open_grounding(input, images, max_bad_share=max_bad_share, **limits)
+            builder = box_json.GroundingJson
         case "classes":
             reader = classes.open_reader(input, names=names, split=split, **limits)
         case _:

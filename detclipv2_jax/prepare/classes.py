@@ -19,7 +19,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data.checks import resolve
 from detclipv2_jax.data.concepts import Vocabulary, display_name
 from detclipv2_jax.data.schema import UnusableError
-from detclipv2_jax.prepare.coco_json import describe_file
+from detclipv2_jax.prepare.box_json import describe_file
 from detclipv2_jax.prepare.image_text import Pair, PairReader
 from detclipv2_jax.prepare.record_builder import Tally
 
@@ -49,7 +49,6 @@ class ClassReader(PairReader):
         raise NotImplementedError
 
     def pairs(self, shard: int, tally: Tally) -> Iterator[Pair]:
-        """Yields the pairs of a shard."""
         start = shard * self._shard_size
         for name, label, image in self.images(range(start, min(start + self._shard_size, self.num_items))):
             tally.seen += 1

@@ -305,9 +305,9 @@ def coverage(output: str, inputs: Sequence[str] = ()) -> list[str]:
         wanting = [name for key, name in reversed(keys.items()) if key not in origins]
         some = f": {', '.join(wanting[:10])}{', …' if len(wanting) > 10 else ''}" if wanting else ""
         near = ", ".join(f"{how[kind]} by {kind}" for kind in _NEAREST)
-        own = len(keys) - how["none"] - sum(how[kind] for kind in _NEAREST)
+        num_own = len(keys) - how["none"] - sum(how[kind] for kind in _NEAREST)
         lines.append(
-            f"{title}: {len(keys)} names, {own} defined as such, {near}, {how['none']} without a definition{some}"
+            f"{title}: {len(keys)} names, {num_own} defined as such, {near}, {how['none']} without a definition{some}"
         )
     return [*lines, f"{_WITHOUT_LIST}: the package has no list of their names; give their jsons as --input"]
 

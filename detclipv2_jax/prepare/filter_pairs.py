@@ -44,7 +44,6 @@ class FilteredPairs:
         self.inputs, self.counters, self.facts = reader.inputs, reader.counters, reader.facts | facts
 
     def read(self, shard: int, tally: Tally) -> Iterator[tuple[str, Record]]:
-        """Yields name and record of each pair of a shard that is kept."""
         misfits = files.read_json(self._folder / f"{shard:06d}.json")["misfits"]
         for pair, misfit in zip(self._reader.read(shard, tally), misfits, strict=True):
             if misfit <= self._max_misfit:

@@ -35,7 +35,7 @@ from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.phrases import MAX_CHARACTERS, check_pipeline, normalize, noun_phrases
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.data.sources import is_json, parse_pair
-from detclipv2_jax.prepare.coco_json import describe_file
+from detclipv2_jax.prepare.box_json import describe_file
 from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder, Tally
 
 _IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
@@ -85,7 +85,6 @@ class PairReader:
         raise NotImplementedError
 
     def read(self, shard: int, tally: Tally) -> Iterator[tuple[str, Record]]:
-        """Yields name and record of each pair of a shard."""
         pairs = self.pairs(shard, tally)
         while chunk := list(itertools.islice(pairs, _TOGETHER)):
             captions = normalize([pair.caption for pair in chunk])
@@ -144,7 +143,6 @@ class TsvReader(PairReader):
         probe_images(self._folder, (name for name in first if not unsafe_path(name)), path)
 
     def pairs(self, shard: int, tally: Tally) -> Iterator[Pair]:
-        """Yields the pairs of the lines of a shard."""
         start, end = self._starts[shard : shard + 2]
         with self._path.open("rb") as file:
             file.seek(start)

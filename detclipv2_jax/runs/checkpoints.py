@@ -215,10 +215,7 @@ class Checkpoints:
             state = jax.tree.map(_whole, state)
             if jax.process_index() > 0:
                 return
-        items = {
-            "params": _Save(state.params),
-            "optimizer": _Save({"step": state.step, "opt_state": state.opt_state}),
-        }
+        items = {"params": _Save(state.params), "optimizer": _Save({"step": state.step, "opt_state": state.opt_state})}
         if state.ema is not None:
             items["ema"] = _Save(state.ema)
         self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -275,8 +272,7 @@ class Checkpoints:
         """Returns the parameters of the checkpoint of a step on this process's first device."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
-            lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=device),
-            self.stored(step, item),
+            lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=device), self.stored(step, item)
         )
         return self._manager.restore(step, args=ocp.args.Composite(**{item: _Restore(abstract)}))[item]
 

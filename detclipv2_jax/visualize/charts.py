@@ -32,10 +32,7 @@ _GROUPS = ("detection", "grounding", "image_text", "eval", "timing", "forgetting
 
 
 def curves(
-    metrics: str | pathlib.Path,
-    *,
-    names: Sequence[str] = (),
-    path: str | pathlib.Path | None = None,
+    metrics: str | pathlib.Path, *, names: Sequence[str] = (), path: str | pathlib.Path | None = None
 ) -> drawing.Picture:
     """Returns the curves of a run's `metrics.jsonl`: one panel a quantity, one line a kind of data.
 
@@ -56,7 +53,7 @@ def curves(
         if missing:
             raise ValueError(f"{metrics} has no {', '.join(missing)}; it has {', '.join(sorted(panels))}")
         panels = {name: panels[name] for name in names}
-    moving = {name: lines for name, lines in panels.items() if any(map(_moves, lines.values()))}
+    moving = {name: lines for name, lines in panels.items() if any(len(np.unique(y)) > 1 for _, y in lines.values())}
     if names or moving:
         single = {name: lines for name, lines in panels.items() if name not in moving and re.match("A[PR]|top1", name)}
         bars = {
@@ -111,10 +108,6 @@ def _place(quantity: str) -> tuple[int, str]:
     return next((i for i, pattern in enumerate(order) if re.match(pattern, quantity)), len(order)), quantity
 
 
-def _moves(line: Line) -> bool:
-    return len(np.unique(line[1])) > 1
-
-
 def _draw_lines(axes: Axes, lines: Series, colors: Mapping[str, str]) -> None:
     for group, (steps, values) in lines.items():
         window = np.ones(min(1 + len(values) // 20, 51))
@@ -166,11 +159,7 @@ def lines(
 
 
 def trade_off(
-    points: Sequence[tuple[float, float, float]],
-    *,
-    chosen: int,
-    score: str,
-    path: str | pathlib.Path | None = None,
+    points: Sequence[tuple[float, float, float]], *, chosen: int, score: str, path: str | pathlib.Path | None = None
 ) -> drawing.Picture:
     """Returns the curve of models between two: the score on old data over that on new data, `chosen` marked.
 

@@ -67,11 +67,7 @@ def detections(
 
 
 def training_batch(
-    batch: Batch,
-    *,
-    kind: Kind,
-    max_images: int = 8,
-    path: str | pathlib.Path | None = None,
+    batch: Batch, *, kind: Kind, max_images: int = 8, path: str | pathlib.Path | None = None
 ) -> drawing.Picture:
     """Returns a contact sheet of what a step is trained on.
 

@@ -25,11 +25,9 @@ class Letters:
         self.size, self._first = size, _own_font(bold=bold)
 
     def getlength(self, text: str) -> float:
-        """Returns the width of a line of text in px."""
         return sum(_font(file, self.size).getlength(piece) for file, piece in runs(text, self._first))
 
     def write(self, draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, fill: Color) -> None:
-        """Draws a line of text whose top left corner is `place`."""
         x, y = place
         baseline = y + _font(self._first, self.size).getmetrics()[0]
         for file, piece in runs(text, self._first):
@@ -53,7 +51,10 @@ def runs(text: str, first: str) -> list[Run]:
     for word in re.split(r"(\s+)", text):
         if not word or word.isspace():
             pieces.append((pieces[-1][0] if pieces else first, " " * len(word)))
-        elif font := next((font for font in itertools.chain([first], _others(word)) if _has(font, word)), ""):
+        elif font := next(
+            (font for font in itertools.chain([first], () if word.isascii() else _machine_fonts()) if _has(font, word)),
+            "",
+        ):
             pieces.append((font, word))
         else:
             pieces.append((first, _spelled(word, first)))
@@ -82,13 +83,10 @@ def _own_font(*, bold: bool) -> str:
     return str(pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
 
 
-def _others(word: str) -> tuple[str, ...]:
-    """Returns the machine's fonts that may be asked for a word, upright ones without serifs first."""
-    return () if word.isascii() else _machine_fonts()
-
-
 @functools.cache
 def _machine_fonts() -> tuple[str, ...]:
+    """Returns the machine's fonts, upright ones without serifs first."""
+
     def order(file: str) -> tuple[bool, bool, str]:
         name = pathlib.Path(file).name.lower()
         return "regular" not in name, "sans" not in name, file

@@ -115,11 +115,7 @@ def draw_proposals(
 
 
 def draw_sampling(
-    predictor: Predictor,
-    image: Any,
-    phrases: Sequence[str],
-    *,
-    path: str | pathlib.Path | None = None,
+    predictor: Predictor, image: Any, phrases: Sequence[str], *, path: str | pathlib.Path | None = None
 ) -> drawing.Picture:
     """Returns where the deformable layer samples for the best region of every phrase (paper section 3.3, Table 3).
 

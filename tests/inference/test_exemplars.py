@@ -11,6 +11,7 @@ import pytest
 from deltas import encode_deltas
 from PIL import Image
 
+from detclipv2_jax.data import selection
 from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference import Photos, Predictor, exemplars
 from detclipv2_jax.inference.detect import describe
@@ -279,3 +280,5 @@ def test_wrong_data_sets_of_examples(tmp_path):
     outside = coco(tmp_path, [(1, 1, [1, 1, 5, 5], {})], file_name="../{}.jpg")
     with pytest.raises(ValueError, match=r"the file name '\.\./1\.jpg' leads out of the folder"):
         exemplars.from_coco(outside, images=str(tmp_path), per_class=1)
+    with pytest.raises(ValueError, match=r"here: the file name '\.\./1\.jpg' leads out of the folder"):
+        selection.photo_path({"coco_url": "https://host/../1.jpg"}, str(tmp_path), where="here")

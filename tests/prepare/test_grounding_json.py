@@ -5,6 +5,7 @@ from raw_files import jpeg
 
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.prepare.box_json import open_grounding
 
 
 def test_spans_boxes_and_bad_phrases(tmp_path):
@@ -36,6 +37,8 @@ def test_spans_boxes_and_bad_phrases(tmp_path):
         "image without a caption": 1,
         "span that ends after the caption": 1,
     }
+    reader = open_grounding(str(tmp_path / "g.json"), str(tmp_path), shard_size=1, max_bad_share=0.5)
+    assert (reader.num_items, reader.num_shards, reader.counters) == (1, 1, report["left out or repaired"])
     built = read_built(str(out), Kind.GROUNDING)
     assert len(built) == 1
     assert built.vocabulary.names == ("a red car", "a red near a", "a tree")

@@ -6,6 +6,7 @@ from raw_files import write_coco
 
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.prepare.box_json import open_lvis
 
 
 def lvis_json(tmp_path):
@@ -47,4 +48,4 @@ def test_a_json_that_is_not_lvis_is_refused(tmp_path):
     del content["categories"][0]["frequency"]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"lacks neg_category_ids, the frequency of every category.*KIND coco_json"):
-        building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))
+        open_lvis(str(path), str(path.parent), shard_size=4, max_bad_share=0.0)

@@ -14,7 +14,7 @@ from raw_files import jpeg, write_coco
 
 from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare import coco_json, record_builder
+from detclipv2_jax.prepare import box_json, record_builder
 
 
 def command(*arguments):
@@ -162,7 +162,7 @@ def test_inspect_draws_what_a_configuration_or_a_folder_names(tmp_path):
 def test_what_is_stored_of_files_and_records(tmp_path):
     (tmp_path / "a").write_bytes(b"data")
     digest = hashlib.sha256(b"data").hexdigest()
-    assert coco_json.describe_file(tmp_path / "a") == {"bytes": 4, "sha256": digest}
+    assert box_json.describe_file(tmp_path / "a") == {"bytes": 4, "sha256": digest}
     record = Record(
         kind=Kind.DETECTION, source="s", example_id=0, image=b"i", size=(3, 4), boxes=np.ones((1, 4)), concepts=("c",),
         box_concepts=np.zeros(1, int), caption="t", negatives=("n",), not_negatives=("m",),

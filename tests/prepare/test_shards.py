@@ -11,7 +11,7 @@ from raw_files import write_coco
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare import coco_json, shards
+from detclipv2_jax.prepare import box_json, shards
 
 
 def build(source, output, **options):
@@ -46,8 +46,8 @@ def test_a_build_is_read_by_tfds_alone(tmp_path):
 
 def test_the_builder_is_an_ordinary_tfds_builder(tmp_path):
     source = write_coco(tmp_path / "raw")
-    reader = coco_json.open_reader(str(source), str(source.parent / "images"), shard_size=4, max_bad_share=0.0)
-    builder = coco_json.CocoJson.of(reader, data_dir=tmp_path / "out")
+    reader = box_json.open_detection(str(source), str(source.parent / "images"), shard_size=4, max_bad_share=0.0)
+    builder = box_json.CocoJson.of(reader, data_dir=tmp_path / "out")
     builder.download_and_prepare()
     names = [example["name"] for example in builder.as_data_source("train")]
     assert names == [f"{i:012d}.jpg".encode() for i in range(6)]

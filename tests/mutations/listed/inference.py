@@ -62,7 +62,6 @@ FAULTS = [
         ("known.areas[rows] >= np.median(known.areas[rows])", "known.areas[rows] > 0", "::test_examples_of_a_whole_data_set"),
         ("rows[[*first, *np.setdiff1d(np.arange(len(rows)), first)]][:per_class]", "rows[:per_class]", "::test_examples_of_a_whole_data_set"),
         ("rng.permutation(np.flatnonzero(usable & (known.category == category)))", "np.flatnonzero(usable & (known.category == category))", "::test_examples_of_a_whole_data_set"),
-        ("if unsafe_path(name):", "if not name:", "::test_wrong_data_sets_of_examples"),
         ("taken.add(name.strip().casefold())", "pass", "::test_wrong_examples_are_one_clear_error"),
         ("if not 1 <= len(listed) <= MAX_EXAMPLES:", "if not len(listed) <= MAX_EXAMPLES:", "::test_wrong_examples_are_one_clear_error"),
         ("if not (corners[2:] - corners[:2] >= _SMALLEST_PX).all():", "if not (corners[2:] - corners[:2] > _SMALLEST_PX).all():", "::test_wrong_examples_are_one_clear_error"),
@@ -73,6 +72,10 @@ FAULTS = [
         ("{'file' if is_path else image.shape} {list(map(float, box))}", "{'file' if is_path else image.shape}", "::test_stored_examples_are_not_embedded_again"),
         ("json.dumps([self._config, self._weights])", "json.dumps([self._config])", "::test_stored_examples_are_not_embedded_again"),
         ("json.dumps([self._config, self._weights])", "json.dumps([self._weights])", "::test_stored_examples_are_not_embedded_again"),
+    ),
+    *plant(
+        "data/selection.py", "inference/test_exemplars.py",
+        ("if unsafe_path(file_name(image)):", "if not file_name(image):", "::test_wrong_data_sets_of_examples"),
     ),
     *plant(
         "inference/predictor.py", "inference/test_exemplars.py",

@@ -167,10 +167,10 @@ FAULTS = [
     *plant(
         "convert/reading.py", "convert/test_convert.py::test_types_that_numpy_has_stay",
         ("\"F8_E5M2\": _FLOAT8[1]", "\"F8_E5M2\": _FLOAT8[0]", "cases/test_text.py"),
-        ("(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)", "(tensor.float())"),
+        ("(x.float() if x.dtype == torch.bfloat16 else x)", "(x.float())"),
     ),
     *plant(
-        "prepare/lvis.py", "prepare/test_lvis.py",
+        "prepare/box_json.py", "prepare/test_lvis.py",
         ("{\"r\": \"rare\", \"c\": \"common\", \"f\": \"frequent\"}", "{\"r\": \"common\", \"c\": \"rare\", \"f\": \"frequent\"}"),
         slow=True,
     ),

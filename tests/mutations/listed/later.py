@@ -195,7 +195,7 @@ FAULTS = [
     ),
     *plant(
         "eval/lvis.py", "eval/test_lvis_scores.py",
-        ("np.where(truth.crowd[box[near]], own,", "np.where(truth.crowd[box[near]] & False, own,"),
+        ("np.where(truth.crowd[box[near]], area,", "np.where(truth.crowd[box[near]] & False, area,"),
         ("'-' if x < 0", "'-' if x <= 0"),
     ),
     *plant(

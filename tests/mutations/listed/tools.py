@@ -69,7 +69,7 @@ FAULTS = [
         ("1.0 if kind == \"pred\" else int(bits or 0) / 8", "int(bits or 0) / 8"),
     ),
     *plant(
-        "prepare/coco_json.py", "prepare/test_coco_json.py",
+        "prepare/box_json.py", "prepare/test_box_json.py",
         ("key=lambda item: (len(item[1]), item[0])", "key=lambda item: (-len(item[1]), item[0])"),
         ("rng = np.random.default_rng(seed)", "rng = np.random.default_rng(0)"),
         ("tally.dropped[error.reason] += 1", "pass"),
@@ -164,7 +164,7 @@ FAULTS = [
         "claims/__main__.py", "claims/test_claims.py",
         ("frequency[box[\"category_id\"]] == \"f\",", "frequency[box[\"category_id\"]] != \"f\",", "::test_scores_are_those_of_the_subsets"),
         ("\"ignore\": int(not counts(row))", "\"ignore\": int(counts(row))", "::test_scores_are_those_of_the_subsets"),
-        ("round(100 * value, 2) for name, value in scores", "round(value, 2) for name, value in scores", "::test_scores_are_those_of_the_subsets"),
+        ("round(100 * subset[name], 2)", "round(subset[name], 2)", "::test_scores_are_those_of_the_subsets"),
         ("before.get(name, 0) + value", "value", "::test_what_was_stopped_counts_to_the_time_of_a_run"),
         ("np.ptp(values) / 2", "np.ptp(values)", "::test_the_table_tells_verdicts_means_spreads_and_what_is_missing"),
         ("steps / steps[-1] * num_steps", "steps * num_steps", "::test_the_plot_counts_detection_steps"),

@@ -137,7 +137,7 @@ FAULTS = [
     *plant(
         "preflight/compile_step.py", "preflight/test_preflight.py",
         ("return -(-self.num_devices // CHIPS[self.chip].per_host)", "return self.num_devices // CHIPS[self.chip].per_host", "::test_topologies"),
-        (" or section.get(\"pairs\"))", ")", "::test_steps_are_those_of_kinds_with_data"),
+        (" or x.get(\"pairs\")}", "}", "::test_steps_are_those_of_kinds_with_data"),
         ("num_words = -(-sizes.num_words // inference.WORD_CHUNK) * inference.WORD_CHUNK", "num_words = sizes.num_words // inference.WORD_CHUNK * inference.WORD_CHUNK", "::test_what_a_prediction_computes_is_near_the_formula_and_a_tpu_computes_more"),
     ),
     *plant(

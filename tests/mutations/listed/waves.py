@@ -40,7 +40,7 @@ FAULTS = [
     ),
     *plant(
         "commands.py", "test_commands.py",
-        ("return tuple(part for part in text.split(\",\") if part)", "return tuple(text.split(\",\"))", "::test_options_become_the_values_that_a_function_names"),
+        ("tuple(filter(None, text.split(\",\")))", "tuple(text.split(\",\"))", "::test_options_become_the_values_that_a_function_names"),
         ("pair for pair in config.chips[chip] if pair[0] not in overridden", "pair for pair in config.chips[chip]", "::test_a_configuration_that_cannot_be_loaded_is_one_line"),
     ),
     *plant(
@@ -429,7 +429,7 @@ FAULTS = [
         ("elif not 0 <= label < len(self.names) or not self.names[label]:", "elif not 0 <= label < len(self.names):", "::test_a_folder_of_class_folders"),
     ),
     *plant(
-        "prepare/coco_json.py", "prepare/test_coco_json.py",
+        "prepare/box_json.py", "prepare/test_box_json.py",
         ("sorted(images_of.items(), key=lambda item: (len(item[1]), item[0]))", "sorted(images_of.items(), key=lambda item: (-len(item[1]), item[0]))", "::test_few_images_show_the_rarest_categories"),
     ),
     *plant(
@@ -446,8 +446,8 @@ FAULTS = [
         slow=True,
     ),
     *plant(
-        "prepare/lvis.py", "prepare/test_lvis.py",
-        ("missing = [field for field in _FIELDS if not any(field in image for image in content[\"images\"])]", "missing = [field for field in _FIELDS[:1] if not any(field in image for image in content[\"images\"])]", "::test_a_json_that_is_not_lvis_is_refused"),
+        "prepare/box_json.py", "prepare/test_lvis.py",
+        ("missing = [field for field in FEDERATED if not any(field in image for image in content[\"images\"])]", "missing = [field for field in FEDERATED[:1] if not any(field in image for image in content[\"images\"])]", "::test_a_json_that_is_not_lvis_is_refused"),
     ),
     *plant(
         "prepare/pseudo_boxes.py", "prepare/test_model_passes.py",

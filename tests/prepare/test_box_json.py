@@ -10,7 +10,7 @@ from detclipv2_jax.data.box_json import read_detection
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare.coco_json import balanced_subset
+from detclipv2_jax.prepare.box_json import balanced_subset
 
 
 def counts(source, indices):
