@@ -15,7 +15,7 @@ def test_kinds_are_the_configuration_names():
 
 def test_batch_is_a_pytree_of_its_fields():
     batch = Batch(*(np.full(2, i) for i in range(len(Batch._fields))))
-    assert Batch._field_defaults == {"class_names": None, "federated": None}
+    assert Batch._field_defaults == {"class_names": None, "federated": None, "concept_text": None}
     doubled = jax.tree.map(lambda x: 2 * x, batch)
     assert isinstance(doubled, Batch)
     assert doubled.caption_mask[0] == 2 * Batch._fields.index("caption_mask")
