@@ -158,12 +158,11 @@ class Remote:
           BucketError: the bucket does not take it; the next call tries again.
         """
         with self._pushing, concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-            found = {}
-            for path in self.folder.rglob("*"):
-                name = path.relative_to(self.folder).as_posix()
-                with contextlib.suppress(FileNotFoundError):
-                    if _is_whole(name) and path.is_file():
-                        found[name] = _facts(path)
+            found = self._found()
+            if "config.json" in self._pushed.keys() - found.keys():  # else the bucket's files would go, too
+                raise WorkdirError(
+                    f"the copy of {self.place} in {self.folder} was removed; the bucket keeps what it has"
+                )
             changed = [name for name in found if self._pushed.get(name) != found[name]]
             lasts = [name for name in changed if name.endswith(f"/{LAST_OF_STEP}")]
             best = [name for name in changed if name == "best.json"]
@@ -174,6 +173,22 @@ class Remote:
             lasts = [name for name in gone if name.endswith(f"/{LAST_OF_STEP}")]
             for group in (lasts, [name for name in gone if name not in lasts]):
                 list(pool.map(self._remove, group))
+
+    def _found(self) -> dict[str, tuple[int, int]]:
+        """Returns size and time of the files of the copy by name; what the run removes meanwhile may be among them."""
+        found = {}
+
+        def refuse(error: OSError) -> None:  # a folder that is gone has no files; one that cannot be read may have
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for folder, _, names in os.walk(self.folder, onerror=refuse):
+            for path in map(pathlib.Path(folder).joinpath, names):
+                name = path.relative_to(self.folder).as_posix()
+                with contextlib.suppress(FileNotFoundError):
+                    if _is_whole(name) and path.is_file():
+                        found[name] = _facts(path)
+        return found
 
     def _put(self, name: str, facts: tuple[int, int]) -> None:
         try:
@@ -361,7 +376,7 @@ def _leased(remote: Remote) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
-    """Does some work again and again in a thread; a bucket that does not answer is tried again.
+    """Does some work again and again in a thread; what a bucket or a disk does not do is tried again.
 
     What else goes wrong stops the run as a preemption does: it ends at the same step on all processes.
     """
@@ -371,16 +386,13 @@ def _every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
         while not over.wait(seconds):
             try:
                 work()
-            except BucketError as error:
+            except Exception as error:
                 logging.warning("%s", error)
-                if any(status in str(error) for status in ("PERMISSION_DENIED", "NOT_FOUND", "UNAUTHENTICATED")):
+                stays = any(status in str(error) for status in ("PERMISSION_DENIED", "NOT_FOUND", "UNAUTHENTICATED"))
+                if stays or not isinstance(error, BucketError | OSError):
                     return os.kill(os.getpid(), signal.SIGTERM)
-            except WorkdirError as error:
-                logging.error("%s", error)
-                return os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
+    (thread := threading.Thread(target=repeat, daemon=True)).start()
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,7 +223,8 @@ def test_killed_runs_end_equal_to_an_unbroken_one(server, bucket, tmp_path, num_
         for i in itertools.count():
             kill, killed = kills.next(i)
             status, seen = watched(runs, broken[-1], num_steps, kill, killed=killed)
-            assert status in (0, -9), runs.log.read_text()
+            # 75: of a lock that was not renewed in time; processes that get no time here are such a case, too
+            assert status in (0, -9, 75), runs.log.read_text()
             assert set(seen) <= {None, *range(0, num_steps + 1, EVERY_STEPS)}
             num_killed, step = num_killed + (status == -9), seen[-1]
             went_on += [step] * (status == -9 and step != before)
@@ -234,6 +236,7 @@ def test_killed_runs_end_equal_to_an_unbroken_one(server, bucket, tmp_path, num_
             if status == 0:  # it came to its end before: the next one is broken
                 broken.append(url(bucket, f"broken-{len(broken)}-{num_processes}"))
         assert runs(broken[-1], num_steps) == 0, runs.log.read_text()
+    assert "Exception in thread" not in runs.log.read_text()
     assert NUM_KILLS == 1 or len(went_on) > NUM_KILLS / 4, went_on  # after checkpoints that were new, not only before
     one = checkpoints.load_for_inference(whole)
     for workdir in broken:
@@ -325,6 +328,54 @@ def test_what_names_others_comes_last_and_goes_first(bucket, server):
     opened.push()
     assert "METADATA" in next(path for method, path in order if method == "DELETE")
     assert remote.complete_steps(bucket_store.names_below(where)) == []
+
+
+def test_a_folder_that_goes_while_the_copy_is_listed_stops_nothing(bucket, monkeypatch):
+    where, opened = copies(bucket, "goes")
+    going = opened.folder / "checkpoints" / "4.orbax-checkpoint-tmp" / "params"
+    going.mkdir(parents=True)
+    (opened.folder / "config.json").write_text("{}")
+    scandir, asked = os.scandir, []
+
+    def scan(path):
+        asked.append(path)
+        if pathlib.Path(path) == going.parent:
+            going.parent.rename(going.parent.with_name("4"))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    opened.push()
+    assert str(going.parent) in map(str, asked)
+    assert bucket_store.names_below(where) == ["config.json"]
+    (opened.folder / "metrics.jsonl").write_text("{}\n")
+
+    def refused(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):  # what cannot be listed is not removed there
+        opened.push()
+    monkeypatch.setattr(os, "scandir", scandir)
+    shutil.rmtree(opened.folder)
+    with pytest.raises(WorkdirError, match="was removed; the bucket keeps what it has"):
+        opened.push()
+    assert bucket_store.names_below(where) == ["config.json"]
+
+
+@pytest.mark.parametrize(("error", "num_signals"), [(OSError("full"), 0), (BucketError("slow"), 0), (KeyError("x"), 1)])
+def test_what_goes_wrong_once_is_done_again_and_a_fault_stops_the_run(monkeypatch, error, num_signals):
+    signals, done, again = [], [], threading.Event()
+    monkeypatch.setattr(remote.os, "kill", lambda *given: signals.append(given))
+
+    def work():
+        done.append(1)
+        if len(done) == 1:
+            raise error
+        again.set()
+
+    with remote._every(0.01, work):
+        assert again.wait(timeout=0.5 if num_signals else 30) == (not num_signals)
+    assert len(signals) == num_signals
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_read(bucket):
