@@ -301,6 +301,7 @@ def _write_part(
     ids: dict[str, int] = {category["name"]: category["id"] for category in categories}
     out, lines = _Json(categories), []
     distinct = part in ("grounding", "image_text")
+    cv2.ipp.setUseIPP_NotExact(False)  # which reading photos sets; each sets it as it needs it
     for i in range(count):
         rng = np.random.default_rng((seed, _PARTS.index(part), i))
         scene = draw(rng, shapes=shapes, size_px=size_px, training=part != "eval", distinct=distinct)

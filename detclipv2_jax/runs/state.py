@@ -64,7 +64,7 @@ def checked_model(config: ConfigDict, params: Any, *, what: str, folder: str | o
         model = detclip.from_config(config.model)
         shapes = kept.value(
             lambda: named_shapes(param_shapes(model, context_length=config.model.text.context_length)),
-            of=("parameter shapes", config.model.to_json()),
+            of=("parameter shapes", str(model), config.model.text.context_length),
         )
     except Exception as error:  # of whatever part of the model cannot have the sizes of a stranger's config.json
         reason = str(error).strip().partition("\n")[0]

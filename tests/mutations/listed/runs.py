@@ -116,6 +116,6 @@ FAULTS = [
     ),
     *plant(
         "runs/state.py", "runs/test_kept.py",
-        ("config.model.to_json()),", "),", "::test_shapes_of_parameters_are_checked_by_what_was_kept"),
+        ("str(model), config.model.text.context_length),", "config.model.text.context_length),", "::test_shapes_of_parameters_are_checked_by_what_was_kept"),
     ),
 ]  # fmt: skip

@@ -69,7 +69,7 @@ FAULTS = [
         ("1.0 if kind == \"pred\" else int(bits or 0) / 8", "int(bits or 0) / 8"),
     ),
     *plant(
-        "prepare/box_json.py", "prepare/test_box_json.py",
+        "prepare/box_json.py", "prepare/test_box_readers.py",
         ("key=lambda item: (len(item[1]), item[0])", "key=lambda item: (-len(item[1]), item[0])"),
         ("rng = np.random.default_rng(seed)", "rng = np.random.default_rng(0)"),
         ("tally.dropped[error.reason] += 1", "pass"),
