@@ -67,8 +67,9 @@ def value(compute: Callable[[], Any], *, of: Any) -> Any:
     path = place / f"{_hash(str(of))}.json"
     with _again(path):
         return files.read_json(path)
+    found = compute()
     with contextlib.suppress(OSError):
-        files.write_json(path, found := compute())
+        files.write_json(path, found)
     return found
 
 

@@ -1,5 +1,7 @@
 """What processes keep for each other: traces of functions, parameter shapes; when a kept one does not count."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,8 @@ def test_damaged_files_are_made_again_and_a_disk_that_takes_none_costs_time_alon
     monkeypatch.setattr(kept, "folder", lambda: place.parent / "file" / "traced")
     np.testing.assert_array_equal(kept.jit(function, of="")(tree, 2.0), [3, 3, 3])
     assert kept.value(lambda: {"a": [1]}, of="") == {"a": [1]}
+    with pytest.raises(FileNotFoundError, match="nothing"):  # of what is computed, not of the disk
+        kept.value(lambda: pathlib.Path("nothing").read_text(), of="")
 
 
 def test_a_value_is_computed_once(place, monkeypatch):
