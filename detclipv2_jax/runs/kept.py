@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,12 +23,14 @@ from detclipv2_jax import files
 
 
 def folder() -> pathlib.Path | None:
-    """Returns where traces are kept; None without a compilation cache, and on accelerators.
+    """Returns where traces are kept; None without a compilation cache, without flatbuffers, and on accelerators.
 
-    Kernels of accelerators have no stable form that could be exported.
+    JAX writes exports with flatbuffers, which it does not bring. Kernels of accelerators have no form to export.
     """
     place = jax.config.values["jax_compilation_cache_dir"]
-    return pathlib.Path(place) / "traced" if place and jax.default_backend() == "cpu" else None
+    if not place or jax.default_backend() != "cpu" or importlib.util.find_spec("flatbuffers") is None:
+        return None
+    return pathlib.Path(place) / "traced"
 
 
 def jit(function: Callable, *, of: Any, result: type | None = None) -> Callable:

@@ -113,6 +113,9 @@ def test_traces_stand_beside_the_compiled_programs_of_cpus(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert folder() is None
     monkeypatch.undo()
+    monkeypatch.setattr(kept.importlib.util, "find_spec", {"flatbuffers": None}.__getitem__)
+    assert folder() is None
+    monkeypatch.undo()
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     try:
