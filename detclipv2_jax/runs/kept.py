@@ -45,9 +45,9 @@ def jit(function: Callable, *, of: Any, result: type | None = None) -> Callable:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if (place := folder()) is None:
-            return plain(*arguments)
         leaves, tree = jax.tree.flatten(arguments)
+        if (place := folder()) is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return plain(*arguments)  # within another trace it is a part of that
         types = [(str(kind), kind.weak_type) for kind in map(jax.typeof, leaves)]
         name = _hash(function.__qualname__, str(of), str(tree), types)
         if name not in loaded:

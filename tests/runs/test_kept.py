@@ -55,6 +55,16 @@ def test_a_trace_is_kept_for_what_is_the_same(place):
         assert len(traces) == before + 1
 
 
+def test_within_another_trace_it_is_a_part_of_that(place):
+    function, _ = counted()
+    inner = kept.jit(function, of="model")
+    (num,) = jax.export.symbolic_shape("n")
+    given = {"x": jax.ShapeDtypeStruct((num,), np.float32), "y": jax.ShapeDtypeStruct((), np.float32)}
+    exported = jax.export.export(jax.jit(lambda tree: inner(tree, 2.0)))(given)
+    np.testing.assert_array_equal(exported.call({"x": np.ones(5, np.float32), "y": np.float32(1)}), [3.0] * 5)
+    assert not place.exists()
+
+
 def test_other_sources_or_settings_are_traced_anew(place, monkeypatch):
     function, traces = counted()
     tree = {"x": np.ones(3, np.float32), "y": jnp.float32(1)}

@@ -113,6 +113,7 @@ FAULTS = [
         ("with contextlib.suppress(OSError), files.whole", "with files.whole", "::test_damaged_files_are_made_again_and_a_disk_that_takes_none_costs_time_alone"),
         ("jax.default_backend() != \"cpu\" or", "", "::test_traces_stand_beside_the_compiled_programs_of_cpus"),
         (" or importlib.util.find_spec(\"flatbuffers\") is None", "", "::test_traces_stand_beside_the_compiled_programs_of_cpus"),
+        (" or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)", "", "::test_within_another_trace_it_is_a_part_of_that"),
         ("_hash(str(of))}.json", "_hash()}.json", "::test_a_value_is_computed_once"),
     ),
     *plant(
