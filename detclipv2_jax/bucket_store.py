@@ -6,15 +6,18 @@ again for a minute what fails. AWS_ENDPOINT_URL names another server of S3's kin
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import functools
+import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 _DRIVERS = {"gs": "gcs", "s3": "s3"}  # of TensorStore
+_NUM_AT_ONCE = 32  # requests; a bucket of TensorStore's sends no more
 _RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "16s"}
 # a server that sends nothing for so long is asked again
 _PATIENCE = {"CONNECT_TIMEOUT_SECONDS": "20", "LOW_SPEED_LIMIT_BYTES": "1", "LOW_SPEED_TIME_SECONDS": "30"}
@@ -142,7 +145,23 @@ def _range(first: str, end: str) -> Any:
 
 def names_below(folder: Place) -> list[str]:
     """Returns the names of all objects below a folder, without those that would be no file in it."""
+    return sorted(names_that_begin(folder, [""]))
+
+
+def names_that_begin(folder: Place, beginnings: Collection[str]) -> list[str]:
+    """Returns the names of objects below a folder that begin like one of some texts, which are listed at once.
+
+    An answer holds a thousand names at most, and the next thousand can be asked for only then.
+    """
     lead = f"{folder.key}/" if folder.key else ""
-    keys = _ask(folder, "listed", lambda store: store.list(_range(lead, f"{lead[:-1]}0" if lead else "")))
-    names = (key.decode(errors="replace")[len(lead) :] for key in keys)
-    return sorted(filter(_is_safe, names))
+    keys = [f"{lead}{beginning}".encode(errors="replace").decode() for beginning in beginnings]
+    with concurrent.futures.ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
+        return [*itertools.chain.from_iterable(pool.map(lambda key: _listed(folder, key), keys))]
+
+
+def _listed(folder: Place, beginning: str) -> list[str]:
+    """Returns the names relative to a folder of the objects whose keys begin like that."""
+    lead = f"{folder.key}/" if folder.key else ""
+    end = beginning[:-1] + chr(min(ord(beginning[-1]) + 1, 0x10FFFF)) if beginning else ""
+    keys = _ask(folder, "listed", lambda store: store.list(_range(beginning, end)))
+    return [*filter(_is_safe, (key.decode(errors="replace")[len(lead) :] for key in keys))]

@@ -5,6 +5,7 @@ import os
 import pathlib
 import threading
 import time
+import urllib.parse
 
 import bucket_servers
 import jax
@@ -208,6 +209,31 @@ def test_photos_of_an_evaluation_are_told_apart_by_their_versions(bucket, monkey
     assert checks.photo_facts([path], where="x") != first
     with pytest.raises(ValueError, match="1 of 1 photos do not exist"):
         checks.photo_facts([path + "x"], where="x")
+
+
+@needs_servers
+def test_photos_that_a_bucket_lacks_are_all_named(server, bucket):
+    names = [f"{'ab'[i % 2]}/é {i}.jpg" for i in range(70)]
+    for name in names:
+        bucket_store.write(place(url(bucket, f"many/{name}")), b"1")
+    folder = buckets.folder_here(url(bucket, "many"))
+    options = {"where": "p.tsv", "max_bad_share": 0.01}
+    server.requests.clear()
+    checks.check_photos(folder, 70, names.__getitem__, **options)
+    assert not [*pathlib.Path(folder).rglob("*.jpg")]  # none is read
+    assert len(server.requests) <= 33
+    assert bucket_store.names_that_begin(place(url(bucket, "many")), ["b/é 3", "a/é 66", "c"]) == [
+        "b/é 3.jpg", *(f"b/é {i}.jpg" for i in range(31, 40, 2)), "a/é 66.jpg",
+    ]  # fmt: skip
+    names[0], names[9], names[69] = "0/0.jpg", "b/9.png", "c/69.jpg"
+    server.fault = lambda method, path: "" if listed or "/é" in urllib.parse.unquote(path) else "403"  # of a listing
+    listed = True
+    for num, absent in ((60, [0, 9]), (70, [0, 9, 69])):
+        with pytest.raises(ValueError, match=f"p.tsv: {len(absent)} of {num} photos do not exist") as error:
+            checks.check_photos(folder, num, names.__getitem__, **options)
+        assert str(error.value).splitlines()[1:] == [f"  {url(bucket, f'many/{names[i]}')}" for i in absent]
+    listed, names[0], names[9] = False, names[2], names[11]  # photos may be read only
+    checks.check_photos(folder, 70, names.__getitem__, **options)
 
 
 @needs_servers

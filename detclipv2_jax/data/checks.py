@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import itertools
 import os
 import stat
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from detclipv2_jax import buckets
+import numpy as np
+from absl import logging
+
+from detclipv2_jax import bucket_store, buckets, files
 from detclipv2_jax.data.schema import DataError, UnusableError
 
-_NUM_PROBED_FILES = 64
+_FEW_FILES = 64  # are asked for one by one
+_NUM_NAMED_FILES = 1000  # in a message
+_NUM_PARTS, _NUM_SAMPLED = 32, 1000  # beginnings of names, which a bucket lists at once; names to choose them by
+_WRONG_FOLDER = " (`images` must name the folder that the file names are relative to)"
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -100,6 +107,21 @@ def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
     return problems
 
 
+def _named(paths: list[str]) -> str:
+    """Returns paths, each on a line; of very many the first, and which file has all of them."""
+    lines = [files.printable(buckets.name_of(path)) for path in paths]
+    if len(lines) > _NUM_NAMED_FILES:
+        try:
+            options: Any = {"prefix": "photos-", "suffix": ".txt", "encoding": "utf-8", "delete": False}
+            with tempfile.NamedTemporaryFile("w", **options) as file:
+                file.writelines(f"{line}\n" for line in lines)
+            rest = f"all of them are in {file.name}"
+        except OSError as error:
+            rest = f"no list of them could be written: {error}"
+        lines[_NUM_NAMED_FILES:] = [f"and {len(lines) - _NUM_NAMED_FILES} more; {rest}"]
+    return "\n  ".join(lines)
+
+
 def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") -> str:
     """Returns a digest of the names, sizes and times of photos, which changes when a photo is exchanged.
 
@@ -129,29 +151,83 @@ def photo_facts(paths: Iterable[str], *, where: str | Path, folder: str = "") ->
             linked.append(path)
         version = version or str(facts.st_mtime_ns)
         digest.update(f"{os.path.basename(path)}\0{facts.st_size}\0{version}\n".encode(errors="replace"))
-    wrong = " (`images` must name the folder that the file names are relative to)" * (len(missing) == total)
+    wrong = _WRONG_FOLDER * (len(missing) == total)
     problems = {f"do not exist{wrong}": missing, "are empty": empty}
     problems["are links out of the image folder, which follow_links allows"] = linked
     if missing or empty or linked:
         # all of them, each on a line: what is repaired one by one is started in vain as often
-        named = ("\n  ".join([f"{len(bad)} of {total} photos {what}:", *bad]) for what, bad in problems.items() if bad)
+        named = (f"{len(bad)} of {total} photos {what}:\n  {_named(bad)}" for what, bad in problems.items() if bad)
         raise DataError(f"{where}: " + "\n".join(named))
     return digest.hexdigest()
 
 
-def _exists(path: str) -> bool:
-    try:
-        buckets.fetch(path)
-    except FileNotFoundError:
-        return False
-    return os.path.isfile(path)
+def _files_in(folder: str, below: Iterable[str]) -> Iterator[str]:
+    """Yields the names of regular files in some folders `below` a folder ("" is itself), links left out."""
+    for head in below:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, head)) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    yield f"{head}/{entry.name}" if head else entry.name
 
 
-def probe_images(folder: str, names: Iterable[str], path: str | Path) -> None:
-    """Raises if not one of the first images exists: then the folder is wrong, not a few files."""
-    names = list(itertools.islice(names, _NUM_PROBED_FILES))
-    if names and not any(_exists(os.path.join(folder, name)) for name in names):
-        raise ValueError(
-            f"none of the first {len(names)} images of {path} exists in {folder} (the first is {names[0]}); "
-            "the key `images` must name the folder that the file names are relative to"
-        )
+def _unlisted(folder: str, num: int, name_of: Callable[[int], str]) -> tuple[list[int], bool]:
+    """Returns which of `num` files a listing of their folders does not have, and whether each is to be asked for.
+
+    One listing takes a fraction of the time of asking for every file. Names are compared by their hashes: millions of
+    texts would take a gigabyte.
+    """
+    if num <= _FEW_FILES:
+        return [*range(num)], True
+    place, heads = buckets.place_of(folder), set[str]()
+
+    def noted(name: str) -> int:
+        heads.add(name.rpartition("/")[0])
+        return hash(name)
+
+    wanted = np.fromiter((noted(name_of(i)) for i in range(num)), np.int64, num)
+    found: Iterable[str] = _files_in(folder, heads)
+    if place:
+        some, length = [name_of(i) for i in range(0, num, -(-num // _NUM_SAMPLED))], 0
+        while length < len(some[0]) and len({name[: length + 1] for name in some}) <= _NUM_PARTS:
+            length += 1
+        try:
+            found = bucket_store.names_that_begin(place, {name_of(i)[:length] for i in range(num)})
+        except bucket_store.BucketError as error:  # who may read need not be allowed to list
+            logging.warning("only the first %d photos are looked for: %s", _FEW_FILES, error)
+            return [*range(_FEW_FILES)], True
+    listed = np.fromiter(map(hash, found), np.int64)
+    return np.flatnonzero(~np.isin(wanted, listed)).tolist(), place is None
+
+
+def missing_photos(folder: str, num: int, name_of: Callable[[int], str]) -> list[str]:
+    """Returns the paths of those of `num` photos that a folder does not have.
+
+    Args:
+      folder: absolute, also of a bucket.
+      num: of photos.
+      name_of: returns the name of one, relative to the folder.
+    """
+    indices, ask = _unlisted(folder, num, name_of)
+    paths = [f"{folder}/{name_of(i)}" for i in indices]
+    if ask:
+        buckets.fetch_all(filter(buckets.place_of, paths), missing_ok=True)
+        paths = [path for path in paths if not os.path.isfile(path)]
+    return paths
+
+
+def check_photos(
+    folder: str, num: int, name_of: Callable[[int], str], *, where: str | Path, max_bad_share: float
+) -> None:
+    """Raises a DataError that names all photos which are missing, if they are more than a share; else the log does.
+
+    Arguments as for `missing_photos`; `where` is what names them.
+    """
+    check_share(max_bad_share)
+    missing = missing_photos(folder, num, name_of)
+    if not missing:
+        return
+    hint = _WRONG_FOLDER if len(missing) == num else f"; max_bad_share allows {max_bad_share:.2%}"
+    message = f"{where}: {len(missing)} of {num} photos do not exist{hint}:\n  {_named(missing)}"
+    if len(missing) > max_bad_share * num:
+        raise DataError(message)
+    logging.warning("%s", message)

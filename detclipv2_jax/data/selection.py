@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from detclipv2_jax.data.annotations import Ids, boxes_of, usable_id
-from detclipv2_jax.data.checks import probe_images, refuse_above_share, resolve, unsafe_path
+from detclipv2_jax.data.checks import check_photos, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import display_name
 from detclipv2_jax.data.schema import DataError
 
@@ -60,7 +60,7 @@ def select_images(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Returns the usable images, in order, each id once, and the counts of what was repaired.
 
-    Some of the first ones must be in `folder`, unless it is "".
+    They must be in `folder`, all but a share, unless it is "".
     """
     images = content["images"][:max_examples] if max_examples else content["images"]
     bad: collections.Counter[str] = collections.Counter()
@@ -83,7 +83,7 @@ def select_images(
             kept.append(image)
     refuse_above_share(bad, len(images), max_bad_share, what="images", where=path)
     if folder:
-        probe_images(folder, map(file_name, kept), path)
+        check_photos(folder, len(kept), lambda i: file_name(kept[i]), where=path, max_bad_share=max_bad_share)
     return kept, dict(bad + repaired)
 
 

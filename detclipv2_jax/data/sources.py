@@ -22,7 +22,7 @@ from jaxtyping import Int32
 from detclipv2_jax import files
 from detclipv2_jax.data.box_json import BoxSource, read_detection, read_grounding
 from detclipv2_jax.data.built import missing_folders, read_built, read_names
-from detclipv2_jax.data.checks import missing_paths, probe_images, refuse_above_share, resolve, unsafe_path
+from detclipv2_jax.data.checks import check_photos, missing_paths, refuse_above_share, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
 from detclipv2_jax.data.evaluation_set import GroundTruth, read_evaluation
 from detclipv2_jax.data.schema import Kind, Record
@@ -95,7 +95,10 @@ class PairSource:
         self._spans = np.array(spans, np.int64).reshape(-1, 2)
         self.sizes = np.zeros((len(spans), 2), np.int32)
         self.counters = dict(bad + repaired)
-        probe_images(folder, (parse_pair(self._line(i))[0] for i in range(len(spans))), path)
+        check_photos(folder, len(spans), self._file_name, where=path, max_bad_share=max_bad_share)
+
+    def _file_name(self, index: int) -> str:
+        return self._line(index).partition(b"\t")[0].decode(errors="ignore")
 
     def _line(self, index: int) -> bytes:
         start, end = self._spans[index]
@@ -105,10 +108,10 @@ class PairSource:
         return len(self._spans)
 
     def file(self, index: int) -> str:
-        return f"{self._folder}/{parse_pair(self._line(index))[0]}"
+        return f"{self._folder}/{self._file_name(index)}"
 
     def describe(self, index: int) -> str:
-        return f"{parse_pair(self._line(index))[0]} of {self.path}"
+        return f"{self._file_name(index)} of {self.path}"
 
     def __getitem__(self, index: int) -> Record:
         name, caption, phrases, _ = parse_pair(self._line(index))

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from detclipv2_jax import files
-from detclipv2_jax.data.checks import probe_images, resolve, unsafe_path
+from detclipv2_jax.data.checks import missing_photos, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.phrases import MAX_CHARACTERS, check_pipeline, normalize, noun_phrases
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
@@ -140,7 +140,12 @@ class TsvReader(PairReader):
         super().__init__([path], num_shards=len(self._starts), **options)
         self._starts.append(end)
         self.inputs = {str(path): describe_file(path)}
-        probe_images(self._folder, (name for name in first if not unsafe_path(name)), path)
+        first = [name for name in first if not unsafe_path(name)]
+        if first and len(missing_photos(self._folder, len(first), first.__getitem__)) == len(first):
+            raise ValueError(
+                f"none of the first {len(first)} images of {path} exists in {folder} (the first is {first[0]}); "
+                "--images must name the folder that the file names are relative to"
+            )
 
     def pairs(self, shard: int, tally: Tally) -> Iterator[Pair]:
         start, end = self._starts[shard : shard + 2]

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import types
 from zipfile import BadZipFile
 
@@ -94,14 +96,48 @@ def test_facts_of_photos_change_with_them(tmp_path):
         checks.photo_facts([*paths, str(tmp_path / "c"), str(tmp_path / "d")], where="w")
 
 
-def test_one_of_the_first_images_is_enough(tmp_path):
-    names = [f"{i}.jpg" for i in range(200)]
-    checks.probe_images(str(tmp_path), [], "a.json")
-    (tmp_path / "100.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"none of the first 64 images of a\.json exists .* \(the first is 0\.jpg\)"):
-        checks.probe_images(str(tmp_path), names, "a.json")
-    (tmp_path / "63.jpg").write_text("")
-    checks.probe_images(str(tmp_path), names, "a.json")
+@pytest.mark.parametrize("num", [40, 200])  # asked for one by one, and listed
+def test_photos_that_a_folder_lacks(tmp_path, num, caplog):
+    names = [f"{'abc'[i % 3] * (i % 4)}{'/' * (i % 4 > 0)}é {i}.jpg" for i in range(num)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def missing():
+        return checks.missing_photos(str(tmp_path), num, names.__getitem__)
+
+    assert missing() == []
+    (tmp_path / names[8]).unlink()
+    (tmp_path / names[13]).unlink()
+    (tmp_path / names[13]).symlink_to("nowhere")
+    (tmp_path / names[18]).unlink()
+    (tmp_path / names[18]).symlink_to(tmp_path / names[7])  # is there
+    (tmp_path / names[20]).unlink()
+    (tmp_path / names[20]).mkdir()
+    names[21] = "no folder/\N{SNOWMAN}\n.jpg"
+    expected = [f"{tmp_path}/{names[i]}" for i in (8, 13, 20, 21)]
+    assert missing() == expected
+    lines = "".join(f"\n  {path}" for path in expected[:3])
+    message = f"p.tsv: 4 of {num} photos do not exist; max_bad_share allows {{}}:{lines}\n  '{tmp_path}/no folder/"
+    with pytest.raises(DataError, match=re.escape(message.format("1.00%"))):
+        checks.check_photos(str(tmp_path), num, names.__getitem__, where="p.tsv", max_bad_share=0.01)
+    assert not caplog.records
+    checks.check_photos(str(tmp_path), num, names.__getitem__, where="p.tsv", max_bad_share=0.1)
+    assert message.format("10.00%") in caplog.text
+
+
+def test_a_list_of_very_many_missing_photos_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(DataError, match=r"1002 of 1002 photos do not exist \(`images` must name the folder") as error:
+        checks.check_photos(f"{tmp_path}/no", 1002, "{}.jpg".format, where="p.tsv", max_bad_share=1 / 2)
+    *lines, last = str(error.value).splitlines()
+    assert lines[1:] == [f"  {tmp_path}/no/{i}.jpg" for i in range(1000)]
+    (listed,) = tmp_path.iterdir()
+    assert last == f"  and 2 more; all of them are in {listed}"
+    assert listed.read_text().splitlines() == [f"{tmp_path}/no/{i}.jpg" for i in range(1002)]
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/absent")
+    with pytest.raises(DataError, match=r"and 2 more; no list of them could be written: .*absent"):
+        checks.photo_facts((f"{tmp_path}/{i}" for i in range(1002)), where="p.json")
 
 
 def test_photos_of_other_sets_by_the_number_of_coco(tmp_path):

@@ -94,7 +94,6 @@ def test_validation_photos_are_reported_and_left_out_on_demand(tmp_path):
 def test_bad_boxes_and_images_are_counted_and_nothing_else_is_lost(tmp_path):
     path = write_coco(tmp_path / "raw", broken=(2,))
     content = json.loads(path.read_text())
-    (path.parent / "images" / "000000000003.jpg").unlink()
     whole = (path.parent / "images" / "000000000005.jpg").read_bytes()
     (path.parent / "images" / "000000000005.jpg").write_bytes(whole[: len(whole) // 2])
     for box, category in (
@@ -109,6 +108,7 @@ def test_bad_boxes_and_images_are_counted_and_nothing_else_is_lost(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"5 of 12 boxes cannot be used \(1 box of an unlisted category"):
         building.build("coco_json", input=str(path), output=str(tmp_path / "out"))
+    (path.parent / "images" / "000000000003.jpg").unlink()
     report = building.build("coco_json", input=str(path), output=str(tmp_path / "out"), max_bad_share=0.5)
     assert report["dropped"] == {"not an image": 1, "missing file": 1, "truncated image": 1}
     assert report["left out or repaired"] == {

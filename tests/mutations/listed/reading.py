@@ -65,7 +65,9 @@ FAULTS = [
     *plant(
         "data/checks.py", "cases/test_evaluations.py",
         ("facts is None or not stat.S_ISREG(facts.st_mode)", "facts is None", "::test_photos_that_are_missing_are_all_named"),
-        ("*bad]) for", "*bad[:10]]) for", "::test_photos_that_are_missing_are_all_named"),
+        ("for path in paths]\n    if len(lines)", "for path in paths[:10]]\n    if len(lines)", "::test_photos_that_are_missing_are_all_named"),
+        ("heads.add(name.rpartition(\"/\")[0])", "heads.add(\"\")", "data/test_checks.py::test_photos_that_a_folder_lacks"),
+        ("if len(missing) > max_bad_share * num:", "if len(missing) == num:", "data/test_checks.py::test_photos_that_a_folder_lacks"),
         ("version or str(facts.st_mtime_ns)", "version", "::test_a_continued_evaluation_belongs_to_its_photos"),
         ("if not whole.startswith(folder + os.sep):", "if False:", "cases/test_images.py"),
         ("path.is_absolute() or \"..\" in path.parts", "path.is_absolute()", "data/test_sources.py"),
