@@ -155,8 +155,7 @@ def _data_section(kind: str) -> ConfigDict:
         c.federated = True
         c.num_shots = 0  # of the raw json take images until each category is on so many, as GLIP does; 0: all
         c.few_shot_seed = 3  # GLIP's are 3, 30, 300
-        # names of categories that are left out with their boxes, from the raw json and the built folders, such as the
-        # parent category of Roboflow's exports; the log says which have no box anywhere
+        # categories left out with their boxes, such as the parent of Roboflow's exports; the log says which have none
         c.drop_categories = ()
     # rows of the concept table a host; 0: derived so that nothing can overflow. Fewer save memory where batches seldom
     # fill the table; negatives without a row are counted in metrics
@@ -175,6 +174,7 @@ def scenes() -> ConfigDict:
     c.seed = 0  # of the world
     c.novel_captions = True  # captions name novel shapes, too; False: nothing does
     c.named_share = 0.5  # of the objects of a pair, by its caption
+    c.wrong_share = 0.0  # of the captions, which are those of other images
     c.folder = ""  # where they are written once, to be read like real data; "": <workdir>/data
     return c
 
@@ -353,8 +353,7 @@ def base() -> ConfigDict:
     c.optimizer = optimizer()
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
-    # s that all processes wait for one that is late, then the run ends and names it. It must be longer than the time by
-    # which compiling takes longer on one host than on another
+    # s that all processes wait for a late one, then the run ends and names it; compiling is slower on some hosts
     c.timeout_s = 600
 
     c.chips = ConfigDict()

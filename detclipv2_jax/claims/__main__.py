@@ -122,13 +122,13 @@ def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
 def recipe_of(recipe: str, row: str, seed: int) -> list[str]:
     """Returns how a run differs from the defaults (but for folders), its world's format, and the same of its start."""
     lines = [*config_lib.differences(config_lib.base(), configuration(recipe, row, seed)), f"world {scenes.FORMAT}"]
-    if row in ablations.STARTS:
-        return lines
-    return lines + [f"after {line}" for line in recipe_of(recipe, ablations.start_of(row), seed)]
+    if row in ablations.PREPARED:
+        lines.append(f"prepared by {' '.join(ablations.PREPARED[row].arguments)}")
+    return lines + [f"after {line}" for needed in ablations.needs(row) for line in recipe_of(recipe, needed, seed)]
 
 
 def pending_runs(recipe: str, results: pathlib.Path, work: pathlib.Path) -> list[tuple[str, int]]:
-    """Returns the runs that have no result yet, and the starts that they need and whose weights are gone.
+    """Returns the runs that have no result yet, and those that they need and whose weights are gone.
 
     Raises:
       ValueError: a stored result was made by another recipe.
@@ -140,8 +140,9 @@ def pending_runs(recipe: str, results: pathlib.Path, work: pathlib.Path) -> list
             raise ValueError(f"{results}/{row}_{seed}.json is of another recipe ({'; '.join(changed)}); delete it")
     queue = ablations.queue(found)
     pending = [run for run in queue if run not in found]
-    starts = dict.fromkeys((ablations.start_of(row), seed) for row, seed in pending if row in ablations.ROWS)
-    return [run for run in queue if run in pending or (run in starts and not _is_done(work, *run))]
+    needed = {(other, seed) for row, seed in pending for other in ablations.needs(row)}
+    needed |= {(other, seed) for row, seed in needed for other in ablations.needs(row)}
+    return [run for run in queue if run in pending or (run in needed and not _is_done(work, *run))]
 
 
 def _is_done(work: pathlib.Path, row: str, seed: int) -> bool:
@@ -165,12 +166,8 @@ def _run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: 
         pending = pending_runs(recipe, results, work)
         while pending or running:
             for core in [core for core in cores if core not in running]:
-                # a row waits for its start
-                ready = (
-                    (row, seed)
-                    for row, seed in pending
-                    if row in ablations.STARTS or _is_done(work, ablations.start_of(row), seed)
-                )
+                waits = [[not _is_done(work, other, seed) for other in ablations.needs(row)] for row, seed in pending]
+                ready = (run for run, missing in zip(pending, waits, strict=True) if not any(missing))
                 if (run := next(ready, None)) is None:
                     break
                 pending.remove(run)
@@ -198,7 +195,7 @@ def _run_table(recipe: str, *, results: pathlib.Path, work: pathlib.Path, jobs: 
                     **spent,
                 }
                 write_json(results / f"{row}_{seed}.json", result, indent=1)
-                if row in ablations.STARTS:
+                if any(row in ablations.needs(other) for other in ablations.ROWS):
                     (workdir / "done").touch()
                 else:
                     shutil.rmtree(workdir / "checkpoints")
@@ -221,35 +218,48 @@ def start(
     """Writes the world of a run and returns its process, whose output goes to log.txt of its workdir."""
     workdir = work / f"{row}_{seed}"
     workdir.mkdir(parents=True, exist_ok=True)
-    world = str(work / f"world_{seed}")
-    changed = [key.split(".")[1] for key in ablations.ROWS.get(row, {}) if key.startswith("scenes.")]
-    config.scenes.folder = "_".join([world, *(f"{key}_{config.scenes[key]}" for key in changed)])
-    scenes.write(**config.scenes.to_dict())
+    config.scenes.folder = _world(recipe, row, seed, work=work)
     if row in ablations.ROWS:
         config.init_from.checkpoint = str(work / f"{ablations.start_of(row)}_{seed}")
     environment = {"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ}
     with open(workdir / "log.txt", "ab") as log:
         output: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
         if row in ablations.PREPARED:
-            _prepare(recipe, row, seed, config, world=world, prepared=workdir / "prepared", output=output)
+            _prepare(recipe, row, seed, config, work=work, output=output)
         process = subprocess.Popen(command(recipe, config, workdir), **output)
     with contextlib.suppress(ProcessLookupError):  # it may have failed at once
         os.sched_setaffinity(process.pid, {core})  # threads, which come later, inherit it
     return process
 
 
+def _world(recipe: str, row: str, seed: int, *, work: pathlib.Path) -> str:
+    """Writes the world of a row, unless it is there; returns its folder."""
+    values = configuration(recipe, row, seed).scenes
+    changed = [key.split(".")[1] for key in ablations.ROWS.get(row, {}) if key.startswith("scenes.")]
+    values.folder = "_".join([str(work / f"world_{seed}"), *(f"{key}_{values[key]}" for key in changed)])
+    scenes.write(**values.to_dict())
+    return values.folder
+
+
 def _prepare(
-    recipe: str, row: str, seed: int, config: ConfigDict, *, world: str, prepared: pathlib.Path, output: dict[str, Any]
+    recipe: str, row: str, seed: int, config: ConfigDict, *, work: pathlib.Path, output: dict[str, Any]
 ) -> None:
     """Prepares the data of a row, if they are not there, and writes their places into its configuration."""
-    places = {"start": config.init_from.checkpoint, "world": world, "prepared": str(prepared)}
-    scenes.write(**configuration(recipe, "pairs", seed).scenes.to_dict() | {"folder": world})
+    plan, prepared = ablations.PREPARED[row], work / f"{row}_{seed}" / "prepared"
+    places = {"prepared": str(prepared), "run": str(work / f"{plan.run}_{seed}")}
+    places["world"] = _world(recipe, plan.world, seed, work=work)
     if not (prepared / "report.json").exists():
-        arguments = [argument.format(**places) for argument in ablations.PREPARED[row]]
+        if plan.arguments[0] == "classes":
+            options = {"num_images": ablations.NUM_CLASS_NAMES, "size_px": config.scenes.size_px, "seed": seed}
+            scenes.write_class_names(f"{places['world']}_classes", **options)
+        arguments = [argument.format(**places) for argument in plan.arguments]
         if subprocess.run([sys.executable, "-m", "detclipv2_jax.prepare", *arguments], **output).returncode:
             raise ValueError(f"preparing {row}, seed {seed}, failed; see {prepared.parent}/log.txt")
-    values = {key: value for key, value in ablations.ROWS[row].items() if isinstance(value, str)}
-    config.update_from_flattened_dict({key: value.format(**places) for key, value in values.items()})
+    for key, value in ablations.ROWS[row].items():
+        if isinstance(value, str):
+            config.update_from_flattened_dict({key: value.format(**places)})
+        elif isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+            config.update_from_flattened_dict({key: tuple(part.format(**places) for part in value)})
 
 
 def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:

@@ -28,6 +28,8 @@ GOING_ON: dict[str, Any] = {
 }
 BOXES_ALONE: dict[str, Any] = {"grounding.weight": 0.0, "image_text.weight": 0.0}
 PAIRS: dict[str, Any] = {"grounding.weight": 0.0}
+PREPARED_PAIRS: dict[str, Any] = {"image_text.data": ("{prepared}",)}
+NUM_CLASS_NAMES = 1600
 # the paper's choices, one changed
 OTHER_CHOICES: dict[str, dict[str, Any]] = {
     "bilateral": {"loss.side": "bilateral"},
@@ -61,13 +63,15 @@ OTHER_CHOICES: dict[str, dict[str, Any]] = {
         "grounding.weight": 1.0, "grounding.annotations": "{prepared}/grounding.json", "grounding.images": "{world}",
         "scenes.num_grounding": 0, "scenes.num_image_text": 0,
     },
-}  # fmt: skip
-# what is prepared of the world of "pairs" before a row runs: arguments of `python -m detclipv2_jax.prepare`
-PREPARED: dict[str, tuple[str, ...]] = {
-    "pseudo_boxes": (
-        "pseudo_boxes", "--checkpoint={start}", "--input={world}/pairs.tsv", "--images={world}", "--output={prepared}",
-        "--pipeline=",
-    ),
+    # captions of other images; without those that the row of the same captions finds wrong
+    **{f"wrong_{percent}": {"scenes.wrong_share": percent / 100} for percent in (30, 60)},
+    **{
+        f"filtered_{percent}": PREPARED_PAIRS | {"scenes.wrong_share": percent / 100, "scenes.num_image_text": 0}
+        for percent in (0, 30, 60)
+    },
+    # NUM_CLASS_NAMES photos of one object each, called by its name: as many as "pairs" has captions
+    "class_names": PREPARED_PAIRS | {"image_text.class_weight": 1.0, "scenes.num_image_text": 0},
+    "pairs_class_names": PREPARED_PAIRS | {"image_text.class_weight": 1.0},
 }  # fmt: skip
 # what a row changes in configs/demo.py
 ROWS: dict[str, dict[str, Any]] = {
@@ -90,6 +94,27 @@ STARTS: dict[str, dict[str, Any]] = {
     "start": _START,
     "start_plain": _START | {"model.head.deformable": False},
     "start_classification": _START | {"model.head.objectness": "classification"},
+}
+
+
+class Preparation(NamedTuple):
+    """What is made of a row's world before another row runs."""
+
+    arguments: tuple[str, ...]  # of `python -m detclipv2_jax.prepare`
+    world: str = "pairs"  # the row that has it
+    run: str = ""  # row of the detector that takes part
+
+
+_PAIRS = ("--input={world}/pairs.tsv", "--images={world}", "--output={prepared}", "--pipeline=")
+_FILTER = ("image_text", *_PAIRS, "--filter={run}", "--workers=1")
+_CLASSES = ("classes", "--input={world}_classes", "--output={prepared}", "--workers=1")
+PREPARED = {
+    "pseudo_boxes": Preparation(("pseudo_boxes", "--checkpoint={run}", *_PAIRS), run="start"),
+    "filtered_0": Preparation(_FILTER, run="pairs"),
+    "filtered_30": Preparation(_FILTER, "wrong_30", run="wrong_30"),
+    "filtered_60": Preparation(_FILTER, "wrong_60", run="wrong_60"),
+    "class_names": Preparation(_CLASSES),
+    "pairs_class_names": Preparation(_CLASSES),
 }
 MIN_SEEDS = 5
 SEEDS = tuple(range(10))  # more than five where a claim is undecided and its rows are cheap
@@ -262,6 +287,39 @@ FINDINGS = (
         {"1": "pairs", "2": "pair_steps_2", "4": "pair_steps_4", "8": "pair_steps_8"},
         (),
     ),
+    Finding(
+        "12. Class names as captions, k = 1 (Table 13)",
+        {"boxes": "detection", "names": "class_names", "captions": "pairs", "names and captions": "pairs_class_names"},
+        (
+            Claim("class names raise AP", lambda m: [m["class_names"]["AP"] - m["detection"]["AP"]]),
+            Claim("captions raise it more", lambda m: [m["pairs"]["AP"] - m["class_names"]["AP"]]),
+            Claim(
+                "class names beside captions do not lower it by more than 1",
+                lambda m: [m["pairs_class_names"]["AP"] - m["pairs"]["AP"] + 1.0],
+            ),
+        ),
+    ),
+    Finding(
+        "13. A filter of captions, itself trained on them (BLIP)",
+        {
+            "none wrong": "pairs",
+            "none wrong, filtered": "filtered_0",
+            "30% wrong": "wrong_30",
+            "30% wrong, filtered": "filtered_30",
+            "60% wrong": "wrong_60",
+            "60% wrong, filtered": "filtered_60",
+        },
+        (
+            Claim(
+                "it raises AP where captions are wrong",
+                lambda m: [m[f"filtered_{share}"]["AP"] - m[f"wrong_{share}"]["AP"] for share in (30, 60)],
+            ),
+            Claim(
+                "it does not lower it by more than 1 where none is",
+                lambda m: [m["filtered_0"]["AP"] - m["pairs"]["AP"] + 1.0],
+            ),
+        ),
+    ),
 )
 
 
@@ -272,6 +330,14 @@ def start_of(row: str) -> str:
         return {key: value for key, value in changes.items() if key.startswith("model.")}
 
     return next(name for name, changes in STARTS.items() if model(changes) == model(ROWS[row]))
+
+
+def needs(row: str) -> tuple[str, ...]:
+    """Returns the rows whose weights a row needs: what it starts from, and the detector that prepares its data."""
+    if row in STARTS:
+        return ()
+    run = PREPARED[row].run if row in PREPARED else ""
+    return tuple(dict.fromkeys(filter(None, (start_of(row), run))))
 
 
 def queue(results: Results) -> list[tuple[str, int]]:

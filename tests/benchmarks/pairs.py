@@ -20,6 +20,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detclipv2_jax import commands
+from detclipv2_jax.data import scenes
 from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import filter_pairs, image_text
 from detclipv2_jax.prepare.record_builder import Tally
@@ -69,18 +70,6 @@ def boxes_right(found: dict[str, Any], truth: dict[str, Any]) -> list[dict[str, 
     return rows
 
 
-def shuffle_captions(lines: list[str], share: float) -> tuple[list[str], np.ndarray]:
-    """Returns lines of a TSV of which a share have the caption and phrases of the next of them, and which these are."""
-    rng = np.random.default_rng(0)
-    chosen = np.flatnonzero(rng.random(len(lines)) < share)
-    photos, captions = zip(*(line.split("\t", 1) for line in lines), strict=True)
-    moved = list(captions)
-    for i, j in zip(chosen, np.roll(chosen, 1), strict=True):
-        moved[i] = captions[j]
-    wrong = np.array([new != old for new, old in zip(moved, captions, strict=True)])
-    return [f"{photo}\t{caption}" for photo, caption in zip(photos, moved, strict=True)], wrong
-
-
 def main(
     *, run: str, wrong_share: float = 0.3, score_thresholds: tuple[str, ...] = ("0.1", "0.2", "0.3", "0.4")
 ) -> None:
@@ -116,7 +105,9 @@ def main(
                 for group in (*groups, completed)
             )
             tables.append(f"| {threshold} | {len(asked)} | {all_} | {base} | {novel} | {len(completed)} | {more} |")
-        lines, wrong = shuffle_captions((data / "pairs.tsv").read_text().splitlines(keepends=True), wrong_share)
+        pairs = (data / "pairs.tsv").read_text().splitlines(keepends=True)
+        lines = scenes.exchange_captions(pairs, wrong_share, seed=0)
+        wrong = np.array([new != old for new, old in zip(lines, pairs, strict=True)])
         (folder / "pairs.tsv").write_text("".join(lines))
         reader = image_text.open_reader(
             str(folder / "pairs.tsv"), str(data), shard_size=4096, pipeline="", max_phrases=8

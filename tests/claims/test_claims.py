@@ -336,7 +336,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     assert "the run bilateral, seed 0, failed" in capsys.readouterr().err
     assert started == ["start", "pairs", "bilateral"]
     assert (folders["work"] / "start_0" / "checkpoints").exists()
-    assert not (folders["work"] / "pairs_0" / "checkpoints").exists()
+    assert (folders["work"] / "pairs_0" / "checkpoints").exists()  # which a filter is made of
     stored = json.loads((folders["results"] / "pairs_0.json").read_text())
     assert (stored["row"], stored["seed"], stored["steps"]) == ("pairs", 0, 20)
     assert stored["novel_AP_by_step"] == {"10": 10.0, "20": 20.0}
@@ -349,6 +349,7 @@ def test_runs_are_stored_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"image_to_text, seed 0, begins: {folders['work']}/image_to_text_0/log.txt" in printed
     assert "[4/4] image_to_text, seed 0: AP" in printed
+    assert not (folders["work"] / "image_to_text_0" / "checkpoints").exists()
     assert "**undecided** | +0.0 ± inf | 1 |" in (folders["output"] / "claims.md").read_text()
 
     # a table that is done
@@ -446,6 +447,43 @@ def test_what_a_row_needs_is_prepared_once_of_the_world_of_pairs(tmp_path, monke
     config = claims.configuration(RECIPE, "pseudo_boxes", 2)
     with pytest.raises(ValueError, match=r"preparing pseudo_boxes, seed 2, failed; see .*pseudo_boxes_2/log.txt"):
         claims.start(RECIPE, "pseudo_boxes", 2, config, **place)
+
+
+def test_a_filter_is_the_run_of_the_captions_that_it_filters(tmp_path, monkeypatch):
+    ran, written = [], []
+    monkeypatch.setattr(claims.subprocess, "run", lambda *args, **_: ran.append(args[0]) or REAL_RUN(["true"]))
+    monkeypatch.setattr(claims.scenes, "write", lambda **options: written.append(options))
+    monkeypatch.setattr(claims, "command", lambda *_: [sys.executable, "-S", "-c", ""])
+    config = claims.configuration(RECIPE, "filtered_60", 1)
+    claims.start(RECIPE, "filtered_60", 1, config, work=tmp_path, core=min(os.sched_getaffinity(0))).wait()
+    world, prepared = f"{tmp_path}/world_1_wrong_share_0.6", f"{tmp_path}/filtered_60_1/prepared"
+    assert ran[0][3:] == [
+        *("image_text", f"--input={world}/pairs.tsv", f"--images={world}", f"--output={prepared}", "--pipeline="),
+        *(f"--filter={tmp_path}/wrong_60_1", "--workers=1"),
+    ]
+    assert (config.image_text.data, config.scenes.num_image_text) == ((prepared,), 0)
+    assert config.init_from.checkpoint == f"{tmp_path}/start_1"
+    assert [options["folder"] for options in written] == [f"{world}_num_image_text_0", world]
+    assert (written[1]["wrong_share"], written[1]["num_image_text"]) == (0.6, 1600)
+    assert ablations.needs("filtered_60") == ("start", "wrong_60")
+    assert ablations.needs("filtered_0") == ("start", "pairs")
+    assert ablations.needs("class_names") == ablations.needs("pseudo_boxes") == ("start",)
+    assert ablations.needs("start") == ()
+    recipe = claims.recipe_of(RECIPE, "filtered_60", 1)
+    assert "after scenes.wrong_share: 0.0 -> 0.6" in recipe
+    assert any(line.startswith("prepared by image_text --input=") for line in recipe)
+    # the weights of what a missing row needs are made again, with those that these need
+    found = {("wrong_60", 0): {}, ("start", 0): {}}
+    monkeypatch.setattr(
+        claims, "all_results", lambda _: {key: {"recipe": claims.recipe_of(RECIPE, *key)} for key in found}
+    )
+    pending = claims.pending_runs(RECIPE, tmp_path, tmp_path)
+    assert ("wrong_60", 0) in pending
+    assert pending.index(("start", 0)) < pending.index(("wrong_60", 0)) < pending.index(("filtered_60", 0))
+    for row in ("wrong_60", "start"):
+        (tmp_path / f"{row}_0").mkdir()
+        (tmp_path / f"{row}_0" / "done").touch()
+    assert not set(found) & set(claims.pending_runs(RECIPE, tmp_path, tmp_path))
 
 
 def test_what_was_stopped_counts_to_the_time_of_a_run(tmp_path):

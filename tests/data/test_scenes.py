@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from detclipv2_jax.data import box_json, scenes, shapes, sources, spans, workers
+from detclipv2_jax.data import box_json, scene_drawing, scenes, shapes, sources, spans, workers
 
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
 
@@ -27,7 +27,7 @@ def test_the_world_is_as_large_as_promised():
     assert len({*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES}) >= 24
     assert len(scenes.NOVEL_SHAPES) >= 8
     assert len(scenes.COLORS) == 10
-    assert len(scenes.TEXTURES) == 4
+    assert len(scene_drawing.TEXTURES) == 4
     assert set(shapes.outlines()) == {*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES}
     for parts in shapes.outlines().values():
         assert max(np.abs(polygon).max() for entry, polygon in parts if entry) <= 1.0
@@ -40,7 +40,7 @@ def test_a_turned_shape_is_painted_to_its_ends(angle):
         points = np.concatenate([polygon for entry, polygon in parts if entry])
         turned = np.stack([points[:, 0] * cosine - points[:, 1] * sine, points[:, 0] * sine + points[:, 1] * cosine], 1)
         image = np.full((100, 100, 3), 255, np.float32)
-        box = scenes._paint(image, scenes.Thing(shape, "black", "plain", (0.5, 0.5), 0.25, angle))
+        box = scene_drawing._paint(image, scenes.Thing(shape, "black", "plain", (0.5, 0.5), 0.25, angle))
         seen = [np.flatnonzero((image < 200).all(axis=2).any(axis=axis))[[0, -1]] for axis in (0, 1)]
         np.testing.assert_allclose(box, [seen[0][0], seen[1][0], seen[0][1] + 1, seen[1][1] + 1], atol=1)
         if all(entry for entry, _ in parts):  # else a hole may reach an end
@@ -87,7 +87,7 @@ def test_a_large_part_is_written_by_another_process_the_same(folder, tmp_path, m
 
 def test_what_another_process_cannot_do_is_raised_here(tmp_path):
     (tmp_path / "images").write_text("no folder")
-    world = {"size_px": 32, "seed": 0, "novel_captions": True, "named_share": 0.5}
+    world = {"size_px": 32, "seed": 0, "novel_captions": True, "named_share": 0.5, "wrong_share": 0.0}
     with pytest.raises(NotADirectoryError), workers.beside(scenes._write_part, str(tmp_path), "eval", 1, **world):
         pass
 
@@ -175,7 +175,43 @@ def test_spans_of_grounding_captions_name_the_categories(folder):
         color, shape = phrase.split()[-2:]
         assert color in scenes.COLORS
         assert shape in scenes.BASE_SHAPES
-        assert len(phrase.split()) == 2 or phrase.split()[0] in scenes.TEXTURES
+        assert len(phrase.split()) == 2 or phrase.split()[0] in scene_drawing.TEXTURES
+
+
+def test_wrong_captions_are_those_of_other_images(folder, tmp_path):
+    right = (folder / "pairs.tsv").read_text().splitlines()
+    scenes.write(tmp_path, **COUNTS | {"num_detection": 0, "num_eval": 0}, size_px=96, seed=3, wrong_share=0.6)
+    wrong = (tmp_path / "pairs.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in wrong] == [line.split("\t")[0] for line in right]
+    captions = [[line.split("\t", 1)[1] for line in lines] for lines in (right, wrong)]
+    assert sorted(captions[0]) == sorted(captions[1])
+    assert 0.3 <= np.mean([old != new for old, new in zip(*captions, strict=True)]) <= 0.9
+    for file in folder.glob("images/image_text/*"):
+        assert (tmp_path / file.relative_to(folder)).read_bytes() == file.read_bytes()
+    lines = [f"{i}.jpg\tcaption {i}\t[]\n" for i in range(2000)]
+    assert scenes.exchange_captions(lines, 0.0, seed=1) == lines
+    assert scenes.exchange_captions(lines, 1.0, seed=1)[:2] == ["0.jpg\tcaption 1999\t[]\n", "1.jpg\tcaption 0\t[]\n"]
+    other = scenes.exchange_captions(lines, 0.3, seed=1)
+    assert 0.27 < np.mean([old != new for old, new in zip(lines, other, strict=True)]) < 0.33
+    assert other != scenes.exchange_captions(lines, 0.3, seed=2)
+    with pytest.raises(ValueError, match=r"wrong_share is 1.5; it must be from 0 to 1"):
+        scenes.write(tmp_path / "other", **COUNTS, wrong_share=1.5)
+
+
+def test_class_names_are_folders_of_images_with_one_object_each(tmp_path):
+    scenes.write_class_names(tmp_path / "classes", num_images=60, size_px=64, seed=5)
+    photos = sorted((tmp_path / "classes").glob("*/*.jpg"), key=lambda path: path.name)
+    assert [path.stem for path in photos] == [f"{i:06d}" for i in range(60)]
+    names = {path.parent.name for path in photos}
+    assert {name.split()[0] for name in names} == set(scenes.COLORS)
+    assert {name.split()[1] for name in names} & set(scenes.NOVEL_SHAPES)
+    assert {name.split()[1] for name in names} & set(scenes.BASE_SHAPES)
+    for i, photo in enumerate(photos[:5]):
+        rng = np.random.default_rng((5, 4, i))
+        every = (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES)
+        scene = scenes.draw(rng, shapes=every, size_px=64, training=True, distinct=True, alone=True)
+        assert [thing.name for thing in scene.things] == [photo.parent.name]
+        assert np.abs(cv2.imread(str(photo))[..., ::-1].astype(float) - scene.image).mean() < 5
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.5, 0.45, 0.7), (0.9, 0.85, 0.95), (1.0, 1.0, 1.0)])
@@ -234,9 +270,9 @@ def test_captions_may_leave_novel_shapes_out(tmp_path):
 def test_boxes_are_tight(shape):
     rng = np.random.default_rng(0)
     for angle, center in ((0.0, (0.5, 0.5)), (25.0, (0.3, 0.7)), (-30.0, (0.1, 0.95))):
-        thing = scenes.Thing(shape, "red", scenes.TEXTURES[rng.integers(4)], center, 0.2, angle)
+        thing = scenes.Thing(shape, "red", scene_drawing.TEXTURES[rng.integers(4)], center, 0.2, angle)
         ground = np.full((128, 128, 3), 128, np.float32)
-        box = scenes._paint(ground, thing)
+        box = scene_drawing._paint(ground, thing)
         ys, xs = np.nonzero(np.abs(ground - 128).max(axis=2) > 40)
         np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.0)
 
@@ -246,7 +282,7 @@ def test_an_eighth_of_the_combinations_is_held_out_and_no_caption_names_one_twic
         scenes.Thing(shape, color, texture, (0.5, 0.5), 0.1, 0.0).held_out
         for shape in (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES)
         for color in scenes.COLORS
-        for texture in scenes.TEXTURES
+        for texture in scene_drawing.TEXTURES
     ]
     assert sum(held_out[: 16 * 40]) == 16 * 40 / 8
     assert not any(held_out[16 * 40 :])
@@ -264,7 +300,7 @@ def test_things_are_turned_clockwise():
     """The apex of a triangle points up, and to the right after a quarter turn: most of it lies at the other side."""
     for angle, side in ((0.0, (0, 1)), (90.0, (-1, 0)), (180.0, (0, -1)), (-90.0, (1, 0))):
         image = np.full((128, 128, 3), 128, np.float32)
-        scenes._paint(image, scenes.Thing("triangle", "red", "plain", (0.5, 0.5), 0.3, angle))
+        scene_drawing._paint(image, scenes.Thing("triangle", "red", "plain", (0.5, 0.5), 0.3, angle))
         ys, xs = np.nonzero(np.abs(image - 128).max(axis=2) > 40)
         np.testing.assert_allclose((xs.mean() - 63.5, ys.mean() - 63.5), np.multiply(side, 7), atol=3)
 
@@ -291,7 +327,7 @@ def test_boxes_are_neither_too_large_nor_too_small_on_the_whole():
     for shape in (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES):
         for angle, center in ((0.0, (0.5, 0.5)), (25.0, (0.3, 0.7))):
             image = np.full((128, 128, 3), 128, np.float32)
-            box = scenes._paint(image, scenes.Thing(shape, "red", "plain", center, 0.2, angle))
+            box = scene_drawing._paint(image, scenes.Thing(shape, "red", "plain", center, 0.2, angle))
             ys, xs = np.nonzero(np.abs(image - 128).max(axis=2) > 40)
             errors.append(box - [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
     np.testing.assert_allclose(np.mean(errors, axis=0), 0, atol=0.25)

@@ -119,11 +119,14 @@ FAULTS = [
     ),
     *plant(
         "data/scenes.py", "data/test_scenes.py",
-        ("scene.image[..., ::-1], quality", "scene.image, quality"),
+        ("image[..., ::-1], options", "image, options"),
         ("round(width * height, 2)", "round(width + height, 2)"),
+        ("if absent not in {thing.name", "if True or absent not in {thing.name"),
+    ),
+    *plant(
+        "data/scene_drawing.py", "data/test_scenes.py",
         ("rotation * radius + center - low", "rotation.T * radius + center - low"),
         ("% 8 == 0", "% 9 == 0"),
-        ("if absent not in {thing.name", "if True or absent not in {thing.name"),
         ("xs[-1] + 1, ys[-1] + 1]", "xs[-1], ys[-1]]"),
     ),
     *plant(
