@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int16, Int32
 
 from detclipv2_jax.losses.concept_table import UniqueRows
-from detclipv2_jax.losses.devices import chunk_size, gather, reduce_scatter, take, vary, zeros_after
+from detclipv2_jax.losses.devices import chunk_size, gather, in_chunks, reduce_scatter, take, vary, zeros_after
 
 LOW = -1e30  # finite, so that a fully masked row stays free of NaN
 
@@ -86,7 +86,7 @@ def _forward(settings: Settings, *arguments: Any) -> tuple[tuple[Array, Array, A
         return best, chosen, votes + jnp.sum(vote, axis=2, dtype=jnp.int32)
 
     carry = jnp.zeros((t, b), jnp.float32), jnp.zeros((t, b), jnp.int16), jnp.zeros((b, k), jnp.int32)
-    best, chosen, votes = jax.lax.fori_loop(0, _num_chunks(unique, size), body, vary(carry, settings.axes))
+    best, chosen, votes = in_chunks(unique.count, size, body, vary(carry, settings.axes))
 
     # a loop, because [captions, m, b] at once would be the largest array of the loss
     def add_concept(m: Array, scores: Array) -> Array:
@@ -125,10 +125,6 @@ def _backward(
 
 
 caption_scores.defvjp(_forward, _backward)
-
-
-def _num_chunks(unique: UniqueRows, size: int) -> Int32[Array, ""]:
-    return (unique.count + size - 1) // size
 
 
 def _chunk(unique: UniqueRows, n: Array, size: int) -> tuple[Array, Int32[Array, " size"], Bool[Array, " size"]]:
@@ -194,7 +190,7 @@ def _pull(
         return regions_bar, table_bar
 
     carry = tuple(zeros_after(best_bar, x.shape, settings.axes) for x in (regions, table))
-    return jax.lax.fori_loop(0, _num_chunks(unique, size), body, carry)
+    return in_chunks(unique.count, size, body, carry)
 
 
 def pull_by_product(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[Array, Array]:
@@ -254,4 +250,4 @@ def pull_by_index(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[A
         return regions_bar, table_bar.at[rows].add(text_bar, unique_indices=True)
 
     carry = tuple(zeros_after(best_bar, x.shape, settings.axes) for x in (regions, table))
-    return jax.lax.fori_loop(0, _num_chunks(unique, size), body, carry)
+    return in_chunks(unique.count, size, body, carry)

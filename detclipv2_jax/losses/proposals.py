@@ -197,7 +197,7 @@ def _max_in_chunks(embeddings: Array, table: Array, rows: Array, count: Array, *
 
         return jnp.maximum(best, jax.lax.map(image, jnp.arange(b)))
 
-    return jax.lax.fori_loop(0, (count + size - 1) // size, body, jnp.full((b, a), LOW, jnp.float32))
+    return devices.in_chunks(count, size, body, jnp.full((b, a), LOW, jnp.float32))
 
 
 def _top_boxes(

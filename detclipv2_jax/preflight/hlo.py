@@ -1,7 +1,8 @@
 """What a compiled program moves through memory and over the network, read from its optimised HLO text.
 
 XLA's own cost analysis counts the body of a loop once and is missing for GPUs. Here a body counts as often as it runs,
-and a conditional as the branch that moves more, which is chosen for memory and for each kind of collective.
+also where the number of concepts decides, and a conditional as the branch that moves more, which is chosen for memory
+and for each kind of collective.
 
 Every instruction knows the place in the model that it was traced from, so that traffic, and the times of a profile
 (`tests/benchmarks/accelerator.py`), can be summed by module.
@@ -29,8 +30,9 @@ _TRANSFORMED = re.compile(r"(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+")
 # what JAX and Flax write into the name of an operation beside modules and scopes: functions, loops, classes, einsums
 _NO_MODULE = re.compile(
     r"$|[A-Z]|.*[(<.>]|(eval_jaxpr|while|body|cond|branch_\d+_fun|closed_call|checkpoint|remat2?|rematted_computation"
-    r"|shard_map)$"
+    r"|shard_map|chunks_of_\d+_concepts)$"
 )
+_CHUNKS = re.compile(r'chunks_of_(\d+)_concepts\)*/while"')  # `losses.devices.in_chunks`
 MODULE_DEPTH = 3  # parts of a module's path that are told apart
 
 
@@ -48,7 +50,7 @@ class Traffic(NamedTuple):
 
     rows: list[Moved]  # in the order of the program
     network: dict[str, float]  # by kind of collective: the larger one of operand and result
-    unknown_loops: int  # loops whose number of turns depends on data; counted once
+    unknown_loops: int  # loops whose number of turns depends on other data; counted once
 
     @property
     def memory(self) -> float:
@@ -86,8 +88,14 @@ class _Instruction(NamedTuple):
     attributes: str
 
 
-def traffic(text: str) -> Traffic:
-    """Returns what a program moves, from `compiled.as_text()`."""
+def traffic(text: str, *, num_concepts: int = 0) -> Traffic:
+    """Returns what a program moves, from `compiled.as_text()`.
+
+    Args:
+      text: the program.
+      num_concepts: distinct ones of a batch, over which some loops run in chunks; 0: not known, and neither is their
+        number of turns.
+    """
     computations: dict[str, list[_Instruction]] = {}
     entry = ""
     for line in text.splitlines():
@@ -119,7 +127,7 @@ def traffic(text: str) -> Traffic:
             kind = opcode.removesuffix("-start")
             if opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
-                turns = _turns(instruction, computations)
+                turns = _turns(instruction, computations, num_concepts)
                 unknown += turns == 0
                 if body:
                     add(cost(body[1]), max(turns, 1))
@@ -147,10 +155,12 @@ def traffic(text: str) -> Traffic:
     return cost(entry)
 
 
-def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]], num_concepts: int) -> int:
     """Returns how often the body of a loop runs, 0 if the program does not tell: for TPUs only the condition does."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
+    if chunks := _CHUNKS.search(loop.attributes):
+        return -(-num_concepts // int(chunks[1]))
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     instructions = computations[condition[1]] if condition else []
     constants = {

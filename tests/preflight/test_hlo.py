@@ -1,11 +1,15 @@
 """Traffic of compiled programs: a small one over 8 devices, counted by hand, and lines as TPUs and GPUs write them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from detclipv2_jax.losses import matching
+from detclipv2_jax.losses.concept_table import UniqueRows
 from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
 
@@ -279,3 +283,32 @@ def test_traffic_by_module_adds_up_to_all_of_it():
     assert sum(modules.values()) == pytest.approx(traffic.memory)
     assert {("first", "forward"), ("second", "forward"), ("second", "backward")} <= modules.keys()
     assert list(modules.values()) == sorted(modules.values(), reverse=True)
+
+
+def test_loops_over_concepts_turn_once_a_chunk():
+    # two images, four regions: 6 concepts a chunk forward, 12 backward
+    settings = matching.Settings(axes=(), matching="max", temperature=1.0, chunk_bytes=8 * 2 * 4 * 6)
+    regions, text, mask = jnp.ones((2, 4, 8), jnp.bfloat16), jnp.ones((16, 8)), jnp.ones((2, 4), bool)
+    slots, weights = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3))
+
+    def step(num_concepts):
+        unique = UniqueRows(jnp.arange(16), jnp.arange(16), num_concepts)
+
+        def loss(regions, text):
+            return matching.caption_scores(settings, regions, text, mask, unique, slots, weights)[0].sum()
+
+        return jax.grad(loss, argnums=(0, 1))(regions, text)
+
+    by_data = jax.jit(step).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    assert hlo.traffic(by_data).unknown_loops == 2
+    for num_concepts, forward, backward in ((14, 3, 2), (12, 2, 1)):
+        counted = hlo.traffic(by_data, num_concepts=num_concepts)
+        known = jax.jit(functools.partial(step, jnp.int32(num_concepts))).lower().compile()  # XLA counts by itself
+        by_xla = hlo.traffic(known.as_text())
+        assert counted.unknown_loops == by_xla.unknown_loops == 0
+        assert counted.memory == pytest.approx(by_xla.memory, rel=0.02)
+        for traffic in (counted, by_xla):
+            times = {row.times for row in traffic.rows}
+            assert forward in times
+            assert max(times) == 2 * 12 * backward
+    assert hlo.module_of("jit(f)/jvp(loss)/chunks_of_6_concepts/while/body/add") == ("loss", "forward")

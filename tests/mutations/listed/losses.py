@@ -41,6 +41,7 @@ FAULTS = [
         ("jnp.cumsum(is_unique, dtype=jnp.int32) - 1", "jnp.cumsum(is_unique, dtype=jnp.int32)"),
         ("jnp.argsort(~is_unique, stable=True)", "jnp.argsort(is_unique, stable=True)"),
     ),
+    *plant("losses/devices.py", CHUNKED, ("(count + size - 1) // size", "count // size"), slow=True),
     *plant(
         "losses/matching.py", CHUNKED,
         ("(position >= n * size) & (position < unique.count)", "(position < unique.count)", "losses/test_contrastive.py::test_concepts_of_two_chunks_count_once"),
@@ -49,7 +50,6 @@ FAULTS = [
         ("scores + weights[:, m, None] * best[slots[:, m]]", "scores + best[slots[:, m]]"),
         ("weight * (1.0 + scaled", "weight * (1.0 - scaled"),
         ("similarity / temperature, LOW)", "similarity, LOW)"),
-        ("(unique.count + size - 1) // size", "unique.count // size"),
         ("regions_bar.at[i, index[:, i]].add(weight * text)", "regions_bar.at[i, index[:, i]].set(weight * text)"),
         slow=True,
     ),

@@ -61,6 +61,7 @@ FAULTS = [
         "preflight/hlo.py", "preflight/test_hlo.py",
         ("add(cost(body[1]), max(turns, 1))", "add(cost(body[1]))"),
         ("unknown += turns == 0", "pass"),
+        ("-(-num_concepts // int(chunks[1]))", "num_concepts // int(chunks[1])"),
         ("max(sizes) if opcode.endswith(\"-start\") and len(sizes) > 1 else sum(sizes)", "sum(sizes)"),
         ("max(branch.network.get(kind, 0.0) for branch in branches)", "branches[0].network.get(kind, 0.0)"),
         ("max(branches, key=lambda branch: branch.memory)", "branches[0]"),
