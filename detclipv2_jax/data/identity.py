@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from detclipv2_jax import buckets
-from detclipv2_jax.data.built import INDEX, VOCABULARY
+from detclipv2_jax.data.built import INDEX, REPORT, VOCABULARY
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.files import sha256
+from detclipv2_jax.files import read_json, sha256
 
 _OF_A_FOLDER = (INDEX, VOCABULARY, "dataset_info.json")  # sizes and concepts, names, shards
+_BUILT_OF = ", files it was built of,"
 _EVALUATIONS = ("eval", "forgetting")
 
 
@@ -28,6 +31,12 @@ def of_run(config: Any) -> dict[str, str]:
         folders = (section.data,) if isinstance(section.data, str) else section.data
         paths |= {f"data[{i}] {name}": Path(folder) / name for i, folder in enumerate(folders) for name in _OF_A_FOLDER}
         found |= {f"config.{kind.value}.{name}": sha256(path) for name, path in paths.items() if path.is_file()}
+        reports = [Path(folder, REPORT) for folder in folders]
+        found |= {
+            f"config.{kind.value}.data[{i}]{_BUILT_OF}": _built_of(path)
+            for i, path in enumerate(reports)
+            if path.is_file()
+        }
     for section in _EVALUATIONS:
         given = {key: Path(config[section][key]) for key in ("annotations", "dictionary") if config[section][key]}
         found |= {
@@ -38,13 +47,26 @@ def of_run(config: Any) -> dict[str, str]:
     return found
 
 
+def _built_of(report: Path) -> str:
+    """Returns a digest of the contents of the files, wherever they were, that a folder was built of.
+
+    Built again of others it may have the same index: records are not in it.
+    """
+    content = read_json(report)
+    inputs = content.get("inputs") if isinstance(content, dict) else None
+    facts = [inputs[name] for name in sorted(inputs)] if isinstance(inputs, dict) else inputs
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """Returns what is different, one line each."""
     leads = tuple(f"config.{section}." for section in _EVALUATIONS)
     different = [
         name
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and ((name in before and name in now) or not name.startswith(leads))
+        if before.get(name) != now.get(name)
+        # what those evaluations are that a run began with is no matter, nor what older programs did not note
+        and ((name in before and name in now) or not (name.startswith(leads) or name.endswith(_BUILT_OF)))
     ]
     return [
         f"{name} " + ("is gone" if name not in now else "is new" if name not in before else "changed")

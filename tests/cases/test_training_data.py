@@ -481,7 +481,7 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     config.detection.data = (str(tmp_path / "built"),)
     workdir = tmp_path / "run"
     data = identity.of_run(config)
-    assert len(data) == 4
+    assert len(data) == 5
     session.check_data(workdir, data, allowed=False)  # nothing there
     (workdir / "checkpoints/3").mkdir(parents=True)
     (workdir / "data.json").write_text(json.dumps(data))
@@ -518,3 +518,23 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     config.eval.annotations = config.eval.dictionary = config.forgetting.annotations = config.forgetting.dictionary = ""
     with pytest.raises(ValueError, match=r"config\.grounding\.annotations changed"):
         session.prepare(config, workdir, training=True)
+
+
+def test_a_folder_that_was_built_again_of_another_file_has_changed(folder):
+    content, config = detection_json(), config_lib.base()
+    config.detection.data = (str(folder / "built"),)
+
+    def built_of(name):
+        shutil.rmtree(folder / "built", ignore_errors=True)
+        (folder / name).write_text(json.dumps(content))
+        building.build("coco_json", output=str(folder / "built"), input=str(folder / name), images=str(folder))
+        return identity.of_run(config)
+
+    began = built_of("a.json")
+    assert identity.changes(began, built_of("moved.json")) == []
+    content["annotations"][2]["bbox"][0] += 1  # which is not in the index
+    now = built_of("a.json")
+    (line,) = identity.changes(began, now)
+    assert line == "config.detection.data[0], files it was built of, changed"
+    del began[line.removesuffix(" changed")]  # as of a run that began before this was noted
+    assert identity.changes(began, now) == []
