@@ -14,7 +14,7 @@ _COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(0{6}\d{6})\.jpe?g"
 
 def photo_of(name: str) -> str:
     """Returns what names a photo in all data sets: the number of COCO's and LVIS's photos, else the file name."""
-    name = os.path.basename(name)
+    name = os.path.basename(name.replace("\\", "/"))  # of a json made on Windows
     return found[1] if (found := _COCO_NAME.fullmatch(name)) else name
 
 

@@ -352,16 +352,19 @@ def _captions(contents: dict[str, bytes], tally: Tally) -> Iterator[str]:
 
 
 def _to_pair(name: str, contents: dict[str, bytes], known: str, tally: Tally) -> Pair | None:
-    """Returns the pair of a sample, None with its reason counted where it is none; `known` is the parquet's caption."""
-    image = next((content for suffix, content in contents.items() if suffix in _IMAGE_SUFFIXES), None)
-    if image is None:
+    """Returns the pair of a sample, None with its reason counted where it is none.
+
+    `name` is without the suffix, `known` the parquet's caption.
+    """
+    suffix = next((suffix for suffix in contents if suffix in _IMAGE_SUFFIXES), None)
+    if suffix is None:
         tally.dropped["sample without an image"] += 1
         return None
     caption = next((text for text in (*_captions(contents, tally), known) if text.strip()), "")
     if not caption:
         tally.dropped["empty caption" if "txt" in contents else "sample without a caption"] += 1
         return None
-    return Pair(name, image, caption, None)
+    return Pair(f"{name}.{suffix}", contents[suffix], caption, None)  # photos of other sets are known by their files
 
 
 def open_reader(

@@ -110,7 +110,19 @@ def test_webdataset_shards(tmp_path):
     assert report["dropped"] == {"sample without an image": 3, "sample without a caption": 1}
     assert report["seen"] == 7
     assert {len(facts["sha256"]) for facts in report["inputs"].values()} == {64}
-    assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).describe(0).startswith("00000.tar/0000 of ")
+    assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).describe(0).startswith("00000.tar/0000.jpg of ")
+
+
+def test_photos_of_validation_sets_in_tars(tmp_path):
+    names = ("COCO_train2014_000000000042", "d/1000092795", "objects365_v2_00420917", "000000042")
+    held_out = ("val2017/000000000042.jpg", "1000092795.jpg", r"images\v2\patch8\objects365_v2_00420917.jpg", "42.jpg")
+    samples = [part for i, name in enumerate(names) for part in sample(name, "a dog", seed=i).items()]
+    write_tar(tmp_path / "w.tar", dict(samples))
+    (tmp_path / "val.json").write_text(json.dumps({"images": [{"file_name": name} for name in held_out]}))
+    options = {"validation": (str(tmp_path / "val.json"),), "drop_validation": True}
+    report = build(tmp_path / "w.tar", tmp_path / "out", **options)
+    assert report["validation photos"]["found"] == 3
+    assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT).describe(0).startswith("w.tar/000000042.jpg of ")
 
 
 def test_a_cut_tar_loses_only_what_was_cut(tmp_path):
