@@ -148,11 +148,17 @@ def read_json(
     object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
     """Returns the content of a json file; ValueError, which names the file, where it is none. Hooks as of `json`."""
-    text = decode(read_bytes(path), where=path)
+    return parse_json(
+        decode(read_bytes(path), where=path), where=path, object_hook=object_hook, object_pairs_hook=object_pairs_hook
+    )
+
+
+def parse_json(text: str, *, where: str | os.PathLike[str], **hooks: Any) -> Any:
+    """Returns the content of the text of the json file `where`; as `read_json`."""
     try:
-        return json.loads(text, object_hook=object_hook, object_pairs_hook=object_pairs_hook)
+        return json.loads(text, **hooks)
     except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
-        raise ValueError(f"{os.fspath(path)} is no valid json: {error}") from None
+        raise ValueError(f"{os.fspath(where)} is no valid json: {error}") from None
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:

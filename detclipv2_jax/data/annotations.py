@@ -7,11 +7,14 @@ An entry with one possible meaning is repaired and counted; one without is left 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import gc
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from detclipv2_jax.data.schema import DataError
 
 MAX_SIDE = 65_535  # px; of a JPEG
 MAX_NUMBER = 1e9  # px
+_MAX_EXACT = 2**53  # beyond, several whole numbers are one float
 _NUMBERS = {int, float}
 _ENOUGH = 20  # boxes, to tell from how they lie
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
@@ -30,12 +34,23 @@ _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true":
 
 def load_json(path: str | Path) -> Any:
     """Returns the content of a json, without the outlines of boxes, which are most of it; ValueError if it is none."""
+    with collector_paused():
+        try:
+            text = files.decode(files.read_bytes(path), where=path)
+            if text.count('"annotations"') > 1:  # of two lists json would give the last one
+                return files.parse_json(text, where=path, object_pairs_hook=_without_repeated_keys)
+            return files.parse_json(text, where=path, object_hook=_without_outline)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Holds the garbage collector: to look through the millions of objects of a json takes a fifth of its reading."""
     collects = gc.isenabled()
-    gc.disable()  # millions of new objects, none of them garbage: looking through them takes a third of the time
+    gc.disable()
     try:
-        return files.read_json(path, object_hook=_without_outline)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        yield
     finally:
         if collects:
             gc.enable()
@@ -45,6 +60,14 @@ def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
     if "segmentation" in entry and _four_numbers(entry.get("bbox")):
         del entry["segmentation"]
     return entry
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has {max(keys, key=keys.count)!r} twice: join the two by hand")
+    return _without_outline(entry)
 
 
 def _four_numbers(box: Any) -> bool:
@@ -58,8 +81,8 @@ def shown(value: Any) -> str:
 
 
 def usable_id(value: Any) -> int | str | None:
-    """Returns an id: a whole number (2.0 is 2) or a text; None if it is neither."""
-    if isinstance(value, float) and value.is_integer():
+    """Returns an id: a whole number (2.0 is 2) or a text; None if it is neither, or a float that may be rounded."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _MAX_EXACT:
         return int(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
@@ -108,6 +131,31 @@ def listed_ids(entries: Sequence[Any], *, where: str) -> tuple[list[int | str], 
     return ids, sum(isinstance(entry["id"], float) for entry in entries)
 
 
+def all_of(flags: Bool[np.ndarray, "n k"]) -> Bool[np.ndarray, " n"]:
+    """Returns flags.all(axis=1); NumPy takes several times as long for a few columns."""
+    return functools.reduce(operator.and_, flags.T)
+
+
+def any_of(flags: Bool[np.ndarray, "n k"]) -> Bool[np.ndarray, " n"]:
+    """Returns flags.any(axis=1), see `all_of`."""
+    return functools.reduce(operator.or_, flags.T)
+
+
+def mixed(columns: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
+    """Returns a number for each row of up to seven columns: equal for equal rows, and hardly ever for others."""
+    weights = np.sqrt([2, 3, 5, 7, 11, 13, 17])
+    return functools.reduce(operator.add, (w * column for w, column in zip(weights, columns, strict=False)))
+
+
+def num_equal(columns: Sequence[np.ndarray]) -> int:
+    """Returns how many rows of up to seven columns are equal to one before."""
+    numbers = mixed(columns)
+    in_order = np.sort(numbers)
+    again = in_order[1:][in_order[1:] == in_order[:-1]]
+    rows = np.column_stack(columns)[np.isin(numbers, again)].tolist() if len(again) else []
+    return len(rows) - len({*map(tuple, rows)})
+
+
 def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], int]:
     """Returns each annotation's bbox (xywh, as it stands there), and how many had none and were taken from outlines.
 
@@ -117,7 +165,7 @@ def boxes_of(rows: Sequence[dict[str, Any]]) -> tuple[Float[np.ndarray, "n 4"], 
         boxes = np.array([row["bbox"] for row in rows])
         if boxes.shape == (len(rows), 4) and boxes.dtype.kind in "if":
             # NumPy takes true for 1
-            may_be_true = np.flatnonzero(((boxes == 0) | (boxes == 1)).any(axis=1)).tolist()
+            may_be_true = np.flatnonzero(any_of((boxes == 0) | (boxes == 1))).tolist()
             if all(_four_numbers(rows[i]["bbox"]) for i in may_be_true):
                 return _bounded(boxes.astype(np.float64, copy=False)), 0
     except (KeyError, TypeError, ValueError):
@@ -232,6 +280,8 @@ def areas_of(
     given = np.isfinite(areas)
     odd["area that is NaN or infinite"] += sum(type(values[i]) in _NUMBERS for i in np.flatnonzero(~given))
     odd["area of 0 or less of a box that has one"] += int((given & (areas <= 0) & (whole > 0)).sum())
+    strange = given & (areas > 0) & ((areas > 2 * whole + 4) | (areas < whole / 1000)) & (whole > 0)
+    odd["area more than twice or below a thousandth of its box's: sizes are judged by it"] += int(strange.sum())
     return np.where(given & ((areas > 0) | ~(whole > 0)), areas, whole)
 
 
@@ -243,13 +293,13 @@ def suspicious(
     The form is "" for x, y, width, height. A box is cut if more than 2 px and a tenth of its area lie outside.
     `sizes` are the (height, width) of each box's image, 0 where unknown.
     """
-    known = np.all(sizes > 0, axis=1)
+    known = all_of(sizes > 0)
     low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
     limit = np.where(sizes > 0, sizes, np.inf)[:, ::-1]
     inside = (np.minimum(end, limit) - np.maximum(low, 0)).clip(min=0)
-    beyond = np.any(np.maximum(-low, end - limit) > 2, axis=1)
-    cut: np.ndarray = known & beyond & (inside.prod(axis=1) < 0.9 * size.prod(axis=1))
-    return cut, np.any(size < 1, axis=1), _form_of(boxes, limit, known=known, cut=cut) if len(boxes) else ""
+    beyond = any_of(np.maximum(-low, end - limit) > 2)
+    cut = known & beyond & (inside[:, 0] * inside[:, 1] < 0.9 * size[:, 0] * size[:, 1])
+    return cut, any_of(size < 1), _form_of(boxes, limit, known=known, cut=cut) if len(boxes) else ""
 
 
 def _form_of(
@@ -257,27 +307,30 @@ def _form_of(
 ) -> str:
     """Returns what boxes look like that are not x, y, width, height in pixels; `limit` is the (width, height)."""
     low, size, end = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
-    if np.mean((np.abs(boxes) <= 1).all(axis=1)) > 0.5:
+    if np.mean(all_of(np.abs(boxes) <= 1)) > 0.5:
         return "look relative to the image's size (0 to 1); they must be in pixels"
     if (
         len(boxes) >= _ENOUGH
         and (np.abs(end.max(axis=0) - 95) < 6).all()
-        and (known & (limit >= 200).all(axis=1) & (low >= 0).all(axis=1)).all()
+        and (known & all_of(limit >= 200) & all_of(low >= 0)).all()
         and ((low + size / 2).std(axis=0) > 10).all()
     ):
         return "look like percent of the image's size; they must be in pixels"
     # all are boxes of the photo, and as sizes many of them would leave it, or all reach its border, or they grow to
     # the right and downwards, as ends do
-    told: np.ndarray = known & np.all(low > 0, axis=1)
-    corners = np.all((size > low) & (size <= limit), axis=1)[told]
-    reach, leave = (np.any(end >= limit + margin, axis=1)[told] for margin in (0, 1))
+    told = known & all_of(low > 0)
+    corners = all_of((size > low) & (size <= limit))[told]
+    reach, leave = (any_of(end >= limit + margin)[told] for margin in (0, 1))
     if len(corners) and corners.mean() >= 0.99:
         by_border = leave.mean() > 0.3 or (reach.all() and len(reach) > 1)
         if by_border or _grow(low[told] / limit[told], (size / limit)[told]):
             return "look like x1, y1, x2, y2; they must be x, y, width, height"
-    # all lie in the photo around their first point, and none of those that would leave it does so at the left or top
+    # some leave the photo, and none would with x and y exchanged, or around their first point
     if known.sum() >= _ENOUGH and cut[known].mean() > 0.02:
-        around = np.all((low >= size / 2 - 1) & (low + size / 2 <= limit + 1), axis=1)[known]
+        exchanged = all_of((low >= -1) & (end <= limit[:, ::-1] + 1))[known]
+        if exchanged.mean() >= 0.99:
+            return "look like y, x, height, width; they must be x, y, width, height"
+        around = all_of((low >= size / 2 - 1) & (low + size / 2 <= limit + 1))[known]
         if around.mean() >= 0.99:
             return "look like centre x, centre y, width, height; they must begin at the left top corner"
     return ""

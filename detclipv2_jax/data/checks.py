@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from detclipv2_jax import bucket_store, buckets, files
+from detclipv2_jax.data.annotations import collector_paused
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _FEW_FILES = 64  # are asked for one by one
@@ -36,7 +37,8 @@ def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
     @functools.wraps(read)
     def checked(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         try:
-            return read(*arguments, **options)
+            with collector_paused():
+                return read(*arguments, **options)
         except (
             AttributeError,
             EOFError,

@@ -81,7 +81,8 @@ def read(source: str | Path | dict[str, Any] | Truth, *, max_bad_share: float = 
         return source
     if isinstance(source, dict):
         return from_content("the given object", source, max_bad_share=max_bad_share)
-    truth = from_content(str(source), annotations_lib.load_json(source), max_bad_share=max_bad_share)
+    with annotations_lib.collector_paused():
+        truth = from_content(str(source), annotations_lib.load_json(source), max_bad_share=max_bad_share)
     for what, num in truth.odd.items():
         logging.warning("%s: %d × %s", source, num, what)
     return truth
@@ -105,16 +106,16 @@ def from_content(name: str, content: Any, *, max_bad_share: float = 0.0) -> Trut
         [row.get("category_id") for row in rows]
     )
     boxes, odd["box taken from the outline for want of a bbox"] = annotations_lib.boxes_of(rows)
-    finite = np.isfinite(boxes).all(axis=1)
+    finite = annotations_lib.all_of(np.isfinite(boxes))
     unusable = {
         "is no object": np.fromiter(map(operator.is_not, entries, rows), bool, len(rows)),
         "image_id is not listed": image < 0,
         "category_id is not listed": category < 0,
         "bbox is not four numbers in px": ~finite,
-        "bbox has a negative size": finite & (boxes[:, 2:] < 0).any(axis=1),
+        "bbox has a negative size": finite & annotations_lib.any_of(boxes[:, 2:] < 0),
     }
     bad = refuse(unusable, entries, name, max_bad_share=max_bad_share, odd=odd)
-    flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)
+    flat = ~bad & annotations_lib.any_of(boxes[:, 2:] == 0)
     odd["box without width or height left out, which pycocotools would count as missed"] = int(flat.sum())
     kept = _once(np.flatnonzero(~bad & ~flat), entries, (image, category, *boxes.T), odd)
     if not len(kept):
@@ -218,8 +219,7 @@ def _once(
 
     Those of another id stay, as all evaluators count them, and are counted in `odd`.
     """
-    weighted = (weight * column for weight, column in zip(np.sqrt([2, 3, 5, 7, 11, 13]), columns, strict=True))
-    mixed = np.sort(sum(weighted)[kept])
+    mixed = np.sort(annotations_lib.mixed(columns)[kept])
     if not (mixed[1:] == mixed[:-1]).any():
         return kept
     rows = np.column_stack(columns)[kept].tolist()

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from detclipv2_jax import files
-from detclipv2_jax.data.annotations import MAX_NUMBER, shown, size_of, suspicious
+from detclipv2_jax.data.annotations import MAX_NUMBER, num_equal, shown, size_of, suspicious
 from detclipv2_jax.data.truth import Truth, json_kind
 
 PART_CHARS = 1 << 23  # of a file of detections read at once: some 80,000 rows, 60 MB
@@ -68,6 +68,7 @@ def find(detections: Any, truth: Truth, evaluated: Int[np.ndarray, " e"]) -> Fou
         parts.append((images.astype(np.int32), categories.astype(np.int32), chunk.boxes, chunk.scores))
         start += len(images)
     images, categories, boxes, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    odd["detection equal to another one, also in its score"] = num_equal((images, categories, scores, *boxes.T))
     sample = slice(None, None, 1 + len(boxes) // _NUM_LOOKED_AT)
     sizes = np.array([size_of(image) for image in truth.images], np.float64)[images[sample]]
     if look := suspicious(boxes[sample], sizes)[2]:

@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as mask_lib
 
 from detclipv2_jax import commands
-from detclipv2_jax.data import annotations, checks, truth
+from detclipv2_jax.data import annotations, box_json, checks, truth
 from detclipv2_jax.eval import coco, detections, lvis
 
 IDS = "annotation id missing, 0, repeated or no number, which changes nothing"
@@ -73,6 +73,7 @@ def rename_ids(new):
 
 
 NOT_FINITE = "area that is NaN or infinite"
+STRANGE = "area more than twice or below a thousandth of its box's: sizes are judged by it"
 REPAIRED = {
     "annotation ids from 0": (set_all("id", range(6)), {IDS: 1}),
     "annotation ids all 0": (set_all("id", [0] * 6), {IDS: 6}),
@@ -81,13 +82,14 @@ REPAIRED = {
     "annotation ids null": (set_all("id", [None] * 6), {IDS: 6}),
     "annotation ids lists": (set_all("id", [[1]] * 6), {IDS: 6}),
     "annotation ids as text": (set_all("id", ["a0", "a1", "a2", "a3", "a4", "a5"]), {}),
-    "area null": (set_all("area", [None, 1.0]), {"area that is no number": 1}),
+    "area null": (set_all("area", [None, 2.0]), {"area that is no number": 1}),
     "area text": (set_all("area", ["800", "x", "1e3"]), {"area that is no number": 3}),
     "area NaN": (set_all("area", [math.nan, math.inf, None]), {"area that is no number": 1, NOT_FINITE: 2}),
     "area without end": (set_all("area", [10**400, -(10**400)]), {NOT_FINITE: 2}),
     "area empty": (set_all("area", [""]), {"area that is no number": 1}),
     "area true": (set_all("area", [True, [1]]), {"area that is no number": 2}),
     "area 0": (set_all("area", [0, -3]), {"area of 0 or less of a box that has one": 2}),
+    "area of another scale": (set_all("area", [0.01, 1605, 1604, 1]), {STRANGE: 2}),
     "iscrowd null": (set_all("iscrowd", [None] * 4), {"iscrowd that is no whole number": 4}),
     "iscrowd text": (set_all("iscrowd", ["0", "false", "", "No"]), {"iscrowd that is no whole number": 4}),
     "iscrowd false": (set_all("iscrowd", [False] * 6), {}),
@@ -117,7 +119,8 @@ def test_what_is_repaired_changes_no_score_and_is_counted(name):
     plain, read = truth.read(make_truth()), truth.read(content)
     np.testing.assert_array_equal(read.boxes, plain.boxes)
     assert not (read.crowd | read.ignored).any()
-    given = {"area null": {1: 1.0}, "area text": {0: 800.0, 2: 1000.0}}.get(name, {})
+    given = {"area null": {1: 2.0}, "area text": {0: 800.0, 2: 1000.0}}
+    given = given.get(name) or dict(enumerate([0.01, 1605, 1604, 1] if name == "area of another scale" else []))
     assert read.areas.tolist() == [given.get(i, area) for i, area in enumerate(plain.areas.tolist())]
     assert [read.category_ids.ids[i] for i in read.category] == [1, 2, 2, 1, 1, 2]
     ids = {image["file_name"]: key for image, key in zip(read.images, read.image_ids.ids, strict=True)}
@@ -184,6 +187,33 @@ def test_lists_of_lvis_belong_to_their_image():
     assert read.odd["not_exhaustive_category_ids that are not listed"] == 1
     assert read.odd["neg_category_ids of another type than the category's id"] == 1
     assert read.odd["box of a category that its image lists as absent"] == 2
+
+
+def test_an_id_that_may_have_been_rounded_names_no_image():
+    content = make_truth()
+    for image in content["images"]:
+        image["id"] += 1 << 60
+    for row in content["annotations"]:
+        row["image_id"] = float(row["image_id"] + (1 << 60))  # pandas, of a column with a gap: all are one number
+    with pytest.raises(ValueError, match=r"6 of 6 annotations cannot be used .*image_id is not listed"):
+        truth.read(content)
+    assert annotations.usable_id(2.0**53) == 1 << 53
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_list_that_stands_twice_in_a_file_is_refused(where, tmp_path):
+    """Of two lists of one name, as joined by hand, json takes the last one."""
+    content, path = make_truth(), tmp_path / "t.json"
+    half = content | {"annotations": content["annotations"][:2]}
+    more = f'"annotations": {json.dumps(content["annotations"][2:])}'
+    text = json.dumps(half)
+    path.write_text(f"{{{more}, {text[1:]}" if where == "first" else f"{text[:-1]}, {more}}}")
+    for read in (truth.read, box_json.load_json):
+        with pytest.raises(ValueError, match=r"t\.json .*: an object has 'annotations' twice"):
+            read(path)
+    content["info"] = {"description": "annotations", "annotations": 3}  # another object may have it
+    path.write_text(json.dumps(content))
+    assert len(truth.read(path).boxes) == 6
 
 
 def test_an_image_listed_twice_is_one():
@@ -422,7 +452,9 @@ def test_boxes_of_another_form_are_refused_and_right_ones_are_not(seed):
     small = np.concatenate([right[:, :2], right[:, 2:] / 20 + 2], axis=1)  # all leave room: nothing is cut as corners
     begin = np.concatenate([small[:, :2] / 2.4, small[:, :2] / 2.4 + small[:, 2:]], axis=1)
     middle = np.concatenate([right[:, :2] + right[:, 2:] / 2, right[:, 2:]], axis=1)
+    assert truth.read(with_boxes(right[:, [1, 0, 3, 2]], size=(480, 640))).odd == {}
     for boxes, look in (
+        (right[:, [1, 0, 3, 2]], "y, x, height, width"),
         (begin, "x1, y1, x2, y2"),
         (middle, "centre x, centre y, width, height"),
         (np.clip(right / photo * 100, 0, 100), "percent of the image's size"),
@@ -468,6 +500,16 @@ def test_a_truth_in_which_nothing_is_to_be_found_says_so(flag):
     content["annotations"][5][flag] = True
     said = "box that is a crowd's or ignored, as all are: there is nothing to be found"
     assert scored(content, perfect(content)) == (-1, {said: 6})
+
+
+def test_detections_that_are_equal_are_counted():
+    content = make_truth()
+    rows, read = perfect(content), truth.read(content)
+    near = [rows[0] | {"score": 0.1}, rows[0] | {"category_id": 2}, rows[0] | {"image_id": 3}]
+    for more, num in ([], 0), (near, 0), (rows, 6), (rows[:2] * 3, 6):  # joined with themselves, or some of them
+        found = detections.find(rows + more, read, read.places(None))
+        assert found.odd == ({"detection equal to another one, also in its score": num} if num else {})
+        assert len(found.scores) == len(rows) + len(more)
 
 
 def test_detections_of_another_form_are_said():

@@ -85,7 +85,7 @@ FAULTS = [
     *plant(
         "data/annotations.py", "data/test_annotations.py",
         ("np.where(np.abs(boxes) > MAX_NUMBER, np.inf, boxes)", "np.where(boxes > MAX_NUMBER, np.inf, boxes)"),
-        ("inside.prod(axis=1) < 0.9 * size.prod(axis=1)", "inside.prod(axis=1) < size.prod(axis=1)"),
+        ("inside[:, 0] * inside[:, 1] < 0.9 * size[:, 0] * size[:, 1]", "inside[:, 0] * inside[:, 1] < size[:, 0] * size[:, 1]"),
         ("np.maximum(-low, end - limit) > 2", "np.maximum(-low, end - limit) > 3"),
     ),
     *plant(

@@ -5,12 +5,12 @@ from tests.mutations.fault import plant
 FAULTS = [
     *plant(
         "data/truth.py", "cases/test_truth.py",
-        ("finite & (boxes[:, 2:] < 0).any(axis=1)", "finite & (boxes[:, 2:] < 0).all(axis=1)"),
+        ("finite & annotations_lib.any_of(boxes[:, 2:] < 0)", "finite & annotations_lib.all_of(boxes[:, 2:] < 0)"),
         ("if i != j and entries[i] != entries[j]:", "if False:"),
         ("(0 in different) + (None in different)", "(None in different)"),
         ("if bad.sum() > max_bad_share * len(entries):", "if bad.sum() > max_bad_share * len(entries) + 1:"),
         ("return (0, int(key), \"\") if is_number else (1, 0, str(key))", "return (0, 0, str(key))"),
-        ("flat = ~bad & (boxes[:, 2:] == 0).any(axis=1)", "flat = ~bad & (boxes[:, 2:] == 0).all(axis=1)"),
+        ("~bad & annotations_lib.any_of(boxes[:, 2:] == 0)", "~bad & annotations_lib.all_of(boxes[:, 2:] == 0)"),
         ("[rows[i] for i in kept] if len(kept) < len(rows) else rows", "rows[: len(kept)]"),
         ("if look and max_bad_share < 1:", "if look and max_bad_share < 0:"),
         ("return pairs[categories >= 0]", "return pairs"),
@@ -30,9 +30,9 @@ FAULTS = [
         ("np.where(given & ((areas > 0) | ~(whole > 0)), areas, whole)", "np.where(given, areas, whole)"),
         ("\"no\": False", "\"no\": True"),
         ("isinstance(value, int | str) and not isinstance(value, bool) else None", "isinstance(value, int | str) else None"),
-        ("known & beyond & (inside.prod", "known & (inside.prod", "cases/test_training_data.py"),
+        ("known & beyond & (inside[", "known & (inside[", "cases/test_training_data.py"),
         ("leave.mean() > 0.3 or (reach.all()", "leave.mean() > 0.9 or (reach.all()"),
-        ("np.mean((np.abs(boxes) <= 1).all(axis=1)) > 0.5", "np.mean((np.abs(boxes) <= 1).any(axis=1)) > 0.5"),
+        ("np.mean(all_of(np.abs(boxes) <= 1)) > 0.5", "np.mean(any_of(np.abs(boxes) <= 1)) > 0.5"),
         ("return math.nan if isinstance(value, bool) else float(value)", "return float(value)"),
     ),
     *plant(

@@ -50,7 +50,7 @@ FAULTS = [
     ),
     *plant(
         "data/annotations.py", "data/test_annotations.py",
-        ("(inside.prod(axis=1) < 0.9 * size.prod(axis=1))", "(inside.prod(axis=1) < 0.5 * size.prod(axis=1))", "::test_boxes_of_another_form_are_told"),
+        ("(inside[:, 0] * inside[:, 1] < 0.9 * size[:, 0] * size[:, 1])", "(inside[:, 0] * inside[:, 1] < 0.5 * size[:, 0] * size[:, 1])", "::test_boxes_of_another_form_are_told"),
         ("runs.append(value + (runs[-2] if len(runs) > 2 else 0))", "runs.append(value + (runs[-2] if len(runs) > 1 else 0))", "::test_boxes_around_masks_and_polygons"),
     ),
     *plant(
