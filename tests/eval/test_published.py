@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -127,6 +128,20 @@ def test_texts_of_python_2_are_read():
     written = b"\x80\x02]q\x00}q\x01(U\x05splitU\x05testAu\x85q\x02a."
     [(ref,)] = published._Unpickler(__import__("io").BytesIO(written), encoding="latin1").load()
     assert ref == {"split": "testA"}
+
+
+def test_a_pickle_takes_no_memory_and_no_time(tmp_path):
+    path = tmp_path / "refs(unc).p"
+    memo = b"\x80\x02Nr\xff\xff\xff\x7f."  # "remember this as number 2,147,483,647", for which C's reader makes room
+    split = b"\x80\x02]}X\x05\0\0\0split)" + b"2\x86" * 60 + b"sa."  # pairs of pairs, which are hashed one by one
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data in (memo, split):
+        path.write_bytes(data)
+        with pytest.raises(
+            DataError, match=r"does not have the documented form|has no split 'val'; --split is one of $"
+        ):
+            read(path, task="referring", split="val")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
 class Harm:

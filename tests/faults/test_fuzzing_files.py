@@ -1,12 +1,14 @@
 """Mutated archives, photos, built folders and workdirs; as in test_fuzzing.py, input i is a pure function of i."""
 
 import bz2
+import collections
 import contextlib
 import gzip
 import io
 import json
 import lzma
 import pathlib
+import pickle
 import re
 import shutil
 
@@ -20,9 +22,10 @@ from test_fuzzing import NUM_INPUTS, fuzz, mutated_bytes, mutated_json
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, files
-from detclipv2_jax.data import scenes, transforms
+from detclipv2_jax.data import checks, scenes, transforms
 from detclipv2_jax.data.built import check_metadata, read_built
 from detclipv2_jax.data.schema import Kind, UnusableError
+from detclipv2_jax.eval import grounding
 from detclipv2_jax.prepare import image_text
 from detclipv2_jax.prepare.record_builder import Tally
 
@@ -175,3 +178,56 @@ def test_file_names():
             assert safe == name or not name.encode().endswith(safe.encode())
 
     assert fuzz(one, errors=()) == NUM_INPUTS
+
+
+ENTITIES = {
+    "val.txt": b"1\n2\n",
+    "Sentences/1.txt": b"[/EN#1/people Two people] wait in [/EN#3/scene/other a station] .\n",
+    "Annotations/1.xml": b"<annotation><object><name>1</name><name>3</name><bndbox><xmin>1</xmin><ymin>2</ymin>"
+    b"<xmax>30</xmax><ymax>40</ymax></bndbox></object></annotation>",
+}
+
+
+def usable(folder, *, task, split):
+    for query in grounding.read_any(folder, task=task, split=split, max_bad_share=0.0, odd=collections.Counter()):
+        assert query.text.strip()
+        assert np.isfinite(query.boxes).all()
+        assert (query.boxes[:, 2:] > 0).all()
+        assert not checks.unsafe_path(query.file)
+
+
+@pytest.mark.parametrize("name", ENTITIES)
+def test_flickr30k_entities(tmp_path, name):
+    for other, content in ENTITIES.items():
+        for place in (tmp_path / other, tmp_path / other.replace("1", "2")):
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(content)
+
+    def one(rng):
+        content = ENTITIES[name] if rng.random() < 0.1 else mutated_bytes(ENTITIES[name], rng)
+        (tmp_path / name).write_bytes(content)
+        usable(str(tmp_path), task="phrases", split="val")
+
+    assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 50
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_refcoco(tmp_path, protocol):
+    refs = [
+        {"ref_id": i, "ann_id": 7 + i, "image_id": 5, "split": "val", "sentences": [{"sent": f"caf\xe9 {i}"}]}
+        for i in range(3)
+    ]
+    annotations = [{"id": 7 + i, "image_id": 5, "bbox": [i, 2, 10, 20.5]} for i in range(3)]
+    content = {"images": [{"id": 5, "file_name": "a/5.jpg"}], "annotations": annotations}
+
+    def one(rng):
+        data, text = pickle.dumps(refs, protocol), json.dumps(content).encode()
+        if rng.random() < 0.7:
+            data = mutated_bytes(data, rng)
+        else:
+            text = mutated_json(content, rng)
+        (tmp_path / "refs.p").write_bytes(data)
+        (tmp_path / "instances.json").write_bytes(text)
+        usable(str(tmp_path / "refs.p"), task="referring", split="val")
+
+    assert fuzz(one, errors=(ValueError,)) > NUM_INPUTS // 50
