@@ -59,6 +59,9 @@ def test_what_is_no_json_is_one_error_that_names_the_file(tmp_path, data):
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(ValueError, match=r"x\.json is"):
         files.read_json(tmp_path / "x.json")
+    assert files.parse_json('{"a": 1}', where="y.json", object_pairs_hook=list) == [("a", 1)]
+    with pytest.raises(ValueError, match=r"y\.json is no valid json: Expecting"):
+        files.parse_json("{", where=tmp_path / "y.json")
 
 
 def test_pipes_devices_and_folders_are_not_read(tmp_path):

@@ -27,6 +27,36 @@ def test_a_json_is_read_without_the_outlines_of_boxes(tmp_path):
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_it_was_after_a_reading(enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyError), annotations.collector_paused(), annotations.collector_paused():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (5, 1), (50, 2), (50, 4)])
+def test_rows_of_flags(shape):
+    flags = np.random.default_rng(0).random(shape) < 0.6
+    np.testing.assert_array_equal(annotations.all_of(flags), flags.all(axis=1))
+    np.testing.assert_array_equal(annotations.any_of(flags), flags.any(axis=1))
+
+
+def test_equal_rows_are_counted_and_mixed_into_equal_numbers():
+    rows = np.random.default_rng(0).integers(0, 4, (300, 7)).astype(float)
+    assert annotations.num_equal([*rows.T]) == 300 - len(np.unique(rows, axis=0)) > 0
+    for num_columns in (3, 7):
+        columns = [*rows.T[:num_columns]]
+        _, same = np.unique(rows[:, :num_columns], axis=0, return_inverse=True)
+        _, numbers = np.unique(annotations.mixed(columns), return_inverse=True)
+        assert len({*zip(same.ravel().tolist(), numbers.ravel().tolist(), strict=True)}) == same.max() + 1
+    assert annotations.num_equal([np.zeros(0)] * 7) == 0
+
+
 def test_ids_are_whole_numbers_and_texts():
     given = [2, 2.0, "2", 2.5, True, None, [2], float("nan")]
     assert [annotations.usable_id(value) for value in given] == [2, 2, "2", None, None, None, None, None]
