@@ -1,6 +1,7 @@
 """What is read from the entries of annotation jsons, each function on values made by hand."""
 
 import collections
+import contextlib
 import gc
 import json
 from typing import Any
@@ -31,7 +32,7 @@ def test_a_json_is_read_without_the_outlines_of_boxes(tmp_path):
 def test_the_garbage_collector_is_as_it_was_after_a_reading(enabled):
     (gc.enable if enabled else gc.disable)()
     try:
-        with pytest.raises(KeyError), annotations.collector_paused(), annotations.collector_paused():
+        with contextlib.suppress(KeyError), annotations.collector_paused(), annotations.collector_paused():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() is enabled
