@@ -26,10 +26,15 @@ _DETERMINER = re.compile(r"^(?:an?|the|some|his|her|its|their|this|that|these|th
 _WORD, _LAST_WORD = re.compile("[a-z]+"), re.compile("[a-z]+$")
 
 
+def is_visible(text: str) -> bool:
+    """Returns whether anything of a text would be seen."""
+    return any(unicodedata.category(letter)[0] not in "CZ" for letter in text)
+
+
 def display_name(name: str) -> str:
     """Returns a category name as words: "aerosol_can" is "aerosol can"; "" where nothing of it would be seen."""
     words = " ".join(name.replace("_", " ").split())
-    return words if any(unicodedata.category(letter)[0] not in "CZ" for letter in words) else ""
+    return words if is_visible(words) else ""
 
 
 def concept_text(name: str, definition: str = "") -> str:
@@ -109,6 +114,8 @@ def read_dictionary(path: str | Path) -> Vocabulary:
             f"python -m detclipv2_jax.prepare dictionary --input=… --output={path} builds one"
         )
     rows = {i: line.split("\t") for i, line in enumerate(files.read_lines(path), 1) if line.strip()}
+    if rows and next(iter(rows.values()))[0].lstrip().startswith(("{", "[{", '["')):
+        raise ValueError(f"the dictionary {path} is a json; it is to be a TSV `name <tab> definition`")
     if rows and next(iter(rows.values()))[0].strip().lower() == "name":
         del rows[next(iter(rows))]
     if not rows:

@@ -69,7 +69,7 @@ def select_images(
     ids = [usable_id(image.get("id")) if isinstance(image, dict) else None for image in images]
     for key, image in zip(ids, images, strict=True):
         if key is not None:
-            named[str(key)].add(file_name(image))
+            named[str(key)].add((file_name(image), str(image.get("caption"))))  # to which the spans of boxes belong
     seen, kept = set(), []
     for key, image in zip(ids, images, strict=True):
         if key is None or unsafe_path(file_name(image)):

@@ -23,7 +23,7 @@ from detclipv2_jax import files
 from detclipv2_jax.data.box_json import BoxSource, read_detection, read_grounding
 from detclipv2_jax.data.built import missing_folders, read_built, read_names
 from detclipv2_jax.data.checks import check_photos, missing_paths, refuse_above_share, resolve, unsafe_path
-from detclipv2_jax.data.concepts import Vocabulary, read_dictionary
+from detclipv2_jax.data.concepts import Vocabulary, is_visible, read_dictionary
 from detclipv2_jax.data.evaluation_set import GroundTruth, read_evaluation
 from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.data.selection import Dropped, dropped_names
@@ -77,7 +77,7 @@ class PairSource:
                 bad["without a tab"] += 1
             elif unsafe_path(fields[0].decode(errors="replace")):
                 bad["with a file name outside the folder"] += 1
-            elif not fields[1].decode(errors="ignore").strip():
+            elif not is_visible(fields[1].decode(errors="ignore")):
                 bad["with an empty caption"] += 1
             else:
                 spans.append((start, start + len(line)))

@@ -31,7 +31,7 @@ import numpy as np
 
 from detclipv2_jax import files
 from detclipv2_jax.data.checks import missing_photos, resolve, unsafe_path
-from detclipv2_jax.data.concepts import Vocabulary
+from detclipv2_jax.data.concepts import Vocabulary, is_visible
 from detclipv2_jax.data.phrases import MAX_CHARACTERS, check_pipeline, normalize, noun_phrases
 from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.data.sources import is_json, parse_pair
@@ -90,7 +90,7 @@ class PairReader:
             captions = normalize([pair.caption for pair in chunk])
             parsed = self._parse([caption[:MAX_CHARACTERS] for caption in captions], chunk)
             for pair, caption, phrases in zip(chunk, captions, parsed, strict=True):
-                if not caption:
+                if not is_visible(caption):
                     tally.dropped["empty caption"] += 1
                     continue
                 if len(caption) > MAX_CHARACTERS:
@@ -301,7 +301,8 @@ def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 suffix = suffix.lower()
-                if not member.isfile() or not stem:
+                is_link = member.islnk() or member.issym()
+                if not (member.isfile() or is_link) or not stem:
                     continue
                 key = f"{folder}/{stem}" if folder else stem
                 if key != current or suffix in contents:
@@ -313,6 +314,9 @@ def _samples(file: Any, tally: Tally) -> Iterator[tuple[str, dict[str, bytes]]]:
                     current, contents, num_bytes = key, {}, 0
                 contents.setdefault("", b"")  # the sample exists, whatever it holds
                 if suffix not in _IMAGE_SUFFIXES and suffix not in ("txt", "json"):
+                    continue
+                if is_link:  # to a file that is behind: the archive is read as a stream
+                    tally.noted["link in an archive left out"] += 1
                     continue
                 num_bytes += member.size
                 if num_bytes > _MAX_SAMPLE_BYTES:

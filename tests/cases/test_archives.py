@@ -21,10 +21,14 @@ EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
 
 
 def tar(files, *, end=True, file_format=tarfile.PAX_FORMAT):
-    """Bytes of a tar of (name, content) pairs, without the zeros that end it unless `end`."""
+    """Bytes of a tar of (name, content) pairs and members, without the zeros that end it unless `end`."""
     buffer = io.BytesIO()
     archive = tarfile.open(fileobj=buffer, mode="w", format=file_format)  # noqa: SIM115  (it is closed if it is to end)
-    for name, content in files:
+    for file in files:
+        if isinstance(file, tarfile.TarInfo):
+            archive.addfile(file)
+            continue
+        name, content = file
         member = tarfile.TarInfo(name)
         member.size = len(content)
         archive.addfile(member, io.BytesIO(content))
@@ -146,6 +150,21 @@ def test_a_key_that_is_used_twice_gives_two_pairs(tmp_path, apart):
     pairs, tally = read(tmp_path, tar(turns))
     assert not pairs
     assert sum(tally.dropped.values()) == tally.seen == 4
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+@pytest.mark.parametrize("name", ["0.tar", "0.tar.gz"])
+def test_samples_that_are_links_are_counted(tmp_path, kind, name):
+    """As tar packs a file that has two names; the first one is behind when a stream comes to the second."""
+    links = [tarfile.TarInfo(f"{number}.{suffix}") for number, suffix in ((7, "jpg"), (7, "txt"), (8, "txt"))]
+    for link in links:
+        link.type, link.linkname = kind, f"1.{link.name[2:]}"
+    data = tar([*samples([1]), *links, ("8.jpg", b"image"), *samples([2])])
+    pairs, tally = read(tmp_path, PACKERS[name](data), name)
+    assert whole(pairs, [1, 2])
+    assert tally.seen == 4
+    assert tally.dropped == {"sample without an image": 1, "sample without a caption": 1}
+    assert tally.noted == {"link in an archive left out": 3}
 
 
 @pytest.mark.parametrize(

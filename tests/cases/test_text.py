@@ -13,7 +13,7 @@ from detclipv2_jax.data import box_json, phrases, sources
 from detclipv2_jax.data.concepts import read_dictionary
 from detclipv2_jax.inference.vocabulary import parse_words
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare import dictionary
+from detclipv2_jax.prepare import dictionary, image_text, record_builder
 
 MARK = b"\xef\xbb\xbf"
 IMAGES = [{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 60, "caption": "a cat and a dog"} for i in range(3)]
@@ -99,6 +99,28 @@ def test_damaged_inputs_of_a_dictionary_are_one_error_that_names_them(tmp_path, 
     path = tmp_path / name.split("/")[0]
     with pytest.raises(ValueError, match=f"^--input: {path}"):
         dictionary.read_names(path, collections.Counter())
+
+
+@pytest.mark.parametrize(
+    "text", ['{"cat": "an animal"}', '[{"name": "cat"}]', ' ["cat", "dog"]', '{"cat": ""}\n{"dog": ""}']
+)
+def test_a_json_is_no_dictionary(tmp_path, text):
+    (tmp_path / "d.tsv").write_text(text)
+    with pytest.raises(ValueError, match=r"d\.tsv is a json; it is to be a TSV"):
+        read_dictionary(tmp_path / "d.tsv")
+
+
+@pytest.mark.parametrize("caption", ["", " ", "\u200b\u200d", "\u2060", "\u00a0", "\u200e"])
+def test_captions_of_which_nothing_is_seen_are_empty(folder, caption):
+    path = folder / "pairs.tsv"
+    path.write_text(f"0.jpg\ta cat\n1.jpg\t{caption}\n2.jpg\t…\n", encoding="utf-8")
+    source = sources.read_pairs(str(path), str(folder), max_bad_share=0.5)
+    assert [source[i].caption for i in range(len(source))] == ["a cat", "…"]
+    assert source.counters == {"with an empty caption": 1}
+    reader = image_text.open_reader(str(path), str(folder), shard_size=9, pipeline="", max_phrases=1)
+    tally = record_builder.Tally()
+    assert len(list(reader.read(0, tally))) == 2
+    assert tally.dropped == {"empty caption": 1}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,12 @@ def test_duplicate_image_ids(world):
     content = detection_json()
     content["images"].append(dict(content["images"][0]))
     assert detection(world, content).counters == {"image listed twice": 1}
+    for caption, num_bad in (("a cat", 0), ("a dog", 2)):  # spans of boxes would be cut out of the wrong one
+        content["images"][-1] = content["images"][0] | {"caption": caption}
+        content["images"][0]["caption"] = "a cat"
+        assert (
+            detection(world, content, max_bad_share=1).counters.get("sharing their id with another image", 0) == num_bad
+        )
     content["images"].append({**content["images"][0], "file_name": "1.jpg"})
     source = detection(world, content, max_bad_share=0.5)
     assert source.counters["sharing their id with another image"] == 3
