@@ -20,6 +20,14 @@ def encoded(numbers):
     return Encoded(tokens, np.array(numbers, np.uint64), np.zeros(len(numbers), bool))
 
 
+@pytest.mark.parametrize(
+    ("text", "visible"),
+    [("a", True), (" \u200b.", True), ("\U0001f600", True), ("", False), (" \t\u200b\u00a0\0", False)],
+)
+def test_whether_anything_of_a_text_is_seen(text, visible):
+    assert concepts.is_visible(text) is visible
+
+
 def test_names_and_texts():
     assert concepts.display_name("bow_(decorative_ribbons)") == "bow (decorative ribbons)"
     assert concepts.concept_text("cat", "a small animal") == "cat, a small animal"
