@@ -128,7 +128,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = files.read_json(path)
         values = [content["common"]["threshold"], *(one["threshold"] for one in content["words"].values())]
-        if all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+        if all(type(value) in (int, float) and 0 <= value <= 1 for value in values):  # true is no number
             return content
     except OSError as error:
         raise ValueError(f"--thresholds: cannot read {os.fspath(path)}: {error.strerror or error}") from error

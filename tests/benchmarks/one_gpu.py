@@ -3,47 +3,41 @@
     python -m tests.benchmarks.one_gpu --output=docs/tables/one_gpu.md
 
 needs `pip install jax-cuda13-plugin jax-cuda13-pjrt`, and about two CPU minutes a program; those that are in the cache
-are not compiled again. `--only=rtx4090` compiles the programs of one GPU, and its table has no other.
+are not compiled again, so that a run that was stopped goes on. Exit status 1: a step does not fit, or was not compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
+import hashlib
 import importlib
+import json
 import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
-from detclipv2_jax import commands
+import detclipv2_jax
+from detclipv2_jax import commands, config_json, files
+from detclipv2_jax import config as config_lib
 from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.preflight.compile_step import GPUS
+from detclipv2_jax.preflight.compile_step import GPUS, step_names
 
 PHOTOS, EPOCHS, NAMES = 1000, 12, 80
 BOXES = "detection/800x1344"
-# GPU → the one whose programs stand for it: of 203 and 204 GB of traffic on the RTX 4090 and the A10G
-COMPILED = dict.fromkeys(GPUS, "rtx4090") | {"a10g": "a10g"}
+# recipe → the smallest GPU that it is for
 SMALLEST = {
     "coco_json:swin_t_24gb": "l4", "coco_json:swin_t_16gb": "rtx4080", "coco_json:swin_t_frozen_text": "rtx4080",
     "swin_t_one_gpu": "l4",
 }  # fmt: skip
-# (recipe, GPU compiled for, step); a canvas on its side takes the same, and the recipes for one GPU share the others
-PROGRAMS = (
-    *(("coco_json:swin_t_24gb", gpu, BOXES) for gpu in dict.fromkeys(COMPILED.values())),
-    ("coco_json:swin_t_16gb", "rtx4080", BOXES),
-    ("coco_json:swin_t_frozen_text", "rtx4080", BOXES),
-    *(
-        ("coco_json:swin_t_16gb", "rtx4090", step)
-        for step in ("grounding/800x1344", "image_text/320x320", "prediction/800x1344")
-    ),
-    *(
-        ("swin_t_one_gpu", "rtx4090", step)
-        for step in ("detection/512x768", "grounding/512x768", "image_text/320x320", "prediction/512x768")
-    ),
-)
+FIRST = "rtx4090"  # every step of every recipe is compiled for its architecture, which is also that of `SMALLEST`
+OTHERS = ("a100_40gb", "h100", "b200", "a10g", "rtx5090")  # one of each other architecture
 
 
 class Row(NamedTuple):
@@ -55,13 +49,66 @@ class Row(NamedTuple):
     result: dict[str, Any]
 
     @property
-    def memory(self) -> float:
-        return self.result["memory"]["total"]
+    def limit(self) -> tuple[str, float]:
+        """The GPU with the least memory that the program has to fit, and what it has."""
+        name = self.gpu if self.gpu in OTHERS else SMALLEST[self.recipe]
+        return name, CHIPS[name].memory
+
+    @property
+    def fits(self) -> bool:
+        return self.result.get("memory", {"total": float("inf")})["total"] <= self.limit[1]
 
     def seconds(self, gpu: str) -> tuple[float, float]:
         """Returns the least time of the program on a GPU by arithmetic and by memory."""
         chip = CHIPS[gpu]
         return self.result["flops"]["executed"] / chip.peak, self.result["bytes"] / chip.bandwidth
+
+    def cells(self) -> list[str]:
+        """Returns its line of the table of memory."""
+        name, memory = self.limit
+        found = [self.recipe, self.step, self.gpu]
+        if "error" in self.result:
+            return [*found, self.result["error"], "", "", "", ""]
+        needed = f"{self.result['memory']['total'] / GIB:.1f}"
+        fits = "yes" if self.fits else "**no**"
+        moved = f"{self.result['bytes'] / 1e9:.0f}"
+        return [*found, needed, f"{memory / GIB:.1f} ({name})", fits, moved, str(self.result["unknown_loops"])]
+
+
+def programs() -> list[tuple[str, str, str]]:
+    """Returns (recipe, GPU, step) of all that is compiled, what most depends on first.
+
+    Of the recipes of configs/coco_json.py a step is listed once where their programs are the same: they differ in
+    detection, and with a frozen tower in all that is trained.
+    """
+    every = [(recipe, step) for recipe in SMALLEST for step in step_names(configuration(recipe))]
+    same = {
+        "coco_json:swin_t_24gb": ("grounding", "image_text", "prediction"),
+        "coco_json:swin_t_frozen_text": ("prediction",),
+    }
+    every = [(recipe, step) for recipe, step in every if not step.startswith(same.get(recipe, ()))]
+    largest = {(recipe, step.split("/")[0]): (recipe, step) for recipe, step in reversed(every)}
+    first = [program for program in every if program in largest.values()]
+
+    def of_first(program: tuple[str, str]) -> tuple[str, str, str]:
+        recipe, step = program
+        return recipe, SMALLEST[recipe] if SMALLEST[recipe] == "rtx4080" and step.startswith("det") else FIRST, step
+
+    return [
+        *map(of_first, first),
+        *(("coco_json:swin_t_24gb", gpu, BOXES) for gpu in OTHERS),
+        *(of_first(program) for program in every if program not in first),
+        *((recipe, gpu, step) for gpu in OTHERS for recipe, step in first if is_pretraining((recipe, gpu, step))),
+    ]
+
+
+def stands_for(compiled_for: str, gpu: str) -> bool:
+    """Returns whether programs for one GPU are those for another, nearly: of one architecture they differ by 0.2%."""
+    return GPUS[compiled_for].capability == GPUS[gpu].capability
+
+
+def is_pretraining(row: tuple[str, str, str] | Row) -> bool:
+    return row[0] == "swin_t_one_gpu" and not row[2].startswith("prediction")
 
 
 def configuration(recipe: str) -> ConfigDict:
@@ -74,12 +121,12 @@ def configuration(recipe: str) -> ConfigDict:
 
 
 def compiled(recipe: str, gpu: str, step: str, cache: pathlib.Path) -> Row:
-    """Returns a step of a recipe compiled for a GPU; ValueError if it cannot be."""
+    """Returns a step of a recipe compiled for a GPU, or why it could not be."""
     from detclipv2_jax.data.batches import table_capacity
     from detclipv2_jax.preflight import data_plan, report
     from detclipv2_jax.preflight.compile_step import Sizes, Topology
 
-    config, kind = configuration(recipe), step.split("/")[0]
+    config, kind = config_lib.for_chip(configuration(recipe), gpu), step.split("/")[0]
     if kind == "prediction":
         sizes = Sizes(0, 0, NAMES)
     elif recipe == "swin_t_one_gpu":
@@ -89,43 +136,50 @@ def compiled(recipe: str, gpu: str, step: str, cache: pathlib.Path) -> Row:
         section, num_names = config[kind], NAMES if kind == Kind.DETECTION else 0
         rows = table_capacity(section, Kind(kind), num_images=section.batch_size, table_multiple=1, num_known=num_names)
         sizes = Sizes(rows, rows, NAMES)
+    known = [recipe, gpu, step, config_json.to_json(config), sizes, jax.__version__, source()]
+    path = cache / f"one_gpu_{hashlib.sha256(json.dumps(known).encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+        return Row(recipe, gpu, step, json.loads(path.read_text()))
     result = report.measure(config, Topology.parse(f"{gpu}:1"), step, sizes, cache)
-    print(recipe, gpu, step, result.get("error") or f"{result['memory']['total'] / GIB:.2f} GiB", file=sys.stderr)
-    if "error" in result:
-        raise ValueError(f"{recipe} for {gpu}: {step}: {result['error']}")
+    if "error" not in result:
+        files.write_json(path, result)
     return Row(recipe, gpu, step, result)
+
+
+@functools.cache
+def source() -> str:
+    """Returns a hash of the package, with which a program need not be lowered to know that it was compiled before."""
+    package = pathlib.Path(detclipv2_jax.__file__).parent
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
 def tables(rows: list[Row]) -> str:
     """Returns the memory of every program, hours of fine-tunes, and hours of pretraining by GPU."""
-    versions = rows[0].result["versions"]
+    versions = next(row.result["versions"] for row in rows if "error" not in row.result)
     lines = [
         "<!-- --8<-- [start:memory] -->",
         f"{datetime.date.today()}, jax {versions['jax']} and its compiler for CUDA 13.",
         "",
-        "| recipe | step | compiled for | GiB | of | fits | traffic, GB |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | step | compiled for | GiB | of | fits | traffic, GB | loops counted once |",
+        "|---" * 8 + "|",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
     ]
-    for row in rows:
-        smallest = SMALLEST[row.recipe]
-        limit = CHIPS[smallest].memory
-        fits = "yes" if row.memory <= limit else "**no**"
-        traffic = f"{row.result['bytes'] / 1e9:.0f}"
-        cells = [f"{row.memory / GIB:.1f}", f"{limit / GIB:.1f} ({smallest})", fits, traffic]
-        lines.append(f"| {' | '.join([row.recipe, row.step, row.gpu, *cells])} |")
     lines += ["<!-- --8<-- [end:memory] -->", "", "<!-- --8<-- [start:hours] -->"]
     lines += [f"| GPU | recipe | ms a step: by arithmetic, by memory | {PHOTOS:,} photos x {EPOCHS} epochs, hours |"]
     lines += ["|---|---|---|---|"]
-    for gpu, compiled_for in COMPILED.items():
-        for row in (row for row in rows if row.step == BOXES):
-            if row.gpu != (gpu if gpu == "rtx4080" else compiled_for):
+    measured = [row for row in rows if "error" not in row.result]
+    for gpu in GPUS:
+        whole = CHIPS[gpu].memory >= CHIPS[SMALLEST["coco_json:swin_t_24gb"]].memory
+        recipes = ("coco_json:swin_t_24gb",) if whole else ("coco_json:swin_t_16gb", "coco_json:swin_t_frozen_text")
+        for row in measured:
+            if row.step != BOXES or row.recipe not in recipes or not stands_for(row.gpu, gpu):
                 continue
             num_steps = PHOTOS * EPOCHS / configuration(row.recipe).detection.batch_size
             times = row.seconds(gpu)
             shown = ", ".join(f"{1000 * seconds:.0f}" for seconds in times)
             lines.append(f"| {gpu} | {row.recipe} | {shown} | {num_steps * max(times) / 3600:.2f} |")
     lines += ["<!-- --8<-- [end:hours] -->", "", "<!-- --8<-- [start:pretraining] -->"]
-    return "\n".join([*lines, *pretraining([row for row in rows if row.recipe == "swin_t_one_gpu"])])
+    return "\n".join([*lines, *pretraining([row for row in measured if is_pretraining(row)])])
 
 
 def pretraining(rows: list[Row]) -> list[str]:
@@ -133,7 +187,7 @@ def pretraining(rows: list[Row]) -> list[str]:
     from detclipv2_jax.models import flops
     from detclipv2_jax.preflight import data_plan, report
 
-    kinds = [kind for kind in Kind if any(row.step.startswith(kind) for row in rows)]
+    kinds = list(Kind)
     lines = [f"| GPU | {' | '.join(kinds)} | all |", "|---" * (len(kinds) + 2) + "|"]
     config = configuration("swin_t_one_gpu")
     plan = data_plan.expected(config, num_hosts=1, num_devices=1)
@@ -145,36 +199,34 @@ def pretraining(rows: list[Row]) -> list[str]:
         counts = {"table_rows": sizes.table_rows, "num_concepts": sizes.num_concepts}
         return flops.formula(config, Kind(kind), (height, width), num_devices=1, **counts)
 
-    for gpu in (gpu for gpu in COMPILED if rows and CHIPS[gpu].memory >= CHIPS[SMALLEST["swin_t_one_gpu"]].memory):
+    for gpu in GPUS:
+        alike = [row for row in rows if stands_for(row.gpu, gpu)]
+        by_kind = {Kind(row.step.split("/")[0]): row for row in reversed(alike)}  # the largest
+        if by_kind.keys() < set(kinds) or CHIPS[gpu].memory < CHIPS[SMALLEST["swin_t_one_gpu"]].memory:
+            continue
         hours = dict.fromkeys(kinds, 0.0)
         for step, num_steps in plan.num_steps.items():
-            kind = Kind(step.split("/")[0])
-            if kind not in hours:
-                continue
-            row = next(row for row in rows if row.step.startswith(kind))
+            row = by_kind[kind := Kind(step.split("/")[0])]
             hours[kind] += num_steps * max(row.seconds(gpu)) * work(step) / work(row.step) / 3600
         lines.append(f"| {gpu} | {' | '.join(f'{x:.1f}' for x in hours.values())} | {sum(hours.values()):.1f} |")
     return [*lines, "<!-- --8<-- [end:pretraining] -->"]
 
 
-def main(
-    *,
-    output: pathlib.Path,
-    only: str = "",
-    cache: pathlib.Path = pathlib.Path("~/.cache/detclipv2_jax/preflight"),
-) -> None:
-    """Writes the tables.
+def main(*, output: pathlib.Path, cache: pathlib.Path = pathlib.Path("~/.cache/detclipv2_jax/preflight")) -> int:
+    """Writes the tables; returns 1 unless every step was compiled and fits.
 
     Args:
       output: file.
-      only: name of a GPU
       cache: folder of results
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
-    cache = cache.expanduser()
-    programs = [program for program in PROGRAMS if only in ("", program[1])]
-    output.write_text(tables([compiled(*program, cache) for program in programs]) + "\n", encoding="utf-8")
+    listed, rows = programs(), list[Row]()
+    for i, program in enumerate(listed):
+        rows.append(row := compiled(*program, cache.expanduser()))
+        print(f"{i + 1} of {len(listed)}: {', '.join(filter(None, row.cells()))}", file=sys.stderr, flush=True)
+    output.write_text(tables(rows) + "\n", encoding="utf-8")
+    return int(not all(row.fits for row in rows))
 
 
 if __name__ == "__main__":
-    commands.run(main, about=__doc__)
+    sys.exit(commands.run(main, about=__doc__))

@@ -124,7 +124,8 @@ def test_scores_that_float32_cannot_tell_apart_are_still_kept():
 
 def test_other_files_are_one_clear_error(tmp_path, caplog):
     path = tmp_path / "thresholds.json"
-    for content in ("[]", '{"common": {"threshold": 2}, "words": {}}', '{"common": {}, "words": []}', "3"):
+    common = '{"common": {"threshold": %s}, "words": {}}'
+    for content in ("[]", common % 2, common % "true", '{"common": {}, "words": []}', "3"):
         path.write_text(content)
         with pytest.raises(ValueError, match="has other content; it must be"):
             thresholds.read(path)
