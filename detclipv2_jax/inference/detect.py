@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # words scored at once: 22,400 anchors x 128 words are 11 MB of scores an image, however large the vocabulary is
 WORD_CHUNK = 128
+MOST_DETECTIONS = 100_000  # an image: memory is taken for as many as are asked for
 # what ranks boxes: their words times centerness; or, whatever they show, the heads of the regression tower (OLN)
 SCORES = ("words", "centerness", "objectness", "centerness_objectness")
 AnyArray = Array | np.ndarray
@@ -75,8 +76,8 @@ class Limits:
         for name, value in (("score_threshold", score_threshold), ("nms_iou", nms_iou)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
-        if max_detections < 1:
-            raise ValueError(f"max_detections is {max_detections}; it must be at least 1")
+        if not 1 <= max_detections <= MOST_DETECTIONS:
+            raise ValueError(f"max_detections is {max_detections}; it must lie between 1 and {MOST_DETECTIONS:,}")
         score = config.score if score is None else score
         if score not in SCORES:
             raise ValueError(f"score is {score!r}; allowed are {', '.join(SCORES)}")

@@ -341,7 +341,7 @@ def test_predictor_says_what_is_wrong(predictor, tmp_path):
         predictor([tmp_path / "absent.jpg"], ["red"])
     with pytest.raises(ValueError, match=r"nms_iou is 1\.5; it must lie between 0 and 1"):
         predictor([image], ["red"], nms_iou=1.5)
-    with pytest.raises(ValueError, match="max_detections is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="max_detections is 0; it must lie between 1 and 100,000"):
         predictor([image], ["red"], max_detections=0)
 
 
@@ -394,8 +394,9 @@ def test_limits_take_the_given_values_only():
     assert Limits.from_config(config, score="centerness").class_agnostic
     with pytest.raises(ValueError, match="score is 'iou'; allowed are words, centerness, objectness, "):
         Limits.from_config(config, score="iou")
-    with pytest.raises(ValueError, match="max_detections is 0; it must be at least 1"):
-        Limits.from_config(config, max_detections=0)
+    for num in (0, 10**9):
+        with pytest.raises(ValueError, match=f"max_detections is {num}; it must lie between 1 and 100,000"):
+            Limits.from_config(config, max_detections=num)
 
 
 @pytest.mark.parametrize(

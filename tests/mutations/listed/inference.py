@@ -34,7 +34,7 @@ FAULTS = [
         "inference/detect.py", "inference/test_inference.py::test_limits_take_the_given_values_only",
         ("pre_nms = max(config.pre_nms, max_detections)", "pre_nms = config.pre_nms"),
         ("if not 0.0 <= value <= 1.0:", "if not 0.0 <= value <= 2.0:"),
-        ("if max_detections < 1:", "if max_detections < 0:"),
+        ("if not 1 <= max_detections <= MOST_DETECTIONS:", "if not 0 <= max_detections <= MOST_DETECTIONS:"),
     ),
     *plant(
         "inference/detect.py", "visualize/test_alignment.py::test_align_equals_brute_force",
