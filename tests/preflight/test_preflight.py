@@ -354,3 +354,18 @@ def test_a_step_takes_its_arithmetic_its_memory_or_its_network():
     assert compute == pytest.approx(2.0)  # of 32 chips
     assert memory == pytest.approx(1e12 / preflight.CHIPS["v5e"].bandwidth)
     assert network == pytest.approx(3e9 / preflight.CHIPS["v5e"].network)
+
+
+def test_the_table_for_one_gpu_has_every_program_and_all_fit():
+    from tests.benchmarks import one_gpu
+
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "tables" / "one_gpu.md").read_text()
+    lines = text.partition("[end:memory]")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "/" in line and line[0] == "|"]
+    missing = [line[2:].split(": ")[:3] for line in lines if line.startswith("- ")]
+    assert {(recipe, gpu, step) for recipe, step, gpu, *_ in rows + missing} == set(one_gpu.programs())
+    for recipe, _, gpu, needed, limit, fits, *_ in rows:
+        size, smallest = limit.rstrip(")").split(" (")
+        assert smallest in (gpu, one_gpu.SMALLEST[recipe])
+        assert float(needed) < float(size) == pytest.approx(CHIPS[smallest].memory / GIB, abs=0.05)
+        assert fits == "yes"
