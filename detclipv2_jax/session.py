@@ -27,6 +27,7 @@ from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import read_json, write_json, write_text
 from detclipv2_jax.runs import processes, remote
+from detclipv2_jax.runs.ahead import uncollected
 from detclipv2_jax.runs.checkpoints import DamagedError, read_best
 from detclipv2_jax.runs.workdir import WorkdirError, only_run, read_config, room
 
@@ -54,7 +55,10 @@ def run(
     try:
         processes.join(distributed, timeout_s=config.timeout_s)
         folder, bucket = stack.enter_context(remote.opened(workdir, training=training and not replayed))
-        work = prepare(config, folder, training=training, replayed=replayed, changed_data=changed_data, bucket=bucket)
+        with uncollected():
+            work = prepare(
+                config, folder, training=training, replayed=replayed, changed_data=changed_data, bucket=bucket
+            )
     except (ValueError, processes.MissingProcessError, WorkdirError, BucketError) as error:
         sys.exit(f"error: {error}")
     message, number, scores = "", 0, dict[str, float]()

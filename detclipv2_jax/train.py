@@ -29,14 +29,14 @@ from detclipv2_jax.runs import optimizer as optimizer_lib
 from detclipv2_jax.runs import pretrained as pretrained_lib
 from detclipv2_jax.runs import processes, sharding, text_once
 from detclipv2_jax.runs import state as train_state
-from detclipv2_jax.runs.ahead import Ahead
+from detclipv2_jax.runs.ahead import Ahead, uncollected
 from detclipv2_jax.runs.metrics import MetricsWriter, Progress, prefix
 from detclipv2_jax.runs.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
 from detclipv2_jax.runs.order import StepOrder, mixed
 from detclipv2_jax.runs.replay import replay
 from detclipv2_jax.runs.state import TrainState
 from detclipv2_jax.runs.trackers import check_installed, opener
-from detclipv2_jax.visualize import alignment, charts, figures
+from detclipv2_jax.visualize import alignment, figures
 
 NONFINITE = ("stop", "skip")  # what a loss or gradient that is not finite does to the run
 PROFILE_AFTER_STEPS = 10  # by then the steps drawn most often are compiled
@@ -222,6 +222,10 @@ def train(run: Run) -> dict[str, float]:
                 options.python_tracer_level = 0
                 jax.profiler.start_trace(run.workdir / "profile", profiler_options=options)
             key = (stream.kind, stream.canvas_of(draw.position))
+            if finish_last and not ahead.ready(key):  # its metrics shall not wait for a program
+                finish_last()
+                finish_last = None
+            rate_now = rate(step) * decision.factor  # before waiting: it is many small programs, compiled meanwhile
             ahead.wait(key, what="the step of {}/{}x{}".format(stream.kind.value, *key[1]))
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = steps[key](state, sharding.to_global(batch, mesh))
@@ -232,7 +236,7 @@ def train(run: Run) -> dict[str, float]:
                 finish_step,
                 done,
                 stream.kind.value,
-                metrics | {"learning_rate": rate(step) * decision.factor} | sharding.summed(stream.overflow, mesh),
+                metrics | {"learning_rate": rate_now} | sharding.summed(stream.overflow, mesh),
                 logged=draw.position % config.log_every_steps == 0 or last,
                 stop=config.nonfinite == "stop",
                 cost=cost(draw.stream, key[1]) if peak_flops else None,
@@ -277,6 +281,8 @@ def train(run: Run) -> dict[str, float]:
             after = after or _evaluate_state(run.second, state, writer, kind="forgetting")
             result = result | prefix("forgetting/before", before) | prefix("forgetting/after", after)
         if first_process and order.num_steps > start:
+            from detclipv2_jax.visualize import charts  # takes half a second, at the end
+
             charts.curves(run.workdir / "metrics.jsonl", path=run.workdir / "pictures" / "curves.png")
     return result
 
@@ -361,8 +367,10 @@ def compile_ahead(run: Run, steps: dict[tuple[Kind, tuple[int, int]], Any], stat
             batch = sharding.batch_shapes(run.config, stream.kind, canvas, **sizes, mesh=run.mesh)
 
             def compiled(key: Any = (stream.kind, canvas), batch: Batch = batch) -> object:
+                with jax.set_mesh(run.mesh), uncollected():
+                    lowered = steps[key].lower(shapes, batch)
                 with jax.set_mesh(run.mesh):
-                    return steps[key].lower(shapes, batch).compile()
+                    return lowered.compile()
 
             programs.setdefault((stream.kind, canvas), compiled)
     return Ahead(programs)

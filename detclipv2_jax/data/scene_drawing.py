@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ def _held_out(shape: str, color: str, texture: str) -> bool:
     return (BASE_SHAPES.index(shape) + list(COLORS).index(color) + TEXTURES.index(texture)) % 8 == 0
 
 
+@functools.cache
 def _shades(color: str) -> UInt8[np.ndarray, "5 4"]:
     """Returns the RGBA palette of a colour: transparent, body, alternate of the texture, dark, light."""
     rgb = np.array(COLORS[color], float)
@@ -128,18 +130,24 @@ def _paint(image: np.ndarray, thing: Thing) -> Float32[np.ndarray, " 4"]:
     patch = cv2.resize(colored, tuple(high - low), interpolation=cv2.INTER_AREA)
     view = image[low[1] : high[1], low[0] : high[0]]
     view *= 1.0 - patch[..., 3:].astype(np.float32) / 255.0
-    view += patch[..., :3]
+    view += cv2.cvtColor(patch, cv2.COLOR_RGBA2RGB)
     return box.astype(np.float32)
 
 
-def _ground(rng: np.random.Generator, name: str, size_px: int) -> np.ndarray:
-    top, bottom, cells, strength = _GROUNDS[name]
+@functools.cache
+def _plain_ground(name: str, size_px: int) -> np.ndarray:
+    top, bottom = _GROUNDS[name][:2]
     ramp = np.linspace(0, 1, size_px, dtype=np.float32)[:, None, None]
-    image = np.array(top, np.float32) * (1 - ramp) + np.array(bottom, np.float32) * ramp
-    image = np.broadcast_to(image, (size_px, size_px, 3)).copy()
+    return np.repeat(np.array(top, np.float32) * (1 - ramp) + np.array(bottom, np.float32) * ramp, size_px, axis=1)
+
+
+def _ground(rng: np.random.Generator, name: str, size_px: int) -> np.ndarray:
+    *_, cells, strength = _GROUNDS[name]
+    image = _plain_ground(name, size_px).copy()
     for rows, columns in (cells, (5, 5)):
         noise = rng.normal(0, strength, (rows, columns)).astype(np.float32)
-        image += cv2.resize(noise, (size_px, size_px), interpolation=cv2.INTER_CUBIC)[..., None]
+        # a last axis in memory: sums with one that is only a view are slow
+        image += cv2.merge([cv2.resize(noise, (size_px, size_px), interpolation=cv2.INTER_CUBIC)] * 3)
     return image
 
 
@@ -189,6 +197,6 @@ def draw(
     # light from one side, then the camera's noise
     slope = rng.uniform(-0.15, 0.15, 2)
     across = np.linspace(-1, 1, size_px, dtype=np.float32)
-    image *= (rng.uniform(0.8, 1.12) + slope[0] * across[:, None] + slope[1] * across[None, :])[..., None]
+    image *= cv2.merge([rng.uniform(0.8, 1.12) + slope[0] * across[:, None] + slope[1] * across[None, :]] * 3)
     image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, 6))
     return Scene(np.clip(image, 0, 255).astype(np.uint8), tuple(things), boxes, ground)

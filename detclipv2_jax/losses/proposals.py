@@ -15,6 +15,7 @@ from detclipv2_jax.losses import devices, selection_pallas
 from detclipv2_jax.losses.concept_table import Captions, Concepts, Table, unique_rows
 from detclipv2_jax.losses.devices import SPLIT, chunk_size, gather, on_each_device
 from detclipv2_jax.losses.matching import LOW
+from detclipv2_jax.models import split
 from detclipv2_jax.models.detclip import Regions
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def max_over_concepts(
     if embeddings.shape[2] % selection_pallas.DEPTH:
         return in_chunks(embeddings, table, rows, count)
     kernel = functools.partial(selection_pallas.max_over_concepts, low=LOW)
-    return jax.lax.platform_dependent(embeddings, table, rows, count, cuda=kernel, default=in_chunks)
+    return split.by_platform(embeddings, table, rows, count, cuda=kernel, default=in_chunks)
 
 
 def _max_in_chunks(embeddings: Array, table: Array, rows: Array, count: Array, *, chunk_bytes: int) -> Array:

@@ -92,7 +92,7 @@ def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
     if impl == "banded":
         return within_band(*arguments)
     others = {"cuda": kernels} if impl == "auto" else {}
-    return jax.lax.platform_dependent(*arguments, tpu=within_band, default=gather, **others)
+    return split.by_platform(*arguments, tpu=within_band, default=gather, **others)
 
 
 # --- gather form

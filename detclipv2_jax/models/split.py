@@ -1,4 +1,7 @@
-"""Kernels work on one device's rows: XLA splits programs over the mesh, but not what happens within a kernel."""
+"""What devices decide: kernels work on one device's rows, and each kind of device has its own form of a layer.
+
+XLA splits programs over the mesh, but not what happens within a kernel.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +25,11 @@ def by_rows(function: Callable[..., Any], rows: tuple[Array, ...], whole: tuple[
         return function(rows, whole)
     split = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
     return jax.shard_map(function, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)(rows, whole)
+
+
+def by_platform(*arguments: Any, default: Callable[..., Any], **others: Callable[..., Any]) -> Any:
+    """Returns what `jax.lax.platform_dependent` does; forms of others are not traced where the mesh is of CPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "cpu":
+        return others.get("cpu", default)(*arguments)
+    return jax.lax.platform_dependent(*arguments, default=default, **others)

@@ -73,7 +73,7 @@ class Windows:
     def _dispatch(self, kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:
         """Returns what the form computes; `auto`: the kernel where the program is compiled for NVIDIA GPUs."""
         if self.impl == "auto":
-            return jax.lax.platform_dependent(*arguments, cuda=kernel, default=xla)
+            return split.by_platform(*arguments, cuda=kernel, default=xla)
         return (kernel if self.impl == "pallas" else xla)(*arguments)
 
 

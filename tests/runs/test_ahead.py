@@ -1,5 +1,7 @@
 """Programs compiled on another thread."""
 
+import functools
+import gc
 import threading
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 
 from detclipv2_jax import session, train
 from detclipv2_jax.runs import sharding
-from detclipv2_jax.runs.ahead import Ahead
+from detclipv2_jax.runs.ahead import Ahead, uncollected
 
 
 def test_programs_follow_each_other_and_errors_wait_for_the_call():
@@ -48,11 +50,35 @@ def test_what_is_waited_for_is_said_once(caplog):
 
 def test_what_waits_is_left_when_the_run_ends():
     started, go, done = threading.Event(), threading.Event(), []
-    ahead = Ahead({"a": lambda: (started.set(), go.wait(60)), "b": lambda: done.append("b")})
+    ahead = Ahead({"first": str, "a": lambda: (started.set(), go.wait(60)), "b": lambda: done.append("b")})
+    for _ in range(2):
+        ahead.wait("first", what="the step")
     started.wait(60)
     threading.Timer(0.05, go.set).start()
     ahead.close()
     assert not done
+
+
+def test_only_the_first_program_is_compiled_before_the_first_step_has_run():
+    done = []
+    ahead = Ahead({key: functools.partial(done.append, key) for key in "abc"})
+    ahead.wait("a", what="the step")
+    ahead._thread.submit(str).result()  # after whatever else was to be compiled
+    assert done == ["a"]
+    assert [ahead.ready(key) for key in "abc"] == [True, False, False]
+    ahead.wait("a", what="the step")
+    ahead._compiled["c"].result()
+    assert done == ["a", "b", "c"]
+    assert ahead.ready("b")
+    ahead.close()
+
+
+def test_no_garbage_is_looked_for_while_a_program_is_traced():
+    with uncollected():
+        with uncollected():
+            assert not gc.isenabled()
+        assert not gc.isenabled()  # as it was before
+    assert gc.isenabled()
 
 
 @pytest.mark.slow

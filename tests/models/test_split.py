@@ -1,0 +1,25 @@
+"""What is traced of the forms of a layer."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from detclipv2_jax.models import split
+from detclipv2_jax.runs import sharding
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_forms_of_other_devices_are_traced_only_where_the_device_is_not_known(own):
+    traced = []
+
+    def form(name):
+        return lambda x: (traced.append(name), x + len(name))[1]
+
+    forms = {"tpu": form("tpu")} | ({"cpu": form("host")} if own else {})
+    step = jax.jit(lambda x: split.by_platform(x, default=form("default"), **forms))
+    with jax.set_mesh(sharding.make_mesh(fsdp=1)):
+        known = step(jnp.float32(1.0))
+    assert traced == (["host"] if own else ["default"])
+    traced.clear()
+    assert step(jnp.float32(1.0)) == known == (5.0 if own else 8.0)
+    assert "tpu" in traced
