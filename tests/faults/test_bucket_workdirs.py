@@ -83,7 +83,10 @@ def program():
         workdir, num_steps, kill, data = line.split()
         if (child := os.fork()) == 0:
             try:
-                os._exit(run(workdir, int(num_steps), kill, data))
+                status = run(workdir, int(num_steps), kill, data)
+                if jax.process_count() > 1:  # as Python does at its end: the others would miss a sign of life
+                    jax.distributed.shutdown()
+                os._exit(status)
             except SystemExit as error:
                 print(error, file=sys.stderr, flush=True)
             except BaseException:
