@@ -10,6 +10,7 @@ the hosts, so that position follows from the step and the number of hosts change
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import queue
 import threading
@@ -126,14 +127,12 @@ class Stream:
             while (item := self._next(iterator, n)) is not None:
                 yield self._account(*item)
                 n += 1
-        except StalledError:
-            # closing or deleting it would wait for what never comes: it is kept until the process ends
-            threading.Thread(target=lambda _: threading.Event().wait(), args=(iterator,), daemon=True).start()
-            iterator = None
-            raise
         finally:
-            if iterator is not None:
-                iterator.close()
+            # where a disk hangs, this may wait for ever, and no error, of another stream neither, would end the run
+            closing = threading.Thread(target=iterator.close, daemon=True)
+            with contextlib.suppress(RuntimeError):  # Python itself is ending, and starts no thread
+                closing.start()
+                closing.join(timeout=min(10, self._input.timeout_s))
 
     def _next(self, iterator: Any, n: int) -> tuple[Batch, Notes] | None:
         """Returns what an iterator gives next, which is batch n; None at its end."""

@@ -113,6 +113,25 @@ def test_a_reader_that_hangs_ends_the_run_in_time_with_the_name_of_the_file(worl
             worker.kill()
 
 
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_reader_that_hangs_is_closed_in_time(world, num_workers):
+    stream = stream_of("image_text", world, num_workers=num_workers, prefetch_batches=1)
+    stall(stream, int(stream.batch(2).example_id[3]), 40)  # of a batch that is read ahead
+    batches = stream.iterate()
+    next(batches), next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:  # as one that waits for a disk, it does not answer
+        os.kill(worker.pid, signal.SIGSTOP)
+    stream._input.timeout_s = 2
+    started = time.monotonic()
+    try:
+        batches.close()  # as where another stream has ended the run
+        assert time.monotonic() - started < 20
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
 def test_a_reader_that_stalls_for_a_while_changes_no_value(world):
     stream = stream_of("image_text", world, prefetch_batches=1)
     expected = stream.batch(1)
