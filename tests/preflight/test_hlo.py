@@ -309,6 +309,7 @@ def test_loops_over_concepts_turn_once_a_chunk():
         assert counted.memory == pytest.approx(by_xla.memory, rel=0.02)
         for traffic in (counted, by_xla):
             times = {row.times for row in traffic.rows}
-            assert forward in times
-            assert max(times) == 2 * 12 * backward
+            assert {forward, backward} <= times
+            # additions to rows, a loop of 24 turns or none by the compiler, are within the backward one
+            assert all(num % backward == 0 for num in times if num > forward)
     assert hlo.module_of("jit(f)/jvp(loss)/chunks_of_6_concepts/while/body/add") == ("loss", "forward")
