@@ -142,10 +142,17 @@ def _watched() -> Iterator[None]:
             handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
             wait_s = None if handled or not num else GRACE_S
 
+    def show(unraisable: sys.UnraisableHookArgs) -> None:
+        # Ctrl-C in a callback of the collector, say, from which nothing is raised: `watch` ends the process
+        if unraisable.exc_type is not KeyboardInterrupt:
+            shown(unraisable)
+
+    shown, sys.unraisablehook = sys.unraisablehook, show
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
+        sys.unraisablehook = shown
         if before is not None:
             signal.set_wakeup_fd(before)
         os.close(writer)

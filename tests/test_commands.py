@@ -35,6 +35,28 @@ def test_signals_wake_the_watch_of_a_command_and_nothing_else_afterwards():
     assert signal.set_wakeup_fd(before) == -1
 
 
+def test_ctrl_c_in_a_callback_leaves_no_traceback(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+
+    class Raises:
+        def __init__(self, error):
+            self.error = error
+
+        def __del__(self):
+            raise self.error
+
+    def both():
+        for error in (KeyboardInterrupt, OSError):
+            Raises(error)
+
+    with commands._watched():
+        both()
+    assert told == [OSError]
+    both()
+    assert told == [OSError, KeyboardInterrupt, OSError]
+
+
 def test_help_names_every_command_and_each_is_a_program():
     done = run("--help")
     assert done.returncode == 0
