@@ -18,6 +18,7 @@ from detclipv2_jax.inference import Detector
 from detclipv2_jax.runs import checkpoints, exported
 from detclipv2_jax.runs.optimizer import param_name, verdict
 from detclipv2_jax.runs.state import TrainState
+from detclipv2_jax.visualize import charts
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def _detectors_are_traced_once():
     with stand_in.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Detector", shared)
         patch.setattr(loop, "Detector", shared)
-        patch.setattr(train.charts, "curves", lambda *_, **__: None)  # they take longer than the steps
+        patch.setattr(charts, "curves", lambda *_, **__: None)  # they take longer than the steps
         yield
 
 

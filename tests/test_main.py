@@ -17,6 +17,7 @@ from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import loop, lvis
 from detclipv2_jax.models import flops
 from detclipv2_jax.runs import checkpoints, metrics
+from detclipv2_jax.visualize import charts
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,7 +51,7 @@ def shared_steps():
     """
     compiled = {}
     jitted_step = train.jitted_step
-    draws = iter([train.charts.curves])
+    draws = iter([charts.curves])
 
     def shared_step(run, *which):
         values = (run.config[name] for name in ("model", "loss", "optimizer", "epochs", "mesh"))
@@ -61,7 +62,7 @@ def shared_steps():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "jitted_step", shared_step)
-        patch.setattr(train.charts, "curves", lambda *path, **options: [draw(*path, **options) for draw in draws])
+        patch.setattr(charts, "curves", lambda *path, **options: [draw(*path, **options) for draw in draws])
         yield
 
 

@@ -24,6 +24,7 @@ from micro import micro_config
 from detclipv2_jax import train
 from detclipv2_jax.eval import loop
 from detclipv2_jax.runs import checkpoints
+from detclipv2_jax.visualize import charts
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUM_KILLS = 20 if os.environ.get("EXHAUSTIVE") else 2
@@ -45,7 +46,7 @@ def config(num_steps):
 
 def run(workdir, num_steps, where, step):
     """Trains; kills itself at `where` (step, save, evaluation) of `step`."""
-    train.charts.curves = lambda *_, **__: None  # they take longer than the steps
+    charts.curves = lambda *_, **__: None  # they take longer than the steps
     stand_in.install()
 
     def die_after(owner, name, condition):
