@@ -353,7 +353,8 @@ def base() -> ConfigDict:
     c.optimizer = optimizer()
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
-    # s that all processes wait for a late one, then the run ends and names it; compiling is slower on some hosts
+    # s that all processes wait for a late one, then the run ends and names it: more than the time by which compiling
+    # takes longer on one host than on another
     c.timeout_s = 600
 
     c.chips = ConfigDict()

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -139,6 +140,21 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """Returns the lines of a UTF-8 file, which end with LF, CRLF or CR; ValueError as `decode`."""
     lines = io.StringIO(decode(read_bytes(path), where=path), newline=None).read().split("\n")
     return [line.removeprefix("\ufeff") for line in lines]  # of files that were joined
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Holds the garbage collector, which looks through all objects that reading a json or tracing a program makes.
+
+    That is a fifth of the time of the one and a quarter of the other's, and next to nothing of it is garbage.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read_json(

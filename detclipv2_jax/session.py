@@ -25,9 +25,8 @@ from detclipv2_jax.chips import CUDA_SHARE, chip_of, warn_of_unused_accelerator
 from detclipv2_jax.data import identity, scenes
 from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
-from detclipv2_jax.files import read_json, write_json, write_text
+from detclipv2_jax.files import collector_paused, read_json, write_json, write_text
 from detclipv2_jax.runs import processes, remote
-from detclipv2_jax.runs.ahead import uncollected
 from detclipv2_jax.runs.checkpoints import DamagedError, read_best
 from detclipv2_jax.runs.workdir import WorkdirError, only_run, read_config, room
 
@@ -55,7 +54,7 @@ def run(
     try:
         processes.join(distributed, timeout_s=config.timeout_s)
         folder, bucket = stack.enter_context(remote.opened(workdir, training=training and not replayed))
-        with uncollected():
+        with collector_paused():
             work = prepare(
                 config, folder, training=training, replayed=replayed, changed_data=changed_data, bucket=bucket
             )

@@ -21,7 +21,7 @@ from detclipv2_jax import train_step
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
-from detclipv2_jax.files import write_text
+from detclipv2_jax.files import collector_paused, write_text
 from detclipv2_jax.inference import Detector
 from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.runs import checkpoints as checkpoints_lib
@@ -29,7 +29,7 @@ from detclipv2_jax.runs import optimizer as optimizer_lib
 from detclipv2_jax.runs import pretrained as pretrained_lib
 from detclipv2_jax.runs import processes, sharding, text_once
 from detclipv2_jax.runs import state as train_state
-from detclipv2_jax.runs.ahead import Ahead, uncollected
+from detclipv2_jax.runs.ahead import Ahead
 from detclipv2_jax.runs.metrics import MetricsWriter, Progress, prefix
 from detclipv2_jax.runs.optimizer import learning_rate, make_optimizer, named_shapes, overview, param_name
 from detclipv2_jax.runs.order import StepOrder, mixed
@@ -367,7 +367,7 @@ def compile_ahead(run: Run, steps: dict[tuple[Kind, tuple[int, int]], Any], stat
             batch = sharding.batch_shapes(run.config, stream.kind, canvas, **sizes, mesh=run.mesh)
 
             def compiled(key: Any = (stream.kind, canvas), batch: Batch = batch) -> object:
-                with jax.set_mesh(run.mesh), uncollected():
+                with jax.set_mesh(run.mesh), collector_paused():
                     lowered = steps[key].lower(shapes, batch)
                 with jax.set_mesh(run.mesh):
                     return lowered.compile()

@@ -7,14 +7,12 @@ An entry with one possible meaning is repaired and counted; one without is left 
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
-import gc
 import itertools
 import json
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true":
 
 def load_json(path: str | Path) -> Any:
     """Returns the content of a json, without the outlines of boxes, which are most of it; ValueError if it is none."""
-    with collector_paused():
+    with files.collector_paused():
         try:
             text = files.decode(files.read_bytes(path), where=path)
             if text.count('"annotations"') > 1:  # of two lists json would give the last one
@@ -42,18 +40,6 @@ def load_json(path: str | Path) -> Any:
             return files.parse_json(text, where=path, object_hook=_without_outline)
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Holds the garbage collector: to look through the millions of objects of a json takes a fifth of its reading."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import numpy as np
 from absl import logging
 
 from detclipv2_jax import bucket_store, buckets, files
-from detclipv2_jax.data.annotations import collector_paused
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _FEW_FILES = 64  # are asked for one by one
@@ -37,7 +36,7 @@ def documented(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
     @functools.wraps(read)
     def checked(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         try:
-            with collector_paused():
+            with files.collector_paused():
                 return read(*arguments, **options)
         except (
             AttributeError,

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Int
 
+from detclipv2_jax import files
 from detclipv2_jax.data import annotations as annotations_lib
 from detclipv2_jax.data.annotations import Ids, shown
 from detclipv2_jax.data.checks import check_share, documented
@@ -81,7 +82,7 @@ def read(source: str | Path | dict[str, Any] | Truth, *, max_bad_share: float = 
         return source
     if isinstance(source, dict):
         return from_content("the given object", source, max_bad_share=max_bad_share)
-    with annotations_lib.collector_paused():
+    with files.collector_paused():
         truth = from_content(str(source), annotations_lib.load_json(source), max_bad_share=max_bad_share)
     for what, num in truth.odd.items():
         logging.warning("%s: %d × %s", source, num, what)

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import gc
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 from absl import logging
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Has Python look for no cyclic garbage inside: tracing makes many objects, and a quarter of it went to looking."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Ahead:

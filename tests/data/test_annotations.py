@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detclipv2_jax import files
 from detclipv2_jax.data import annotations, truth
 from detclipv2_jax.data.schema import DataError
 
@@ -32,7 +33,7 @@ def test_a_json_is_read_without_the_outlines_of_boxes(tmp_path):
 def test_the_garbage_collector_is_as_it_was_after_a_reading(enabled):
     (gc.enable if enabled else gc.disable)()
     try:
-        with contextlib.suppress(KeyError), annotations.collector_paused(), annotations.collector_paused():
+        with contextlib.suppress(KeyError), files.collector_paused(), files.collector_paused():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() is enabled

@@ -1,7 +1,6 @@
 """Programs compiled on another thread."""
 
 import functools
-import gc
 import threading
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 
 from detclipv2_jax import session, train
 from detclipv2_jax.runs import sharding
-from detclipv2_jax.runs.ahead import Ahead, uncollected
+from detclipv2_jax.runs.ahead import Ahead
 
 
 def test_programs_follow_each_other_and_errors_wait_for_the_call():
@@ -71,14 +70,6 @@ def test_only_the_first_program_is_compiled_before_the_first_step_has_run():
     assert done == ["a", "b", "c"]
     assert ahead.ready("b")
     ahead.close()
-
-
-def test_no_garbage_is_looked_for_while_a_program_is_traced():
-    with uncollected():
-        with uncollected():
-            assert not gc.isenabled()
-        assert not gc.isenabled()  # as it was before
-    assert gc.isenabled()
 
 
 @pytest.mark.slow
