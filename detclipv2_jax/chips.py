@@ -11,6 +11,8 @@ from typing import NamedTuple
 from absl import logging
 
 GIB = 1 << 30
+_GPU_DEVICES = ("/dev/nvidia0", "/dev/dxg")  # the second in Windows' Linux
+_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 # of a GPU's memory, which `main` takes; jax by itself takes three quarters
 CUDA_SHARE = 0.9
 
@@ -61,9 +63,14 @@ def chip_of(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS.values() if re.match(chip.device_kind, device_kind)), None)
 
 
+def has_device() -> bool:
+    """Returns whether JAX may compute on something else than CPUs, without asking it."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(os.path.exists, (*_GPU_DEVICES, *_TPU_DEVICES)))
+
+
 def has_nvidia_gpu() -> bool:
     """Returns whether the machine has an NVIDIA GPU with a driver, whatever JAX sees."""
-    if os.path.exists("/dev/nvidia0"):
+    if os.path.exists(_GPU_DEVICES[0]):
         return True
     try:  # of Windows' Linux there are no such devices
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20).returncode == 0
@@ -80,7 +87,7 @@ def warn_of_unused_accelerator() -> None:
         return
     found = {
         ("cuda13", "an NVIDIA GPU"): has_nvidia_gpu(),
-        ("tpu", "a TPU"): any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))),
+        ("tpu", "a TPU"): any(map(os.path.exists, _TPU_DEVICES)),
     }
     for extra, what in (key for key, there in found.items() if there):
         install = f"pip install 'detclipv2_jax[{extra}]'"

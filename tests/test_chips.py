@@ -67,4 +67,5 @@ def test_an_accelerator_that_jax_does_not_see_is_said_once(present, status, plat
         chips.warn_of_unused_accelerator()
     assert warned == said
     assert chips.has_nvidia_gpu() == (present == "/dev/nvidia0" or status == 0)
+    assert chips.has_device() == (bool(present) and platforms != "cpu")
     chips.warn_of_unused_accelerator.cache_clear()

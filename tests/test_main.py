@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -288,3 +289,32 @@ def test_one_clear_error_before_anything_is_compiled(arguments, message, tmp_pat
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "kept"), [("", "", True), ("/dev/dxg", "", False), ("", "MALLOC_ARENA_MAX", False)]
+)
+def test_where_cpus_compute_memory_is_kept_for_the_next_step(device, variable, kept):
+    program = """
+import os, resource, sys, threading
+from detclipv2_jax import main
+os.path.exists = lambda path, exists=os.path.exists: path == sys.argv[1] if path[:5] == "/dev/" else exists(path)
+main.keep_memory()
+def step():
+    for part in range(2):
+        b"x" * (1 << 26)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([faults() for _ in range(3)][-1])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"JAX_PLATFORMS": ""} | ({variable: "2"} if variable else {})
+    done = subprocess.run(
+        [sys.executable, "-c", program, device], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) < 100) == kept  # pages of 4 KiB, of which an array has 16,384

@@ -40,8 +40,6 @@ from detclipv2_jax.data import scenes
 from detclipv2_jax.eval import detections, lvis, names, proposals
 from detclipv2_jax.files import only_writer, read_json, read_json_lines, write_json, write_text
 
-# glibc keeps the memory of a step for the next: page faults are a quarter of the time of such small steps
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_ARENA_MAX": "1"}
 COLUMNS = {  # of the table: score → heading
     "AP": "AP",
     "base_AP": "base AP",
@@ -221,7 +219,7 @@ def start(
     config.scenes.folder = _world(recipe, row, seed, work=work)
     if row in ablations.ROWS:
         config.init_from.checkpoint = str(work / f"{ablations.start_of(row)}_{seed}")
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **KEEP_MEMORY, **os.environ}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), **os.environ}
     with open(workdir / "log.txt", "ab") as log:
         output: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
         if row in ablations.PREPARED:
