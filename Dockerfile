@@ -3,6 +3,8 @@
 #   docker build --build-arg EXTRA=tpu --tag detclip:tpu .        for TPUs
 #   docker build --build-arg EXTRA=cuda13 --tag detclip:cuda .    for NVIDIA GPUs: docker run --gpus=all
 #
+# `docker stop` kills after 10 s, in which a run may not have saved: docker run --stop-timeout=300
+#
 # CUDA comes with JAX's packages; of the host's NVIDIA software only the driver is needed.
 FROM python:3.12-slim
 

@@ -1,5 +1,6 @@
 """The launch scripts: clean, and as dry runs they print commands that exist."""
 
+import fnmatch
 import inspect
 import json
 import os
@@ -146,6 +147,9 @@ def test_the_image_holds_what_its_container_runs():
     ]
     assert f"WORKDIR {container[0]['workingDir']}\nCOPY . .\n" in lines
     ignored = (ROOT / ".dockerignore").read_text().split()
+    for pattern in (ROOT / ".gitignore").read_text().split():  # what work leaves at the top stays out
+        covered = (fnmatch.fnmatch(pattern.strip("/"), ours.removeprefix("**").lstrip("/")) for ours in ignored)
+        assert pattern[0] == "!" or any(covered), pattern
     assert not {"configs", "detclipv2_jax", "pyproject.toml", "README.md", "setup.py"} & set(ignored)
 
 

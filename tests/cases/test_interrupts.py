@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,34 @@ def test_a_command_whose_main_thread_does_not_hear_of_it(handler, times, line):
         started = time.monotonic()
         ends_with_a_line(interrupted([process], times=times)[0], line)
         assert time.monotonic() - started < 60
+
+
+SIGTERM_TO_ITSELF = """
+import os, signal, sys, time
+sys.argv = {argv}
+import detclipv2_jax
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(1)
+print("went on as process", os.getpid())
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "first", "status"),
+    [
+        (["detclip"], True, 128 + signal.SIGTERM),
+        (["detclip"], False, -signal.SIGTERM),
+        (["notebook"], True, 0),  # a program that imports us keeps what the kernel does
+    ],
+)
+def test_sigterm_ends_a_command_that_is_the_first_process_of_a_container(argv, first, status):
+    alone = ["unshare", "--map-root-user", "--pid", "--fork"]
+    if first and (not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode):
+        pytest.skip("needs unshare and namespaces of its own")
+    code = SIGTERM_TO_ITSELF.format(argv=argv)
+    ran = subprocess.run([*alone * first, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == status, ran.stderr
+    assert ran.stdout == "went on as process 1\n" * (status == 0)
 
 
 @pytest.mark.slow
