@@ -106,14 +106,24 @@ def end(message: str, *, at_once: bool = False) -> NoReturn:
     """Ends the process with one line; neither threads nor worker processes are waited for."""
     if not _ENDING[at_once].acquire(blocking=False):
         time.sleep(3 * GRACE_S)  # another thread does it
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.flush()
+    _flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
     if _IS_NEEDED.is_set() and not at_once:
         time.sleep(GRACE_S + 1)
     os._exit(INTERRUPTED)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with a status; threads, which Python would wait for, are not waited for."""
+    _flush()
+    os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
 
 
 @contextlib.contextmanager

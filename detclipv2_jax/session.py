@@ -27,6 +27,7 @@ from detclipv2_jax.data.schema import DataError, StalledError
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import collector_paused, read_json, write_json, write_text
 from detclipv2_jax.runs import processes, remote
+from detclipv2_jax.runs.ahead import is_compiling
 from detclipv2_jax.runs.checkpoints import DamagedError, read_best
 from detclipv2_jax.runs.workdir import WorkdirError, only_run, read_config, room
 
@@ -66,8 +67,8 @@ def run(
     except train_lib.Preempted as stop:
         message, number = str(stop), stop.number
     except StalledError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # a thread that waits for a disk cannot be ended, and would be waited for
+        print(f"error: {error}", file=sys.stderr)
+        commands.leave(1)  # a thread that waits for a disk cannot be ended, and would be waited for
     except (
         BucketError, DataError, DamagedError, processes.MissingProcessError, train_lib.NonFiniteError, WorkdirError,
     ) as error:  # fmt: skip
@@ -77,7 +78,8 @@ def run(
         return 1
     if number:  # not above, where the exception still holds batches of the data workers
         logging.info("%s; the same command goes on from there", message)
-        return commands.INTERRUPTED if number == signal.SIGINT else preempted_status
+        status = commands.INTERRUPTED if number == signal.SIGINT else preempted_status
+        return commands.leave(status) if is_compiling() else status
     if jax.process_index() == 0 and not replayed:
         report(folder, scores, minutes=(time.monotonic() - started) / 60)
         print_closing(config.closing, scores)

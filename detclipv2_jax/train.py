@@ -167,7 +167,9 @@ def train(run: Run) -> dict[str, float]:
         # --- one compiled step a (kind, canvas), the first of them while there is no state yet
         keys = {(stream.kind, canvas) for stream in run.streams for canvas in stream.canvases}
         steps, known = {key: jitted_step(run, *key) for key in keys}, checkpoints.latest_step() or 0
-        ahead = stack.enter_context(contextlib.closing(compile_ahead(run, steps, _abstract_state(run), start=known)))
+        ahead = compile_ahead(run, steps, _abstract_state(run), start=known)
+        # a run that is told to stop may be killed before a compiler is done
+        stack.push(lambda error, *_: ahead.close(wait=error is not Preempted))
         state = initial_state(run, checkpoints)
         start = int(state.step)
         if first_process and not (table := run.workdir / "parameters.txt").exists():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import threading
 from collections.abc import Callable, Hashable, Mapping
 
 from absl import logging
+
+_THREAD = "compile"
 
 
 class Ahead:
@@ -19,7 +22,7 @@ class Ahead:
     """
 
     def __init__(self, programs: Mapping[Hashable, Callable[[], object]]):
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=_THREAD)
         self._later, self._compiled = dict(programs), dict[Hashable, concurrent.futures.Future[object]]()
         self._waited = set[Hashable]()
         self._start(list(programs)[:1])
@@ -46,6 +49,11 @@ class Ahead:
             with contextlib.suppress(Exception):
                 running.result()
 
-    def close(self) -> None:
-        """Ends the thread, after the program that it is at."""
-        self._thread.shutdown(cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the thread after the program that it is at, for which Python waits before it ends if not here."""
+        self._thread.shutdown(wait=wait, cancel_futures=True)
+
+
+def is_compiling() -> bool:
+    """Returns whether a thread may still be at a program, so that only `commands.leave` ends the process at once."""
+    return any(thread.name.startswith(f"{_THREAD}_") for thread in threading.enumerate())

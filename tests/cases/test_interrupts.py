@@ -192,6 +192,45 @@ def test_a_command_whose_main_thread_does_not_hear_of_it(handler, times, line):
         assert time.monotonic() - started < 60
 
 
+# a run whose next program takes long to compile
+COMPILING = """
+import stand_in
+from detclipv2_jax import train
+stand_in.install()
+make = train.compile_ahead
+def compile_ahead(*arguments, **options):
+    ahead = make(*arguments, **options)
+    ahead._thread.submit(WAIT)
+    return ahead
+train.compile_ahead = compile_ahead
+""".replace("WAIT", WAIT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_saves_its_step_and_leaves_the_compiler(tmp_path, number):
+    (tmp_path / "config.py").write_text(
+        "from micro import micro_config\n\n\ndef get_config():\n    return micro_config()\n"
+    )
+    argv = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--preempted_status=75"]
+    with start("main", argv, before=f"exec({COMPILING!r})") as process:
+        limit = threading.Timer(200, process.kill)
+        limit.start()
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "at work" in line:
+                break
+        process.send_signal(number)
+        said += process.stderr
+        assert process.wait(timeout=200) == {signal.SIGINT: 130, signal.SIGTERM: 75}[number], "".join(said)
+        limit.cancel()
+    (stopped,) = [line for line in said if "which is saved" in line]
+    assert (tmp_path / "run" / "preempted").read_text().strip() in stopped
+    assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == int(
+        re.search(r"after step (\d+)", stopped)[1]
+    )
+
+
 SIGTERM_TO_ITSELF = """
 import os, signal, sys, time
 sys.argv = {argv}

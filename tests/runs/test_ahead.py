@@ -10,7 +10,7 @@ import pytest
 
 from detclipv2_jax import session, train
 from detclipv2_jax.runs import sharding
-from detclipv2_jax.runs.ahead import Ahead
+from detclipv2_jax.runs.ahead import Ahead, is_compiling
 
 
 def test_programs_follow_each_other_and_errors_wait_for_the_call():
@@ -45,6 +45,18 @@ def test_what_is_waited_for_is_said_once(caplog):
     assert [record.message for record in caplog.records] == [
         "compiling what takes long", "compiling what its call compiles",
     ]  # fmt: skip
+
+
+def test_a_program_is_left_alone_where_it_is_not_waited_for():
+    go, done = threading.Event(), []
+    ahead = Ahead({"first": lambda: (go.wait(60), done.append("first"))})
+    ahead.close(wait=False)
+    assert is_compiling()
+    assert not done
+    go.set()
+    ahead.close()
+    assert not is_compiling()
+    assert done == ["first"]
 
 
 def test_what_waits_is_left_when_the_run_ends():
