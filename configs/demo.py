@@ -44,9 +44,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.scenes.num_image_text = 3440
     c.scenes.num_eval = 200
     c.scenes.size_px = 96
-    c.epochs = 6
+    c.epochs = 9
     # when boxes have taught what words mean, and the rate is low: pairs from the first step on make all words alike
-    c.grounding.from_epoch = c.image_text.from_epoch = 4
+    c.grounding.from_epoch = c.image_text.from_epoch = 6
     for section in (c.detection, c.grounding, c.image_text, c.eval):
         section.canvases = ((96, 96),)
         section.long_side = 96

@@ -41,6 +41,22 @@ FAULTS = [
         ("self._start(list(programs)[:1])", "self._start(list(programs))"),
         ("if self._waited or key in self._later:", "if key in self._later:"),
         ("self._compiled[key].done())", "self._compiled[key])"),
+        ("shutdown(wait=wait, ", "shutdown(wait=True, "),
+    ),
+    *plant(
+        "train.py", "cases/test_interrupts.py::test_a_run_saves_its_step_and_leaves_the_compiler",
+        ("ahead.close(wait=error is not Preempted)", "ahead.close()"),
+    ),
+    *plant(
+        "main.py", "test_main.py::test_where_cpus_compute_memory_is_kept_for_the_next_step",
+        ("if has_device() or any(", "if any("),
+        ("(M_MMAP_MAX, 0), ", ""),
+        ("(M_ARENA_MAX, 1), ", ""),
+    ),
+    *plant(
+        "__init__.py", "cases/test_interrupts.py::test_sigterm_ends_a_command_that_is_the_first_process_of_a_container",
+        ("os._exit(128 + signal.SIGTERM)", "os._exit(128 + signal.SIGINT)"),
+        ("_is_command() and os.getpid() == 1", "os.getpid() == 1"),
     ),
     *plant(
         "models/split.py", "models/test_split.py",
@@ -89,6 +105,7 @@ FAULTS = [
         ("Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 197e12,", "Chip(\"v5e\", \"TPU v5 lite\", \"tpu\", 394e12,"),
         ("Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 989e12,", "Chip(\"h100\", \"NVIDIA H100\", \"cuda\", 1979e12,"),
         ("GIB = 1 << 30", "GIB = 1_000_000_000"),
+        ("(*_GPU_DEVICES, *_TPU_DEVICES)", "_GPU_DEVICES"),
     ),
     *plant(
         "runs/text_once.py", "runs/test_text_once.py",
