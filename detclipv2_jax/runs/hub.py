@@ -20,7 +20,8 @@ def local_folder(source: str | os.PathLike[str], *, revision: str | None = None)
     Raises:
       ValueError: there is no such folder or model, the hub cannot be reached, or its library is not installed.
     """
-    folder, name = pathlib.Path(source), os.fspath(source)
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else repr(source)
+    folder = pathlib.Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or not _NAME.fullmatch(name):

@@ -452,6 +452,12 @@ def test_what_is_neither_a_folder_nor_a_name(name, tmp_path):
         Predictor.from_pretrained(tmp_path / "a" if name == "nowhere" else name or tmp_path / "none")
 
 
+@pytest.mark.parametrize("source", [None, 7, b"user/model"])
+def test_what_is_no_name_at_all(source):
+    with pytest.raises(ValueError, match=rf"^{source!r} is no folder; give the folder of an export, or USER/NAME"):
+        Predictor.from_pretrained(source)
+
+
 def test_a_file_of_that_name_is_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("user").mkdir()
