@@ -179,9 +179,10 @@ def test_areas_are_those_of_the_boxes_where_none_are_given():
 
 def test_boxes_of_another_form_are_told():
     sizes = np.full((5, 2), (100, 200))
-    boxes = np.array([[0, 0, 50, 50], [190, 10, 20, 20], [190, 10, 12, 20], [5, 5, 0.5, 9], [150, 9, 53, 9]])
+    boxes = np.array([[0, 0, 50, 50], [191, 10, 12, 20], [190, 10, 12, 20], [5, 5, 0.5, 9], [150, 9, 53, 9]])
     cut, below, look = annotations.suspicious(boxes, sizes)
-    assert cut.tolist() == [False, True, False, False, False]  # the third leaves by 2 px, the last by 3 of 53
+    # the second leaves by 3 px of 12, the third by 2, the last by 3 of 53
+    assert cut.tolist() == [False, True, False, False, False]
     assert below.tolist() == [False, False, False, True, False]
     assert look == ""
     assert not annotations.suspicious(boxes, np.zeros((5, 2)))[0].any()
