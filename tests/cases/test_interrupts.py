@@ -208,9 +208,7 @@ train.compile_ahead = compile_ahead
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_saves_its_step_and_leaves_the_compiler(tmp_path, number):
-    (tmp_path / "config.py").write_text(
-        "from micro import micro_config\n\n\ndef get_config():\n    return micro_config()\n"
-    )
+    (tmp_path / "config.py").write_text("from micro import micro_config as get_config\n")
     argv = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--preempted_status=75"]
     with start("main", argv, before=f"exec({COMPILING!r})") as process:
         limit = threading.Timer(200, process.kill)
@@ -226,9 +224,7 @@ def test_a_run_saves_its_step_and_leaves_the_compiler(tmp_path, number):
         limit.cancel()
     (stopped,) = [line for line in said if "which is saved" in line]
     assert (tmp_path / "run" / "preempted").read_text().strip() in stopped
-    assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == int(
-        re.search(r"after step (\d+)", stopped)[1]
-    )
+    assert (tmp_path / "run" / "checkpoints" / re.search(r"after step (\d+)", stopped)[1]).is_dir()
 
 
 SIGTERM_TO_ITSELF = """
