@@ -23,7 +23,8 @@ from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import collector_paused, write_text
 from detclipv2_jax.inference import Detector
-from detclipv2_jax.models import detclip, flops
+from detclipv2_jax.models import flops
+from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.runs import checkpoints as checkpoints_lib
 from detclipv2_jax.runs import optimizer as optimizer_lib
 from detclipv2_jax.runs import pretrained as pretrained_lib
@@ -64,7 +65,7 @@ class Run:
     mesh: Mesh
     streams: list[streams_lib.Stream]
     order: StepOrder
-    model: detclip.DetCLIP
+    model: DetCLIP
     shapes: Any  # tree of the parameters' shapes
     tx: optax.GradientTransformation
     shardings: TrainState
@@ -80,7 +81,7 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     Raises:
       ValueError: files (all that are missing), sizes, parameter groups or stored parameters that do not fit.
     """
-    model = detclip.from_config(config.model)
+    model = train_state.make_model(config.model)
     shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}

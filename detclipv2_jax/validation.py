@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import bucket_store, files
 from detclipv2_jax.config import KINDS, base, flat, for_chip
+from detclipv2_jax.data.concepts import class_tokens
 from detclipv2_jax.eval import result
 from detclipv2_jax.inference import detect
 from detclipv2_jax.losses import contrastive, proposals
-from detclipv2_jax.models import atss_head, deform_conv, detclip, text_encoder, window_attention
+from detclipv2_jax.models import atss_head, deform_conv, detclip, window_attention
 from detclipv2_jax.runs import optimizer, order, trackers
 from detclipv2_jax.train import NONFINITE
 
@@ -198,9 +199,7 @@ def _of_model(config: ConfigDict) -> Iterator[str]:
         yield "config.loss.matching max_size takes the caption as a whole; it needs config.loss.interaction phrases"
     classes = config.model.text.classes
     try:
-        text_encoder.class_tokens(
-            classes if _are_texts(classes) else (), context_length=config.model.text.context_length
-        )
+        class_tokens(classes if _are_texts(classes) else (), context_length=config.model.text.context_length)
     except ValueError as error:
         yield str(error)
     for section, size, parts in (("text", "width", "num_heads"), ("head", "channels", "num_groups")):

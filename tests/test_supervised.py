@@ -15,7 +15,6 @@ from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.eval import loop
 from detclipv2_jax.inference import Detector, Predictor, vocabulary
-from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import l2_normalize
 from detclipv2_jax.runs import checkpoints
 from detclipv2_jax.runs import state as train_state
@@ -34,7 +33,7 @@ def closed(micro):
 
 def test_a_step_trains_a_table_in_place_of_the_tower(closed):
     """The step with a table is the oracle's, see `oracle.towers.StandIn`."""
-    model = detclip.from_config(closed.model)
+    model = train_state.make_model(closed.model)
     shapes = train_state.param_shapes(model, context_length=16)
     classes = closed.model.text.classes
     assert jax.tree.map(lambda x: x.shape, shapes["text_encoder"]) == {"classes": (len(classes), 16)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, UInt64
+from jaxtyping import Bool, Float64, Int, Int32, UInt64
 
 from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
@@ -167,6 +167,19 @@ class Encoder:
             rows = self._encode(texts)
         tokens = np.frombuffer(b"".join(row[0] for row in rows), np.int32).reshape(len(rows), self.max_length)
         return Encoded(tokens, np.array([row[1] for row in rows], np.uint64), np.array([row[2] for row in rows], bool))
+
+
+def class_tokens(classes: Sequence[str], *, context_length: int) -> Int[np.ndarray, "c l"]:
+    """Returns the tokens of the names of a closed vocabulary; ValueError if two of them are the same."""
+    tokens = tokenizer.tokenize(classes, max_length=context_length)
+    first: dict[bytes, int] = {}
+    for i, row in enumerate(tokens):
+        if (other := first.setdefault(row.tobytes(), i)) != i:
+            raise ValueError(
+                f"config.model.text.classes has {classes[other]!r} and {classes[i]!r}, which are the same "
+                f"{context_length} tokens; name every class once"
+            )
+    return tokens
 
 
 def check_classes(texts: Sequence[str], text_config: Mapping[str, Any], *, where: str) -> None:

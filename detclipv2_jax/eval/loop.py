@@ -31,9 +31,9 @@ from detclipv2_jax.eval import coco, lvis, names, proposals
 from detclipv2_jax.eval.detections import Found
 from detclipv2_jax.eval.result import Parts, Rows, write_detections, write_scores
 from detclipv2_jax.inference import WORD_CHUNK, Detections, Detector, Limits, vocabulary
-from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import checkpoints, processes
 from detclipv2_jax.runs.sharding import BATCH, REPLICATED, make_mesh, param_shardings
+from detclipv2_jax.runs.state import make_model
 from detclipv2_jax.visualize import figures
 
 SCORE = "sigmoid(logit) * sigmoid(centerness)"
@@ -295,7 +295,7 @@ class Checkpoint(NamedTuple):
         config, params, step = checkpoints.load_for_inference(workdir)
         mesh = make_mesh(fsdp=fsdp)
         params = jax.device_put(jax.tree.map(np.asarray, params), param_shardings(mesh, params))
-        return cls(config, Detector(detclip.from_config(config.model), mesh=mesh), params, step)
+        return cls(config, Detector(make_model(config.model), mesh=mesh), params, step)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str, float]]:

@@ -18,8 +18,8 @@ from jax.export import Exported, export, symbolic_shape
 
 from detclipv2_jax.export import scripts
 from detclipv2_jax.inference import WORD_CHUNK, Limits, Photos, Predictor
-from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import exported
+from detclipv2_jax.runs.state import make_model
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -37,7 +37,7 @@ def portable(predictor: Predictor, *, dtype: str = "", branches: bool = True) ->
         if not branches:
             config.model.head.deform_impl = "gather"
     config.model.dtype = dtype or config.model.dtype
-    return Predictor(config, detclip.from_config(config.model), predictor.params, step=predictor.step)
+    return Predictor(config, make_model(config.model), predictor.params, step=predictor.step)
 
 
 def stored(predictor: Predictor, *, weights: str, dtype: str = "") -> Predictor:
@@ -45,7 +45,7 @@ def stored(predictor: Predictor, *, weights: str, dtype: str = "") -> Predictor:
     config = predictor.config.copy_and_resolve_references()
     config.model.dtype = dtype or config.model.dtype
     params = exported.cast(exported.cast(predictor.params, weights), "float32")
-    return Predictor(config, detclip.from_config(config.model), jax.device_put(params), step=predictor.step)
+    return Predictor(config, make_model(config.model), jax.device_put(params), step=predictor.step)
 
 
 @contextlib.contextmanager

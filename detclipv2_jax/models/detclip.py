@@ -49,6 +49,7 @@ class DetCLIP(nn.Module):
     logit_scale: float  # initial values
     logit_bias: float
     dtype: Any = jnp.float32
+    class_tokens: tuple[tuple[int, ...], ...] = ()  # a table of these texts in place of the text tower
 
     def setup(self) -> None:
         blocks, heads = self.remat in ("blocks", "all"), self.remat in ("heads", "all")
@@ -57,11 +58,11 @@ class DetCLIP(nn.Module):
         self.image_backbone = Swin(**self.swin, remat=blocks, dtype=self.dtype, name="swin")
         self.pyramid = fpn_class(self.head["channels"], dtype=self.dtype, name="fpn")
         self.region_head = head_class(**self.head, embed_dim=self.embed_dim, dtype=self.dtype, name="head")
-        text = dict(self.text)
         self.text_encoder: Any
-        if classes := tuple(text.pop("classes")):
-            self.text_encoder = ClassTable(classes, text["context_length"], self.embed_dim)
+        if self.class_tokens:
+            self.text_encoder = ClassTable(self.class_tokens, self.embed_dim)
         else:
+            text = {key: value for key, value in self.text.items() if key != "classes"}
             self.text_encoder = TextEncoder(**text, embed_dim=self.embed_dim, remat=blocks, dtype=self.dtype)
         constant = nn.initializers.constant
         self.scale = self.param("logit_scale", constant(self.logit_scale), (), jnp.float32)
@@ -101,8 +102,15 @@ class DetCLIP(nn.Module):
         return self.scale, self.bias
 
 
-def from_config(config: ConfigDict) -> DetCLIP:
-    """Returns the model of `config.model`."""
+def from_config(config: ConfigDict, *, class_tokens: Int[np.ndarray, "c l"] | None = None) -> DetCLIP:
+    """Returns the model of `config.model`; `class_tokens` are those of `config.text.classes`, if there are any.
+
+    Raises:
+      ValueError: there is not one row of tokens a class.
+    """
+    rows, num = () if class_tokens is None else tuple(map(tuple, class_tokens.tolist())), len(config.text.classes)
+    if len(rows) != num:
+        raise ValueError(f"{len(rows)} rows of tokens for {num} classes; runs.state.make_model has them")
     return DetCLIP(
         swin=dict(config.swin),
         head=dict(config.head),
@@ -113,6 +121,7 @@ def from_config(config: ConfigDict) -> DetCLIP:
         logit_scale=config.logit.scale,
         logit_bias=config.logit.bias,
         dtype=jnp.dtype(config.dtype),
+        class_tokens=rows,
     )
 
 

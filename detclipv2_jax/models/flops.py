@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
@@ -47,7 +48,9 @@ def of_step(
     settings.remat, settings.head.deform_impl = "none", "gather"  # the banded form multiplies with zeros
     with settings.unlocked():  # configurations of old runs have no such key
         settings.swin.attention_impl = "xla"  # what happens within a kernel is not counted
-    model, batch_size = detclip.from_config(settings), config[kind].batch_size
+    # what the tokens of classes are changes no count
+    class_tokens = np.zeros((len(settings.text.classes), settings.text.context_length), np.int32)
+    model, batch_size = detclip.from_config(settings, class_tokens=class_tokens), config[kind].batch_size
     image, extent = jnp.zeros((1, *canvas, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
     tokens = jnp.zeros((1, settings.text.context_length), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), image, extent, tokens, train=False))

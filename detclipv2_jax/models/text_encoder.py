@@ -6,7 +6,6 @@ Compared with open_clip and transformers: causal, pre-norm, QuickGELU, the featu
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +15,6 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from detclipv2_jax.data import tokenizer
 from detclipv2_jax.models.repeat import repeat
 
 VOCABULARY_SIZE = 49_408
@@ -99,8 +97,7 @@ class TextBlock(nn.Module):
 class ClassTable(nn.Module):
     """A closed vocabulary: a learned embedding for each of some names, the classification layer of usual detectors."""
 
-    classes: tuple[str, ...]
-    context_length: int
+    classes: tuple[tuple[int, ...], ...]  # the tokens of each
     embed_dim: int
 
     @nn.compact
@@ -108,19 +105,5 @@ class ClassTable(nn.Module):
         """Returns float32 embeddings, not normalised: the row of the class that has these tokens, zeros for others."""
         normal = nn.initializers.normal(self.embed_dim**-0.5)
         table = self.param("classes", normal, (len(self.classes), self.embed_dim), jnp.float32)
-        names = class_tokens(self.classes, context_length=self.context_length)
-        same = jnp.all(tokens[:, None] == names[None], axis=-1)
+        same = jnp.all(tokens[:, None] == np.array(self.classes, np.int32)[None], axis=-1)
         return jnp.where(jnp.any(same, axis=1)[:, None], table[jnp.argmax(same, axis=1)], 0.0)
-
-
-def class_tokens(classes: Sequence[str], *, context_length: int) -> Int[np.ndarray, "c l"]:
-    """Returns the tokens of the names of a closed vocabulary; ValueError if two of them are the same."""
-    tokens = tokenizer.tokenize(classes, max_length=context_length)
-    first: dict[bytes, int] = {}
-    for i, row in enumerate(tokens):
-        if (other := first.setdefault(row.tobytes(), i)) != i:
-            raise ValueError(
-                f"config.model.text.classes has {classes[other]!r} and {classes[i]!r}, which are the same "
-                f"{context_length} tokens; name every class once"
-            )
-    return tokens

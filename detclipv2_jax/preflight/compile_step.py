@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import config_json, files, inference, train
 from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.models import detclip, flops
+from detclipv2_jax.models import flops
 from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
@@ -167,7 +167,7 @@ class Program(NamedTuple):
 def _assemble(config: ConfigDict, mesh: jax.sharding.Mesh) -> train.Run:
     """Returns the run of a configuration on a mesh, without files and data."""
     total_steps = 100_000  # a number in the formula of the learning rate
-    model = detclip.from_config(config.model)
+    model = train_state.make_model(config.model)
     shapes = train_state.param_shapes(model, context_length=config.model.text.context_length)
     tx = make_optimizer(config.optimizer, shapes, total_steps)
     return train.Run(

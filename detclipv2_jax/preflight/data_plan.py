@@ -19,11 +19,10 @@ from detclipv2_jax.data.leakage import held_out_photos, photo_of
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.sources import PairSource
 from detclipv2_jax.data.streams import Stream, eval_streams, train_streams
-from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import learning_rate, named_shapes
 from detclipv2_jax.runs.order import mixed
-from detclipv2_jax.runs.state import param_shapes
+from detclipv2_jax.runs.state import make_model, param_shapes
 
 LVIS_NAMES = 1203
 MAX_MISSING_SHARE = 0.1  # of the examples that a published data set should have
@@ -107,7 +106,7 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     with train.listed(plan.problems):
         if not config.init_from.checkpoint:
             context_length = config.model.text.context_length
-            shapes = param_shapes(detclip.from_config(config.model), context_length=context_length)
+            shapes = param_shapes(make_model(config.model), context_length=context_length)
             plan.notes += pretrained.load_all(config.init_from, named_shapes(shapes))[1]
     if not streams:
         return plan

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
+from detclipv2_jax.data.concepts import class_tokens
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.runs import kept, pretrained
@@ -30,6 +31,12 @@ class TrainState:
     params: Any
     opt_state: Any
     ema: Any  # None without optimizer.ema_decay
+
+
+def make_model(config: ConfigDict) -> DetCLIP:
+    """Returns the model of `config.model`; ValueError if two names of its closed vocabulary are the same."""
+    text = config.text
+    return detclip.from_config(config, class_tokens=class_tokens(text.classes, context_length=text.context_length))
 
 
 def init_params(model: DetCLIP, key: jax.Array, *, context_length: int) -> Any:
@@ -61,7 +68,7 @@ def checked_model(config: ConfigDict, params: Any, *, what: str, folder: str | o
     Both come from a folder, and may be a stranger's.
     """
     try:
-        model = detclip.from_config(config.model)
+        model = make_model(config.model)
         shapes = kept.value(
             lambda: named_shapes(param_shapes(model, context_length=config.model.text.context_length)),
             of=("parameter shapes", str(model), config.model.text.context_length),

@@ -191,3 +191,12 @@ def test_long_texts_of_positives_and_negatives_are_counted_once_each():
     long, short = "a long red thing", "cat"
     table = concepts.build_table(encoder([short, long]), encoder(["a long blue thing", long, short]), capacity=8)
     assert (table.num_truncated, table.num_cut, table.rows.tolist()) == (2, 0, [0, 1])
+
+
+def test_classes_of_a_closed_vocabulary_differ_in_their_tokens():
+    classes = ("cat", "traffic light", "dog")
+    np.testing.assert_array_equal(
+        concepts.class_tokens(classes, context_length=8), tokenizer.tokenize(classes, max_length=8)
+    )
+    with pytest.raises(ValueError, match="'dog' and 'DOG', which are the same 8 tokens; name every class once"):
+        concepts.class_tokens((*classes, "DOG"), context_length=8)

@@ -277,3 +277,12 @@ def test_lengths_are_of_float32_whatever_comes_in():
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
     assert not np.any(detclip.l2_normalize(jnp.zeros((1, 4))))
     assert np.isfinite(jax.grad(lambda x: jnp.sum(detclip.l2_normalize(x)))(jnp.zeros((1, 4)))).all()
+
+
+def test_a_closed_vocabulary_needs_the_tokens_of_its_classes():
+    config = small(text__classes=("cat", "dog"))
+    tokens = np.arange(2 * 16).reshape(2, 16)
+    assert detclip.from_config(config, class_tokens=tokens).class_tokens == tuple(map(tuple, tokens))
+    for given in (None, tokens[:1]):
+        with pytest.raises(ValueError, match=f"{0 if given is None else 1} rows of tokens for 2 classes"):
+            detclip.from_config(config, class_tokens=given)

@@ -233,7 +233,14 @@ FAULTS = [
     *plant(
         "models/text_encoder.py", "models/test_text_encoder.py::test_classes_have_rows_of_a_table_and_other_texts_none",
         ("jnp.any(same, axis=1)[:, None], table", "True, table"),
+    ),
+    *plant(
+        "data/concepts.py", "data/test_concepts.py::test_classes_of_a_closed_vocabulary_differ_in_their_tokens",
         ("if (other := first.setdefault(row.tobytes(), i)) != i:", "if (other := i) != i:"),
+    ),
+    *plant(
+        "models/detclip.py", "models/test_detclip.py::test_a_closed_vocabulary_needs_the_tokens_of_its_classes",
+        ("if len(rows) != num:", "if len(rows) > num:"),
     ),
     *plant(
         "eval/result.py", "eval/test_result.py",
