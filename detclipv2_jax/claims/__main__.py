@@ -50,6 +50,7 @@ COLUMNS = {  # of the table: score → heading
     "base_top1": "base names right",
     "novel_top1": "novel names right",
 }
+LOSSES = 2  # raise when the same configuration would compute other losses or choose other regions
 NOT_RUN = "not run yet | – | 0"
 
 
@@ -118,8 +119,9 @@ def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
 
 
 def recipe_of(recipe: str, row: str, seed: int) -> list[str]:
-    """Returns how a run differs from the defaults (but for folders), its world's format, and the same of its start."""
-    lines = [*config_lib.differences(config_lib.base(), configuration(recipe, row, seed)), f"world {scenes.FORMAT}"]
+    """Returns how a run differs from the defaults (but for folders), its formats, and the same of its start."""
+    changed = config_lib.differences(config_lib.base(), configuration(recipe, row, seed))
+    lines = [*changed, f"world {scenes.FORMAT}", f"losses {LOSSES}"]
     if row in ablations.PREPARED:
         lines.append(f"prepared by {' '.join(ablations.PREPARED[row].arguments)}")
     return lines + [f"after {line}" for needed in ablations.needs(row) for line in recipe_of(recipe, needed, seed)]

@@ -30,12 +30,13 @@ BOXES_ALONE: dict[str, Any] = {"grounding.weight": 0.0, "image_text.weight": 0.0
 PAIRS: dict[str, Any] = {"grounding.weight": 0.0}
 PREPARED_PAIRS: dict[str, Any] = {"image_text.data": ("{prepared}",)}
 NUM_CLASS_NAMES = 1600
+HEADS = ("classification", "iou")  # that choose regions in place of words, trained with the boxes
 # the paper's choices, one changed
 OTHER_CHOICES: dict[str, dict[str, Any]] = {
     "bilateral": {"loss.side": "bilateral"},
     "image_to_text": {"loss.side": "image_to_text"},
     "centerness": {"loss.selection": "centerness"},
-    "classification": {"loss.selection": "classification", "model.head.objectness": "classification"},
+    **{head: {"loss.selection": head, "model.head.objectness": head} for head in HEADS},
     "sample_text": {"loss.selection": "text_sample"},
     "one_to_many": {"loss.matching": "one_to_many"},
     "max_size": {"loss.matching": "max_size"},
@@ -93,7 +94,7 @@ _START: dict[str, Any] = BOXES_ALONE | {
 STARTS: dict[str, dict[str, Any]] = {
     "start": _START,
     "start_plain": _START | {"model.head.deformable": False},
-    "start_classification": _START | {"model.head.objectness": "classification"},
+    **{f"start_{head}": _START | {"model.head.objectness": head} for head in HEADS},
 }
 
 
@@ -203,9 +204,9 @@ FINDINGS = (
             "words of the batch": "pairs",
             "centerness": "centerness",
             "own words": "sample_text",
-            "classification": "classification",
+            **{head: head for head in HEADS},
         },
-        (_best("pairs", "centerness", "sample_text", "classification"),),
+        (_best("pairs", "centerness", "sample_text", *HEADS),),
         max_seeds=MIN_SEEDS,  # a start of its own a seed
     ),
     Finding(
