@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from detclipv2_jax.losses import alignment_pallas
 from detclipv2_jax.losses.concept_table import Concepts
-from detclipv2_jax.losses.devices import SPLIT, WHOLE, chunk_size, num_devices, on_each_device
+from detclipv2_jax.losses.devices import SPLIT, WHOLE, chunk_size, in_chunks, num_devices, on_each_device
+from detclipv2_jax.models import split
 
 
 def focal_loss(
@@ -76,24 +79,13 @@ def alignment_loss(
     Rows of `embeddings` are split over the devices of `jax.set_mesh`. `concepts`, de-duplicated ones first, are the
     same on all devices; `concept_mask` is False for rows of its text that are no concept.
     """
-    text = concepts.text
-    num_images, num_anchors, _ = embeddings.shape
-    row_bytes = 4 * num_anchors * math.ceil(num_images / num_devices())
-    chunk = chunk_size(text.shape[0], row_bytes, settings.chunk_bytes)
-    num_chunks = math.ceil(text.shape[0] / chunk)
-    padding = num_chunks * chunk - text.shape[0]
-    text = jnp.pad(text, ((0, padding), (0, 0))).reshape(num_chunks, chunk, -1)
-    masks = jnp.pad(concept_mask, (0, padding)).reshape(num_chunks, chunk)
-    rows = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
     labels = jnp.where(targets.positive[..., None], targets.rows, -1)
     compared = _Regions(embeddings, concepts.scale, concepts.bias, targets.mask, labels)
-    verified = targets.verified
-    if verified is not None:
-        verified = jnp.pad(verified, ((0, 0), (0, padding))).reshape(num_images, num_chunks, chunk)
-    if num_chunks == 1:
-        columns = _Columns(text[0], masks[0], rows[0], verified if verified is None else verified[:, 0])
-        return _sum(settings, _similarity(embeddings, text[0]), compared, columns)
-    return _in_chunks(settings, compared, _Columns(text, masks, rows, verified))
+    columns = _Columns(concepts.text, concept_mask, jnp.arange(concepts.text.shape[0]), targets.verified)
+    kernel, xla = functools.partial(_with_kernel, settings), functools.partial(_with_xla, settings)
+    if targets.verified is not None or embeddings.shape[2] % alignment_pallas.DEPTH:
+        return xla(compared, columns)
+    return split.by_platform(compared, columns, cuda=kernel, default=xla)
 
 
 class _Regions(NamedTuple):
@@ -113,6 +105,50 @@ class _Columns(NamedTuple):
     mask: Bool[Array, "*chunks c"]
     rows: Int[Array, "*chunks c"]  # their numbers
     verified: Bool[Array, "b *chunks c"] | None  # see `AnchorTargets`; within a scan the chunks come first
+
+    def chunks(self, size: int) -> _Columns:
+        """Returns the same in chunks of a size, the last one padded with what is no concept."""
+        num_chunks = math.ceil(self.text.shape[0] / size)
+        padding = num_chunks * size - self.text.shape[0]
+        verified = self.verified
+        if verified is not None:
+            verified = jnp.pad(verified, ((0, 0), (0, padding))).reshape(-1, num_chunks, size)
+        return _Columns(
+            jnp.pad(self.text, ((0, padding), (0, 0))).reshape(num_chunks, size, -1),
+            jnp.pad(self.mask, (0, padding)).reshape(num_chunks, size),
+            jnp.arange(num_chunks * size).reshape(num_chunks, size),
+            verified,
+        )
+
+
+_OfChunk = Callable[[FocalSettings, _Regions, _Columns], tuple[Array, Array, Array]]  # see `_of_chunk`
+
+
+def _with_xla(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+    num_rows = columns.text.shape[0]
+    size = chunk_size(num_rows, 4 * _num_regions(regions), settings.chunk_bytes)
+    if size == num_rows:
+        return _sum(settings, _similarity(regions.embeddings, columns.text), regions, columns)
+    return _in_chunks(settings, _of_chunk, regions, columns.chunks(size))
+
+
+def _with_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+    embeddings, scale, bias, mask, labels = regions
+    more = -embeddings.shape[1] % alignment_pallas.REGIONS  # padded here, once, and not for each product of each chunk
+    regions = _Regions(
+        jnp.pad(embeddings, ((0, 0), (0, more), (0, 0))), scale, bias, jnp.pad(mask, ((0, 0), (0, more))),
+        jnp.pad(labels, ((0, 0), (0, more), (0, 0))),
+    )  # fmt: skip
+    row_bytes = embeddings.dtype.itemsize * _num_regions(regions)
+    size = chunk_size(columns.text.shape[0], row_bytes, settings.chunk_bytes)
+    tile = alignment_pallas.CONCEPTS
+    return _in_chunks(settings, _of_chunk_in_kernel, regions, columns.chunks(math.ceil(size / tile) * tile))
+
+
+def _num_regions(regions: _Regions) -> int:
+    """Returns how many regions a device has."""
+    num_images, num_anchors, _ = regions.embeddings.shape
+    return num_anchors * math.ceil(num_images / num_devices())
 
 
 def _similarity(embeddings: Float[Array, "b a d"], text: Float[Array, "c d"]) -> Float[Array, "b a c"]:
@@ -134,64 +170,94 @@ def _sum(
     return jnp.sum(jnp.where(counts, loss, 0.0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_chunks(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_chunks(settings: FocalSettings, of_chunk: _OfChunk, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
     """Returns the loss.
 
     The gradient is computed together with the sum, so that similarities are computed once. It is written by hand,
     since the compiler would keep the similarities of a scan for the backward pass and gather them on all devices.
     """
-    return _forward(settings, regions, columns)[0]
+    return _forward(settings, of_chunk, regions, columns)[0]
 
 
 def _forward(
-    settings: FocalSettings, regions: _Regions, columns: _Columns
+    settings: FocalSettings, of_chunk: _OfChunk, regions: _Regions, columns: _Columns
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
     embeddings, scale, bias, _, _ = regions
     axes, per_device = on_each_device(embeddings.shape[0])
     places: Any = (_Regions, _Columns)
-    split = per_device(
-        functools.partial(_of_device, settings, axes),
+    on_devices = per_device(
+        functools.partial(_of_device, settings, of_chunk, axes),
         arguments=(places[0](SPLIT, WHOLE, WHOLE, SPLIT, SPLIT), places[1](WHOLE, WHOLE, WHOLE, SPLIT)),
         results=(SPLIT, WHOLE, WHOLE),
     )
-    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = split(regions, columns)
+    embeddings_bar, text_bar, (total, scale_bar, bias_bar) = on_devices(regions, columns)
     return total, (embeddings_bar, scale_bar.astype(scale.dtype), bias_bar.astype(bias.dtype), text_bar)
 
 
 def _of_device(
-    settings: FocalSettings, axes: tuple[str, ...], regions: _Regions, columns: _Columns
+    settings: FocalSettings, of_chunk: _OfChunk, axes: tuple[str, ...], regions: _Regions, columns: _Columns
 ) -> tuple[Array, Array, Array]:
     """Returns gradients of (this device's embeddings, text), and loss and gradients of (scale, bias)."""
-    embeddings, scale, bias, _, _ = regions
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def body(carry: tuple[Array, Array], chunk: _Columns) -> tuple[tuple[Array, Array], Array]:
-        def compute(carry: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-            def loss(similarity: Array, scale: Array, bias: Array) -> Array:
-                return _sum(settings, similarity, regions._replace(scale=scale, bias=bias), chunk)
-
-            total, pull = jax.vjp(loss, _similarity(embeddings, chunk.text), scale, bias)
-            bar, *scalars_bar = pull(jnp.ones((), total.dtype))
-            bar = bar.astype(embeddings.dtype)
-            embeddings_bar, scalars = carry
-            # chunks' gradients add up in float32
-            embeddings_bar = embeddings_bar + dot("bac,cd->bad", bar, chunk.text)
-            return (embeddings_bar, scalars + jnp.stack([total, *scalars_bar])), dot("bac,bad->cd", bar, embeddings)
-
-        # padding and repeated concepts stand last; a chunk that holds nothing else is skipped
-        zeros = jnp.zeros(chunk.text.shape, jnp.float32)
-        return jax.lax.cond(jnp.any(chunk.mask), compute, lambda carry: (carry, zeros), carry)
-
+    embeddings, size = regions.embeddings, columns.text.shape[1]
     if columns.verified is not None:
         columns = columns._replace(verified=columns.verified.swapaxes(0, 1))
-    carry = jnp.zeros(embeddings.shape, jnp.float32), jnp.zeros(3, jnp.float32)
-    (embeddings_bar, scalars), text_bar = jax.lax.scan(body, carry, columns)
+
+    def body(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        scalars, embeddings_bar, text_bar = carry
+        chunk = jax.tree.map(lambda x: x[n], columns)
+        more, of_embeddings, of_text = of_chunk(settings, regions, chunk)
+        # chunks' gradients add up in float32
+        return scalars + more, embeddings_bar + of_embeddings, text_bar.at[n].set(of_text)
+
+    # padding and repeated concepts stand last; chunks that hold nothing else are left out
+    count = jnp.max(jnp.where(columns.mask, columns.rows + 1, 0))
+    zeros = [jnp.zeros(shape, jnp.float32) for shape in ((3,), embeddings.shape, columns.text.shape)]
+    scalars, embeddings_bar, text_bar = in_chunks(count, size, body, tuple(zeros))
     text_bar, scalars = jax.lax.psum((text_bar, scalars), axes) if axes else (text_bar, scalars)
     return embeddings_bar.astype(embeddings.dtype), text_bar.astype(columns.text.dtype), scalars
 
 
-def _backward(settings: FocalSettings, residuals: tuple[Array, ...], total_bar: Float[Array, ""]) -> tuple:
+def _of_chunk(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
+    """Returns (loss and its gradients of scale and bias; float32 gradients of embeddings and of text)."""
+    embeddings, scale, bias, _, _ = regions
+
+    def loss(similarity: Array, scale: Array, bias: Array) -> Array:
+        return _sum(settings, similarity, regions._replace(scale=scale, bias=bias), chunk)
+
+    total, pull = jax.vjp(loss, _similarity(embeddings, chunk.text), scale, bias)
+    bar, *scalars_bar = pull(jnp.ones((), total.dtype))
+    bar = bar.astype(embeddings.dtype)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    return (
+        jnp.stack([total, *scalars_bar]),
+        dot("bac,cd->bad", bar, chunk.text),
+        dot("bac,bad->cd", bar, embeddings),
+    )
+
+
+def _of_chunk_in_kernel(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
+    """The same without similarities in memory."""
+    embeddings, scale, bias, mask, labels = regions
+    flat = embeddings.reshape(-1, embeddings.shape[-1])
+    scalars, bar = alignment_pallas.sums_and_gradient(
+        flat,
+        chunk.text,
+        rows=jnp.where(chunk.mask, chunk.rows, -2),
+        labels=labels.reshape(flat.shape[0], -1),
+        mask=mask.reshape(-1),
+        scale=scale,
+        bias=bias,
+        alpha=settings.alpha,
+        gamma=settings.gamma,
+    )
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    return scalars, dot("rc,cd->rd", bar, chunk.text).reshape(embeddings.shape), dot("rc,rd->cd", bar, flat)
+
+
+def _backward(
+    settings: FocalSettings, of_chunk: _OfChunk, residuals: tuple[Array, ...], total_bar: Float[Array, ""]
+) -> tuple:
     bars = jax.tree.map(lambda bar: (total_bar * bar).astype(bar.dtype), residuals)
     embeddings_bar, scale_bar, bias_bar, text_bar = bars
     none: Any = None  # the gradient of what is no number
