@@ -5,12 +5,16 @@ XLA splits programs over the mesh, but not what happens within a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
+
+_PLAIN = contextvars.ContextVar("plain forms alone", default=False)
 
 
 def num_parts() -> int:
@@ -29,7 +33,19 @@ def by_rows(function: Callable[..., Any], rows: tuple[Array, ...], whole: tuple[
 
 def by_platform(*arguments: Any, default: Callable[..., Any], **others: Callable[..., Any]) -> Any:
     """Returns what `jax.lax.platform_dependent` does; forms of others are not traced where the mesh is of CPUs."""
+    if _PLAIN.get():
+        return default(*arguments)
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None and device.platform == "cpu":
         return others.get("cpu", default)(*arguments)
     return jax.lax.platform_dependent(*arguments, default=default, **others)
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """Within it a program is traced without kernels, whose arithmetic is not counted."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)

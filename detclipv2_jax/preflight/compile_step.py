@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import config_json, files, inference, train
 from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.models import flops
+from detclipv2_jax.models import flops, split
 from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
@@ -212,7 +212,7 @@ def _training(
         whole = _with_deform(config, platform)
         whole.loss.chunk_bytes = MAX_CHUNK_BYTES
         step = train.jitted_step(_assemble(whole, mesh), kind, canvas)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), split.plain_forms():
             executed = flops.of(step, state, batch)
         executed -= by_trace(sizes.table_rows) - by_trace(sizes.num_concepts)  # chunks without concepts are skipped
         return {

@@ -63,7 +63,7 @@ def test_interpreted_kernel_equals_the_plain_loss_and_its_gradient(dtype, alpha,
     assert not np.any(found[np.flatnonzero(~given["mask"])])
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 30, 4 * 2 * 128 * 70])  # one chunk; two, of 128, the last with one concept
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, 4 * 2 * 128 * 70])  # one chunk; two, one concept in the last
 def test_the_loss_with_the_kernel_is_that_without(chunk_bytes, monkeypatch):
     """Anchors and concepts that are no multiples of its tiles are padded; the gradients are those of what was given."""
     monkeypatch.setattr(split, "by_platform", lambda *arguments, cuda, default: cuda(*arguments))

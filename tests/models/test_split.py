@@ -1,5 +1,7 @@
 """What is traced of the forms of a layer."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -23,3 +25,8 @@ def test_forms_of_other_devices_are_traced_only_where_the_device_is_not_known(ow
     traced.clear()
     assert step(jnp.float32(1.0)) == known == (5.0 if own else 8.0)
     assert "tpu" in traced
+    for plain in (True, False):
+        traced.clear()
+        with split.plain_forms() if plain else contextlib.nullcontext():
+            jax.jit(lambda x: split.by_platform(x, default=form("default"), tpu=form("tpu")))(jnp.float32(1.0))
+        assert ("tpu" in traced) is not plain
