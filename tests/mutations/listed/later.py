@@ -66,7 +66,7 @@ FAULTS = [
         ("texts = record.concepts if self.kind is Kind.DETECTION else (record.caption,)", "texts = (record.caption,)"),
         ("concepts[row][record.box_concepts[kept]]", "concepts[row][record.box_concepts[:num]]"),
         ("annotated_size=record.size,", "annotated_size=(0, 0),"),
-        ("notes.counts[BOXES_CUT] += len(kept) - self.max_boxes", "notes.counts[BOXES_CUT] += 1"),
+        ("notes.counts[BOXES_CUT] += len(kept) - len(largest)", "notes.counts[BOXES_CUT] += 1"),
         slow=True,
     ),
     *plant(
