@@ -144,7 +144,7 @@ def _data_section(kind: str) -> ConfigDict:
         c.max_phrases = 8  # noun phrases a caption, beside the caption itself
     else:
         c.annotations = ""  # COCO json (detection) or MDETR-style json with tokens_positive (grounding)
-        c.max_boxes = 300 if kind == "detection" else 100  # an image; more are counted and cut, smallest first
+        c.max_boxes = 300 if kind == "detection" else 100  # an image; more are cut, the smallest, equal ones together
         # concepts a box, all of them positives: those of its phrases and of boxes identical to it; more are counted and
         # cut. 1: "each box carries the label of one concept" (section 3.1), its others are negatives there
         c.max_box_concepts = 8

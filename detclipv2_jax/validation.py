@@ -157,6 +157,12 @@ def _rules_of(config: ConfigDict) -> Iterator[Rule]:
     last = config.epochs - 1
     for kind in KINDS:
         yield Rule(f"{kind}.from_epoch", lambda value: 0 <= value <= last, f"0 to {last}, the last of config.epochs")
+    if _is_mixture(config.mixing) and config.mixing[0] == "capped" and _has_steps(config, "image_text"):
+        first = config.image_text.from_epoch
+        for kind in ("detection", "grounding"):
+            if _has_steps(config, kind):  # the cap counts the steps of all boxes in every epoch
+                allowed = f"at most image_text.from_epoch ({first}) with config.mixing capped: pairs begin after boxes"
+                yield Rule(f"{kind}.from_epoch", lambda value: value <= first, allowed)
     annotated = bool(config.detection.annotations or config.scenes.num_detection)
     allowed = "0 without detection.annotations, whose images are chosen"
     yield Rule("detection.num_shots", lambda value: not value or annotated, allowed)
@@ -166,6 +172,12 @@ def _rules_of(config: ConfigDict) -> Iterator[Rule]:
     if optimizer.schedule == "plateau":
         allowed = "above 0 with optimizer.schedule plateau, e.g. 1e-8"
         yield Rule("optimizer.min_learning_rate", lambda value: value > 0, allowed)
+
+
+def _has_steps(config: ConfigDict, kind: str) -> bool:
+    section = config[kind]
+    raw = section.pairs if kind == "image_text" else section.annotations
+    return section.weight > 0 and bool(raw or section.data or config.scenes[f"num_{kind}"])
 
 
 def _of_places(config: ConfigDict) -> Iterator[str]:

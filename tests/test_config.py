@@ -394,6 +394,22 @@ EDGES = [
 ]  # fmt: skip
 
 
+def test_a_capped_mixture_wants_boxes_from_the_first_pairs_on(micro):
+    micro.epochs, micro.mixing, micro.grounding.from_epoch = 3, ("capped", 1.0), 2
+    with pytest.raises(ValueError, match=r"grounding.from_epoch is 2.*at most image_text.from_epoch \(0\)"):
+        validation.validate(micro, num_devices=1)
+    for changes in (
+        {"mixing": ("temperature", 2.0)},
+        {"image_text.from_epoch": 2},
+        {"grounding.weight": 0.0},
+        {"scenes.num_grounding": 0},
+        {"image_text.weight": 0.0},
+    ):
+        config = micro.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        validation.validate(config, num_devices=1)
+
+
 @pytest.mark.parametrize(("keys", "allowed", "refused"), EDGES, ids=[edges[0].split()[0] for edges in EDGES])
 def test_edges_of_what_is_allowed(micro, keys, allowed, refused):
     micro.epochs, micro.optimizer.learning_rate, micro.eval.every_steps = 3, 0.1, 1

@@ -316,7 +316,7 @@ class BatchMaker:
     def _boxes(
         self, rows: int, examples: Sequence[_Example], scale: np.ndarray, concepts: Sequence[np.ndarray], notes: Notes
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns padded boxes, mask and table rows; of more than max_boxes the smallest are left out."""
+        """Returns padded boxes, mask and table rows; of more than max_boxes the largest stay."""
         boxes = np.zeros((rows, self.max_boxes, 4), np.float32)
         mask, box_concepts = np.zeros((rows, self.max_boxes), bool), np.zeros((rows, self.max_boxes), np.int32)
         if self.max_boxes:
@@ -325,9 +325,9 @@ class BatchMaker:
                 if num_cut:
                     notes.counts[BOX_CONCEPTS_CUT] += num_cut
                 if len(kept) > self.max_boxes:
-                    notes.counts[BOXES_CUT] += len(kept) - self.max_boxes
-                    areas = np.prod(record.boxes[kept, 2:] - record.boxes[kept, :2], axis=1)
-                    kept = np.sort(kept[np.argsort(-areas, kind="stable")[: self.max_boxes]])
+                    largest = _largest(record.boxes[kept], self.max_boxes)
+                    notes.counts[BOXES_CUT] += len(kept) - len(largest)
+                    kept = kept[largest]
                 num = len(kept)
                 boxes[row, :num] = transforms.place_boxes(
                     record.boxes[kept], scale=scale[row], width=extent[1], flip=flip
@@ -352,6 +352,21 @@ def _distinct(boxes: np.ndarray, concepts: np.ndarray, max_box_concepts: int) ->
         if seen[group[i]] <= max_box_concepts:
             kept.append(i)
     return np.array(kept, np.int64), len(first) - len(kept)
+
+
+def _largest(boxes: np.ndarray, num: int) -> np.ndarray:
+    """Returns which boxes stay, in order: at most `num`, the largest, and of identical boxes all or none.
+
+    The concepts of identical boxes are positives of one place; one that went alone would be a negative there.
+    """
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    places: dict[tuple[float, ...], list[int]] = {}
+    for i in np.argsort(-areas, kind="stable").tolist():
+        places.setdefault(tuple(boxes[i].tolist()), []).append(i)
+    kept: list[int] = []
+    for place in places.values():
+        kept += place if len(kept) + len(place) <= num else []
+    return np.array(sorted(kept), np.int64)
 
 
 def pixels_of(record: Record) -> bytes | np.ndarray:

@@ -23,6 +23,23 @@ _BEGINNING = re.compile(  # of a noun phrase, of which there is one at most
 _LINKING = re.compile(  # after it the phrase goes on: "the man in … the red hat"
     r"(?:^|\s)(?:of|in|on|at|with|by|to|from|for|near|behind|under|over|and|or|all|both|half)$", re.IGNORECASE
 )
+_COUNTING = re.compile(  # "two dogs, one brown"; a number alone is a label: "player … 12"
+    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|both|several|many|few|\d+(?=\s+\D))\b",
+    re.IGNORECASE,
+)
+_SEPARATOR = re.compile(r"(?:[,/&]|\b(?:and|or))\s*$", re.IGNORECASE)  # right before a span: "kid and children"
+_QUALITIES = (
+    r"(?:black|white|gr[ae]y|red|orange|yellow|green|blue|purple|pink|brown|tan|beige|gold|silver|dark|light|bright|big"
+    r"|large|small|little|tall|short|long|thin|young|old|older|new|wooden|metal|shiny|fluffy|furry|pretty|\w{4,}ed)"
+)
+_WITHOUT_NOUN = re.compile(  # a phrase that has to go on: "a black, white dog"
+    rf"(?:(?:an?|the|these|those|my|our|your|his|its|their)\b\s*)?(?:{_QUALITIES}\b[\s,]*(?:and\s+)?)*", re.IGNORECASE
+)
+_MODIFYING = re.compile(  # the phrase before: "a man, in a hat"
+    rf"(?:(?:of|in|on|at|with|by|to|from|for|near|behind|under|over|who|which|while|not|wearing|holding|sitting"
+    rf"|standing|looking|walking|facing|smiling|riding)\b.*|(?:left|right|{_QUALITIES})$)",
+    re.IGNORECASE,
+)
 _END_OF_SENTENCE = re.compile(r"[.!?;]")
 
 
@@ -30,7 +47,8 @@ def phrases_of(caption: str, spans: Any) -> tuple[str, ...]:
     """Returns the different phrases of [start, end) character spans, in their order; none where they cover no word.
 
     The spans of one phrase are joined without what stands between them: "a red … car". A span begins another phrase
-    where it has a determiner ("a man … the man"), repeats the noun ("young man … man") or is in another sentence.
+    where it has a determiner ("a man … the man"), repeats the noun ("young man … man") or is in another sentence. Where
+    the phrase before has a noun, a number ("two dogs, one") or a comma or "and" right before it begins one, too.
     """
     phrases: list[str] = []
     end = 0
@@ -50,7 +68,11 @@ def _is_another(words: str, phrase: str, between: str) -> bool:
         return True
     if _LINKING.search(phrase):
         return False
-    return bool(_BEGINNING.match(words)) or key(words).split()[-1:] == key(phrase).split()[-1:]
+    if _BEGINNING.match(words) or key(words).split()[-1:] == key(phrase).split()[-1:]:
+        return True
+    if _WITHOUT_NOUN.fullmatch(phrase):
+        return False
+    return bool(_COUNTING.match(words) or (_SEPARATOR.search(between) and not _MODIFYING.match(words)))
 
 
 def phrase_of(caption: str, spans: Any) -> str:

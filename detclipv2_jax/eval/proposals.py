@@ -4,7 +4,8 @@
 
 prints AR of the best 10, 100 and 300 boxes an image, over IoU 0.50:0.95, as fractions: of all objects, of small, medium
 and large ones, and of those of rare, common and frequent categories (r, c, f): where the rare ones had no box in
-training, ARr is that of novel objects. A box that was found under several names counts once, with its best score.
+training, ARr is that of novel objects. Files like COCO's, whose categories have no frequency, give none of these. A box
+that was found under several names counts once, with its best score.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from detclipv2_jax.eval.detections import Found
 LEAD = "agnostic_"
 LIMITS = (10, 100, lvis.MAX_AN_IMAGE)  # boxes an image
 KIND = f"class-agnostic AR, IoU 0.50:0.95, best {', '.join(map(str, LIMITS))} boxes an image"
+_NO_FREQUENCY = (
+    'no AR of novel and base objects: no category of the annotations has a "frequency"; give novel ones "r", base ones '
+    '"f" (docs/evaluation.md)'
+)
 
 
 def evaluate(
@@ -70,12 +75,18 @@ def evaluate(
 
 
 def table(scores: dict[str, float]) -> str:
-    """Returns scores as a line of text for each limit, in percent; a dash where there was nothing to measure."""
+    """Returns scores as a line of text for each limit, in percent, and a note if they are not by frequency.
+
+    A dash stands where there was nothing to measure.
+    """
     lines: dict[str, list[str]] = {}
     for name, value in scores.items():
         text = f"{name} {'-' if value < 0 else format(100 * value, '.1f')}"
         lines.setdefault(name.partition("@")[2], []).append(text)
-    return "\n".join("   ".join(line) for line in lines.values())
+    rows = ["   ".join(line) for line in lines.values()]
+    if not any(name.startswith(f"{LEAD}AR{letter}@") for name in scores for letter in FREQUENCIES):
+        rows.append(_NO_FREQUENCY)
+    return "\n".join(rows)
 
 
 def _best(found: Found, limit: int) -> Found:

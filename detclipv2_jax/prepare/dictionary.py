@@ -13,7 +13,8 @@ A name without a definition takes, as DetCLIP does, that of the nearest entry: t
 2. its synset, of the other inputs or WordNet;
 3. a gloss of WordNet. Its first sense is often wrong (crane: a writer): the first that is a thing and no individual;
 4. its head word, found as in 1 and 3: "Other Shoes" are shoes, a "slice of red pizza" is a slice;
-5. with a text tower, the defined name whose embedding is most similar.
+5. with a text tower, the defined name whose embedding is most similar. Where the tower finds the head word of 4 less
+   similar than that name by more than HEAD_MARGIN, this one counts: a "Trash bin Can" is a trash can, no food can.
 
 The review file lists each choice, what it was taken from, and the senses that were not chosen.
 """
@@ -32,10 +33,11 @@ from typing import NamedTuple
 from detclipv2_jax import files
 from detclipv2_jax.data import concepts
 from detclipv2_jax.data.built import PHRASES, VOCABULARY
-from detclipv2_jax.prepare.text_tower import most_similar
+from detclipv2_jax.prepare.text_tower import similarities
 
 _LISTS = ("objects365", "lvis", "coco")  # of names, in the package
-_WITHOUT_LIST = "V3Det, ODinW"
+_WITHOUT_LIST = ("V3Det", "ODinW")
+HEAD_MARGIN = 0.05  # of cosines; a choice, not measured with the weights of CLIP
 _QUALIFIER = re.compile(r"\s*\(.*?\)|\s+(?:of|with|for|in|on)\s.*")  # what follows a head word
 _NEAREST = ("synset", "head", "text")  # first words of origins that are of another name
 # lexicographer files of nouns: animal, artifact, body, food, object, person, plant, substance
@@ -51,6 +53,7 @@ class Entry(NamedTuple):
     origin: str
     others: tuple[str, ...] = ()  # glosses that were not chosen
     synset: str = ""  # crane.n.05
+    head: str = ""  # the word of its name whose definition it took
 
 
 class Sense(NamedTuple):
@@ -214,7 +217,7 @@ class _Definitions:
             if (found := self._by_key.get(concepts.key(head))) is None and self._wordnet:
                 found = _choose(head, None, self._wordnet.senses(head))
             if found and found.definition:
-                return Entry(name, found.definition, f"head word {head}: {found.origin}", found.others)
+                return Entry(name, found.definition, f"head word {head}: {found.origin}", found.others, head=head)
         return Entry(name, "", "")
 
     def _of_synset(self, synset: str) -> Entry | None:
@@ -233,7 +236,8 @@ def make(
       inputs: files and folders; of equal names the first spelling counts.
       output: TSV `name <tab> definition`; `<stem>.review.tsv` has origin, frequency and other senses too.
       wordnet: WordNet's dict/ folder; "" for no glosses.
-      text: a converted text tower; "" leaves names without a definition that have no near entry by synset or head word.
+      text: a converted text tower; "" leaves names without a definition that have no near entry by synset or head word,
+        and keeps every match of a head word.
       num_names: phrases are added, most frequent first, until there are so many names.
 
     Raises:
@@ -272,17 +276,26 @@ def make(
 
 
 def _fill(entries: dict[str, Entry], tower: str) -> None:
-    """Gives entries without a definition that of the defined one whose name a text tower finds most similar."""
-    wanting = [key for key, entry in entries.items() if not entry.definition]
+    """Gives entries the definition of the defined one whose name a text tower finds most similar.
+
+    That are those without one, and those of head words that the tower finds less similar by more than HEAD_MARGIN.
+    """
+    asked = {key: entry for key, entry in entries.items() if entry.head or not entry.definition}
     # an entry that took its definition from another name would only lead to that one
     defined = [entry for entry in entries.values() if entry.definition and not entry.origin.startswith(_NEAREST)]
-    if not wanting or not defined:
+    if not asked or not defined:
         return
-    found = most_similar([entries[key].name for key in wanting], [entry.name for entry in defined], tower=tower)
-    for key, (i, similarity) in zip(wanting, found, strict=True):
-        near = defined[i]
-        origin = f"text {near.name} {similarity:.2f}: {near.origin}"
-        entries[key] = entries[key]._replace(definition=near.definition, origin=origin)
+    heads = {head: len(defined) + i for i, head in enumerate(dict.fromkeys(entry.head for entry in asked.values()))}
+    names = [entry.name for entry in asked.values()]
+    cosine = similarities(names, [*(entry.name for entry in defined), *heads], tower=tower)
+    nearest = cosine[:, : len(defined)].argmax(axis=1).tolist()  # the first of equals
+    for row, (key, entry), i in zip(cosine, asked.items(), nearest, strict=True):
+        near, of_head = defined[i], row[heads[entry.head]]
+        if entry.head and of_head >= row[i] - HEAD_MARGIN:
+            continue
+        instead = f", not head word {entry.head} {of_head:.2f}" if entry.head else ""
+        origin = f"text {near.name} {row[i]:.2f}{instead}: {near.origin}"
+        entries[key] = entry._replace(definition=near.definition, origin=origin, others=near.others)
 
 
 def coverage(output: str, inputs: Sequence[str] = ()) -> list[str]:
@@ -309,7 +322,10 @@ def coverage(output: str, inputs: Sequence[str] = ()) -> list[str]:
         lines.append(
             f"{title}: {len(keys)} names, {num_own} defined as such, {near}, {how['none']} without a definition{some}"
         )
-    return [*lines, f"{_WITHOUT_LIST}: the package has no list of their names; give their jsons as --input"]
+    given = " ".join(path for path in inputs if path.endswith((".json", ".csv"))).lower()
+    if unknown := ", ".join(title for title in _WITHOUT_LIST if title.lower() not in given):
+        lines.append(f"{unknown}: not in the package; --input with a .json or .csv of the names prints their coverage")
+    return lines
 
 
 def _choose(name: str, known: Entry | None, senses: list[Sense]) -> Entry:

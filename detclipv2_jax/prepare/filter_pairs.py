@@ -2,7 +2,8 @@
 
 Each text of a pair, its caption and its phrases, ranks the pair's photo among those of a group by their most similar
 regions, as the contrastive loss compares them. The misfit of a pair is the share of other photos that are better, mean
-over its texts: 0 where none is, a half for a caption of another photo. A group are pairs that follow each other.
+over its texts: 0 where none is, a half for a caption of another photo. A group are pairs that follow each other. A
+pair whose photo cannot be read has none (null); what builds the data set leaves it out and says why.
 
 `<output>_filter/` has the misfit of every pair, shard by shard, and `report.json`; other limits read them again.
 """
@@ -28,6 +29,7 @@ from detclipv2_jax.prepare import model_passes
 from detclipv2_jax.prepare.record_builder import Reader, Tally
 
 DROPPED = "caption that fits other photos better (--filter)"
+UNREADABLE = "photos that cannot be read"
 _NUM_SHOWN = 20
 _TEXTS_TOGETHER = 8  # few numbers of texts are compiled
 
@@ -46,7 +48,7 @@ class FilteredPairs:
     def read(self, shard: int, tally: Tally) -> Iterator[tuple[str, Record]]:
         misfits = files.read_json(self._folder / f"{shard:06d}.json")["misfits"]
         for pair, misfit in zip(self._reader.read(shard, tally), misfits, strict=True):
-            if misfit <= self._max_misfit:
+            if misfit is None or misfit <= self._max_misfit:
                 yield pair
             else:
                 tally.noted[DROPPED] += 1
@@ -65,8 +67,8 @@ class Judge:
         self.plan = {**run, "group_size": group_size, "canvas": config.eval.canvases}
 
     def misfits(self, shard: int, pairs: model_passes.Pairs) -> dict[str, Any]:
-        """Returns the misfit of each pair, 0 where its photo cannot be read, and the first pairs by tenth of it."""
-        misfits, examples = list[float](), collections.defaultdict[int, list[Any]](list)
+        """Returns the misfit of each pair, None where its photo cannot be read, and the first pairs by tenth of it."""
+        misfits, examples = list[float | None](), collections.defaultdict[int, list[Any]](list)
         last: list[Photos] = []
         with concurrent.futures.ThreadPoolExecutor() as threads:
             while group := list(itertools.islice(pairs, self._group_size)):
@@ -74,9 +76,9 @@ class Judge:
                 found = self._rank([record.concepts for _, record in group], photos, last)
                 misfits += found
                 for (name, record), misfit in zip(group, found, strict=True):
-                    shown = examples[min(int(10 * misfit), 9)]
-                    if len(shown) < _NUM_SHOWN:
-                        shown.append({"photo": name, "texts": record.concepts, "misfit": round(misfit, 3)})
+                    shown = examples[min(int(10 * misfit), 9)] if misfit is not None else []
+                    if misfit is not None and len(shown) < _NUM_SHOWN:
+                        shown.append({"photo": name, "texts": record.concepts, "misfit": misfit})
                 last = [photo for photo in photos if photo is not None]
         return {"misfits": misfits, "examples": examples}
 
@@ -88,10 +90,10 @@ class Judge:
 
     def _rank(
         self, texts: Sequence[Sequence[str]], photos: Sequence[Photos | None], last: Sequence[Photos]
-    ) -> list[float]:
+    ) -> list[float | None]:
         """Returns the misfits of the pairs of a group; a small one is filled with photos of the last group."""
         readable = [i for i, photo in enumerate(photos) if photo is not None]
-        misfits = [0.0] * len(texts)
+        misfits: list[float | None] = [None] * len(texts)
         if not readable:
             return misfits
         detector, params = self._predictor.detector, self._predictor.params
@@ -125,17 +127,24 @@ def judge(
     judge = Judge(checkpoint, group_size=group_size)
     parts = model_passes.plan_of(reader, read_by, judge.plan)
     seen, tenths, examples = 0, np.zeros(10, int), collections.defaultdict[str, list[Any]](list)
-    num_kept = 0
+    num_kept = num_dropped = 0
     for part in model_passes.over_shards(reader, folder, plan=parts, work=judge.misfits, what="judging captions"):
-        misfits = np.array(part["misfits"])
-        seen += len(misfits)
+        misfits = np.array([misfit for misfit in part["misfits"] if misfit is not None])
+        seen += len(part["misfits"])
         num_kept += int((misfits <= max_misfit).sum())
+        num_dropped += int((misfits > max_misfit).sum())
         tenths += np.histogram(misfits, bins=10, range=(0.0, 1.0))[0]
         for row in itertools.chain.from_iterable(part["examples"].values()):
             shown = examples["kept" if row["misfit"] <= max_misfit else "dropped"]
             if len(shown) < _NUM_SHOWN:
-                shown.append(row)
-    counts = {"pairs": seen, "kept": num_kept, "dropped": seen - num_kept, "by misfit, in tenths": tenths.tolist()}
+                shown.append(row | {"misfit": round(row["misfit"], 6)})
+    counts: dict[str, Any] = {
+        "pairs": seen,
+        "kept": num_kept,
+        "dropped": num_dropped,
+        UNREADABLE: seen - num_kept - num_dropped,
+    }
+    counts |= {"by misfit, in tenths": tenths.tolist()}
     plan = {"run": checkpoint, "max_misfit": max_misfit, **judge.plan}
     files.write_json(folder / "report.json", counts | {"examples": examples, **plan}, indent=1)
     return FilteredPairs(reader, folder, max_misfit=max_misfit, facts={"filter": counts | plan})

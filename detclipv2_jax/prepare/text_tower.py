@@ -1,4 +1,4 @@
-"""The names that a public text tower finds most similar to others."""
+"""How similar a public text tower finds names."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HEAD_WIDTH = 64  # of every tower of CLIP
 _CONTEXT_LENGTH, _BATCH = 16, 256
 
 
-def most_similar(names: Sequence[str], others: Sequence[str], *, tower: str) -> list[tuple[int, float]]:
-    """Returns for each name which of the others is nearest, the first of equals, and the cosine of their embeddings.
+def similarities(names: Sequence[str], others: Sequence[str], *, tower: str) -> Float[np.ndarray, "n m"]:
+    """Returns the cosine of the embeddings of each name and each of the others.
 
     The tower is a file that `python -m detclipv2_jax.convert clip_text` made.
 
@@ -28,9 +28,7 @@ def most_similar(names: Sequence[str], others: Sequence[str], *, tower: str) -> 
       ValueError: the file is none.
     """
     embeddings = _embed([*names, *others], tower)
-    cosine = embeddings[: len(names)] @ embeddings[len(names) :].T
-    nearest = cosine.argmax(axis=1)
-    return [(int(i), float(row[i])) for i, row in zip(nearest, cosine, strict=True)]
+    return embeddings[: len(names)] @ embeddings[len(names) :].T
 
 
 def _embed(texts: Sequence[str], tower: str) -> Float[np.ndarray, "n d"]:

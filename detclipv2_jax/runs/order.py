@@ -23,8 +23,9 @@ def mixed(num_steps: Sequence[float], kinds: Sequence[Kind], *, mixture: str, va
     """Returns the factor on every stream's number of steps with which kinds of data share an epoch as they should.
 
     proportional: 1. capped: pairs have at most `value` steps a step of data with boxes, if there is such data; what is
-    left over comes in later epochs. temperature: a kind's share goes with its number of steps to the power of
-    1 / `value`, and an epoch is as long as before; above 1 that evens kinds out.
+    left over comes in later epochs. It wants all boxes from the first epoch of pairs on (`validation`). temperature: a
+    kind's share goes with its number of steps to the power of 1 / `value`, and an epoch is as long as before; above 1
+    that evens kinds out.
 
     Args:
       num_steps: an epoch, of every stream.

@@ -290,6 +290,36 @@ def test_identical_boxes_keep_their_different_concepts(config, limit, kept):
     assert stream.overflow["num_box_concepts_cut"] == 4 * (5 - len(kept))
 
 
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (6, ["cat", "bird", "dog", "tree", "boat", "car"]),
+        (5, ["cat", "bird", "dog", "tree", "boat"]),
+        (4, ["cat", "dog", "tree", "car"]),  # the second place has two
+        (3, ["cat", "dog", "tree"]),
+        (2, ["bird", "boat"]),
+        (1, ["car"]),
+    ],
+)
+def test_a_place_stays_with_all_its_concepts_or_goes(config, limit, kept):
+    """The largest place is cat, dog and tree; another bird and boat; the smallest is a car."""
+    large, middle, small = [5, 6, 20, 20], [10, 4, 15, 15], [3, 4, 10, 8]
+    content = detection_json()
+    names, image = ["cat", "bird", "dog", "tree", "boat", "car"], content["images"][0]["id"]
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+    content["annotations"] = [
+        {"id": i, "image_id": image, "category_id": i, "bbox": box}
+        for i, box in enumerate((large, middle, large, large, middle, small), 1)
+    ]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.max_boxes, config.detection.max_examples = limit, 1
+    stream = train_streams(config)[0]
+    batch = stream.batch(0)
+    texts = tokenizer.decode(batch.concept_tokens)
+    assert [texts[row] for row in batch.box_concepts[0][batch.box_mask[0]]] == kept
+    assert stream.overflow["num_boxes_cut"] == 4 * (6 - len(kept))
+
+
 def test_definitions_join_the_names(config, tmp_path):
     (tmp_path / "dictionary.tsv").write_text("cat\ta small animal\nboat\ta vessel\nstone\ta rock\n")
     for kind in ("detection", "grounding", "image_text"):

@@ -32,8 +32,18 @@ def test_objects_are_found_under_whatever_name():
     expected = {"AR": (1 + 0.6 + 0) / 3, "ARf": 1.0, "ARr": 0.6 / 2, "ARs": 0.5, "ARm": -1.0, "ARl": 0.6}
     limits = (10, 100, 300)
     assert scores == pytest.approx({f"agnostic_{name}@{n}": value for name, value in expected.items() for n in limits})
-    shown = proposals.table({"agnostic_AR@10": 0.5, "agnostic_AR@100": 0.75, "agnostic_ARm@10": -1.0})
-    assert shown == "agnostic_AR@10 50.0   agnostic_ARm@10 -\nagnostic_AR@100 75.0"
+    shown = proposals.table({"agnostic_AR@10": 0.5, "agnostic_AR@100": 0.75, "agnostic_ARr@10": -1.0})
+    assert shown == "agnostic_AR@10 50.0   agnostic_ARr@10 -\nagnostic_AR@100 75.0"
+
+
+def test_a_report_without_frequencies_says_what_they_would_add():
+    assert "frequency" not in proposals.table(proposals.evaluate(TRUTH, [row(1, 2, [0, 0, 10, 10], 0.9)]))
+    plain = TRUTH | {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}
+    scores = proposals.evaluate(plain, [row(1, 2, [0, 0, 10, 10], 0.9)])
+    assert not {name for name in scores if name[:-3].endswith(("ARr", "ARf"))}
+    *lines, note = proposals.table(scores).splitlines()
+    assert len(lines) == 3
+    assert note.startswith('no AR of novel and base objects: no category of the annotations has a "frequency"')
 
 
 def test_a_place_counts_once_and_300_of_an_image():

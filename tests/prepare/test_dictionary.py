@@ -2,6 +2,7 @@ import csv
 import json
 
 import building
+import numpy as np
 import pytest
 from raw_files import sample, write_coco, write_tar
 
@@ -129,6 +130,9 @@ NEAR = {
 }
 
 
+HEADS = [name for name, (_, origin) in NEAR.items() if origin.startswith("head")]
+
+
 def near_inputs(tmp_path):
     known = [
         {"name": "knife", "synset": "knife.n.01", "def": "a weapon"},
@@ -156,7 +160,7 @@ def test_names_without_a_definition_take_that_of_the_nearest_entry(tmp_path):
         "others.json: 10 names, 1 defined as such, 2 by synset, 5 by head, 0 by text, 2 without a definition: "
         "Gadget, Cranes Gadget",
         "lvis.json: 4 names, 4 defined as such, 0 by synset, 0 by head, 0 by text, 0 without a definition",
-        "V3Det, ODinW: the package has no list of their names; give their jsons as --input",
+        "V3Det, ODinW: not in the package; --input with a .json or .csv of the names prints their coverage",
     ]
     assert [line.split(":")[0] for line in lines[:3]] == ["objects365", "lvis", "coco"]
     assert " 80 names, 2 defined as such, " in lines[2]  # knife and stop sign
@@ -172,14 +176,52 @@ def test_the_longest_head_counts(tmp_path):
     assert read_dictionary(tmp_path / "out.tsv").definition("red sports car") == "is low"
 
 
+def test_a_head_word_counts_where_the_tower_finds_no_name_clearly_nearer(tmp_path, monkeypatch):
+    cosines = {
+        ("Trash bin Can", "Can"): 0.75, ("Trash bin Can", "trash can"): 0.875,
+        ("soda Can", "Can"): 0.75, ("soda Can", "trash can"): 0.78,  # within the margin
+        ("old idea", "idea"): 0.5, ("old idea", "trash can"): 0.25,  # of WordNet, no name of the dictionary
+        ("new idea", "idea"): 0.25, ("new idea", "trash can"): 0.5,
+    }  # fmt: skip
+
+    def similarities(names, others, *, tower):
+        return np.array([[cosines.get((name, other), 0.0) for other in others] for name in names])
+
+    monkeypatch.setattr(dictionary, "similarities", similarities)
+    known = [{"name": "can", "def": "holds food"}, {"name": "trash can", "def": "holds trash"}]
+    names = [{"name": name} for name in ("Trash bin Can", "soda Can", "old idea", "new idea")]
+    (tmp_path / "v3det_names.json").write_text(json.dumps([*known, *names]))
+    inputs, output = [str(tmp_path / "v3det_names.json")], str(tmp_path / "out.tsv")
+    wordnet = write_wordnet(tmp_path / "dict")
+    assert dictionary.make(inputs, output, wordnet=wordnet) == {"head": 4, "v3det_names.json": 2}
+    assert read_dictionary(output).definition("Trash bin Can") == "holds food"
+    dictionary.make(inputs, output, wordnet=wordnet, text="tower.safetensors")
+    rows = review(tmp_path / "out.review.tsv")
+    assert {name: (rows[name]["definition"], rows[name]["origin"]) for name in rows if " " in name} == {
+        "trash can": ("holds trash", "v3det_names.json"),
+        "Trash bin Can": ("holds trash", "text trash can 0.88, not head word Can 0.75: v3det_names.json"),
+        "soda Can": ("holds food", "head word Can: v3det_names.json"),
+        "old idea": ("the content of cognition", "head word idea: wordnet sense 1 of 2"),
+        "new idea": ("holds trash", "text trash can 0.50, not head word idea 0.25: v3det_names.json"),
+    }
+    assert rows["new idea"]["other senses"] == ""
+    assert dictionary.coverage(output, inputs)[3:] == [
+        "v3det_names.json: 6 names, 2 defined as such, 0 by synset, 2 by head, 2 by text, 0 without a definition",
+        "ODinW: not in the package; --input with a .json or .csv of the names prints their coverage",
+    ]
+
+
 def test_what_is_left_takes_the_definition_that_a_text_tower_finds(tmp_path, monkeypatch):
     asked = []
 
-    def most_similar(names, others, *, tower):
-        asked.append((names, others, tower))
-        return [(others.index("slice"), 0.875), (others.index("knife"), -0.5)]
+    def similarities(names, others, *, tower):
+        asked.append((names, others[:5], tower))
+        cosine = np.full((len(names), len(others)), -0.75)
+        cosine[names.index("Gadget"), [others.index("slice"), 5]] = 0.875  # the first of equals
+        cosine[names.index("Cranes Gadget"), others.index("knife")] = -0.5
+        return cosine
 
-    monkeypatch.setattr(dictionary, "most_similar", most_similar)
+    monkeypatch.setattr(dictionary, "similarities", similarities)
     output = str(tmp_path / "out.tsv")
     origins = dictionary.make(
         near_inputs(tmp_path), output, wordnet=write_wordnet(tmp_path / "dict"), text="tower.safetensors"
@@ -187,8 +229,12 @@ def test_what_is_left_takes_the_definition_that_a_text_tower_finds(tmp_path, mon
     assert origins == {"lvis.json": 5, "head": 5, "synset": 2, "text": 2}
     # what took its definition from another name is nobody's nearest entry
     assert asked == [
-        (["Gadget", "Cranes Gadget"], ["stop-sign", "knife", "stop sign", "crane", "slice"], "tower.safetensors")
-    ]  # fmt: skip
+        (
+            [*HEADS, "Gadget", "Cranes Gadget"],
+            ["stop-sign", "knife", "stop sign", "crane", "slice"],
+            "tower.safetensors",
+        )
+    ]
     rows = review(tmp_path / "out.review.tsv")
     found = [(rows[name]["definition"], rows[name]["origin"]) for name in ("Gadget", "Cranes Gadget")]
     assert found == [("a piece", "text slice 0.88: lvis.json"), ("a weapon", "text knife -0.50: lvis.json knife.n.01")]

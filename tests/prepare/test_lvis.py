@@ -37,6 +37,22 @@ def test_federated_lists_definitions_and_frequencies(tmp_path):
     assert built.vocabulary.category_ids == (1, 2, 3)
 
 
+@pytest.mark.parametrize("listed", ["neg_category_ids", "not_exhaustive_category_ids", ""])
+def test_a_folder_of_before_is_federated_if_its_examples_list_names(tmp_path, listed):
+    """Its report does not say whether it is; the first images list nothing."""
+    path, content = lvis_json(tmp_path)
+    for i, image in enumerate(content["images"]):
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            image[key] = [3] if key == listed and i == len(content["images"]) - 1 else []
+    path.write_text(json.dumps(content))
+    building.build("lvis", input=str(path), images=str(path.parent), output=str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "build_report.json").read_text())
+    del report["federated"]
+    (tmp_path / "out" / "build_report.json").write_text(json.dumps(report))
+    built = read_built(str(tmp_path / "out"), Kind.DETECTION)
+    assert built.federated == built[0].federated == bool(listed)
+
+
 def test_a_json_that_is_not_lvis_is_refused(tmp_path):
     path, content = lvis_json(tmp_path)
     without = [{key: value for key, value in image.items() if key[:3] != "not"} for image in content["images"]]

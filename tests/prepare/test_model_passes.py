@@ -189,17 +189,34 @@ def test_captions_of_other_photos_are_dropped(raw):
     )
     assert report["left out or repaired"][filter_pairs.DROPPED] == 2
     assert report["examples"] == 8
-    assert report["filter"]["by misfit, in tenths"][0] == 9
+    assert report["filter"]["by misfit, in tenths"][0] == 8
     built = read_built(str(raw / "out"), Kind.IMAGE_TEXT)
     assert [built[i].caption for i in range(8)] == [caption for _, caption, _ in right]
     shown = json.loads((raw / "out_filter" / "report.json").read_text())
-    assert (shown["pairs"], shown["kept"], shown["dropped"]) == (11, 9, 2)
+    assert (shown["pairs"], shown["kept"], shown["dropped"], shown[filter_pairs.UNREADABLE]) == (11, 8, 2, 1)
     assert [row["photo"] for row in shown["examples"]["dropped"]] == ["red.png", "none.png"]
-    assert len(shown["examples"]["kept"]) == 9
+    assert [row["texts"][0] for row in shown["examples"]["kept"]] == [caption for _, caption, _ in right]
+    assert json.loads((raw / "out_filter" / "000000.json").read_text())["misfits"][-1] is None
     with pytest.raises(ValueError, match="coco_json has none"):
         building.build("coco_json", input=source, output=str(raw / "x"), filter="run")
     with pytest.raises(ValueError, match=r"--max_misfit=1.0 must be in \[0, 1\)"):
         building.build("image_text", input=source, output=str(raw / "x"), filter="run", max_misfit=1.0)
+
+
+def test_the_report_shows_a_pair_on_the_side_where_it_went(raw):
+    others = [(f"{name}.png", "box", []) for name in ("red", "blue", "blue")]
+    source = write_pairs(raw, ("none.png", "red box", []), *others)
+    options = {"filter": "run", "filter_group": 4, "workers": 1}
+    building.build("image_text", input=source, output=str(raw / "all"), max_misfit=0.9, **options)
+    [misfit, *_] = json.loads((raw / "all_filter" / "000000.json").read_text())["misfits"]
+    assert misfit == pytest.approx(1 / 3)
+    limit = 0.3332  # of three digits, the misfit is below it
+    report = building.build("image_text", input=source, output=str(raw / "out"), max_misfit=limit, **options)
+    shown = json.loads((raw / "out_filter" / "report.json").read_text())
+    assert report["left out or repaired"][filter_pairs.DROPPED] == shown["dropped"] == 1
+    [row] = shown["examples"]["dropped"]
+    assert row["photo"] == "none.png"
+    assert limit < row["misfit"] == pytest.approx(misfit, abs=1e-6)
 
 
 def test_what_was_done_by_other_options_is_done_anew(raw, monkeypatch):

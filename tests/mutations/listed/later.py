@@ -66,7 +66,7 @@ FAULTS = [
         ("texts = record.concepts if self.kind is Kind.DETECTION else (record.caption,)", "texts = (record.caption,)"),
         ("concepts[row][record.box_concepts[kept]]", "concepts[row][record.box_concepts[:num]]"),
         ("annotated_size=record.size,", "annotated_size=(0, 0),"),
-        ("notes.counts[BOXES_CUT] += len(kept) - self.max_boxes", "notes.counts[BOXES_CUT] += 1"),
+        ("notes.counts[BOXES_CUT] += len(kept) - len(largest)", "notes.counts[BOXES_CUT] += 1"),
         slow=True,
     ),
     *plant(
@@ -75,6 +75,7 @@ FAULTS = [
     ),
     *plant(
         "data/built.py", "data/test_built.py",
+        ("if record.negatives or record.not_negatives:", "if record.negatives:", "prepare/test_lvis.py::test_a_folder_of_before_is_federated_if_its_examples_list_names"),
         ("sizes[: num or None], int(num_concepts[: num or None].max())", "sizes[: num or None], int(num_concepts.max())"),
         ("(used >= 0) & (used < len(record.concepts))", "(used >= 0) & (used <= len(record.concepts))"),
         ("if info.get(\"fileFormat\") != \"array_record\":", "if False:"),

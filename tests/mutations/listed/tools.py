@@ -124,7 +124,9 @@ FAULTS = [
     ),
     *plant(
         "prepare/filter_pairs.py", "prepare/test_model_passes.py",
-        ("if misfit <= self._max_misfit:", "if misfit < self._max_misfit + 1:"),
+        ("misfit <= self._max_misfit:", "misfit < self._max_misfit + 1:"),
+        ("\"misfit\": misfit})", "\"misfit\": round(misfit, 3)})"),
+        ("] = [None] * len(texts)", "] = [0.0] * len(texts)"),
         ("np.asarray(found.ranks) - 1)", "np.asarray(found.ranks))"),
         ("max(num_others, 1)", "self._group_size"),
         ("batch += last[len(batch) - self._group_size :] if len(batch) < self._group_size else []", ""),
