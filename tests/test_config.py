@@ -12,7 +12,7 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, validation
-from detclipv2_jax.data import checks
+from detclipv2_jax.data import catalog, checks
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
@@ -150,10 +150,10 @@ def test_detclip_v1_is_swin_t_without_what_v2_added():
 
 def test_a_missing_dictionary_is_listed_with_the_command_that_builds_it():
     [problem] = checks.missing_paths({"config.eval.dictionary": ("no/d.tsv", "file")})
-    assert problem.startswith(
-        "config.eval.dictionary: the file no/d.tsv does not exist; python -m detclipv2_jax.prepare "
+    assert problem == (
+        "config.eval.dictionary: the file no/d.tsv does not exist; make it with\n"
+        f"    {catalog.dictionary_command('no/d.tsv')}"
     )
-    assert problem.endswith("--output=no/d.tsv builds one")
     assert checks.missing_paths({"config.eval.images": ("no", "folder")}) == [
         "config.eval.images: the folder no does not exist"
     ]
