@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import train_step
 from detclipv2_jax.data import streams as streams_lib
 from detclipv2_jax.data.checks import dictionary_once
+from detclipv2_jax.data.definitions import training_notes
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import collector_paused, write_text
@@ -111,6 +112,8 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
             checkpoints_lib.check_start(config.init_from.checkpoint, config.model, shapes)
     if problems:
         raise ValueError("\n".join(problems))
+    for note in training_notes(streams):
+        logging.info(note)
     order = make_order(config, streams)
     tx = make_optimizer(config.optimizer, shapes, order.total_steps)
     return Run(
