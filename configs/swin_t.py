@@ -10,9 +10,11 @@
 | full (the default) | Objects365, GoldG, CC15M    | 40.4                                    | not run |
 | o365_in1k          | Objects365, ImageNet-1k     | 30.4                                    | not run |
 | full_in1k          | full, ImageNet-1k           | 40.6                                    | not run |
+| paper_canvases     | full, on Table 9's canvases | 40.4                                    | not run |
 
-Hardware and time of the paper: 32 V100, about 2,100 V100-hours for `full`. Data folders and the dictionary are made by
-`python -m detclipv2_jax.prepare`; the run says which are missing and the command that builds each.
+All but paper_canvases train on canvases that photos fill (docs/decisions.md). Hardware and time of the paper: 32 V100,
+about 2,100 V100-hours for `full`. Data folders and the dictionary are made by `python -m detclipv2_jax.prepare`; the
+run says which are missing and the command that builds each.
 
 It starts from two public checkpoints, converted by `python -m detclipv2_jax.convert`:
 * backbone: swin_tiny_patch4_window7_224.pth of the Swin repository (ImageNet-1k),

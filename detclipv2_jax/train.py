@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import train_step
 from detclipv2_jax.data import streams as streams_lib
+from detclipv2_jax.data.checks import dictionary_once
+from detclipv2_jax.data.definitions import training_notes
 from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.eval import loop as evaluation
 from detclipv2_jax.files import collector_paused, write_text
@@ -110,6 +112,8 @@ def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
             checkpoints_lib.check_start(config.init_from.checkpoint, config.model, shapes)
     if problems:
         raise ValueError("\n".join(problems))
+    for note in training_notes(streams):
+        logging.info(note)
     order = make_order(config, streams)
     tx = make_optimizer(config.optimizer, shapes, order.total_steps)
     return Run(
@@ -449,11 +453,11 @@ def _abstract_state(run: Run) -> TrainState:
 
 @contextlib.contextmanager
 def listed(problems: list[str]) -> Iterator[None]:
-    """Adds a ValueError raised inside to a list, so that the checks after it run too."""
+    """Adds a ValueError raised inside to a list, so that the checks after it run too; a missing dictionary once."""
     try:
         yield
     except ValueError as error:
-        problems.append(str(error))
+        problems[:] = dictionary_once([*problems, str(error)])
 
 
 def has_parameters(config: ConfigDict, workdir: pathlib.Path) -> bool:

@@ -38,6 +38,7 @@ OVERFLOWS = (NEGATIVES_CUT, TEXTS_TRUNCATED, PHRASES_CUT, BOXES_CUT, BOX_CONCEPT
     "boxes cut: more than max_boxes",
     "box concepts cut: more than max_box_concepts",
 )
+BARE_PHRASES = "phrases without a definition"
 
 
 class Skipped(NamedTuple):
@@ -249,7 +250,11 @@ class BatchMaker:
                 captions.append(names[0])
                 names = names[1:]
             known = self.vocabularies[source]
-            texts += [concept_text(name, known.definition(name)) for name in names] if self.definitions else names
+            given = [known.definition(name) if self.definitions else "" for name in names]
+            texts += map(concept_text, names, given)
+            # other kinds' names are known before the run, which says which have none
+            if self.definitions and self.kind is Kind.IMAGE_TEXT and (num_bare := given.count("")):
+                notes.counts[BARE_PHRASES] += num_bare
         encoded = self.encoder(texts)
         if self.kind is not Kind.IMAGE_TEXT:
             starts = itertools.accumulate((len(example.record.concepts) for example in examples), initial=0)

@@ -1,4 +1,4 @@
-"""The data sets of the paper: where they come from and the command that builds the folder a configuration names."""
+"""The paper's data sets and its dictionary: where they come from, and the commands that build them."""
 
 from __future__ import annotations
 
@@ -92,6 +92,11 @@ DATASETS = {  # by the name of the built folder
         num_names=80,
     ),
 }
+# LVIS's json first, which defines its names; categories and frequent phrases of the folders above follow
+_OF_DICTIONARY = (
+    "dictionary --input=data/lvis/lvis_v1_minival_inserted_image_name.json,data/objects365,data/cc3m,data/cc12m "
+    "--wordnet=/usr/share/wordnet --text=weights/clip_text_vit_b32.safetensors"
+)
 _ANY = {
     Kind.DETECTION: "coco_json --input=ANNOTATIONS.json --images=FOLDER",
     Kind.GROUNDING: "grounding_json --input=ANNOTATIONS.json --images=FOLDER",
@@ -104,3 +109,11 @@ def command_of(folder: str, kind: Kind) -> str:
     known = DATASETS.get(PurePath(folder).name)
     arguments = known.arguments if known and known.kind is kind else _ANY[kind]
     return f"python -m detclipv2_jax.prepare {arguments} --output={folder}"
+
+
+def dictionary_command(path: str | PurePath) -> str:
+    """Returns the command that builds a dictionary, and what its inputs are, as a comment of the shell."""
+    return (
+        f"python -m detclipv2_jax.prepare {_OF_DICTIONARY} --output={path}   # --wordnet: the dict/ folder of WordNet "
+        "3.x (Debian: wordnet-base); leave out inputs that you do not have"
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
+import re
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,11 +19,15 @@ import numpy as np
 from absl import logging
 
 from detclipv2_jax import bucket_store, buckets, files
+from detclipv2_jax.data.catalog import dictionary_command
 from detclipv2_jax.data.schema import DataError, UnusableError
 
 _FEW_FILES = 64  # are asked for one by one
 _NUM_NAMED_FILES = 1000  # in a message
 _NUM_PARTS, _NUM_SAMPLED = 32, 1000  # beginnings of names, which a bucket lists at once; names to choose them by
+_NO_DICTIONARY = re.compile(  # as `missing_paths` says it, with one key or several
+    r"^(config\.[\w., ]*\.dictionary): (the file .* does not exist; make it with\n    .*)\n?", re.MULTILINE
+)
 _WRONG_FOLDER = " (`images` must name the folder that the file names are relative to)"
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -103,9 +109,23 @@ def missing_paths(paths: dict[str, tuple[str, str]]) -> list[str]:
         if not path:
             problems.append(f"{key} is empty; it must name a {what}")
         elif not (Path(path).is_file() if what == "file" else Path(path).is_dir()):
-            build = f"; python -m detclipv2_jax.prepare dictionary --input=… --output={path} builds one"
-            problems.append(f"{key}: the {what} {path} does not exist{build * key.endswith('.dictionary')}")
+            build = f"; make it with\n    {dictionary_command(path)}" if key.endswith(".dictionary") else ""
+            problems.append(f"{key}: the {what} {path} does not exist{build}")
     return problems
+
+
+def dictionary_once(problems: Sequence[str]) -> list[str]:
+    """Returns messages in which a missing dictionary stands once, led by all the keys that name it."""
+    keys: dict[str, list[str]] = {}
+    for key, message in itertools.chain.from_iterable(map(_NO_DICTIONARY.findall, problems)):
+        keys.setdefault(message, []).append(key)
+
+    def said(match: re.Match[str]) -> str:
+        named = keys.pop(match[2], [])
+        return f"{', '.join(named)}: {match[2]}\n" if named else ""
+
+    once = [_NO_DICTIONARY.sub(said, problem).rstrip("\n") for problem in problems]
+    return [problem for problem in once if problem]
 
 
 def _named(paths: list[str]) -> str:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float64, Int, Int32, UInt64
 
 from detclipv2_jax import files
 from detclipv2_jax.data import tokenizer
+from detclipv2_jax.data.catalog import dictionary_command
 
 if TYPE_CHECKING:
     import inflect
@@ -110,8 +111,8 @@ def read_dictionary(path: str | Path) -> Vocabulary:
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"the dictionary {path} does not exist; it is a TSV `name <tab> definition`, and "
-            f"python -m detclipv2_jax.prepare dictionary --input=… --output={path} builds one"
+            f"the dictionary {path} does not exist; it is a TSV `name <tab> definition`; make it with\n"
+            f"    {dictionary_command(path)}"
         )
     rows = {i: line.split("\t") for i, line in enumerate(files.read_lines(path), 1) if line.strip()}
     if rows and next(iter(rows.values()))[0].lstrip().startswith(("{", "[{", '["')):

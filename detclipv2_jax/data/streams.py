@@ -46,6 +46,7 @@ class Stream:
       capacities: static sizes: {"boxes": n, "table": t, "captions": m}.
       num_verified: one more: concepts that a federated image is annotated for; 0: no image is federated.
       class_names: whether captions are the names of classes.
+      definitions: whether names are encoded with the definitions of `vocabularies`, which are those of each source.
       counters: what was repaired, cut or skipped so far, by reason; what happened while the files were loaded is
         with the first stream of the kind.
       overflow: what did not fit into the batch handed out last or was skipped in it, by name of the metric.
@@ -61,6 +62,7 @@ class Stream:
         self.num_batches = max(1, round(self.num_examples / self.batch_size))
         self.sources, self.max_boxes = maker.sources, maker.max_boxes
         self.num_verified, self.class_names = maker.num_verified, maker.class_names
+        self.definitions, self.vocabularies = maker.definitions, maker.vocabularies
         self.capacities = {"boxes": maker.max_boxes, "table": maker.capacity, "captions": maker.num_captions}
         self.counters: collections.Counter[str] = collections.Counter()
         self.overflow: dict[str, int] = {}

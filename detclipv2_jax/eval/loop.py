@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from detclipv2_jax import files
 from detclipv2_jax.data import evaluation_set, tokenizer
 from detclipv2_jax.data.concepts import check_classes
+from detclipv2_jax.data.definitions import evaluation_notes
 from detclipv2_jax.data.schema import Batch
 from detclipv2_jax.data.selection import file_name
 from detclipv2_jax.data.streams import EvalStream, eval_streams
@@ -278,6 +279,8 @@ def make_streams(config: ConfigDict, *, prefix: str = "config.eval") -> list[Eva
     for stream in streams[:1]:
         check_classes(stream.ground_truth.texts, config.model.text, where=prefix)
         evaluation_set.refuse_equal_texts(stream.ground_truth, context_length=config.model.text.context_length)
+        for note in evaluation_notes(stream.ground_truth, prefix=prefix):
+            logging.info(note)
     return streams
 
 

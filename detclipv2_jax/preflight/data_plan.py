@@ -15,16 +15,20 @@ from detclipv2_jax.data.batches import table_capacity
 from detclipv2_jax.data.box_json import BoxSource
 from detclipv2_jax.data.built import REPORT, BuiltSource
 from detclipv2_jax.data.catalog import DATASETS
+from detclipv2_jax.data.concepts import read_dictionary
+from detclipv2_jax.data.definitions import defined, evaluation_notes, training_notes
 from detclipv2_jax.data.leakage import held_out_photos, photo_of
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.sources import PairSource
 from detclipv2_jax.data.streams import Stream, eval_streams, train_streams
+from detclipv2_jax.inference import vocabulary
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import learning_rate, named_shapes
 from detclipv2_jax.runs.order import mixed
 from detclipv2_jax.runs.state import make_model, param_shapes
 
 LVIS_NAMES = 1203
+DICTIONARY_NAMES = 14_000  # of the paper's, and of `prepare dictionary`
 MAX_MISSING_SHARE = 0.1  # of the examples that a published data set should have
 
 
@@ -74,7 +78,25 @@ def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
         plan.notes.append(
             f"{kind}: {num_examples:,} examples as published, evenly on its canvases; the files were not looked at"
         )
+        plan.notes += _names_as_published(kind, section)
     return plan
+
+
+def _names_as_published(kind: Kind, section: ConfigDict) -> list[str]:
+    """Returns lines on definitions and negatives of published data sets, counted where the dictionary is there."""
+    path, notes = section.dictionary, []
+    known = read_dictionary(path) if path and Path(path).is_file() else None
+    state = f"{path} does not exist yet" if path else f"config.{kind}.dictionary is empty"
+    for name in [PurePath(folder).name for folder in section.data] if section.definitions else []:
+        if known and name in vocabulary.NAMED:
+            names = vocabulary.named(name).names
+            notes.append(f"{kind}, {name}: in {path} {defined(names, [known.definition(text) for text in names])}")
+        elif name in DATASETS and (num_names := DATASETS[name].num_names):
+            notes.append(f"{kind}, {name}: {num_names:,} names, whose definitions were not counted ({state})")
+    if kind is Kind.GROUNDING:
+        num = f"{len(known):,}" if known else f"{DICTIONARY_NAMES:,} planned" if path else "its own phrases as"
+        notes.append(f"{kind}: {num} names to draw negatives from" + ("" if known else f" ({state})"))
+    return notes
 
 
 def _add_steps(plan: Plan, kind: Kind, sizes: Sequence[canvases.Canvas], num_steps: float) -> None:
@@ -101,6 +123,7 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
         if evaluated:
             plan.num_words = len(evaluated[0].ground_truth.texts)
             plan.notes += [f"{stream.name}: {stream.num_examples:,} images" for stream in evaluated]
+            plan.notes += evaluation_notes(evaluated[0].ground_truth)
         else:
             plan.notes.append("no evaluation: config.eval.annotations is empty")
     with train.listed(plan.problems):
@@ -128,6 +151,7 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
         missing = {tuple(canvas) for canvas in config[kind.value].canvases} - {stream.canvas for stream in kind_streams}
         if kind_streams and missing:
             plan.notes.append(f"{kind}: no image is largest on the canvas {', '.join(map(str, sorted(missing)))}")
+    plan.notes += training_notes(streams)
     _check_sources(config, streams, plan)
     rate = learning_rate(config.optimizer, order.total_steps)
     end = float(rate(order.num_steps)) / config.optimizer.learning_rate

@@ -1,7 +1,9 @@
 import dataclasses
+import inspect
 import json
 import pathlib
 import pickle
+import shlex
 import subprocess
 import sys
 
@@ -10,16 +12,18 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from configs import swin_t
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.data import built
 from detclipv2_jax.data.built import read_built
-from detclipv2_jax.data.catalog import DATASETS, command_of
+from detclipv2_jax.data.catalog import DATASETS, command_of, dictionary_command
 from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import Batch, Kind, Record
 from detclipv2_jax.data.sources import open_sources
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.prepare import __main__ as prepare
 
+PRETRAINING = (pathlib.Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
 BUILDERS = {"detection": "coco_json", "grounding": "grounding_json", "image_text": "image_text"}
 
 
@@ -181,6 +185,21 @@ def test_commands_of_the_catalog_are_commands(folder):
     assert words[3] in prepare.KINDS
     known = {"input", "images", "names", "num_examples", "output"}
     assert {word.removeprefix("--").split("=")[0] for word in words[4:]} <= known
+
+
+def test_the_command_of_the_dictionary_takes_what_the_papers_configurations_name():
+    command = dictionary_command("data/dictionary.tsv")
+    words = shlex.split(command, comments=True)
+    assert (words[:4], "…" in command) == (["python", "-m", "detclipv2_jax.prepare", "dictionary"], False)
+    given = dict(word.removeprefix("--").split("=") for word in words[4:])
+    assert set(given) <= set(inspect.signature(prepare.dictionary).parameters)
+    config = swin_t.get_config()
+    inputs = {config.eval.annotations, *config.detection.data, *config.image_text.data}
+    assert set(given["input"].split(",")) == inputs
+    assert given["text"] == config.init_from.text
+    assert given["output"] == config.detection.dictionary == config.grounding.dictionary == config.eval.dictionary
+    row = next(line for line in PRETRAINING.splitlines() if line.startswith("| `data/dictionary.tsv`"))
+    assert f"`{shlex.join(words)}`" in row
 
 
 def test_a_report_without_its_kind_of_vocabulary_is_json(world):

@@ -24,6 +24,27 @@ def test_a_share_may_be_bad_and_not_more():
         checks.refuse_above_share(bad, 8, 0.49, what="photos", where="here")
 
 
+def test_a_missing_dictionary_is_one_problem_of_all_its_keys():
+    def missing(section, path="d.tsv"):
+        return checks.missing_paths({f"config.{section}.dictionary": (path, "file")})[0]
+
+    folder = "config.detection.images: the folder no does not exist"
+    photos = "config.eval: 2 photos do not exist:\n  a.jpg\n  b.jpg"
+    [command] = missing("eval").splitlines()[1:]
+    problems = []
+    for problem in (
+        f"{folder}\n{missing('detection')}\n{missing('grounding')}",
+        f"{missing('forgetting', 'other.tsv')}\n{photos}",
+        missing("eval"),
+    ):
+        problems = checks.dictionary_once([*problems, problem])
+    assert problems == [
+        f"{folder}\nconfig.detection.dictionary, config.grounding.dictionary, config.eval.dictionary: "
+        f"the file d.tsv does not exist; make it with\n{command}",
+        f"{missing('forgetting', 'other.tsv')}\n{photos}",
+    ]
+
+
 @pytest.mark.parametrize(
     "error", [AttributeError, EOFError, IndexError, KeyError, OverflowError, RecursionError, TypeError, BadZipFile]
 )

@@ -37,6 +37,48 @@ def test_a_run_on_raw_files(config):
     assert any(note.startswith("schedule: 12 of 12 steps; the learning rate ends at 0 ") for note in plan.notes)
 
 
+def test_the_dictionary_is_counted(config, tmp_path):
+    words = tmp_path / "words.tsv"
+    words.write_text("cat\ta pet\ndog\ta friend\nred car\ta vehicle\nzebra\ta horse\n")
+    for kind in ("detection", "grounding", "eval"):
+        config[kind].dictionary = str(words)
+    notes = check(config).notes
+    found = "3 of 6 names have a definition (first without: tree, traffic light, cup)"
+    assert f"detection, detection: {found}" in notes
+    assert f"eval: {found}" in notes
+    assert "grounding: 4 names to draw negatives from, those of the dictionary" in notes
+    words.unlink()
+    problems = "\n".join(check(config).problems)
+    keys = "config.detection.dictionary, config.grounding.dictionary, config.eval.dictionary"
+    assert problems.startswith(f"{keys}: the file {words} does not exist; make it with\n")
+    assert (problems.count(str(words)), problems.count("prepare dictionary")) == (2, 1)
+
+
+def test_the_dictionary_of_published_sets_is_planned_or_counted(tmp_path):
+    def notes(config):
+        return [note for note in data_plan.expected(config, num_hosts=8, num_devices=32).notes if "names" in note]
+
+    config = swin_t.get_config()
+    config.detection.dictionary = config.grounding.dictionary = words = str(tmp_path / "words.tsv")
+    state = f"({words} does not exist yet)"
+    assert notes(config) == [
+        f"detection, objects365: 365 names, whose definitions were not counted {state}",
+        f"grounding: 14,000 planned names to draw negatives from {state}",
+    ]
+    (tmp_path / "words.tsv").write_text("Person\ta human being\nSneakers\tshoes\nzebra\ta horse\n")
+    assert notes(config) == [
+        f"detection, objects365: in {words} 3 of 365 names have a definition (first without: Chair, Other Shoes, Hat, "
+        "Car, Lamp, …)",
+        "grounding: 3 names to draw negatives from",
+    ]
+    config.detection.dictionary = config.grounding.dictionary = ""
+    detection, grounding = notes(config)
+    assert detection.endswith("(config.detection.dictionary is empty)")
+    assert grounding.endswith("its own phrases as names to draw negatives from (config.grounding.dictionary is empty)")
+    config.detection.definitions = False
+    assert notes(config) == [grounding]
+
+
 def test_steps_of_a_stream_are_even_over_the_sizes_of_its_canvas_whatever_its_name(config):
     config.eval.annotations = config.eval.images = ""
     config.detection.canvases, config.detection.num_scales = ((128, 192), (192, 128)), 3

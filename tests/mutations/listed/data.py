@@ -49,7 +49,7 @@ FAULTS = [
         ("start = n * self.batch_size + self.process_index * rows", "start = n * self.batch_size", "::test_union_over_hosts_is_the_same_for_1_2_and_4_hosts"),
         ("np.arange(rows) < len(examples)", "np.ones(rows, bool)", "::test_evaluation_reads_everything_in_order ::test_evaluation_over_hosts"),
         ("width=extent[1], flip=flip", "width=self.canvases[0][1], flip=flip", "::test_flip_mirrors_pixels_boxes_and_no_caption_with_sides"),
-        ("concept_text(name, known.definition(name)) for name in names] if self.definitions", "concept_text(name, \"\") for name in names] if self.definitions", "::test_definitions_join_the_names"),
+        ("known.definition(name) if self.definitions else \"\" for name in names]", "\"\" for name in names]", "::test_definitions_join_the_names"),
     ),
     *plant(
         "data/canvases.py", "data/test_canvases.py",
