@@ -18,6 +18,9 @@ from detclipv2_jax.data.schema import DataError, UnusableError
 
 
 def test_a_share_may_be_bad_and_not_more():
+    bad = {f"of kind {i}": i for i in (1, 6, 2, 5, 3, 4)}
+    with pytest.raises(DataError, match=r"\(6 of kind 6, 5 of kind 5, 4 of kind 4, 3 of kind 3, 2 of kind 2\);"):
+        checks.refuse_above_share(bad, 99, 0.1, what="photos", where="here")
     bad = {"torn": 1, "burnt": 3}
     checks.refuse_above_share(bad, 8, 0.5, what="photos", where="here")
     with pytest.raises(DataError, match=r"here: 4 of 8 photos cannot be used \(3 burnt, 1 torn\); .* allows 49\.00%"):
@@ -76,6 +79,11 @@ def test_missing_paths_are_named_by_their_keys(tmp_path):
         "c is empty; it must name a file",
         f"d: the file {absent} does not exist",
     ]
+    (message,) = checks.missing_paths({"config.eval.dictionary": (absent, "file")})
+    assert message.startswith(
+        f"config.eval.dictionary: the file {absent} does not exist; python -m detclipv2_jax.prepare"
+    )
+    assert f"--output={absent} builds one" in message
 
 
 def test_facts_of_photos_change_with_them(tmp_path):
@@ -92,6 +100,14 @@ def test_facts_of_photos_change_with_them(tmp_path):
         file.write("xx")
     os.utime(paths[1], (1, 1))
     assert checks.photo_facts(paths, where="w") != first  # of another size, at the same time
+    os.utime(paths[1], (1, 1))
+    with open(paths[1], "w") as file:
+        file.write("x")
+    os.utime(paths[1], (1, 1))
+    assert checks.photo_facts(paths, where="w") == first
+    os.rename(paths[1], tmp_path / "another name")
+    assert checks.photo_facts([paths[0], str(tmp_path / "another name")], where="w") != first
+    os.rename(tmp_path / "another name", paths[1])
     with pytest.raises(DataError, match=r"(?s)w: 2 of 4 photos do not exist:.*/c.*/d"):
         checks.photo_facts([*paths, str(tmp_path / "c"), str(tmp_path / "d")], where="w")
 
@@ -124,6 +140,40 @@ def test_photos_that_a_folder_lacks(tmp_path, num, caplog):
     assert not caplog.records
     checks.check_photos(str(tmp_path), num, names.__getitem__, where="p.tsv", max_bad_share=0.1)
     assert message.format("10.00%") in caplog.text
+
+
+def test_a_bucket_is_listed_by_the_beginnings_of_the_names(monkeypatch, caplog):
+    """Its names are asked for in at most 32 parts, at once; nothing is asked of a photo that is listed."""
+    names = [f"train/{i:06d}.jpg" for i in range(0, 400_000, 2_000)]
+    folder = f"{checks.buckets.root()}/files/gs/bucket/photos"
+    asked = []
+
+    def listed(place, beginnings):
+        assert str(place) == "gs://bucket/photos"
+        asked.append(sorted(beginnings))
+        return [name for name in names if name.startswith(tuple(beginnings)) and name != names[7]]
+
+    monkeypatch.setattr(checks.bucket_store, "names_that_begin", listed)
+    assert checks.missing_photos(folder, 200, names.__getitem__) == [f"{folder}/{names[7]}"]
+    assert asked == [["train/0", "train/1", "train/2", "train/3"]]  # the next letter would make 40
+    asked.clear()
+    assert checks.missing_photos(folder, 160, names.__getitem__) == [f"{folder}/{names[7]}"]
+    assert len(asked[0]) == 32
+
+    def refused(place, beginnings):
+        raise checks.bucket_store.BucketError("may not be listed")
+
+    def fetch_all(paths, missing_ok):
+        asked.append([*paths])
+        assert missing_ok
+
+    asked.clear()
+    monkeypatch.setattr(checks.bucket_store, "names_that_begin", refused)
+    monkeypatch.setattr(checks.buckets, "fetch_all", fetch_all)
+    paths = [f"{folder}/{name}" for name in names[:64]]
+    assert checks.missing_photos(folder, 200, names.__getitem__) == paths
+    assert asked == [paths]
+    assert "only the first 64 photos are looked for: may not be listed" in caplog.text
 
 
 def test_a_list_of_very_many_missing_photos_is_a_file(tmp_path, monkeypatch):
