@@ -1,5 +1,6 @@
 """Files that annotations name, ids that fit each other, and workers that ignore Ctrl-C."""
 
+import fcntl
 import json
 import logging
 import os
@@ -230,6 +231,24 @@ def test_ids_of_annotations_are_those_that_are_listed():
     }
 
 
+def test_an_id_that_may_have_been_rounded_names_nothing():
+    content = {"images": [{"id": 1}], "annotations": [{"image_id": 1}, {"image_id": 1.5}, {"image_id": 7}]}
+    found, repaired = selection.with_fitting_ids(content)
+    assert [row["image_id"] for row in found["annotations"]] == [1, None, 7]
+    assert repaired == {}
+
+
+def test_paths_of_photos(tmp_path):
+    folder = os.path.realpath(tmp_path)
+    assert (
+        selection.photo_path({"coco_url": "http://x/y/val2017/7.jpg"}, folder, where="f") == f"{folder}/val2017/7.jpg"
+    )
+    assert selection.photo_path({"file_name": "a/7.jpg", "coco_url": "x"}, folder, where="f") == f"{folder}/a/7.jpg"
+    for name in ("../7.jpg", "/7.jpg"):
+        with pytest.raises(ValueError, match=f"f: the file name '{name}' leads out of the folder"):
+            selection.photo_path({"file_name": name}, folder, where="f")
+
+
 def test_images_that_are_read():
     images = [
         {"id": 1, "file_name": "a.png"}, {"id": 1.0, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"},
@@ -296,6 +315,7 @@ def test_a_worker_waits_for_its_parent_and_does_not_get_ctrl_c(monkeypatch):
     monkeypatch.setattr(workers.os, "_exit", lambda status: done.append(status))
     parent = types.SimpleNamespace(join=lambda: done.append("waited"))
     monkeypatch.setattr(workers.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(workers, "_name_memory", lambda: done.append("names"))
     before = signal.getsignal(signal.SIGINT)
     try:
         workers.end_with_parent()
@@ -303,8 +323,76 @@ def test_a_worker_waits_for_its_parent_and_does_not_get_ctrl_c(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     started[0]["target"]()
-    assert done == ["watches", "waited", 1]
+    assert done == ["names", "watches", "waited", 1]
     assert started[0]["daemon"]
+
+
+def test_memory_of_runs_that_are_gone_is_removed_and_that_of_others_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_MEMORY", tmp_path)
+    names = [f"psm_detclip{run}{end}" for run in "ab" for end in (".lock", "_1", "_2")]
+    for name in [*names, "psm_other_1", "psm_detclipc_1"]:
+        (tmp_path / name).write_bytes(b"")
+    with open(tmp_path / "psm_detclipb.lock", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        workers._remove_left()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names[3:], "psm_other_1", "psm_detclipc_1"}
+
+
+def test_memory_of_a_run_is_called_by_a_file_that_it_holds(tmp_path, monkeypatch):
+    known, ending, made = [], [], types.SimpleNamespace(_make_filename=lambda: "/psm_plain")
+    tracker = types.SimpleNamespace(
+        register=lambda *entry: known.append(entry), unregister=lambda *entry: known.remove(entry)
+    )
+    monkeypatch.setattr(workers, "_MEMORY", tmp_path)
+    monkeypatch.setattr(workers, "_locks", [])
+    monkeypatch.setattr(workers, "resource_tracker", tracker)
+    monkeypatch.setattr(workers, "shared_memory", made)
+    monkeypatch.setattr(workers.atexit, "register", ending.append)
+    monkeypatch.delenv("DETCLIP_SHARED_MEMORY", raising=False)
+    workers._name_memory()
+    assert made._make_filename() == "/psm_plain"
+    monkeypatch.setenv("DETCLIP_SHARED_MEMORY", "")  # for `monkeypatch` to restore it
+    known.clear()
+    workers._own_memory()
+    (lock,) = tmp_path.iterdir()
+    assert known == [(f"/{lock.name}", "shared_memory")]
+    workers._remove_left()  # as another run does
+    assert lock.exists()
+    with open(lock, "rb") as other:  # workers may hold it, too
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    first, second = made._make_filename(), made._make_filename()
+    assert first != second
+    assert first.startswith(f"/{lock.stem}_")
+    assert known[1:] == [(first, "shared_memory"), (second, "shared_memory")]
+    (leave,) = ending
+    with monkeypatch.context() as patch:  # of a worker, which is no owner
+        patch.setattr(workers.os, "getpid", lambda: 0)
+        leave()
+    assert lock.exists()
+    leave()
+    assert not lock.exists()
+    assert (f"/{lock.name}", "shared_memory") not in known
+    os.close(workers._locks[0])
+
+
+def test_memory_of_a_run_is_named_once(monkeypatch):
+    owned = []
+    monkeypatch.setattr(workers, "_locks", [])
+    monkeypatch.setattr(workers, "_own_memory", lambda: owned.append(workers._locks.append(3)))
+    for _ in range(2):
+        with workers.starting():
+            pass
+    assert len(owned) == 1
+
+
+def test_another_process_does_what_is_asked_of_it_once(tmp_path):
+    path = str(tmp_path / "a" / "b")
+    with workers.beside(os.makedirs, path, exist_ok=False):
+        pass
+    assert os.path.isdir(path)
+    with pytest.raises(FileExistsError), workers.beside(os.makedirs, path, exist_ok=False):
+        pass
 
 
 def test_a_worker_ends_when_its_parent_does():
