@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from bucket_servers import url
 from micro import micro_config
+from ml_collections import ConfigDict
 
 from detclipv2_jax import bucket_store, buckets, commands, files
 from detclipv2_jax.bucket_store import BucketError, place
@@ -44,6 +45,10 @@ def test_names():
     assert place("gs://bucket/a/b.json") == ("gs", "bucket", "a/b.json")
     assert str(place("s3://bucket/run/")) == "s3://bucket/run"
     assert place("runs/a") is place("hf://x") is place(3) is place("") is None
+    assert place("gs://a_1").below("x") == ("gs", "a_1", "x")
+    for wrong in ("gs://ab/x", "gs://-ab/x", "gs://ab-/x", "s3://Abc/x", "gs://bucket/a\0b", "gs://bucket/./a"):
+        with pytest.raises(ValueError, match="names no bucket and path"):
+            place(wrong)
     for wrong in ("gs://", "gs:///a", "s3://bucket/../a", "gs://bucket/a/../../b", "gs://../a", "gs://bucket/a//b"):
         with pytest.raises(ValueError, match="names no bucket and path"):
             place(wrong)
@@ -57,6 +62,131 @@ def test_paths_of_the_cache_are_names_again(tmp_path, monkeypatch):
     assert buckets.name_of(buckets.path_of(where, part="workdirs/0")) == "gs://bucket/a/b"
     assert buckets.name_of("a/b") == "a/b"
     assert buckets.place_of(tmp_path / "other") is None
+    assert buckets.is_workdir(buckets.path_of(where, part="workdirs/0"))
+    assert not buckets.is_workdir(buckets.path_of(where))
+    monkeypatch.delenv("DETCLIP_BUCKET_CACHE_GB", raising=False)
+    assert buckets.limit_bytes() == 100 * 10**9
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE_GB", "0.5")
+    assert buckets.limit_bytes() == 5 * 10**8
+
+
+def test_photos_alone_are_asked_for_ahead_and_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path))
+    monkeypatch.setenv("DETCLIP_BUCKETS_SINCE", "100.5")
+    monkeypatch.setattr(buckets, "_begun", {})
+    monkeypatch.setattr(bucket_store, "begin", lambda where, known: asked.append((where.key, known)))
+    names = ["a.jpg", "b.PNG", "c.json", "new.webp", "old.bmp", "another.bmp"]
+    paths = [str(buckets.path_of(place(f"gs://bucket/{name}"))) for name in names]
+    for path, when in zip(paths[3:], (100.5, 100, 100), strict=True):
+        files.write_text(path, [])
+        os.utime(path, (when, when))
+    for path, number in ((paths[4], os.stat(paths[4]).st_ino), (paths[5], 0)):  # the other one was replaced
+        files.write_text(buckets.path_of(buckets.place_of(path), part="versions"), [f"{number} v7"])
+    buckets.begin([*paths, str(tmp_path / "elsewhere.jpg")])
+    assert asked == [("a.jpg", b""), ("b.PNG", b""), ("old.bmp", b"v7"), ("another.bmp", b"")]
+    buckets.begin(paths)
+    assert len(asked) == 4
+
+
+def test_a_cache_makes_room_where_it_must(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE_GB", "0.0001")  # 100 kB; 95 stay, and it looks at every 1,562 bytes
+    folder, week = tmp_path / "files" / "gs" / "bucket", 7 * 24 * 3600
+
+    def hold(**sizes):
+        for age, (name, size) in enumerate(sizes.items()):
+            files.write_text(folder / name.replace("_", "."), ["x" * 1000 * size])
+            at = time.time() - 60 * (1 + len(sizes) - age) - week * name.startswith("old")
+            os.utime(folder / name.replace("_", "."), (at, at))
+
+    def held():
+        return sorted(path.name for path in folder.iterdir())
+
+    meter = buckets._Meter(str(tmp_path))
+    hold(old_json=30, a_JPG=20, b_json=20, c_png=20, d_tif=9)
+    meter.add(1)  # the first look
+    assert held() == ["a.JPG", "b.json", "c.png", "d.tif"]  # of what was not used for a week
+    hold(e_jpg=30)
+    meter.add(1562)
+    assert len(held()) == 5
+    meter.add(1)
+    assert held() == ["b.json", "c.png", "d.tif", "e.jpg"]  # the oldest photo, no file in use
+    hold(f_json=16)
+    meter.add(1000), meter.add(563)
+    assert held() == ["b.json", "d.tif", "e.jpg", "f.json"]
+    hold(g_json=62)
+    meter.add(2000)
+    assert held() == ["b.json", "f.json", "g.json"]  # all that it may hold
+    with pytest.raises(BucketError, match=r"more than the 0\.0001 that the cache"):
+        meter.add(2001)
+
+
+def test_what_a_configuration_names_in_buckets_is_fetched(monkeypatch):
+    monkeypatch.setattr(buckets, "here", lambda text: f"here/{text}")
+    monkeypatch.setattr(buckets, "folder_here", lambda text: f"folder/{text}")
+    config = ConfigDict({"closing": "c", "init_from": {"checkpoint": "a", "other": "b"}, "seed": 3})
+    config.detection = {"images": "i", "data": ("x", "y"), "canvases": ((1, 2), (3, 4)), "closing": "z", "names": ["n"]}
+    found = buckets.localized(config).to_dict()
+    assert found == {
+        "closing": "c", "init_from": {"checkpoint": "a", "other": "here/b"}, "seed": 3,
+        "detection": {
+            "images": "folder/i", "data": ("here/x", "here/y"), "canvases": ((1, 2), (3, 4)), "closing": "here/z",
+            "names": ["here/n"],
+        },
+    }  # fmt: skip
+    assert config.detection.images == "i"
+
+
+def test_arguments_of_a_command_and_where_several_machines_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path))
+    monkeypatch.setattr(buckets, "here", lambda text: text.replace("gs://", "/here/"))
+    done = []
+    parts = [place("gs://bucket/out/building/a")]
+    monkeypatch.setattr(buckets, "download", lambda where, folder: done.append(("download", str(where))) or parts)
+    monkeypatch.setattr(buckets, "upload", lambda path, where: done.append(("upload", path.name, str(where))) or 7)
+    monkeypatch.setattr(buckets, "write", lambda where, content: done.append(("delete", str(where), content)))
+    options = {"words": ["gs://bucket/w"], "workdir": "gs://bucket/r", "checkpoint": "gs://bucket/c", "num": 3}
+    options |= {"input": "gs://bucket/i", "many": ("gs://bucket/m", "x"), "plain": "p", "output": "gs://bucket/out"}
+    for index, count, steps in ((0, 1, 1), (-1, 3, 3), (0, 3, 1), (2, 3, 1)):
+        done.clear()
+        with buckets.arguments_here({**options, "index": index, "count": count}) as found:
+            made = found.pop("output")
+            assert made.startswith(f"{tmp_path}/output-")
+            assert os.path.isdir(os.path.dirname(made))
+        given = {key: value for key, value in options.items() if key != "output"} | {"index": index, "count": count}
+        assert found == given | {"input": "/here/bucket/i", "many": ("/here/bucket/m", "x")}
+        assert not os.path.exists(os.path.dirname(made))
+        all_done = [
+            ("download", "gs://bucket/out/building"), ("upload", "out", "gs://bucket/out"),
+            ("delete", str(parts[0]), None),
+        ]  # fmt: skip
+        assert done == (all_done if steps == 3 else all_done[1:2])
+    assert "uploaded to gs://bucket/out: 7 files" in capsys.readouterr().out
+    for wrong in (
+        {"finetuned": "gs://bucket/f"},
+        {"finetuned": ["gs://bucket/f"]},
+        {"log": pathlib.Path("gs:/bucket/f")},
+    ):
+        with pytest.raises(ValueError, match="must be on this machine"), buckets.arguments_here(wrong):
+            pass
+    with buckets.arguments_here({"finetuned": "here", "log": pathlib.Path("a")}) as found:
+        assert found == {"finetuned": "here", "log": pathlib.Path("a")}
+
+
+def test_what_names_the_rest_is_uploaded_last_and_gone_meanwhile(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(buckets, "write", lambda where, content: order.append((where.key, content)))
+    for i, name in enumerate(("z/a", "b", "report", "c")):
+        files.write_text(tmp_path / "out" / name, [name])
+        os.utime(tmp_path / "out" / name, (i if name != "report" else 9,) * 2)
+    where = place("gs://bucket/run")
+    assert buckets.upload(tmp_path / "out", where) == 4
+    assert (order[0], order[-1]) == (("run/report", None), ("run/report", b"report"))
+    assert sorted(order[1:-1]) == [("run/b", b"b"), ("run/c", b"c"), ("run/z/a", b"z/a")]
+    assert buckets.upload(tmp_path / "out" / "b", where) == 1
+    assert order[-1] == ("run", b"b")
+    (tmp_path / "none").mkdir()
+    assert buckets.upload(tmp_path / "none", where) == 0
 
 
 @needs_servers
@@ -95,10 +225,15 @@ def test_a_file_is_fetched_once_and_asked_for_once_a_run(server, bucket, monkeyp
     stored = os.stat(path).st_ino
     assert files.read_json(path) == [2]
     assert os.stat(path).st_ino == stored  # it was only asked whether it changed
+    asked = len(server.requests)
+    assert files.read_json(path) == [2]
+    assert len(server.requests) == asked  # once a run
     bucket_store.write(where, None)
     next_run(monkeypatch)
     with pytest.raises(FileNotFoundError):
         files.read_bytes(path)
+    assert not os.path.exists(path)
+    assert not buckets.path_of(where, part="versions").exists()
     with pytest.raises(ValueError, match="no such object, and none below it"):
         buckets.here(str(where))
 
@@ -194,6 +329,8 @@ def test_a_strangers_keys_stay_in_the_cache(monkeypatch):
     keys = [b"a/../../x", b"a//y", b"a/ok", b"a/", b"a//etc/x", b"a/./z", b"a/b/c"]
     monkeypatch.setattr(bucket_store, "_ask", lambda *_: keys)
     assert bucket_store.names_below(place("gs://bucket/a")) == ["b/c", "ok"]
+    keys[:] = [b"z", b"b/c", b"/d", b"b/\0"]
+    assert bucket_store.names_below(place("gs://bucket")) == ["b/c", "z"]
 
 
 @needs_servers

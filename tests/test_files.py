@@ -1,5 +1,6 @@
 """Text of any encoding, file names from data, what is no file, and locks."""
 
+import concurrent.futures
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
@@ -32,6 +34,22 @@ def test_lines_are_the_same_with_any_end_and_mark(tmp_path, end, mark):
 def test_only_line_ends_end_lines(tmp_path):
     (tmp_path / "text").write_text("a\x0bb\x0cc\u2028d\x85e\nf", encoding="utf-8")
     assert files.read_lines(tmp_path / "text") == ["a\x0bb\x0cc\u2028d\x85e", "f"]
+
+
+def test_marks_of_files_that_were_joined_go(tmp_path):
+    data = b"\xef\xbb\xbfa\n\xef\xbb\xbfb\xef\xbb\xbf\nc"
+    (tmp_path / "text").write_bytes(data)
+    assert files.read_lines(tmp_path / "text") == ["a", "b\ufeff", "c"]
+    lines = list(files.byte_lines(io.BytesIO(data), where="x"))
+    assert lines == [(3, b"a"), (8, b"b\xef\xbb\xbf"), (13, b"c")]
+
+
+def test_a_line_without_end_is_no_text(monkeypatch):
+    monkeypatch.setattr(files, "_MAX_LINE_BYTES", 2 << 20)
+    whole = b"a" * (2 << 20)
+    assert list(files.byte_lines(io.BytesIO(whole), where="x")) == [(0, whole)]
+    with pytest.raises(ValueError, match=r"^x has a line of more than 2 MiB; it is no text"):
+        list(files.byte_lines(io.BytesIO(whole + b"a"), where="x"))
 
 
 def test_lines_that_are_cut_by_a_block_are_whole():
@@ -96,6 +114,9 @@ def test_different_names_stay_different_and_plain_ones_as_they_are():
     assert re.fullmatch(r"a_b-[0-9a-f]{12}", files.safe_name("a/b"))
     names = [*map(str, HOSTILE), "a/b", "a_b", "a\\b", "é", "e\u0301", "a" * 200 + "1", "a" * 200 + "2"]
     assert len({unicodedata.normalize("NFC", files.safe_name(name)) for name in names}) == len(names)
+    assert len(files.safe_name("a" * 121)) == 120
+    assert files.safe_name("a" * 120) == "a" * 120
+    assert re.fullmatch(rf"{'a' * 105}-[0-9a-f]{{12}}", files.safe_name("a" * 105 + ". b" * 9))
     for plain in (42, "42", "red car", "000000000042", "Käse", "cat_1-2.jpg"):
         assert files.safe_name(plain) == str(plain)
 
@@ -186,12 +207,46 @@ def test_a_lock_keeps_other_processes_out_until_its_process_is_gone(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as first:
         assert first.stdout.readline() == "in\n"
-        with pytest.raises(files.LockedError, match=r"^process \d+ on "), files.locked(tmp_path / "lock"):
+        said = rf"^process {first.pid} on {socket.gethostname()}\Z"
+        with pytest.raises(files.LockedError, match=said), files.locked(tmp_path / "lock"):
+            pass
+        (tmp_path / "lock").write_text(" \n")
+        with pytest.raises(files.LockedError, match="it does not say which"), files.locked(tmp_path / "lock"):
             pass
         first.kill()
     (tmp_path / "lock").write_text("process 12345678 on a host with a long name\n")
     with files.locked(tmp_path / "lock"):
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+def test_a_lock_whose_file_was_replaced_meanwhile_is_none(tmp_path, monkeypatch):
+    def replaced(file, flags):
+        (tmp_path / "lock").unlink()
+        (tmp_path / "other").rename(tmp_path / "lock")
+
+    (tmp_path / "other").write_text("")
+    monkeypatch.setattr(files.fcntl, "lockf", replaced)
+    with pytest.raises(files.LockedError, match="it has just ended"), files.locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_folder_that_was_written_keeps_no_lock(tmp_path):
+    for name, lock in (("", "..lock"), ("a.json", ".a.json.lock")):
+        with files.only_writer(tmp_path / "new" / "folder", name):
+            assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [lock]
+        assert not list((tmp_path / "new" / "folder").iterdir())
+
+
+def test_threads_write_a_file_apart_from_each_other(tmp_path):
+    def place():
+        with files.whole(tmp_path / "a.json") as partial:
+            partial.write_text("{}")
+            return partial
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread, files.whole(tmp_path / "a.json") as partial:
+        partial.write_text("[]")
+        assert thread.submit(place).result() != partial
+    assert (tmp_path / "a.json").read_text() == "[]"
 
 
 def test_arrays_are_read_by_name_and_nothing_else_is(tmp_path):
@@ -208,6 +263,11 @@ def test_arrays_are_read_by_name_and_nothing_else_is(tmp_path):
     with pytest.raises(ValueError, match=r"^x cannot be read \(BadZipFile"):
         files.read_arrays("x", ("a",), data=data[:-30])
     np.savez_compressed(path, **arrays)
+    with pytest.raises(ValueError, match="its arrays are compressed"):
+        files.read_arrays(path, ("a",))
+    np.savez(path, **arrays)
+    with zipfile.ZipFile(path, "a") as archive:  # one of several
+        archive.writestr("d.npy", b"", zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match="its arrays are compressed"):
         files.read_arrays(path, ("a",))
     np.savez(path, a=np.array([None, {}]))

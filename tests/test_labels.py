@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from detclipv2_jax import labels
 from detclipv2_jax.colors import BLACK, WHITE, color_of, ink_on, luminance
@@ -85,6 +85,49 @@ def test_labels_prefer_the_corner_above_their_box():
     assert labels.place_label(box, (50, 20), size, [(100, 80, 125, 100)]) == (130, 80, 180, 100)
     assert labels.place_label(np.array([390.0, 5, 399, 9]), (50, 20), size, []) == (349, 0, 399, 20)
     assert labels.place_label(np.array([0.0, 0, 9, 9]), (50, 500), size, []) == (0, 0, 50, 500)
+
+
+def test_where_a_label_stands_when_better_places_are_taken():
+    box, size = np.array([100.0, 100, 180, 160]), (400, 300)
+    above, left = (0, 70, 400, 100), (0, 0, 100, 300)
+    assert labels.place_label(box, (50, 20), size, [(150, 70, 400, 100), left]) == (100, 80, 150, 100)  # it may touch
+    assert labels.place_label(box, (50, 20), size, [above]) == (100, 100, 150, 120)  # in the box
+    assert labels.place_label(box, (50, 20), size, [above, (0, 100, 400, 125)]) == (100, 160, 150, 180)  # below it
+    middle = [above, (0, 100, 400, 119), (0, 141, 400, 190)]
+    assert labels.place_label(box, (50, 20), size, middle) == (100, 120, 150, 140)
+    # away from it: where it is nearest, first from the left
+    assert labels.place_label(box, (50, 20), size, [(0, 0, 400, 200)]) == (54, 204, 104, 224)
+    assert labels.place_label(box, (50, 20), size, [(0, 90, 400, 300), (0, 0, 222, 90)]) == (222, 66, 272, 86)
+
+
+@pytest.mark.parametrize(("size", "line"), [((600, 400), 2), ((100, 90), 2), ((400, 1500), 5)])
+def test_lines_of_boxes_have_a_rim_and_the_first_lie_on_top(size, line):
+    picture, ground = Image.new("RGB", size, (90, 90, 90)), (90, 90, 90)
+    boxes = np.array([[20.0, 20, 70, 70], [40, 10, 80, 60], [9, 9, 9, 9]])
+    red, blue, green = (200, 0, 0), (0, 0, 200), (0, 200, 0)
+    labels.draw(picture, boxes, [""] * 3, [red, blue, green], font=labels.AsciiFont(12))
+    across = [picture.getpixel((x, 50)) for x in range(17, 20 + line + 3)]
+    assert across == [ground] * 2 + [WHITE] + [red] * line + [WHITE] + [ground] * 2
+    assert picture.getpixel((40, 20)) == red  # where both lines cross
+    assert picture.getpixel((40, 30)) == blue
+    assert [picture.getpixel((x, x)) for x in (9, 10)] == [green] * 2  # a box without extent is seen
+
+
+def test_a_label_is_written_in_its_field_and_led_to_its_box_from_afar(monkeypatch):
+    font, color = labels.AsciiFont(12), (0, 90, 0)
+    box, places = np.array([[100.0, 100, 150, 140]]), []
+    monkeypatch.setattr(labels, "place_label", lambda *_: places[-1])
+    for at, led in (((100, 80, 160, 99), False), ((151, 110, 211, 130), False), ((170, 110, 230, 130), True)):
+        places.append(at)
+        picture, plain = Image.new("RGB", (300, 200)), Image.new("RGB", (300, 200))
+        labels.draw(picture, box, ["a\n b"], [color], font=font)
+        labels.draw(plain, box, [""], [color], font=font)
+        brush = ImageDraw.Draw(plain)
+        if led:
+            brush.line((150, 120, 200, 120), fill=color, width=2)
+        brush.rectangle(at, fill=color, outline=WHITE)
+        font.write(brush, (at[0] + 3, at[1] + 1), "a b", fill=WHITE)
+        np.testing.assert_array_equal(picture, plain)
 
 
 def test_labels_lie_inside_and_apart():

@@ -368,7 +368,7 @@ def eval_streams(
     Raises:
       ValueError: a file or folder is missing or of another kind; while reading, an image cannot be used.
     """
-    _divide(section.batch_size, process_count, "config.eval")
+    _divide(section.batch_size, process_count, prefix)
     opened = open_evaluation(section, prefix=prefix)
     if opened is None:
         return []

@@ -89,7 +89,7 @@ REPAIRED = {
     "area empty": (set_all("area", [""]), {"area that is no number": 1}),
     "area true": (set_all("area", [True, [1]]), {"area that is no number": 2}),
     "area 0": (set_all("area", [0, -3]), {"area of 0 or less of a box that has one": 2}),
-    "area of another scale": (set_all("area", [0.01, 1605, 1604, 1]), {STRANGE: 2}),
+    "area of another scale": (set_all("area", [0.01, 2404, 1605, 1.2]), {STRANGE: 2}),
     "iscrowd null": (set_all("iscrowd", [None] * 4), {"iscrowd that is no whole number": 4}),
     "iscrowd text": (set_all("iscrowd", ["0", "false", "", "No"]), {"iscrowd that is no whole number": 4}),
     "iscrowd false": (set_all("iscrowd", [False] * 6), {}),
@@ -120,7 +120,7 @@ def test_what_is_repaired_changes_no_score_and_is_counted(name):
     np.testing.assert_array_equal(read.boxes, plain.boxes)
     assert not (read.crowd | read.ignored).any()
     given = {"area null": {1: 2.0}, "area text": {0: 800.0, 2: 1000.0}}
-    given = given.get(name) or dict(enumerate([0.01, 1605, 1604, 1] if name == "area of another scale" else []))
+    given = given.get(name) or dict(enumerate([0.01, 2404, 1605, 1.2] if name == "area of another scale" else []))
     assert read.areas.tolist() == [given.get(i, area) for i, area in enumerate(plain.areas.tolist())]
     assert [read.category_ids.ids[i] for i in read.category] == [1, 2, 2, 1, 1, 2]
     ids = {image["file_name"]: key for image, key in zip(read.images, read.image_ids.ids, strict=True)}

@@ -124,6 +124,9 @@ def test_boxes_around_masks_and_polygons():
         assert sum(runs) == mask.size
         for counts in (runs, text_of(runs)):
             assert annotations.box_of_outline({"size": list(mask.shape), "counts": counts}) == box
+    largest = annotations.MAX_SIDE
+    for counts in ([0, largest**2], text_of([0, largest**2])):
+        assert annotations.box_of_outline({"size": [largest] * 2, "counts": counts}) == [0, 0, largest, largest]
     points = rng.integers(-9, 9, (2, 5, 2))
     low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
     expected = [*low.tolist(), *(high - low).tolist()]
@@ -178,18 +181,87 @@ def test_areas_are_those_of_the_boxes_where_none_are_given():
 
 
 def test_boxes_of_another_form_are_told():
-    sizes = np.full((5, 2), (100, 200))
-    boxes = np.array([[0, 0, 50, 50], [191, 10, 12, 20], [190, 10, 12, 20], [5, 5, 0.5, 9], [150, 9, 53, 9]])
+    sizes = np.full((8, 2), (100, 200))
+    boxes = np.array(
+        [
+            [0, 0, 50, 50],
+            [191, 10, 12, 20],
+            [190, 10, 12, 20],
+            [5, 5, 0.5, 9],
+            [150, 9, 53, 9],
+            [-3, 9, 20, 20],
+            [30, -3, 20, 20],
+            [5, 5, 9, 1],
+        ]
+    )
     cut, below, look = annotations.suspicious(boxes, sizes)
-    # the second leaves by 3 px of 12, the third by 2, the last by 3 of 53
-    assert cut.tolist() == [False, True, False, False, False]
-    assert below.tolist() == [False, False, False, True, False]
+    # the second leaves by 3 px of 12, the third by 2, the fifth by 3 of 53, the two after it by 3 of 20
+    assert cut.tolist() == [False, True, False, False, False, True, True, False]
+    assert below.tolist() == [False, False, False, True, False, False, False, False]
     assert look == ""
-    assert not annotations.suspicious(boxes, np.zeros((5, 2)))[0].any()
-    assert "0 to 1" in annotations.suspicious(np.full((5, 4), 0.5), sizes)[2]
+    assert not annotations.suspicious(boxes, np.zeros((8, 2)))[0].any()
+    assert "0 to 1" in annotations.suspicious(np.full((5, 4), 0.5), sizes[:5])[2]
     corners = np.array([[10, 10, 150, 90], [100, 50, 160, 80], [120, 60, 190, 95], [5, 5, 100, 50]])
     assert "x1, y1, x2, y2" in annotations.suspicious(corners, sizes[:4])[2]
     assert annotations.suspicious(np.zeros((0, 4)), np.zeros((0, 2)))[2] == ""
+
+
+def form(*boxes, size=(480, 640)):
+    """Returns the first words of what boxes look like on photos of a (height, width); "" for x, y, width, height."""
+    return annotations.suspicious(np.array(boxes, float), np.full((len(boxes), 2), size))[2].partition(";")[0]
+
+
+def test_half_of_the_boxes_may_be_tiny():
+    tiny, plain = (-1, 0.5, 1, 1), (30, 20, 20, 10)
+    assert form(tiny, tiny, plain, plain) == ""
+    assert form(tiny, tiny, tiny, plain, plain) == "look relative to the image's size (0 to 1)"
+
+
+def test_percents_are_told_from_pixels():
+    percent = "look like percent of the image's size"
+
+    def look(*, end=95.0, step=3.0, num=20, size=(480, 640), first=(0.0, 0.0)):
+        low = [first, *((step * i, step * i) for i in range(1, num))]
+        return form(*((x, y, *[end - step * (num - 1)] * 2) for x, y in low), size=size)
+
+    assert look() == look(end=89.1) == look(end=100.9) == look(size=(200, 200)) == look(step=1.75) == percent
+    assert look(end=88.9) == look(end=101.1) == look(size=(199, 640)) == look(size=(480, 199)) == look(num=19) == ""
+    assert look(step=1.7) == look(first=(-0.1, 0)) == look(size=(0, 0)) == ""  # all about one place, outside, unknown
+
+
+def test_corners_are_told_by_the_border():
+    corners, small = "look like x1, y1, x2, y2", (10, 10, 100, 100)
+    leaves, not_quite = (310, 10, 331, 100), (310, 10, 330.5, 100)  # a right end of 641 px
+    assert form(*[leaves] * 4, *[small] * 6) == corners
+    assert form(*[leaves] * 3, *[small] * 7) == form(*[not_quite] * 4, *[small] * 6) == ""
+    reaches = (20, 15, 620, 100)
+    assert form(reaches, reaches) == corners
+    assert form(reaches) == form(reaches, reaches, small) == ""
+    assert form(*[leaves] * 99, (50, 50, 20, 90)) == corners
+    assert form(*[leaves] * 98, *[(50, 50, 20, 90)] * 2) == ""
+
+
+@pytest.mark.parametrize("across", [0, 1])
+@pytest.mark.parametrize(("correlation", "look"), [(0.49, ""), (0.51, "look like x1, y1, x2, y2")])
+def test_corners_are_told_by_how_they_grow(correlation, look, across):
+    one, other = np.tile([1, -1], 10), np.tile([1, 1, -1, -1], 5)
+    boxes = np.stack([20 + 5.0 * one] * 2 + [100 + 20.0 * one] * 2, axis=1)
+    boxes[:, 2 + across] = 100 + 20 * (correlation * one + np.sqrt(1 - correlation**2) * other)
+    assert form(*boxes) == look
+    assert form(*boxes[:19]) == ""  # too few
+
+
+def test_exchanged_sides_and_centres_are_told_by_what_leaves_the_photo():
+    exchanged, plain, tall = "look like y, x, height, width", (30, 20, 20, 10), (10, 500, 5, 60)
+    assert form(*[plain] * 48, *[tall] * 2) == form(*[plain] * 19, tall) == exchanged
+    assert form(*[plain] * 49, tall) == form(*[plain] * 18, tall) == ""
+    assert form(*[plain] * 47, (-1, 20, 20, 10), *[tall] * 2) == exchanged
+    assert form(*[plain] * 47, (-1.1, 20, 20, 10), *[tall] * 2) == ""
+    centre, at_the_end = "look like centre x, centre y, width, height", (622, 462, 38, 38)
+    assert form(*[plain] * 48, *[at_the_end] * 2) == centre
+    assert form(*[plain] * 47, (18, 20, 38, 10), *[at_the_end] * 2) == centre
+    assert form(*[plain] * 47, (17.9, 20, 38, 10), *[at_the_end] * 2) == ""
+    assert form(*[plain] * 47, (622.1, 462, 38, 38), *[at_the_end] * 2) == ""
 
 
 def test_sizes_of_images():

@@ -6,9 +6,10 @@ import pathlib
 
 import numpy as np
 import pytest
-from conftest import grounding_json
+from conftest import detection_json, grounding_json
 from ml_collections import ConfigDict
 
+from detclipv2_jax.data import batches
 from detclipv2_jax.data.batches import pixels_of, table_capacity
 from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.data.streams import train_streams
@@ -112,6 +113,54 @@ def test_negatives_differ_between_positions_epochs_seeds_and_images_of_a_batch(c
     # one image a batch, at the same positions: the same negatives
     config.grounding.batch_size = 1
     assert set().union(*(negatives(config, Kind.GROUNDING, n) for n in range(7))) == drawn[4]
+
+
+def test_the_largest_boxes_stay_in_their_order_the_first_of_equal_ones(config):
+    content = detection_json()
+    boxes = [[1, 2, 10, 12], [2, 3, 5, 5], [3, 4, 20, 9], [4, 5, 12, 10], [5, 6, 15, 8]]  # three are of 120 px
+    content["annotations"] = [{"image_id": 10, "category_id": 1, "bbox": box} for box in boxes]
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    config.detection.max_examples, config.detection.max_boxes, config.detection.flip_prob = 1, 3, 0.0
+    batch = stream_of(config, Kind.DETECTION).batch(0)
+    for found, mask, scale in zip(batch.boxes, batch.box_mask, batch.scale, strict=True):
+        lefts = found[mask, 0] / scale[1]
+        np.testing.assert_allclose(lefts, [1, 3, 4], rtol=1e-5)
+
+
+def test_texts_that_are_cut_and_files_that_cannot_be_read_are_counted(config, tmp_path):
+    content = detection_json()
+    for i, category in enumerate(content["categories"]):
+        category["name"] = f"thing {i} " * 9
+    pathlib.Path(config.detection.annotations).write_text(json.dumps(content))
+    stream = stream_of(config, Kind.DETECTION)
+    batch = stream.batch(0)
+    assert stream.overflow["num_texts_truncated"] == batch.concept_mask.sum() > 1
+    (pathlib.Path(config.image_text.images) / "3.jpg").unlink()
+    (pathlib.Path(config.image_text.images) / "3.jpg").mkdir()
+    for section in (config.detection, config.grounding):
+        section.annotations = section.images = ""
+    config.image_text.max_bad_share, config.image_text.batch_size = 0.2, 7
+    stream = stream_of(config, Kind.IMAGE_TEXT)
+    stream.batch(0)
+    assert stream.counters["image of pairs skipped: unreadable file (NotRegularError)"] == 1
+
+
+def test_photos_of_buckets_are_asked_for_before_they_are_read_and_those_of_the_next_batch_too(config, monkeypatch):
+    asked = []
+
+    def read(path):
+        assert any(path in paths for paths in asked)
+        return pathlib.Path(path).read_bytes()
+
+    stream = stream_of(config, Kind.IMAGE_TEXT)
+    monkeypatch.setattr(batches.buckets, "place_of", lambda path: path)
+    monkeypatch.setattr(batches.buckets, "begin", lambda paths: asked.append([*paths]))
+    monkeypatch.setattr(batches.files, "read_bytes", read)
+    for step, numbers in ((0, [2]), (3, [2, 5])):
+        asked.clear()
+        stream._maker.make(2, step=step)
+        places = [[stream._maker.place(position) for position in stream._maker.positions(n)] for n in numbers]
+        assert asked == [[stream.sources[0].file(index) for _, _, index in rows] for rows in places]
 
 
 @pytest.mark.parametrize(

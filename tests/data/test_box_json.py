@@ -23,7 +23,11 @@ def test_a_json_of_boxes_has_its_two_lists(tmp_path):
 
 
 def test_a_vocabulary_has_the_categories_in_order(tmp_path):
-    categories = [{"id": 7, "name": "red_car", "def": "a car"}, {"id": "x", "name": 3}, {"id": 1, "name": "cat"}]
+    categories = [
+        {"id": 7, "name": "red_car", "definition": "not this", "def": "a car"},
+        {"id": "x", "name": 3, "def": " ", "definition": None},
+        {"id": 1, "name": "cat", "def": " "},
+    ]
     dictionary = Vocabulary(("cats",), ("a pet",))
     found = box_json.vocabulary_of({"categories": categories}, tmp_path, dictionary)
     assert found == Vocabulary(("red car", "3", "cat"), ("a car", "", "a pet"), (7, "x", 1))
@@ -165,6 +169,114 @@ def test_what_looks_like_a_json(tmp_path):
     for text, expected in ((b" {", True), (b"\xef\xbb\xbf[{", True), (b"[x]\ta cat", False), (b"", False)):
         (tmp_path / "f").write_bytes(text)
         assert sources.is_json(tmp_path / "f") == expected
+
+
+def read(world, content, **options):
+    (world / "d.json").write_text(json.dumps(content))
+    spans = any("tokens_positive" in row for row in content["annotations"])
+    reader = box_json.read_grounding if spans else box_json.read_detection
+    return reader(str(world / "d.json"), str(world / "images"), **options)
+
+
+@pytest.mark.parametrize(("num", "fine"), [(2, True), (3, False)])
+def test_one_box_in_a_hundred_may_be_doubtful(world, num, fine):
+    content = detection_json()
+    odd = [[-50, 9, 60, 20], [40, 3, 0.5, 9], [-0.7, -99, 0.9, 200]]  # the last one is cut, too
+    boxes = [[1 + i / 9, 2, 9, 9] for i in range(200 - num)] + odd[-num:]
+    content["annotations"] = [{"image_id": 10, "category_id": 1, "bbox": box} for box in boxes]
+    if fine:
+        counts = {"box cut at the border": 1, "box below a pixel": 1}
+        assert read(world, content).counters == counts
+    else:
+        with pytest.raises(DataError, match=r"3 of 200 boxes cannot be used \(2 box cut at the border, 1 box below"):
+            read(world, content)
+
+
+def test_corners_of_photos_whose_json_has_no_sizes_are_told(world):
+    for content in (detection_json(), grounding_json()):
+        for row in content["annotations"]:
+            row["bbox"] = [9, 9, 20, 20]
+        assert read(world, content)
+        for image in content["images"]:
+            image["file_name"] = "1.jpg"  # 60 × 80 px
+            del image["height"], image["width"]
+        for row in content["annotations"]:
+            row["bbox"] = [20, 30, 59, 79]
+        with pytest.raises(DataError, match="boxes that look like x1, y1, x2, y2"):
+            read(world, content)
+
+
+def test_nothing_outside_of_the_folder_is_read_for_its_size(tmp_path):
+    write_image(tmp_path / "secret.jpg", (20, 30), 0)
+    (tmp_path / "images").mkdir()
+    image = {"file_name": "../secret.jpg"}
+    box_json.probe_sizes([image], str(tmp_path / "images"), follow_links=False)
+    assert image == {"file_name": "../secret.jpg"}
+
+
+def test_lists_of_an_image_name_categories_by_number_or_text(world):
+    content = detection_json()
+    content["images"][2] |= {"neg_category_ids": ["5", 6.0, [1]], "not_exhaustive_category_ids": None}
+    source = read(world, content)
+    assert source[2].negatives == ("traffic light", "cup")
+    assert source[2].not_negatives == ()
+    for field, federated in (("neg_category_ids", True), ("not_exhaustive_category_ids", True), ("other", False)):
+        content = detection_json()
+        content["images"][2][field] = [5]
+        source = read(world, content)
+        assert source.federated == source[0].federated == federated
+        content["images"][2][field] = 5
+        if federated:
+            with pytest.raises(DataError, match=f"image 12 has {field} 5, not a list of ids"):
+                read(world, content)
+
+
+def test_odd_spans_of_a_grounding_json_are_counted(world):
+    content = grounding_json()
+    content["annotations"][0]["tokens_positive"] = [[-3, 5]]
+    assert read(world, content).counters == {"span that begins before the caption": 1}
+    (world / "d.json").write_text(json.dumps(content | {"annotations": []}))
+    with pytest.raises(ValueError, match="has no usable box for its 7 images"):
+        box_json.read_grounding(str(world / "d.json"), str(world / "images"))
+
+
+def test_categories_without_a_box_are_said(world, caplog):
+    content = detection_json()
+    content["annotations"] = [row for row in content["annotations"] if row["category_id"] != 4]
+    source = read(world, content, dropped=Dropped((), option="--this_one"))
+    assert "1 of 6 categories have no box anywhere: 'tree'" in caplog.text
+    assert "--this_one leaves out" in caplog.text
+    assert source.with_boxes == {0, 1, 2, 4, 5}
+
+
+def test_an_evaluation_asks_once_for_categories_that_are_listed_twice_or_called_alike(world, caplog):
+    content = detection_json()
+    content["categories"] += [dict(content["categories"][2]), *({"id": i, "name": "Bird"} for i in (7, 8))]
+    for image in content["images"]:
+        del image["height"], image["width"]
+    (world / "e.json").write_text(json.dumps(content))
+    source, truth = evaluation_set.read_evaluation(str(world / "e.json"), str(world / "images"))
+    assert truth.vocabulary.category_ids == (1, 2, 3, 4, 5, 6, 7)  # of two birds without a box the first
+    assert "1 categories without a box have the text of another one and are not asked for: 8" in caplog.text
+    assert "e.json: 1 × entry listed twice" in caplog.text
+    assert tuple(source.sizes[3]) == (40, 120)
+    content["images"][1]["id"] = None
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] != 11]
+    (world / "e.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"images\[1\]"):
+        evaluation_set.read_evaluation(str(world / "e.json"), str(world / "images"))
+
+
+def test_photos_of_an_evaluation_are_links_only_where_that_is_allowed(world):
+    (world / "e.json").write_text(json.dumps(detection_json()))
+    (world / "images" / "2.jpg").rename(world / "away.jpg")
+    (world / "images" / "2.jpg").symlink_to(world / "away.jpg")
+    arguments = str(world / "e.json"), str(world / "images")
+    with pytest.raises(DataError, match="1 of 7 photos are links out of the image folder"):
+        evaluation_set.read_evaluation(*arguments)
+    source, truth = evaluation_set.read_evaluation(*arguments, follow_links=True)
+    assert source[2].image == f"{world}/images/2.jpg"
+    assert len(truth.photos) == 64
 
 
 def test_boxes_of_a_source_are_those_of_its_json(world):

@@ -106,6 +106,8 @@ def test_a_source_travels_to_other_processes(world):
     assert [files.count(name) for name in dict.fromkeys(files)] == [3, 3, 1]  # images of a shard
     assert all(pathlib.Path(name).is_file() for name in files)
     copy = pickle.loads(pickle.dumps(source))
+    assert copy.describe(3) == source.describe(3)  # before anything was read there
+    copy = pickle.loads(pickle.dumps(source))
     assert copy._examples is None  # opened anew there
     assert (copy[3].image, copy[3].concepts, copy.describe(3)) == (before.image, before.concepts, source.describe(3))
     assert len(pickle.dumps(source)) < 5000
@@ -224,7 +226,7 @@ def test_only_whole_records_are_examples():
         assert not built._is_whole(dataclasses.replace(whole, **change))
 
 
-def test_part_of_a_folder_with_definitions_and_without_categories(world):
+def test_part_of_a_folder_with_definitions_and_without_categories(world, caplog):
     content = json.loads((world / "detection.json").read_text())
     last, used = content["images"][-1]["id"], {row["category_id"] for row in content["annotations"]}
     more = [{"image_id": last, "category_id": key, "bbox": [1, 1, 9, 9]} for key in used]
@@ -262,8 +264,15 @@ def test_part_of_a_folder_with_definitions_and_without_categories(world):
     (source,) = open_sources(Kind.DETECTION, section, prefix="config")
     assert source.vocabulary.names == tuple(name for name in names if name != names[0])
     report = pathlib.Path(folder, built.REPORT)
-    report.write_text(json.dumps(json.loads(report.read_text()) | {"dropped": {"missing file": 2}}))
-    assert read_built(folder, Kind.DETECTION).counters == {"missing file (when built)": 2}
+    more = {"dropped": {"missing file": 2}, "federated": True, "class names": True}
+    more["categories without a box"] = [names[1]]
+    report.write_text(json.dumps(json.loads(report.read_text()) | more))
+    caplog.clear()
+    source = read_built(folder, Kind.DETECTION)
+    assert source.counters == {"missing file (when built)": 2}
+    assert source.federated is source[0].federated is source.class_names is True
+    assert not whole.federated | whole.class_names
+    assert f"1 of {len(names)} categories have no box anywhere: '{names[1]}'" in caplog.text
     info = pathlib.Path(folder, built.INFO)
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(ValueError, match="names the format 'tfrecord'; `prepare` writes array_record"):

@@ -1,6 +1,8 @@
 """Canvases that fit photos: which photo is on which, which size a batch has, and that nothing is left out by it."""
 
 import itertools
+import logging
+import pathlib
 
 import numpy as np
 import pytest
@@ -54,6 +56,21 @@ def test_photos_are_where_they_are_largest_and_of_such_canvases_padded_least(fit
             stream.canvas: sorted({*stream.batch(0).example_id, *stream.batch(1).example_id}) for stream in streams
         }
         assert found == {canvas: photos for canvas, photos in expected.items() if photos}
+
+
+def test_photos_of_which_nothing_is_known_have_a_canvas_too(fitted, caplog):
+    """They are skipped when they are read, and reported."""
+    caplog.set_level(logging.INFO)
+    (pathlib.Path(fitted.image_text.images) / "2.jpg").write_bytes(b"no photo")
+    fitted.image_text.max_bad_share = 0.2
+    streams = [stream for stream in train_streams(fitted) if stream.kind.value == "image_text"]
+    assert sum(stream.num_examples for stream in streams) == len(SIZES)
+    (source,) = streams[0].sources
+    assert source.sizes.tolist() == [list(size) if i != 2 else [0, 0] for i, size in enumerate(SIZES)]
+    assert "pairs: reading the sizes of 7 images" in caplog.text
+    caplog.clear()
+    canvases.fill_sizes(source)
+    assert "pairs: reading the sizes of 1 images" in caplog.text
 
 
 def test_the_size_of_a_batch_is_a_pure_function_of_seed_stream_and_number(fitted):

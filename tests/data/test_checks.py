@@ -1,5 +1,6 @@
 """Files that annotations name, ids that fit each other, and workers that ignore Ctrl-C."""
 
+import fcntl
 import json
 import logging
 import os
@@ -18,6 +19,9 @@ from detclipv2_jax.data.schema import DataError, UnusableError
 
 
 def test_a_share_may_be_bad_and_not_more():
+    bad = {f"of kind {i}": i for i in (1, 6, 2, 5, 3, 4)}
+    with pytest.raises(DataError, match=r"\(6 of kind 6, 5 of kind 5, 4 of kind 4, 3 of kind 3, 2 of kind 2\);"):
+        checks.refuse_above_share(bad, 99, 0.1, what="photos", where="here")
     bad = {"torn": 1, "burnt": 3}
     checks.refuse_above_share(bad, 8, 0.5, what="photos", where="here")
     with pytest.raises(DataError, match=r"here: 4 of 8 photos cannot be used \(3 burnt, 1 torn\); .* allows 49\.00%"):
@@ -97,6 +101,11 @@ def test_missing_paths_are_named_by_their_keys(tmp_path):
         "c is empty; it must name a file",
         f"d: the file {absent} does not exist",
     ]
+    (message,) = checks.missing_paths({"config.eval.dictionary": (absent, "file")})
+    assert message.startswith(
+        f"config.eval.dictionary: the file {absent} does not exist; python -m detclipv2_jax.prepare"
+    )
+    assert f"--output={absent} builds one" in message
 
 
 def test_facts_of_photos_change_with_them(tmp_path):
@@ -113,6 +122,14 @@ def test_facts_of_photos_change_with_them(tmp_path):
         file.write("xx")
     os.utime(paths[1], (1, 1))
     assert checks.photo_facts(paths, where="w") != first  # of another size, at the same time
+    os.utime(paths[1], (1, 1))
+    with open(paths[1], "w") as file:
+        file.write("x")
+    os.utime(paths[1], (1, 1))
+    assert checks.photo_facts(paths, where="w") == first
+    os.rename(paths[1], tmp_path / "another name")
+    assert checks.photo_facts([paths[0], str(tmp_path / "another name")], where="w") != first
+    os.rename(tmp_path / "another name", paths[1])
     with pytest.raises(DataError, match=r"(?s)w: 2 of 4 photos do not exist:.*/c.*/d"):
         checks.photo_facts([*paths, str(tmp_path / "c"), str(tmp_path / "d")], where="w")
 
@@ -145,6 +162,40 @@ def test_photos_that_a_folder_lacks(tmp_path, num, caplog):
     assert not caplog.records
     checks.check_photos(str(tmp_path), num, names.__getitem__, where="p.tsv", max_bad_share=0.1)
     assert message.format("10.00%") in caplog.text
+
+
+def test_a_bucket_is_listed_by_the_beginnings_of_the_names(monkeypatch, caplog):
+    """Its names are asked for in at most 32 parts, at once; nothing is asked of a photo that is listed."""
+    names = [f"train/{i:06d}.jpg" for i in range(0, 400_000, 2_000)]
+    folder = f"{checks.buckets.root()}/files/gs/bucket/photos"
+    asked = []
+
+    def listed(place, beginnings):
+        assert str(place) == "gs://bucket/photos"
+        asked.append(sorted(beginnings))
+        return [name for name in names if name.startswith(tuple(beginnings)) and name != names[7]]
+
+    monkeypatch.setattr(checks.bucket_store, "names_that_begin", listed)
+    assert checks.missing_photos(folder, 200, names.__getitem__) == [f"{folder}/{names[7]}"]
+    assert asked == [["train/0", "train/1", "train/2", "train/3"]]  # the next letter would make 40
+    asked.clear()
+    assert checks.missing_photos(folder, 160, names.__getitem__) == [f"{folder}/{names[7]}"]
+    assert len(asked[0]) == 32
+
+    def refused(place, beginnings):
+        raise checks.bucket_store.BucketError("may not be listed")
+
+    def fetch_all(paths, missing_ok):
+        asked.append([*paths])
+        assert missing_ok
+
+    asked.clear()
+    monkeypatch.setattr(checks.bucket_store, "names_that_begin", refused)
+    monkeypatch.setattr(checks.buckets, "fetch_all", fetch_all)
+    paths = [f"{folder}/{name}" for name in names[:64]]
+    assert checks.missing_photos(folder, 200, names.__getitem__) == paths
+    assert asked == [paths]
+    assert "only the first 64 photos are looked for: may not be listed" in caplog.text
 
 
 def test_a_list_of_very_many_missing_photos_is_a_file(tmp_path, monkeypatch):
@@ -199,6 +250,24 @@ def test_ids_of_annotations_are_those_that_are_listed():
         "image_id of another type than the id it names": 1,
         "category_id of another type than the id it names": 1,
     }
+
+
+def test_an_id_that_may_have_been_rounded_names_nothing():
+    content = {"images": [{"id": 1}], "annotations": [{"image_id": 1}, {"image_id": 1.5}, {"image_id": 7}]}
+    found, repaired = selection.with_fitting_ids(content)
+    assert [row["image_id"] for row in found["annotations"]] == [1, None, 7]
+    assert repaired == {}
+
+
+def test_paths_of_photos(tmp_path):
+    folder = os.path.realpath(tmp_path)
+    assert (
+        selection.photo_path({"coco_url": "http://x/y/val2017/7.jpg"}, folder, where="f") == f"{folder}/val2017/7.jpg"
+    )
+    assert selection.photo_path({"file_name": "a/7.jpg", "coco_url": "x"}, folder, where="f") == f"{folder}/a/7.jpg"
+    for name in ("../7.jpg", "/7.jpg"):
+        with pytest.raises(ValueError, match=f"f: the file name '{name}' leads out of the folder"):
+            selection.photo_path({"file_name": name}, folder, where="f")
 
 
 def test_images_that_are_read():
@@ -267,6 +336,7 @@ def test_a_worker_waits_for_its_parent_and_does_not_get_ctrl_c(monkeypatch):
     monkeypatch.setattr(workers.os, "_exit", lambda status: done.append(status))
     parent = types.SimpleNamespace(join=lambda: done.append("waited"))
     monkeypatch.setattr(workers.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(workers, "_name_memory", lambda: done.append("names"))
     before = signal.getsignal(signal.SIGINT)
     try:
         workers.end_with_parent()
@@ -274,8 +344,76 @@ def test_a_worker_waits_for_its_parent_and_does_not_get_ctrl_c(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     started[0]["target"]()
-    assert done == ["watches", "waited", 1]
+    assert done == ["names", "watches", "waited", 1]
     assert started[0]["daemon"]
+
+
+def test_memory_of_runs_that_are_gone_is_removed_and_that_of_others_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_MEMORY", tmp_path)
+    names = [f"psm_detclip{run}{end}" for run in "ab" for end in (".lock", "_1", "_2")]
+    for name in [*names, "psm_other_1", "psm_detclipc_1"]:
+        (tmp_path / name).write_bytes(b"")
+    with open(tmp_path / "psm_detclipb.lock", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        workers._remove_left()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names[3:], "psm_other_1", "psm_detclipc_1"}
+
+
+def test_memory_of_a_run_is_called_by_a_file_that_it_holds(tmp_path, monkeypatch):
+    known, ending, made = [], [], types.SimpleNamespace(_make_filename=lambda: "/psm_plain")
+    tracker = types.SimpleNamespace(
+        register=lambda *entry: known.append(entry), unregister=lambda *entry: known.remove(entry)
+    )
+    monkeypatch.setattr(workers, "_MEMORY", tmp_path)
+    monkeypatch.setattr(workers, "_locks", [])
+    monkeypatch.setattr(workers, "resource_tracker", tracker)
+    monkeypatch.setattr(workers, "shared_memory", made)
+    monkeypatch.setattr(workers.atexit, "register", ending.append)
+    monkeypatch.delenv("DETCLIP_SHARED_MEMORY", raising=False)
+    workers._name_memory()
+    assert made._make_filename() == "/psm_plain"
+    monkeypatch.setenv("DETCLIP_SHARED_MEMORY", "")  # for `monkeypatch` to restore it
+    known.clear()
+    workers._own_memory()
+    (lock,) = tmp_path.iterdir()
+    assert known == [(f"/{lock.name}", "shared_memory")]
+    workers._remove_left()  # as another run does
+    assert lock.exists()
+    with open(lock, "rb") as other:  # workers may hold it, too
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    first, second = made._make_filename(), made._make_filename()
+    assert first != second
+    assert first.startswith(f"/{lock.stem}_")
+    assert known[1:] == [(first, "shared_memory"), (second, "shared_memory")]
+    (leave,) = ending
+    with monkeypatch.context() as patch:  # of a worker, which is no owner
+        patch.setattr(workers.os, "getpid", lambda: 0)
+        leave()
+    assert lock.exists()
+    leave()
+    assert not lock.exists()
+    assert (f"/{lock.name}", "shared_memory") not in known
+    os.close(workers._locks[0])
+
+
+def test_memory_of_a_run_is_named_once(monkeypatch):
+    owned = []
+    monkeypatch.setattr(workers, "_locks", [])
+    monkeypatch.setattr(workers, "_own_memory", lambda: owned.append(workers._locks.append(3)))
+    for _ in range(2):
+        with workers.starting():
+            pass
+    assert len(owned) == 1
+
+
+def test_another_process_does_what_is_asked_of_it_once(tmp_path):
+    path = str(tmp_path / "a" / "b")
+    with workers.beside(os.makedirs, path, exist_ok=False):
+        pass
+    assert os.path.isdir(path)
+    with pytest.raises(FileExistsError), workers.beside(os.makedirs, path, exist_ok=False):
+        pass
 
 
 def test_a_worker_ends_when_its_parent_does():

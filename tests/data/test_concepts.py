@@ -36,6 +36,7 @@ def test_names_and_texts():
         assert concepts.key(name) == "cat"
     assert concepts.key("glass") == "glass"
     assert concepts.key("bus") == "bus"
+    assert concepts.key("lenses") == "len"  # followed to the end
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,14 @@ def test_dictionary(tmp_path):
     assert vocabulary.names == ("cat", "red car")
     assert vocabulary.definition("Cats") == "a small animal"
     assert vocabulary.definition("red car") == vocabulary.definition("house") == ""
+    path.write_text(" Name \tDefinition\ncat\t a pet \tx\n")
+    assert concepts.read_dictionary(path) == Vocabulary(("cat",), ("a pet",))
+    for text in ('{"cat": "a pet"}', ' [{"name": "cat"}]', '["cat"]'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"is a json; it is to be a TSV"):
+            concepts.read_dictionary(path)
+    path.write_text("[cat]\tin brackets")
+    assert concepts.read_dictionary(path).names == ("[cat]",)
     path.write_text("name\tdefinition\n")
     with pytest.raises(ValueError, match="is empty"):
         concepts.read_dictionary(path)
@@ -200,3 +209,13 @@ def test_classes_of_a_closed_vocabulary_differ_in_their_tokens():
     )
     with pytest.raises(ValueError, match="'dog' and 'DOG', which are the same 8 tokens; name every class once"):
         concepts.class_tokens((*classes, "DOG"), context_length=8)
+    section = {"context_length": 8, "classes": classes}
+    concepts.check_classes(["CAT", "dog"], section, where="w")
+    concepts.check_classes(["anything"], section | {"classes": ()}, where="w")
+    for texts, said in (
+        (["cup", "cat"], r"w: 1 of 2 texts are none of the 3 classes .*: 'cup'\. "),
+        (["a", "b", "c"], r"w: 3 of 3 texts .*: 'a', 'b', 'c'\. "),
+        (["a", "b", "c", "d"], r"w: 4 of 4 texts .*: 'a', 'b', 'c', …\. "),
+    ):
+        with pytest.raises(ValueError, match=said):
+            concepts.check_classes(texts, section, where="w")

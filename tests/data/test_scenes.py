@@ -1,4 +1,7 @@
+import collections
 import json
+import os
+import pathlib
 import shutil
 
 import building
@@ -9,6 +12,7 @@ from pycocotools.coco import COCO
 
 from detclipv2_jax.data import box_json, scene_drawing, scenes, shapes, sources, spans, workers
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "scenes.png"
 COUNTS = {"num_detection": 30, "num_grounding": 40, "num_image_text": 80, "num_eval": 40}
 
 
@@ -33,6 +37,36 @@ def test_the_world_is_as_large_as_promised():
         assert max(np.abs(polygon).max() for entry, polygon in parts if entry) <= 1.0
 
 
+def golden_tiles():
+    """Returns pictures of 48 px: every shape on plain ground, then whole scenes, the largest ones last."""
+    cv2.ipp.setUseIPP_NotExact(False)  # as worlds are written
+    every, tiles = (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES), []
+    for i, shape in enumerate(every):
+        for k in range(2):
+            color, texture = [*scenes.COLORS][(i + 5 * k) % 10], scene_drawing.TEXTURES[(i + k) % 4]
+            image = np.full((48, 48, 3), 128, np.float32)
+            scene_drawing._paint(image, scenes.Thing(shape, color, texture, (0.5, 0.5), 0.45, 24 * k))
+            tiles.append(image.clip(0, 255).astype(np.uint8))
+    for i in range(12):
+        scene = scenes.draw(
+            np.random.default_rng(i), shapes=every, size_px=288 if i > 5 else 48, training=True, distinct=i % 2 > 0
+        )
+        tiles.append(cv2.resize(scene.image, (48, 48), interpolation=cv2.INTER_AREA))
+    return np.stack(tiles)
+
+
+def test_pictures_are_as_they_were():
+    """Worlds of one format are the same: REWRITE_GOLDEN=1 rewrites the picture after a deliberate change."""
+    tiles = golden_tiles()
+    if os.environ.get("REWRITE_GOLDEN"):
+        sheet = tiles.reshape(5, 12, 48, 48, 3).swapaxes(1, 2).reshape(5 * 48, 12 * 48, 3)
+        cv2.imwrite(str(GOLDEN), sheet[..., ::-1])
+    golden = cv2.imread(str(GOLDEN))[..., ::-1].reshape(5, 48, 12, 48, 3).swapaxes(1, 2).reshape(60, 48, 48, 3)
+    difference = np.abs(tiles.astype(int) - golden)
+    assert difference[:48].max() <= 24  # rounding of edges
+    assert difference[48:].mean(axis=(1, 2, 3)).max() < 0.3
+
+
 @pytest.mark.parametrize("angle", [0, 30, -30])
 def test_a_turned_shape_is_painted_to_its_ends(angle):
     cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -45,6 +79,31 @@ def test_a_turned_shape_is_painted_to_its_ends(angle):
         np.testing.assert_allclose(box, [seen[0][0], seen[1][0], seen[0][1] + 1, seen[1][1] + 1], atol=1)
         if all(entry for entry, _ in parts):  # else a hole may reach an end
             np.testing.assert_allclose(box, 50 + 25 * np.array([*turned.min(axis=0), *turned.max(axis=0)]), atol=1)
+
+
+def test_two_things_are_sometimes_told_by_their_sides():
+    rng = np.random.default_rng(0)
+    left, right = (
+        scenes.Thing("star", color, "plain", (x, 0.5), 0.2, 0.0) for color, x in (("orange", 0.3), ("red", 0.7))
+    )
+    scene = scenes.Scene(np.zeros((1, 1, 3), np.uint8), (right, left), np.zeros((2, 4), np.float32), "sand")
+    told = collections.Counter()
+    for _ in range(1000):
+        caption, spans_of = scenes._grounding_caption(rng, scene)
+        assert [caption[start:end] for [start, end] in spans_of] == ["red star", "orange star"]
+        told[caption] += 1
+    sided = {caption: num for caption, num in told.items() if "right of" in caption}
+    assert 250 < sum(sided.values()) < 350
+    assert len(sided) == 4
+    assert "a picture of a red star and an orange star on sand" in told.keys() - sided.keys()
+    assert not any("left of" in caption for caption in told)
+    assert (
+        sum(
+            scenes._caption(rng, ["cup", "key", "ladder"], "sand")[0].count("a cup, a key and a ladder")
+            for _ in range(9)
+        )
+        == 9
+    )
 
 
 def test_a_texture_is_told_now_and_then():
@@ -146,6 +205,7 @@ def test_base_and_novel_shapes_stay_where_they_belong(folder):
     for part in ("detection", "eval"):
         for category in load(folder, part)["categories"]:
             assert category["frequency"] == ("r" if category["name"].split()[1] in scenes.NOVEL_SHAPES else "f")
+            assert category["name"].split()[1] == category["supercategory"]
             assert part == "eval" or category["frequency"] == "f"
     grounding, pairs = (folder / "grounding.json").read_text(), (folder / "pairs.tsv").read_text()
     assert not any(f" {shape}" in grounding for shape in scenes.NOVEL_SHAPES)
@@ -153,6 +213,11 @@ def test_base_and_novel_shapes_stay_where_they_belong(folder):
     detection_ids = {c["name"]: c["id"] for c in load(folder, "detection")["categories"]}
     eval_ids = {c["name"]: c["id"] for c in load(folder, "eval")["categories"]}
     assert detection_ids.items() <= eval_ids.items()
+    assert sorted(eval_ids.values()) == [*range(1, 241)]
+    for part in ("detection", "grounding", "eval"):
+        rows = load(folder, part)["annotations"]
+        assert [row["id"] for row in rows] == [*range(1, len(rows) + 1)]
+        assert {row["iscrowd"] for row in rows} == {0}
 
 
 def test_eval_has_lvis_fields_and_held_out_combinations(folder):
@@ -160,7 +225,7 @@ def test_eval_has_lvis_fields_and_held_out_combinations(folder):
     ids = {category["id"] for category in content["categories"]}
     for image in content["images"]:
         present = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
-        assert set(image["neg_category_ids"]) == ids - present
+        assert image["neg_category_ids"] == sorted(ids - present)
         assert image["not_exhaustive_category_ids"] == []
     held_out = [annotation["held_out"] for annotation in content["annotations"]]
     assert 0 < sum(held_out) < 0.3 * len(held_out)
@@ -206,11 +271,12 @@ def test_class_names_are_folders_of_images_with_one_object_each(tmp_path):
     assert {name.split()[0] for name in names} == set(scenes.COLORS)
     assert {name.split()[1] for name in names} & set(scenes.NOVEL_SHAPES)
     assert {name.split()[1] for name in names} & set(scenes.BASE_SHAPES)
-    for i, photo in enumerate(photos[:5]):
+    for i, photo in enumerate(photos):
         rng = np.random.default_rng((5, 4, i))
         every = (*scenes.BASE_SHAPES, *scenes.NOVEL_SHAPES)
         scene = scenes.draw(rng, shapes=every, size_px=64, training=True, distinct=True, alone=True)
         assert [thing.name for thing in scene.things] == [photo.parent.name]
+        assert not scene.things[0].held_out
         assert np.abs(cv2.imread(str(photo))[..., ::-1].astype(float) - scene.image).mean() < 5
 
 
@@ -312,7 +378,7 @@ def test_colors_are_those_of_the_names_and_areas_those_of_the_boxes(folder):
     checked = 0
     for row in content["annotations"]:
         x, y, width, height = row["bbox"]
-        assert row["area"] == pytest.approx(width * height, abs=0.01)
+        assert row["area"] == pytest.approx(width * height, abs=0.006)
         color = scenes.COLORS[names[row["category_id"]].split()[0]]
         if abs(color[0] - color[2]) > 150:
             checked += 1

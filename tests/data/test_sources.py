@@ -2,13 +2,16 @@ import json
 import logging
 import os
 import random
+import types
 
 import numpy as np
 import pytest
 from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, grounding_json, write_image
 
 from detclipv2_jax.data import box_json, canvases, sources, spans
+from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import Kind, UnusableError
+from detclipv2_jax.data.selection import Dropped
 
 
 def detection(world, content, **options):
@@ -306,6 +309,85 @@ def test_detection_json_as_grounding(world):
 def test_files_that_are_no_tsv(world, text, message):
     with pytest.raises(ValueError, match=message):
         pairs(world, text)
+
+
+class Noted:
+    """Notes the arguments of what stands for a reader."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *arguments, **options):
+        self.calls.append((arguments, options))
+        return types.SimpleNamespace(name="x")
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_option_of_a_section_reaches_what_reads_its_files(config, world, monkeypatch, kind):
+    section, read, read_built = config[kind.value], Noted(), Noted()
+    (world / "words.tsv").write_text("cat\ta pet\n")
+    section.dictionary, section.data = str(world / "words.tsv"), ("one", "other")
+    section.max_examples, section.max_bad_share, section.follow_links = 5, 0.25, True
+    expected = {"max_examples": 5, "max_bad_share": 0.25, "follow_links": True}
+    dropped = ()
+    if kind is Kind.DETECTION:
+        section.num_shots, section.few_shot_seed, section.drop_categories = 3, 30, ("cat", "of a folder")
+        dropped = section.drop_categories
+        expected |= {"dictionary": section.dictionary, "num_shots": 3, "few_shot_seed": 30}
+        expected["dropped"] = Dropped(dropped, "config.x.drop_categories", ["one 1", "other 1"])
+    monkeypatch.setattr(sources, f"read_{'pairs' if kind is Kind.IMAGE_TEXT else kind.value}", read)
+    monkeypatch.setattr(sources, "read_built", read_built)
+    monkeypatch.setattr(sources, "missing_folders", lambda folders, kind, prefix: [])
+    monkeypatch.setattr(sources, "read_names", lambda folder: [f"{folder} 1"])
+    assert len(sources.open_sources(kind, section, prefix="config.x")) == 3
+    file = section["pairs" if kind is Kind.IMAGE_TEXT else "annotations"]
+    assert read.calls == [((file, section.images), expected)]
+    words = Vocabulary(("cat",), ("a pet",))
+    built = {"dictionary": words, "max_examples": 5, "dropped": dropped}
+    assert read_built.calls == [((folder, kind), built) for folder in ("one", "other")]
+    section["pairs" if kind is Kind.IMAGE_TEXT else "annotations"] = section.images = ""
+    if kind is Kind.DETECTION:  # then a folder must have all of them
+        with pytest.raises(ValueError, match=r"^config\.x: one other has no category 'cat'"):
+            sources.open_sources(kind, section, prefix="config.x")
+        section.drop_categories = ("one 1",)
+    assert len(sources.open_sources(kind, section, prefix="config.x")) == 2
+    assert len(read.calls) == 1
+
+
+def test_every_option_of_an_evaluation_reaches_what_reads_it(config, world, monkeypatch):
+    section, read = config.eval, Noted()
+    (world / "words.tsv").write_text("cat\ta pet\n")
+    section.dictionary, section.definitions, section.drop_categories = str(world / "words.tsv"), True, ("cat",)
+    section.max_examples, section.max_bad_share, section.follow_links = 5, 0.25, True
+    monkeypatch.setattr(sources, "read_evaluation", read)
+    assert sources.open_evaluation(section, prefix="config.x")
+    expected = {key: section[key] for key in ("dictionary", "max_examples", "max_bad_share", "follow_links")}
+    expected |= {"definitions": True, "dropped": Dropped(("cat",), "config.x.drop_categories")}
+    assert read.calls == [((section.annotations, section.images), expected)]
+    section.annotations = ""
+    with pytest.raises(ValueError, match=r"^config\.x\.annotations is empty; it must name a file$"):
+        sources.open_evaluation(section, prefix="config.x")
+    section.images = ""
+    assert sources.open_evaluation(section, prefix="config.x") is None
+
+
+def test_one_line_with_phrases_is_enough(world, caplog):
+    source = pairs(world, '0.jpg\ta cat\t["cat"]\n1.jpg\ta dog\n')
+    assert source.counters == {}
+    assert source.most_concepts == 2
+    assert not caplog.records
+
+
+def test_few_shots_where_ids_are_missing_or_of_both_types():
+    images = [{"id": "b"}, {"file_name": "no id"}, {"id": 2}, {"id": "a"}, {"id": 1}]
+    rows = [{"image_id": key, "category_id": 1, "bbox": [1, 1, 9, 9]} for key in (2, None, "a", 1, "b", 7)]
+    rows[0]["bbox"] = [1, 1, 1.5, 1]  # no higher than a pixel
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "x"}]}
+    order = [1, "a", "b"]
+    random.Random(0).shuffle(order)
+    for num in (1, 2, 5):
+        split = box_json.few_shot(content, num_shots=num, seed=0)
+        assert {image["id"] for image in split["images"]} == set(order[:num])
 
 
 def test_wrong_folder_is_told_before_reading(world):

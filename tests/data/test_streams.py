@@ -1,9 +1,12 @@
+import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
 import subprocess
 import sys
+import threading
+import types
 
 import building
 import jax
@@ -11,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, write_image
 
-from detclipv2_jax.data import tokenizer
-from detclipv2_jax.data.schema import Batch, Kind
+from detclipv2_jax.data import streams, tokenizer
+from detclipv2_jax.data.schema import Batch, Kind, StalledError
 from detclipv2_jax.data.streams import eval_streams, train_streams
 from detclipv2_jax.runs import sharding
 
@@ -455,6 +458,9 @@ def test_images_of_other_sources_stay_as_they_are_beside_federated_ones(config, 
         assert (found[example] is not None) == (source == 1), index
     parts = [train_streams(config, process_index=i, process_count=2)[0] for i in range(2)]
     assert [known for part in parts for known in federated_of(part.batch(0))] == found
+    assert stream.capacities["table"] == 8  # six names, whichever of the sources has them
+    config.detection.num_concepts = 1
+    assert train_streams(config)[0].num_verified == 2  # what the image with most concepts has
 
 
 def test_grounding_negatives_are_no_concept_of_the_caption_and_no_synonym_of_a_positive(config, tmp_path):
@@ -596,6 +602,8 @@ def test_batch_size_must_divide_over_hosts(config):
         train_streams(config, process_count=3)
     with pytest.raises(ValueError, match=r"config.eval.batch_size 4 is not divisible by the number of hosts 3"):
         eval_streams(config.eval, input_config=config.input, process_count=3)
+    with pytest.raises(ValueError, match=r"^config.forgetting.batch_size 4 is not"):
+        eval_streams(config.eval, input_config=config.input, prefix="config.forgetting", process_count=3)
 
 
 def test_kinds_without_files_and_empty_canvases_are_left_out(config):
@@ -642,8 +650,9 @@ def test_evaluation_reads_everything_in_order(config):
         assert not batches[-1].image[~batches[-1].image_mask].any()
         (rest,) = stream.iterate(1)  # a continued evaluation
         assert_equal(rest, batches[1])
-        with pytest.raises(ValueError, match="there is no batch 2"):
-            stream.batch(2)
+        for n in (-1, 2):
+            with pytest.raises(ValueError, match=f"there is no batch {n}"):
+                stream.batch(n)
     assert seen == [0, 2, 3, 5, 1, 4, 6]
     truth = stream.ground_truth
     assert [truth.truth.image_ids.ids[i] for i in truth.images] == [10 + i for i in range(7)]
@@ -676,6 +685,74 @@ def test_evaluation_refuses_what_it_cannot_read(config, world):
     config.eval.annotations = ""
     config.eval.images = ""
     assert eval_streams(config.eval, input_config=config.input) == []
+
+
+def test_a_reader_that_hangs_is_named_when_its_time_is_over(config):
+    stream, answers = train_streams(config)[-1], threading.Event()
+    hanging = int(stream.batch(0).example_id[2])
+
+    class Hanging:
+        """A source with one file that does not answer."""
+
+        name = "pairs"
+        file, describe = stream.sources[0].file, stream.sources[0].describe
+
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, index):
+            if index == hanging:
+                answers.wait(60)
+            return source[index]
+
+    (source,) = stream.sources
+    stream.sources = (Hanging(),)
+    stream._maker = dataclasses.replace(stream._maker, sources=stream.sources)
+    stream._input = types.SimpleNamespace(num_workers=0, num_threads=1, prefetch_batches=1, timeout_s=0.2)
+    said = rf"^image_text/64x64: no batch 0 within 0\.2 s .*; {source.file(hanging)} does not answer"
+    with pytest.raises(StalledError, match=said):
+        next(stream.iterate())
+    answers.set()
+    assert stream._waited_for(0) == "everything can be read now"
+
+
+def test_examples_are_named_by_their_sources(config):
+    stream = train_streams(config)[0]
+    stream.sources = tuple(types.SimpleNamespace(name=name) for name in ("one", "other"))
+    assert stream.named([(1, 4), (0, 2), (1, 3)]) == "other: 4, 3; one: 2"
+
+
+def test_sources_share_a_weight_or_have_their_own():
+    sources = [types.SimpleNamespace(name=name, class_names=name == "in1k") for name in ("a", "in1k", "b")]
+    section = types.SimpleNamespace(source_weights=(), weight=2.0, class_weight=3.0)
+
+    def grouped(sources):
+        groups = streams._grouped(sources, section, "config.image_text")
+        return [("".join(source.name for source in g["sources"]), g["suffix"], g["weight"]) for g in groups]
+
+    assert grouped(sources) == [("ab", "", 2.0), ("in1k", "/classes", 6.0)]
+    assert grouped(sources[:1]) == [("a", "", 2.0)]
+    assert grouped([]) == []
+    section.source_weights = (0.0, 1.0, 0.5)
+    assert grouped(sources) == [("a", "/0_a", 0.0), ("in1k", "/1_in1k", 2.0), ("b", "/2_b", 1.0)]
+    for section.source_weights in ((1.0, 1.0), (1.0, -0.1, 1.0)):
+        with pytest.raises(ValueError, match=r"config\.image_text\.source_weights is .* 3 sources: a, in1k, b"):
+            grouped(sources)
+
+
+def test_a_closed_vocabulary_has_all_categories_and_no_phrases(config):
+    config.model.text.classes = tuple(name.replace("_", " ") for name in NAMES)
+    config.detection.definitions = False
+    with pytest.raises(ValueError, match="phrases are no classes") as error:
+        train_streams(config)
+    lines = str(error.value).splitlines()
+    assert [line.split(" has data")[0] for line in lines] == ["config.grounding", "config.image_text"]
+    for section in (config.grounding, config.image_text):
+        section["pairs" if section is config.image_text else "annotations"] = section.images = ""
+    assert len(train_streams(config)) == 2
+    config.model.text.classes = config.model.text.classes[1:]
+    with pytest.raises(ValueError, match=r"^config\.detection, detection: 1 of 6 texts are none of the 5 classes"):
+        train_streams(config)
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from detclipv2_jax.data.box_json import read_detection
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare.box_json import balanced_subset
+from detclipv2_jax.prepare.box_json import balanced_subset, open_detection
+from detclipv2_jax.prepare.record_builder import Tally
 
 
 def counts(source, indices):
@@ -56,6 +57,25 @@ def test_subset_takes_images_without_boxes_last(tmp_path):
     source = read_detection(str(path), str(path.parent / "images"))
     np.testing.assert_array_equal(balanced_subset(source, 2, seed=3), [1, 3])
     assert len(balanced_subset(source, 3, seed=3)) == 3
+
+
+def test_a_reader_says_what_it_reads(tmp_path):
+    path = write_coco(tmp_path / "raw")
+    (path.parent / "sub").mkdir()
+    (path.parent / "images" / "000000000003.jpg").rename(path.parent / "sub" / "3.jpg")
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = "sub/3.jpg" if image["id"] == 3 else f"images/{image['file_name']}"
+    content["categories"].append({"id": 9, "name": "unused"})
+    path.write_text(json.dumps(content))
+    reader = open_detection(str(path), str(path.parent), shard_size=4)
+    assert (reader.num_items, reader.num_shards) == (6, 2)
+    assert open_detection(str(path), str(path.parent), shard_size=3).num_shards == 2
+    assert reader.facts == {"federated": False, "categories without a box": ["unused"]}
+    tally = Tally()
+    assert [name for name, _ in reader.read(0, tally)] == [*(f"images/{i:012d}.jpg" for i in range(3)), "sub/3.jpg"]
+    assert [name for name, _ in reader.read(1, tally)] == [f"images/{i:012d}.jpg" for i in (4, 5)]
+    assert tally.seen == 6
 
 
 def test_build_of_a_subset(tmp_path):

@@ -9,6 +9,7 @@ from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.prepare import classes
+from detclipv2_jax.prepare.record_builder import Tally
 
 NAMES = "n01 tench, Tinca tinca\nn02 great_white shark, man-eater\n\nn04 red fox\n"
 PHOTOS = ("n02/b.JPEG", "n01/a.jpg", "n01/deep/c.png", "n03/d.jpg", "n02/notes.txt", ".git/e.jpg", "f.jpg")
@@ -48,6 +49,31 @@ def test_a_folder_of_class_folders(folder, tmp_path):
     (folder / "n01" / "a.jpg").rename(folder / "n03" / "a.jpg")
     with pytest.raises(ValueError, match="holds a build of other files or options"):
         build(folder, tmp_path / "plain")
+
+
+def test_links_and_classes_of_one_name(folder, tmp_path):
+    (folder / "n03" / "d.jpg").rename(tmp_path / "d.jpg")
+    (folder / "n03" / "d.jpg").symlink_to(tmp_path / "d.jpg")
+    (tmp_path / "names.txt").write_text("n01 fox\nn02 fox, x\nn03 cat\n")
+    options = {"names": str(tmp_path / "names.txt"), "max_bad_share": 0.25}
+    report = build(folder, tmp_path / "out", **options)
+    assert [*report["dropped"].values()] == [1]
+    assert (report["distinct concepts"], report["seen"]) == (2, 4)
+    report = build(folder, tmp_path / "followed", **options, follow_links=True)
+    assert (report["examples"], report["dropped"]) == (4, {})
+
+
+@pytest.mark.parametrize(("label", "name"), [(-1, None), (0, "a"), (1, "b"), (2, None), (3, None)])
+def test_labels_without_a_name_are_dropped(label, name):
+    class Reader(classes.ClassReader):
+        def images(self, items):
+            assert items == range(2, 3)  # of three items the second shard of two
+            yield "x.jpg", label, b"photo"
+
+    reader, tally = Reader(["a", "b", ""], None, num_items=3, shard_size=2), Tally()
+    found = [pair.caption for pair in reader.pairs(1, tally)]
+    assert (found, tally.seen) == ([name] if name else [], 1)
+    assert dict(tally.dropped) == ({} if name else {"class without a name": 1})
 
 
 def test_lists_of_names(tmp_path):

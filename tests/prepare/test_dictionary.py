@@ -264,6 +264,36 @@ def test_frequent_phrases_of_builds_fill_the_dictionary(tmp_path):
     assert review(tmp_path / "out.review.tsv")["crane"]["frequency in captions"] == "3"
 
 
+def test_of_equally_frequent_phrases_the_first_letters_count(tmp_path):
+    for i, phrases in enumerate(("cups\t1\nb\t3\na\t3\n", "a cup\t4\n")):
+        (tmp_path / str(i)).mkdir()
+        vocabulary = {"category_ids": [], "names": ["of a caption"], "definitions": [""]}
+        (tmp_path / str(i) / "vocabulary.json").write_text(json.dumps(vocabulary))
+        (tmp_path / str(i) / "phrases.tsv").write_text(phrases)
+    dictionary.make([str(tmp_path / "0"), str(tmp_path / "1")], str(tmp_path / "out.tsv"))
+    rows = review(tmp_path / "out.review.tsv")
+    assert {name: row["frequency in captions"] for name, row in rows.items()} == {"a cup": "5", "a": "3", "b": "3"}
+    assert [*rows] == ["a cup", "a", "b"]
+
+
+def test_what_category_files_say_of_a_name(tmp_path):
+    categories = [
+        {"name": "cat", "meaning": "third", "definition": "second", "def": "first", "synset": "cat.n.01"},
+        {"name": "pet", "def": "another", "synset": "cat.n.01"},
+        {"name": "puss", "synset": "cat.n.01"},
+        {"name": "dog", "meaning": "third", "definition": "second", "def": ""},
+        {"name": "cup on the shelf"},
+        {"name": "cup", "def": "a vessel"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(categories))
+    origins = dictionary.make([str(tmp_path / "a.json")], str(tmp_path / "out.tsv"))
+    made = read_dictionary(tmp_path / "out.tsv")
+    assert made.definitions == ("first", "another", "first", "second", "a vessel", "a vessel")
+    assert list(origins.items()) == [("a.json", 4), ("synset", 1), ("head", 1)]  # the most frequent first
+    wordnet = dictionary.WordNet(write_wordnet(tmp_path / "dict"))
+    assert wordnet.sense_of("TV.n.01").gloss == "shows pictures"
+
+
 def test_of_two_definitions_the_first_counts(tmp_path):
     for name, meaning in (("one", "a tool with a blade"), ("two", "cutlery")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"knife": {"meaning": meaning}, name: {}}))
@@ -272,12 +302,12 @@ def test_of_two_definitions_the_first_counts(tmp_path):
         assert read_dictionary(tmp_path / "out.tsv").definition("knife") == meaning
 
 
-@pytest.mark.parametrize(("num_names", "names"), [(1, "ab"), (2, "ab"), (3, "abd"), (4, "abdc"), (9, "abdc")])
+@pytest.mark.parametrize(("num_names", "names"), [(1, "ab"), (2, "ab"), (3, "abd"), (4, "abdc"), (9, "abdce")])
 def test_phrases_are_added_up_to_a_number_of_names(num_names, names, tmp_path):
     built = tmp_path / "built"
     built.mkdir()
     (built / "vocabulary.json").write_text(json.dumps({"category_ids": [], "names": [], "definitions": []}))
-    (built / "phrases.tsv").write_text("c\t2\na\t9\nd\t3\n")
+    (built / "phrases.tsv").write_text("e\t1\nc\t2\na\t9\nd\t3\n")
     (tmp_path / "categories.csv").write_text("1,a\n2,b\n")
     inputs = [str(tmp_path / "categories.csv"), str(built)]  # categories stay, however few names are asked for
     dictionary.make(inputs, str(tmp_path / "out.tsv"), num_names=num_names)

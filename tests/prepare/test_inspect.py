@@ -8,7 +8,7 @@ from PIL import Image
 
 from detclipv2_jax.colors import PALETTE
 from detclipv2_jax.data import scenes
-from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.schema import Batch, Kind
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.prepare import inspect
 
@@ -49,6 +49,9 @@ def test_raw_files_are_counted_as_batches_have_them(on_scenes, tmp_path):
         assert facts["capacities"] == stream.capacities
         sizes = facts["photo: short side, px"]
         assert (sizes["smallest"], sizes["largest"], sizes["counts"]) == (64, 64, [16])
+        for batch in batches:
+            measured = inspect.measure(batch, stream.kind)
+            assert (measured["tokens a concept of an image"] >= 3).all()
         if stream.kind is not Kind.IMAGE_TEXT:
             boxes = np.concatenate([batch.box_mask.sum(1) for batch in batches])
             found = facts["boxes an image"]
@@ -63,6 +66,46 @@ def test_raw_files_are_counted_as_batches_have_them(on_scenes, tmp_path):
             own = [{*batch.caption_concepts[i][batch.caption_mask[i]]} for batch in batches for i in range(8)]
         assert facts["concepts an image"]["mean"] == round(np.mean([len(rows) for rows in own]), 3)
         assert sum(facts["tokens a concept of an image"]["counts"]) == sum(map(len, own))
+
+
+def test_quantities_of_a_batch_by_hand():
+    tokens = np.zeros((5, 4), np.int32)
+    for row, num in enumerate((4, 3, 2, 3, 0)):
+        tokens[row, :num] = 1
+    mask = np.array([True, True, True, True, False])
+    rows, used = np.array([[0, 1, 0], [1, 1, 2]]), np.array([[True, True, True], [True, True, False]])
+    sizes, extent = np.array([[30, 90], [80, 20]]), np.array([[10, 30], [40, 9]])
+    fields = dict.fromkeys(Batch._fields) | {"concept_tokens": tokens, "concept_mask": mask}
+    fields |= {"original_size": sizes, "extent": extent}
+    of_boxes = inspect.measure(Batch(**fields | {"box_concepts": rows, "box_mask": used}), Kind.GROUNDING)
+    of_captions = inspect.measure(Batch(**fields | {"caption_concepts": rows, "caption_mask": used}), Kind.IMAGE_TEXT)
+    expected = {
+        "concepts an image": [2, 1], "tokens a concept of an image": [4, 3, 3], "tokens a negative": [2, 3],
+        "photo: short side, px": [30, 20], "photo: long side, px": [90, 80], "on the canvas: short side, px": [10, 9],
+    }  # fmt: skip
+    assert {name: values.tolist() for name, values in of_captions.items()} == expected
+    assert {name: values.tolist() for name, values in of_boxes.items()} == {"boxes an image": [3, 2]} | expected
+
+
+def test_numbers_of_a_report_are_those_of_the_batches(on_scenes, tmp_path):
+    on_scenes.grounding.annotations = on_scenes.grounding.images = ""
+    on_scenes.image_text.pairs = on_scenes.image_text.images = ""
+    on_scenes.detection.batch_size = 3
+    (facts,) = inspect.inspect(str(tmp_path / "out"), config=on_scenes, num_examples=4).values()
+    (stream,) = train_streams(on_scenes)
+    assert (stream.batch_size, facts["images counted"]) == (3, 6)
+    boxes = np.concatenate([stream.batch(n).box_mask.sum(axis=1) for n in range(2)])
+    found = facts["boxes an image"]
+    assert (found["smallest"], found["median"], found["largest"]) == (boxes.min(), np.median(boxes), boxes.max())
+    assert boxes.min() < np.median(boxes) < boxes.max()
+    assert np.median(boxes) != boxes.mean()
+
+
+def test_what_is_no_report_of_a_build_is_damaged(tmp_path):
+    for content in ([], {}, {"kind": "boxes"}):
+        (tmp_path / "build_report.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="is damaged: it does not say which kind of data"):
+            inspect.inspect(str(tmp_path / "x"), folders=[str(tmp_path)])
 
 
 def test_bins_are_whole_and_few():

@@ -32,6 +32,7 @@ def test_federated_lists_definitions_and_frequencies(tmp_path):
     built = read_built(str(tmp_path / "out"), Kind.DETECTION)
     assert (built[0].negatives, built[0].not_negatives) == (("thing 3",), ("thing 2",))
     assert built.federated
+    assert built.describe(1).startswith("train2017/000000000001.jpg of ")
     assert all(built[i].federated for i in range(len(built)))
     assert built.vocabulary.definitions == ("definition 1", "definition 2", "definition 3")
     assert built.vocabulary.category_ids == (1, 2, 3)

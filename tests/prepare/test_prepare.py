@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -14,7 +15,7 @@ from raw_files import jpeg, write_coco
 
 from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare import box_json, record_builder
+from detclipv2_jax.prepare import box_json, dictionary, inspect, pseudo_boxes, record_builder, shards
 
 
 def command(*arguments):
@@ -67,6 +68,171 @@ def test_wrong_arguments(tmp_path, kind, options, message):
         building.build(
             kind, **{"input": str(path), "output": str(tmp_path / "out"), "images": str(path.parent)} | options
         )
+
+
+def test_every_option_of_a_build_reaches_it(tmp_path, monkeypatch, capsys):
+    noted = {}
+
+    def build(builder, reader, output, **options):
+        noted.update(options, builder=builder, reader=reader)
+
+    monkeypatch.setattr(shards, "build", build)
+    path = write_coco(tmp_path / "raw")
+    names = [f"{i:012d}.jpg" for i in (2, 4)]
+    (tmp_path / "val.json").write_text(json.dumps({"images": [{"file_name": name} for name in names[::-1]]}))
+    options = {"input": str(path), "output": str(tmp_path / "out"), "images": str(tmp_path / "raw/images")}
+    plain = {"images": options["images"], "shard_size": 4096, "validation": "", "drop_validation": False}
+    prepare.run("coco_json", **options)
+    assert noted["options"] == plain
+    assert (noted["reader"].num_items, noted["part"], noted["command"]) == (6, shards.ALONE, "")
+    photos = hashlib.sha256(b"000000000002\n000000000004").hexdigest()
+    more = {"shard_size": 5, "drop_validation": True, "follow_links": True, "num_examples": 3, "seed": 7}
+    more |= {"drop_categories": ("thing 1",), "max_bad_share": 0.5, "workers": 3, "index": 1, "count": 4}
+    prepare.run("coco_json", **options, **more, validation=(str(tmp_path / "val.json"),), command="typed")
+    planned = ("shard_size", "drop_validation", "follow_links", "num_examples", "seed", "drop_categories")
+    assert noted["options"] == plain | {key: more[key] for key in planned} | {"validation": photos}
+    assert noted["builder"] is box_json.CocoJson
+    assert noted["reader"].vocabulary.names == ("thing 2", "thing 3")
+    assert (noted["reader"].num_items, noted["reader"].num_shards) == (3, 1)
+    expected = {"command": "typed", "max_bad_share": 0.5, "num_workers": 3, "drop_held_out": True}
+    expected |= {"held_out": {"000000000002", "000000000004"}, "part": shards.Part(1, 4)}
+    assert {key: noted[key] for key in expected} == expected
+    assert "part 1 of 4 is written; --count=4 joins all" in capsys.readouterr().out
+    pairs = tmp_path / "raw" / "images" / "pairs.tsv"
+    pairs.write_text("000000000002.jpg\ta dog\n")
+    prepare.run("image_text", input=str(pairs), output="out", pipeline="", max_phrases=3, count=2)
+    assert noted["options"] == plain | {"pipeline": "", "max_phrases": 3}
+    assert noted["part"] == shards.Part(None, 2)
+
+
+def test_boxes_that_cannot_be_used_are_refused_above_the_share(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    image = {"id": 1, "file_name": "0.jpg", "caption": "a cat", "height": 24, "width": 32}
+    rows = [{"image_id": 1, "bbox": [1, 1, size, 5], "tokens_positive": [[2, 5]]} for size in (5, 0)]
+    (tmp_path / "g.json").write_text(json.dumps({"images": [image], "annotations": rows}))
+    options = {"input": str(tmp_path / "g.json"), "output": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=r"1 of 2 boxes .*max_bad_share allows 1\.00%"):
+        building.build("grounding_json", **options)
+    assert building.build("grounding_json", **options, max_bad_share=0.5)["boxes"] == 1
+
+
+def test_numbers_that_may_be_given():
+    fine = {"max_misfit": 0.0, "filter_group": 2, "shard_size": 1, "workers": 1}
+    prepare._check_numbers(**fine)
+    for change in ({"max_misfit": 1.0}, {"max_misfit": -0.1}, {"filter_group": 1}, {"shard_size": 0}, {"workers": 0}):
+        with pytest.raises(ValueError, match=f"--{next(iter(change))}="):
+            prepare._check_numbers(**fine | change)
+    for index, count in ((-1, 1), (0, 1), (-1, 9), (8, 9)):
+        prepare._check_part(index, count=count, filter="")
+    for index, count, by in ((1, 1, ""), (9, 9, ""), (-2, 3, ""), (0, 0, ""), (-1, 0, ""), (0, 1, "run")):
+        with pytest.raises(ValueError, match=f"--index={index} must be below --count={count}"):
+            prepare._check_part(index, count=count, filter=by)
+
+
+def test_options_are_for_their_kinds(tmp_path):
+    (tmp_path / "a").write_text("")
+    none = {"by_category": {"num_examples": 0, "drop_categories": ()}, "filter": "", "names": ""}
+    for kind in prepare.KINDS:
+        prepare._check_kind(kind, str(tmp_path / "a"), **none)
+        given = [
+            ({"by_category": {"num_examples": 3}}, ("coco_json", "lvis")),
+            ({"by_category": {"drop_categories": ("a",)}}, ("coco_json", "lvis")),
+            ({"filter": "run"}, ("image_text",)),
+            ({"names": "a.txt"}, ("classes",)),
+        ]
+        for change, kinds in given:
+            fails = contextlib.nullcontext() if kind in kinds else pytest.raises(ValueError, match=kind)
+            with fails:
+                prepare._check_kind(kind, str(tmp_path / "a"), **none | change)
+
+
+def test_photos_are_looked_for_where_they_usually_are(tmp_path):
+    folder = tmp_path / "a" / "b"
+    (folder / "images").mkdir(parents=True)
+    content = {"images": [3, {"file_name": "../secret.jpg"}, *({"file_name": f"{i}.jpg"} for i in range(70))]}
+    (folder / "d.json").write_text(json.dumps(content | {"annotations": []}))
+    (folder / "p.tsv").write_text("".join(f"{image['file_name']}\tx\n" for image in content["images"][1:]))
+    (tmp_path / "secret.jpg").touch()
+    (tmp_path / "a" / "secret.jpg").touch()
+    (folder / "69.jpg").touch()  # none of the first 64
+    for kind, file in (("coco_json", "d.json"), ("image_text", "p.tsv")):
+        with pytest.raises(ValueError, match=r"--images: no image of .* \(the first is 0\.jpg\)"):
+            prepare._find_images(kind, folder / file)
+    for found in (tmp_path / "a", folder / "images", folder):  # each is preferred to the one before
+        (found / "60.jpg").touch()
+        for kind, file in (("coco_json", "d.json"), ("image_text", "p.tsv")):
+            assert prepare._find_images(kind, folder / file) == str(found)
+
+
+def test_a_summary_of_a_build():
+    report = {"examples": 5, "seen": 9, "boxes": 7, "concepts": 8, "kind": "grounding", "dropped": {}}
+    report |= {"left out or repaired": {}, "validation photos": {"compared with": 0, "found": 0, "left out": False}}
+    assert prepare.summary(report, "o").splitlines() == [
+        "5 examples of 9, 7 boxes, 8 concepts", "dropped: nothing", "left out or repaired: nothing",
+        'put in the config: config.grounding.data = ("o",)',
+    ]  # fmt: skip
+    report |= {"dropped": {"torn": 3, "burnt": 1}, "left out or repaired": {"turned": 2}}
+    for found, left_out, fate in ((0, False, "KEPT"), (2, True, "left out"), (0, True, "left out"), (2, False, "KEPT")):
+        report["validation photos"] = {"compared with": 4, "found": found, "left out": left_out}
+        lines = prepare.summary(report, "o").splitlines()
+        assert lines[1:3] == ["dropped: 3 torn, 1 burnt", "left out or repaired: 2 turned"]
+        assert lines[3].startswith(f"photos of validation sets: {found} of 4 found, {fate}")
+
+
+def test_options_of_the_other_commands_reach_them(tmp_path, monkeypatch, capsys):
+    noted = []
+    facts = {"images of an epoch": 9, "images counted": 8, "left out or repaired": {"torn photo": 2}}
+    monkeypatch.setattr(inspect, "inspect", lambda *given, **options: noted.append((given, options)) or {"s": facts})
+    output = str(tmp_path / "out")
+    prepare.inspect(output=output, data=("a",), num_examples=7)
+    assert noted.pop() == ((output,), {"config": None, "folders": ("a",), "num_examples": 7})
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "s: an epoch has 9 images, 8 were counted", "  2 × torn photo"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="inspect needs --data=FOLDER or --config=FILE"):
+        prepare.inspect(output=output)
+    monkeypatch.setattr(
+        dictionary, "make", lambda *given, **options: noted.append((given, options)) or {"a": 3, "b": 4}
+    )
+    monkeypatch.setattr(dictionary, "coverage", lambda *given: [f"covered {given}"])
+    file = str(tmp_path / "d.tsv")
+    prepare.dictionary(input=("i",), output=file, wordnet="w", text="t", num_names=5)
+    assert noted.pop() == ((("i",), file), {"wordnet": "w", "text": "t", "num_names": 5})
+    said = capsys.readouterr().out
+    assert "7 names; definitions by origin: {'a': 3, 'b': 4}" in said
+    assert f"covered {(file, ('i',))}" in said
+
+
+def test_options_of_pseudo_boxes_reach_them(tmp_path, monkeypatch):
+    noted = {}
+
+    def make(reader, output, labeller, **options):
+        noted.update(options, reader=reader, output=output)
+        return dict.fromkeys(
+            ("boxes", "photos with a box", "pairs", "of them completed from the dictionary", "phrases with a box",
+             "phrases without a box", "images"), 0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(pseudo_boxes, "make", make)
+    monkeypatch.setattr(pseudo_boxes, "Labeller", lambda checkpoint, **options: noted.update(options, run=checkpoint))
+    write_coco(tmp_path / "raw")
+    pairs = tmp_path / "raw" / "images" / "pairs.tsv"
+    pairs.write_text("000000000002.jpg\ta dog\n" * 3)
+    (tmp_path / "names.tsv").write_text("cat\ta pet\n")
+    options = {"score_threshold": 0.3, "completion_threshold": 0.4, "nms_iou": 0.6, "max_boxes": 1}
+    read_by = {"pipeline": "", "max_phrases": 5, "follow_links": True, "shard_size": 2}
+    more = {"max_bad_share": 0.2, "command": "typed"}
+    given = {"checkpoint": "run", "input": str(pairs), "output": "out", "dictionary": str(tmp_path / "names.tsv")}
+    prepare.pseudo_boxes(**given, **options, **read_by, **more)
+    folder = str(pairs.parent)
+    assert noted.pop("reader").num_shards == 2
+    assert noted.pop("dictionary").names == ("cat",)
+    assert noted == options | more | {
+        "run": "run", "output": pathlib.Path("out"), "images": folder, "read_by": read_by | {"images": folder}
+    }  # fmt: skip
+    for wrong in ({"max_boxes": 0}, {"shard_size": 0}, {"input": str(tmp_path / "absent")}):
+        with pytest.raises(ValueError, match=f"--{next(iter(wrong))}="):
+            prepare.pseudo_boxes(**given | wrong)
 
 
 def test_images_are_found_beside_the_input_or_asked_for(tmp_path):
