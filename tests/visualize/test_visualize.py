@@ -44,6 +44,8 @@ def test_a_name_has_one_colour_and_names_have_many():
     assert len({color_of(name) for name in ("sea star", "Sea_star", "sea-star", "sea star , an animal")}) == 1
     names = [f"{color} {thing}" for color in ("red", "blue", "grün", "黄") for thing in ("car", "house", "猫", "बिल्ली")]
     assert len({color_of(name) for name in names}) == len(names)
+    assert color_of("cat") != color_of("Cats")
+    assert color_of(",a") != color_of(",b")
     assert color_of("red star") == color_of(tokenizer.decode(tokenizer.tokenize(["red star"]))[0])
 
 
