@@ -1,5 +1,6 @@
 """One command with all others, what all of them do with their options, and how they end."""
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -157,7 +158,9 @@ def everything(
       count: how many
     """
     if fails:
-        raise {"value": ValueError, "file": FileNotFoundError, "type": TypeError}[fails]("so it is")
+        raise {"value": ValueError, "file": FileNotFoundError, "type": TypeError, "ctrl-c": KeyboardInterrupt}[fails](
+            "so it is"
+        )
     return count if words == "status" else f"{words} {count} {share} {deep} {flat} {names} {many} {kind} {output}"
 
 
@@ -173,6 +176,79 @@ def everything(
 def test_options_become_the_values_that_a_function_names(arguments, printed, capsys):
     assert commands.run(everything, arguments=["--words=x", *arguments]) == 0
     assert capsys.readouterr().out == f"{printed}\n"
+
+
+def test_ctrl_c_ends_a_command_after_what_it_waits_for(monkeypatch):
+    """The watch gets the numbers of signals through a pipe, as Python writes them there."""
+    ended, is_over = [], threading.Event()
+
+    def end(message, *, at_once=False):
+        ended.append(at_once)
+        is_over.set()
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit
+
+    monkeypatch.setattr(commands, "end", end)
+    for grace_s, received, at_once in (
+        (0.0, [signal.SIGTERM, signal.SIGTERM, signal.SIGINT], False),
+        (60.0, [signal.SIGINT, signal.SIGTERM, signal.SIGINT], True),
+    ):
+        monkeypatch.setattr(commands, "GRACE_S", grace_s)
+        with commands._watched():
+            pipe = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+            os.write(pipe, bytes(received))
+            assert is_over.wait(10)
+        assert ended == [at_once]
+        is_over.clear()
+        ended.clear()
+    with pytest.raises(SystemExit):
+        commands.run(everything, arguments=["--words=x", "--fails=ctrl-c"])
+    assert ended == [False]
+
+
+def test_ctrl_c_is_heard_while_a_command_is_at_work_and_ends_it_quietly_before_and_after():
+    before, during = signal.getsignal(signal.SIGINT), []
+    try:
+        for handler in (detclipv2_jax.stop, signal.SIG_IGN):
+            signal.signal(signal.SIGINT, handler)
+            commands.run(lambda: during.append(signal.getsignal(signal.SIGINT)), arguments=[])
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert during == [signal.default_int_handler, signal.SIG_IGN]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "error: [Errno 28] No space left on device; make room there, or write elsewhere",
+        ),
+        (
+            RuntimeError("No space left on device"),
+            "error: No space left on device; make room there, or write elsewhere",
+        ),
+        (ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"), "pip install 'detclipv2_jax[prepare]'"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line(error, said, capsys):
+    def command():
+        raise error
+
+    assert commands.run(command, arguments=[]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(said)
+
+
+def test_other_modules_that_are_missing_are_a_fault_of_the_program():
+    def command():
+        raise ModuleNotFoundError("No module named 'jaxx'", name="jaxx")
+
+    with pytest.raises(ModuleNotFoundError):
+        commands.run(command, arguments=[])
 
 
 def test_how_a_command_ends(capsys):

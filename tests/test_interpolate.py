@@ -25,6 +25,7 @@ def models(monkeypatch):
     config.init_from.checkpoint = "start"
     config.eval.annotations, config.forgetting.annotations = "new.json", "old.json"
     config.eval.monitor, config.eval.num_pictures = "fixed_AP", 3
+    images: list[str] = []
     weights, asked = {"start": START, "tuned": END, "other": np.zeros(2), "worse": 1.0, "alone": END}, []
 
     def load(workdir):
@@ -40,6 +41,7 @@ def models(monkeypatch):
 
         def __call__(self, params, *, step):
             asked.append((self.config.eval.annotations, self.streams, self.config.eval.num_pictures, step))
+            images.append(self.config.eval.images)
             weight = float(params["a"])
             if self.config.eval.annotations == "old.json":
                 return {"AP": 0.5 - 0.1 * abs(weight - 2.5)}  # no score of LVIS
@@ -48,11 +50,11 @@ def models(monkeypatch):
     monkeypatch.setattr(loop.Checkpoint, "load", load)
     monkeypatch.setattr(loop, "make_streams", lambda config, prefix="": f"{config.eval.annotations} {prefix}")
     monkeypatch.setattr(loop, "Evaluator", Evaluator)
-    return config, asked
+    return config, asked, images
 
 
 def test_the_best_weights_are_kept(models, tmp_path):
-    config, asked = models
+    config, asked, _ = models
     printed = interpolate.run(checkpoint="tuned", output=str(tmp_path / "kept"), steps=4)
     stored = json.loads((tmp_path / "kept" / "interpolation.json").read_text())
     assert (stored["before"], stored["after"], stored["score"]) == ("start", "tuned", "fixed_AP")
@@ -73,12 +75,19 @@ def test_the_best_weights_are_kept(models, tmp_path):
 
 
 def test_other_data_and_another_start(models, tmp_path):
-    asked = models[1]
+    _, asked, images = models
     options = {"before": "worse", "new_annotations": "mine.json", "old_annotations": "old.json", "old_images": "theirs"}
+    options["new_images"] = "my photos"
     interpolate.run(checkpoint="alone", output=str(tmp_path / "kept"), steps=2, **options)
     assert [row[0] for row in asked] == ["mine.json", "old.json"] * 3
     stored = json.loads((tmp_path / "kept" / "interpolation.json").read_text())
     assert [round(point["new"], 6) for point in stored["points"]] == [0.1, 0.25, 0.4]
+    assert (stored["before"], stored["new_annotations"], stored["old_annotations"]) == (
+        "worse",
+        "mine.json",
+        "old.json",
+    )
+    assert images == ["my photos", "theirs"] * 3
 
 
 def test_what_cannot_be_interpolated_is_said_at_once(models, tmp_path):

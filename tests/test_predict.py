@@ -23,6 +23,7 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.predict import __main__ as predict
 from detclipv2_jax.predict import inputs
 from detclipv2_jax.runs import checkpoints, state
+from detclipv2_jax.visualize import figures
 
 
 @pytest.fixture
@@ -80,6 +81,68 @@ def test_everything_is_written(photos, capsys):
             assert max(picture.size) > 900
 
 
+def test_options_reach_the_predictor_and_the_pictures(photos, monkeypatch):
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 20_000)  # the JPEG has 30,000: it is read at half size
+    asked, drawn = [], []
+
+    def iterate(self, images, words, **options):
+        asked.append((dict(words), options))
+        for i, pixels in enumerate(images):
+            found = np.float32([[1, 2, 5, 8], [0, 0, 3, 4]]), np.float32([0.75, 0.5]), np.array([1, 0])
+            yield i, Found(*found, tuple(words), pixels.shape[:2])
+
+    monkeypatch.setattr(Predictor, "iterate", iterate)
+    monkeypatch.setattr(figures, "detections", lambda *given, **options: drawn.append((given, options)))
+    (photos.parent / "words.txt").write_text("red: a colour\n")
+    options = {
+        "score_threshold": 0.125, "nms_iou": 0.375, "max_detections": 3, "score": "centerness", "tile": 64,
+        "tile_overlap": 0.25, "batch_size": 5,
+    }  # fmt: skip
+    names = {"words": "", "words_file": str(photos.parent / "words.txt"), "vocabulary": "coco"}
+    _, rows, output = _run(photos, images=f"{photos}/[bc].*", draw_threshold=0.5, max_drawn=7, **names, **options)
+    ((words, given),) = asked
+    assert given == options | {"exemplars": {}}
+    assert (len(words), words["red"], words["cat"]) == (81, "a colour", "")
+    assert [row["bbox"] for row in rows] == [[2, 4, 8, 12], [0, 0, 6, 8], [1, 2, 4, 6], [0, 0, 3, 4]]
+    assert [row["name"] for row in rows] == 2 * ["bicycle", "person"]
+    for name, ((pixels, boxes, labels, vocabulary_of_found), one) in zip(("b.jpg", "c.png"), drawn, strict=True):
+        assert pixels.shape == {"b.jpg": (150, 50, 3), "c.png": (64, 128, 3)}[name]
+        np.testing.assert_allclose(boxes, [[1, 2, 5, 8], [0, 0, 3, 4]])
+        assert [vocabulary_of_found[label] for label in labels] == ["bicycle", "person"]
+        assert one.pop("scores").tolist() == [0.75, 0.5]
+        path = output / "pictures" / f"{name[0]}.jpg"
+        assert one == {"min_score": 0.5, "max_drawn": 7, "title": name, "path": path}
+
+
+def test_numbers_that_make_no_sense_are_refused_first(photos):
+    for wrong, message in (
+        ({"batch_size": 0}, "--batch_size=0 must be 1 or more"),
+        ({"max_drawn": -1}, "--max_drawn=-1 0 or more"),
+        ({"tile": 31}, "tile is 31; it must be 0, for none, or at least 32 px"),
+        ({"formats": ("voc",)}, "--formats: there is no format 'voc'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _run(photos, images="no such file", **wrong)
+    with pytest.raises(ValueError, match="no image in"):
+        _run(photos, images="no such file", max_drawn=0, batch_size=1, tile=32)
+
+
+def test_other_pictures_need_another_command(photos):
+    image = str(photos / "c.png")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _run(photos, images=image)
+    for changed in ({"draw_threshold": 0.3}, {"max_drawn": 5}):
+        with pytest.raises(ValueError, match="holds what a command with other pictures found"):
+            _run(photos, images=image, **changed)
+    assert _run(photos, images=image)[0] == 0
+
+
 def test_photos_whose_names_are_not_utf_8_lose_no_prediction(photos, caplog):
     names = [b"\xff\xe9.png", b"A.png", b"\xe9/\xff.png", b"line\nend.png", "\u202ea.png".encode()]
     for name in names:
@@ -98,12 +161,15 @@ def test_photos_whose_names_are_not_utf_8_lose_no_prediction(photos, caplog):
     assert len({row["image_id"] for row in rows}) == 8
 
 
-def test_an_image_that_cannot_be_read_stops_nothing(photos, caplog):
+def test_an_image_that_cannot_be_read_stops_nothing(photos, caplog, capsys):
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:500])
     (photos / "d.png").write_bytes(b"")
     with caplog.at_level(logging.ERROR, logger="absl"):
         status, rows, output = _run(photos)
     assert status == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"2 of 4 images, {len(rows)} boxes: ")
+    assert "error: images that could not be read: 2;" in captured.err
     assert {row["image_id"] for row in rows} == {1, 3}
     assert [path.name for path in sorted((output / "pictures").iterdir())] == ["a.jpg", "c.jpg"]
     messages = [record.getMessage() for record in caplog.records]
@@ -125,12 +191,28 @@ def test_ways_to_name_images(photos, monkeypatch):
     assert inputs.list_images(str(bracket)) == [bracket]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{names[1]}\n\n {names[2]}\n"))
     assert inputs.list_images("-") == names[1:]
+    piped = io.TextIOWrapper(io.BytesIO(os.fsencode(names[1]) + b"\n\n /x/\xff.png \n"), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert inputs.list_images("-") == [names[1], pathlib.Path(os.fsdecode(b"/x/\xff.png"))]
     with pytest.raises(ValueError, match=r"no image in '.*absent\*'; quote the pattern"):
         inputs.list_images(str(photos / "absent*"))
     empty = photos / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"no image in the folder .*empty \(it looks for \.jpg"):
         inputs.list_images(str(empty))
+
+
+def test_what_a_folder_has_beside_photos_is_counted(photos, caplog):
+    for name in ("d.TXT", "README", "e.PNG", "f.Mp4"):
+        (photos / name).write_bytes(b"")
+    (photos / "more").mkdir()
+    (photos / "more" / "0.webp").write_bytes(b"")
+    (photos / "linked").symlink_to(photos / "more")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        names = [str(path.relative_to(photos)) for path in inputs.list_images(str(photos))]
+    assert names == ["a.png", "b.jpg", "c.png", "e.PNG", "f.Mp4", "more/0.webp"]
+    assert caplog.messages == [f"--images={photos}: left out: 2 .txt, 1 linked folder, 1 without suffix"]
+    assert len(inputs.list_images(str(photos), output=str(photos / "more"))) == 5
 
 
 def test_what_was_drawn_into_the_folder_of_photos_is_no_photo(photos):
@@ -313,14 +395,22 @@ def test_thresholds_are_chosen_written_and_used_again(photos):
     for category in named["categories"]:
         category["name"] = category["name"].capitalize()  # words and names meet without regard to capitals
     pathlib.Path(given["thresholds_from"]).write_text(json.dumps(named))
-    _run(photos, min_precision=0.95, **given)
-    assert json.loads((output / "thresholds.json").read_text())["rule"] == "precision of at least 0.95"
+    before = json.loads((output / "thresholds.json").read_text())["words"]
+    _run(photos, words="green, RED, blue", score_threshold=0.0, max_detections=50, **given)
+    after = json.loads((output / "thresholds.json").read_text())["words"]
+    assert after == {"RED": before["red"], "blue": before["blue"]}  # a word without a category changes nothing
+    _run(photos, min_precision=1.0, **given)
+    assert json.loads((output / "thresholds.json").read_text())["rule"] == "precision of at least 1"
+    federated = named | {"images": [image | {"neg_category_ids": []} for image in named["images"]]}
+    (folder / "lvis.json").write_text(json.dumps(federated))
     for wrong, message in (
         (given | again, "exclude each other"),
         ({"min_precision": 0.5}, "--min_precision needs --thresholds_from"),
         (given | {"min_precision": 1.5}, "--min_precision is 1.5; it must lie above 0"),
+        (given | {"min_precision": 0.0}, "--min_precision is 0; it must lie above 0"),
         (given | {"threshold_images": ""}, "--threshold_images is empty; it must name a folder"),
         (given | {"threshold_images": str(photos)}, "cannot read 0.png in"),
+        (given | {"thresholds_from": str(folder / "lvis.json")}, "does not say of every photo whether"),
         (given | {"words": "cat"}, r"no category of .* is called like a word"),
     ):
         with pytest.raises(ValueError, match=message):

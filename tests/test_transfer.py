@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -87,7 +88,12 @@ def test_what_is_run_and_its_table(world, capsys):
     few = [[value(flags, key) for key in keys] for flags in calls if any("num_shots" in flag for flag in flags)]
     assert few[::2] == [[k, seed, passes] for k, passes in (("1", "8"), ("10", "1")) for seed in ("3", "30", "300")]
     assert not list((folder / "out").rglob("checkpoints"))
+    with pytest.raises(SystemExit, match="143"):  # what stops it stops the run that it waits for
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
     *lines, last = capsys.readouterr().out.strip().splitlines()
+    assert lines[1].startswith("[1/15] zero-shot, Packages, Raccoon: AP 10.0 after 0.0 minutes")
+    assert lines[0] == f"[1/15] zero-shot, Packages, Raccoon: {folder}/out/zero_shot/log.txt"
+    assert lines[2] == f"[2/15] 1 shot, seed 3, Packages: {folder}/out/1/seed_3/Packages/log.txt"
     spread = np.std([0.3, 3.0, 30.0], ddof=1)
     table = [line for line in lines if line.startswith("|")]
     assert table[0] == "| AP in % | zero-shot | 1 shot | 10 shots | full |"
@@ -109,6 +115,7 @@ def test_it_goes_on_where_it_stopped(world, capsys):
     fails.append("5/seed_30/Raccoon")
     assert commands.run(transfer.main, arguments=arguments) == 1
     captured = capsys.readouterr()
+    assert calls[-1][2] == "detclipv2_jax.main"  # what was not trained is not scored
     assert (
         "1 runs failed; the same command tries them again:\n[5/5] 5 shots, seed 30, Raccoon: ended with status 1"
         in captured.err
@@ -127,6 +134,32 @@ def test_it_goes_on_where_it_stopped(world, capsys):
     for change in ("--config=other.py", f"--checkpoint={folder}/other"):
         assert commands.run(transfer.main, arguments=[*arguments, change]) == 1
         assert "give another --output or delete it" in capsys.readouterr().err
+    zero_shot = [*arguments, "--settings=zero_shot", "--config=other.py", "--flags=--config.epochs=3"]
+    assert commands.run(transfer.main, arguments=zero_shot) == 0  # which knows no recipe
+
+
+def test_the_table_is_written_after_each_run(world, monkeypatch):
+    folder, _, calls, _ = world
+    call = transfer._call
+
+    def stop_at_third(command, log):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return call(command, log)
+
+    monkeypatch.setattr(transfer, "_call", stop_at_third)
+    given = {"checkpoint": "run", "data": folder / "data", "output": folder / "out", "settings": "full"}
+    with pytest.raises(KeyboardInterrupt):
+        transfer.main(**given)
+    assert json.loads((folder / "out" / "scores.json").read_text())["scores"] == {"full": {"all": {"Packages": 0.05}}}
+    assert "| Packages | 5.0 |" in (folder / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("shots", "passes"), [("1", 8), ("2", 1), ("3", 4), ("5", 2), ("10", 1), ("20", 1)])
+def test_few_shots_are_passed_several_times_an_epoch(world, shots, passes):
+    folder, *_ = world
+    plan = transfer.Plan("run", folder / "data", "odinw13", "c.py", "", folder / "out")
+    assert f"--config.detection.weight={passes}" in plan.training(plan.members[0], shots, 3)
 
 
 def test_what_is_missing_is_listed_and_the_rest_is_run(world, capsys):
@@ -140,6 +173,11 @@ def test_what_is_missing_is_listed_and_the_rest_is_run(world, capsys):
     assert "| Packages | 5.0 |\n" in captured.out
     assert "mean_13" not in captured.out.splitlines()[-2]
     assert len(calls) == 2
+    (folder / "data" / "Raccoon" / "test" / "_annotations.coco.json").write_text('{"annotations": []}')
+    assert commands.run(transfer.main, arguments=[*arguments, "--settings=zero_shot"]) == 0
+    assert "are not in" not in capsys.readouterr().err  # photos for training are not needed
+    assert value(calls[-1], "only") == "Packages,Raccoon"
+    (folder / "data" / "Raccoon" / "test" / "_annotations.coco.json").unlink()
     (folder / "data" / "Packages" / "test" / "_annotations.coco.json").unlink()
     assert commands.run(transfer.main, arguments=arguments) == 1
     assert "2 of 2 members are not in" in capsys.readouterr().err

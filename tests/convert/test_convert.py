@@ -426,3 +426,20 @@ def test_a_text_tower_is_expected_as_deep_as_its_names():
     whole = layouts.text_shapes(8, 3, positions=5, embed_dim=4)
     names = [name for name in whole if "block2/mlp_out" not in name or name.endswith("bias")]  # one is missing
     assert layouts._expected("clip_text", names, {name: whole[name] for name in names}) == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "shapes", "layout"),
+    [
+        ("swin", layouts.swin_shapes(2, (1, 1, 18, 1), [(9, 1), (9, 2), (9, 4), (9, 8)]), "transformers"),
+        ("clip_text", layouts.text_shapes(2, 24, positions=7, embed_dim=3), "openai"),
+    ],
+)
+def test_towers_as_deep_as_the_largest_that_are_published(part, shapes, layout):
+    rng = np.random.default_rng(0)
+    ours = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+    theirs = layouts.to_checkpoint(part, ours, layout=layout, what="it").params
+    found = layouts.from_checkpoint(part, theirs, what="it")
+    assert (found.layout, found.left_out, found.params.keys()) == (layout, [], ours.keys())
+    for name, value in ours.items():
+        np.testing.assert_array_equal(found.params[name], value)

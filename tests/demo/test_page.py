@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import importlib.resources
 import io
 import logging
@@ -68,7 +69,8 @@ def test_folders_come_in_their_order(tmp_path):
     for name in "cafbed":
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.png").write_bytes(png(planted.paint((8, 8), {})))
-    assert [entry.name[0] for entry in Album(tmp_path).entries] == list("abcdef")
+    (tmp_path / "a" / "b.PNG").write_bytes(png(planted.paint((8, 8), {})))
+    assert [entry.name for entry in Album(tmp_path).entries] == ["a.png", "b.PNG", *(f"{x}.png" for x in "bcdef")]
 
 
 def test_a_large_folder_is_shown_in_part(photos, monkeypatch, caplog):
@@ -76,6 +78,11 @@ def test_a_large_folder_is_shown_in_part(photos, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="absl"):
         assert [entry.name for entry in Album(photos).entries] == ["a.png", "b.png"]
     assert "the page shows the first 2 photos" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(album_lib, "MAX_LISTED", 4)  # as many as there are
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert len(Album(photos).entries) == 4
+    assert "the page shows" not in caplog.text
 
 
 def test_uploads_are_bounded(monkeypatch):
@@ -95,6 +102,9 @@ def test_uploads_are_bounded(monkeypatch):
     with pytest.raises(ValueError, match="the file has more than 0 MB"):
         album.add(photo, name="x.png")
     assert len(album.entries) == 2
+    monkeypatch.setattr(album_lib, "MAX_PIXELS", 600)
+    monkeypatch.setattr(album_lib, "MAX_UPLOAD_BYTES", len(photo))
+    assert album.add(photo, name="n" * 99).name == "n" * 80  # just as large as may be
 
 
 def test_a_damaged_upload_is_refused_at_once(monkeypatch):
@@ -156,7 +166,11 @@ def test_words_are_found(answers, monkeypatch):
 def test_a_list_of_names_is_asked_for_beside_words(answers):
     found = answers.find({"photo": "p0", "words": "red", "vocabulary": "coco"})
     assert found["num_names"] == 81
-    assert answers.start()["vocabularies"] == ["lvis", "coco", "objects365"]
+    start = answers.start()
+    assert start["vocabularies"] == ["lvis", "coco", "objects365"]
+    assert start["max_bytes"] == album_lib.MAX_UPLOAD_BYTES
+    assert start["photos"][3] == {"id": "p3", "name": "c.png", "width": 60, "height": 100}
+    assert start["model"].endswith("step 0, photos shown to it at 64 × 128 or 128 × 64 px")
 
 
 def test_an_example_is_found_on_another_photo(answers):
@@ -176,8 +190,12 @@ def test_what_was_found_is_not_looked_for_again(answers, monkeypatch):
         answers.find({"photo": "p0", "words": words})
     assert len(asked) == 4  # red, blue, green, and blue again, which was forgotten
     answers.find({"photo": "p1", "words": "red"})
-    answers.find({"photo": "p1", "words": "red", "examples": [{"name": "a", "photo": "p0", "box": list(BLUE)}]})
-    assert len(asked) == 6
+    example = {"name": "a", "photo": "p0", "box": list(BLUE)}
+    for changes in ({}, {"box": list(RED)}, {"photo": "p1"}, {"name": "b"}):
+        answers.find({"photo": "p1", "words": "red", "examples": [example | changes]})
+    answers.find({"photo": "p1", "words": "red: a colour"})
+    answers.find({"photo": "p1", "words": "red", "vocabulary": "coco"})
+    assert len(asked) == 11  # whatever differs is asked
 
 
 def test_the_picture_shows_what_scores_enough(answers, monkeypatch):
@@ -260,6 +278,27 @@ def test_as_many_phrases_as_the_page_has_room_for_with_their_numbers(answers, mo
 )
 def test_phrases_stand_between_small_words(caption, phrases):
     assert answers_lib.phrases_of(caption) == phrases
+
+
+def test_small_words_are_no_part_of_a_phrase_in_capitals_neither():
+    words = "a an the and or on in at with of to by behind beside near under over above below from is are there "
+    for word in (words + "picture photo left right front some two three").split():
+        for written in (word, word.upper()):
+            assert answers_lib.phrases_of(f"old cat {written} x{word}") == ["old cat", f"x{word}"]
+
+
+def test_as_much_text_and_as_many_names_as_may_be(answers, monkeypatch):
+    monkeypatch.setattr(
+        answers, "_predictor", lambda images, words, exemplars: asked.append((words, exemplars)) or found
+    )
+    asked, found = [], [Predictor(*planted.make())(planted.paint((64, 128), {"red": RED}), ["red"])]
+    examples = [{"name": f"n{i}", "photo": "p0", "box": list(RED)} for i in range(20)]
+    answers.find({"photo": "p1", "words": "x" * 5000, "examples": examples})
+    ((words, shown),) = asked
+    assert (words, list(shown)) == ({"x" * 5000: ""}, [f"n{i}" for i in range(20)])
+    ((pixels, box),) = shown["n7"]
+    assert box == list(RED)
+    np.testing.assert_array_equal(pixels, answers.album.pixels("p0"))
 
 
 WRONG = [
@@ -407,6 +446,7 @@ def test_uploads_over_http_are_bounded(ask, monkeypatch, server):
     monkeypatch.setattr(album_lib, "MAX_UPLOAD_BYTES", 1000)
     status, _, answer = ask("POST", "/api/upload", b"x" * 1001)
     assert (status, answer["error"]) == (413, "that is too large: at most 0.001 MB")
+    assert ask("POST", "/api/upload", b"x" * 1000)[0] == 400  # it is only no photo
     monkeypatch.setattr(server_lib, "MAX_JSON_BYTES", 100)
     assert ask("POST", "/api/find", {"photo": "p0", "words": "x" * 100})[0] == 413
     for length in ("-1", "abc", "1e3", "9" * 5000, "\u00b2"):
@@ -509,6 +549,11 @@ def test_it_is_bound_to_this_machine_unless_told_otherwise(answers, ask, server)
     assert server_lib.Server.address.fget(by_six) == "http://[::1]:80"
     with served(answers, host="0.0.0.0") as everywhere:
         assert not everywhere.only_here
+        connection = http.client.HTTPConnection("127.0.0.1", everywhere.server_address[1], timeout=60)
+        for headers, status in (({"Host": "my.machine"}, 200), ({"Host": "my.machine", "Origin": "http://other"}, 403)):
+            with contextlib.closing(connection):
+                connection.request("GET", "/api/start", headers=headers)
+                assert connection.getresponse().status == status
 
 
 def test_a_fault_of_ours_is_told_and_logged(ask, server, monkeypatch, caplog):
@@ -538,6 +583,10 @@ def test_the_command_serves_the_photos_of_a_run(predictor, photos, tmp_path, mon
     seen = {}
 
     class Stopped(server_lib.Server):
+        def __init__(self, answers, *, host, port):
+            seen["port"] = port
+            super().__init__(answers, host=host, port=0)
+
         def serve_forever(self, poll_interval=0.5):
             seen["photos"] = [entry.name for entry in self.answers.album.entries]
             seen["host"] = self.server_address[0]
@@ -546,19 +595,30 @@ def test_the_command_serves_the_photos_of_a_run(predictor, photos, tmp_path, mon
         assert (checkpoint, keep_vocabularies) == (str(workdir), False)
         return predictor
 
+    warmed = []
+    monkeypatch.setattr(Answers, "warm_up", lambda self: warmed.append(self))
     monkeypatch.setattr(server_lib, "Server", Stopped)
     monkeypatch.setattr(Predictor, "from_checkpoint", from_checkpoint)
     run(checkpoint=str(workdir), port=0)
-    assert seen == {"photos": ["a.png", "b.png", "z.png", "c.png"], "host": "127.0.0.1"}
+    assert seen == {"photos": ["a.png", "b.png", "z.png", "c.png"], "host": "127.0.0.1", "port": 0}
+    assert len(warmed) == 1
     said = capsys.readouterr().out
     assert re.search(r"the page is at http://127\.0\.0\.1:\d+ \(Ctrl-C ends it\)", said)
     assert "password" not in said
-    run(checkpoint=str(workdir), photos=str(workdir / "data" / "images" / "eval" / "more"), host="0.0.0.0", port=0)
-    assert seen == {"photos": ["c.png"], "host": "0.0.0.0"}
+    run(checkpoint=str(workdir), photos=str(workdir / "data" / "images" / "eval" / "more"), host="0.0.0.0", port=65535)
+    assert seen == {"photos": ["c.png"], "host": "0.0.0.0", "port": 65535}
     assert "there is no password" in capsys.readouterr().out
     for port in (65536, -1):
         with pytest.raises(ValueError, match=f"--port is {port}"):
             run(checkpoint=str(workdir), port=port)
+    photos = workdir / "data" / "images" / "eval"
+    monkeypatch.setattr(predictor, "config", predictor.config.copy_and_resolve_references())
+    predictor.config.eval.images = str(photos.rename(tmp_path / "elsewhere") / "more")
+    run(checkpoint=str(workdir))  # the run has none of its own
+    assert (seen["photos"], seen["port"]) == (["c.png"], 8765)
+    predictor.config.eval.images = ""
+    run(checkpoint=str(workdir))
+    assert seen["photos"] == []
 
 
 def test_what_finds_words_is_compiled_before_the_first_question(photos, tmp_path, monkeypatch):

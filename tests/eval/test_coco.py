@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from detclipv2_jax import commands, files
+from detclipv2_jax.data import truth as truth_lib
 from detclipv2_jax.eval import coco
+from detclipv2_jax.eval.detections import Found
 
 FIXTURES = ("coco_gt_instances_val2014_100.json", "coco_dt_fakebbox100.json")
 
@@ -139,14 +141,36 @@ def test_area_is_that_of_the_box_unless_given():
     assert coco.evaluate(truth, _perfect(truth))["APs"] == -1.0
 
 
-def test_crowds_neither_count_nor_punish():
+@pytest.mark.parametrize("sides", [(10, 200), (200, 10)])
+def test_a_wrong_detection_is_of_the_size_of_its_own_area(sides):
+    truth = _grid(1)
+    truth["annotations"][0]["bbox"] = [0, 0, 20, 50]
+    wrong = {"image_id": 1, "category_id": 7, "bbox": [300, 300, *sides], "score": 1.0}
+    scores = coco.evaluate(truth, [*_perfect(truth), wrong])
+    assert (scores["AP"], scores["APs"]) == pytest.approx((0.5, 1.0))
+
+
+def test_all_detections_of_all_sizes_are_matched_at_the_overlap_asked_for():
+    truth = truth_lib.read(_grid(1))
+    boxes = np.array([[500.0, 0, 10, 10]] * 150 + [[0, 0, 100, 79], [0, 0, 100, 80]])
+    zeros = np.zeros(len(boxes), int)
+    (image,) = filter(
+        None, coco.matched(truth, Found(zeros, zeros, boxes, np.linspace(0.9, 0.1, 152)), iou=0.8).evalImgs
+    )
+    assert np.flatnonzero(image["dtMatches"][0]).tolist() == [151]
+    assert not image["gtIgnore"].any()
+    assert not image["dtIgnore"].any()
+
+
+@pytest.mark.parametrize("flag", ["iscrowd", "ignore"])
+def test_crowds_and_boxes_to_be_ignored_neither_count_nor_punish(flag):
     truth = _grid(2)
-    truth["annotations"][1]["iscrowd"] = 1
+    truth["annotations"][1][flag] = 1
     rows = _perfect(truth)
     rows[1]["score"] = 1.0  # on the crowd
     assert coco.evaluate(truth, rows)["AP"] == pytest.approx(1.0)
     assert coco.evaluate(truth, rows[:1])["AR100"] == pytest.approx(1.0)
-    del truth["annotations"][1]["iscrowd"]
+    del truth["annotations"][1][flag]
     assert coco.evaluate(truth, rows[:1])["AR100"] == pytest.approx(0.5)
 
 
@@ -176,13 +200,12 @@ def test_wrong_rows_are_named(change, message):
         coco.evaluate(truth, rows)
 
 
-def _command(folder, truth, rows):
+def _command(folder, truth, rows, *more):
     for name, content in (("truth.json", truth), ("found.json", rows)):
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / name).write_text(text)
-    return commands.run(
-        coco.command, arguments=[f"--annotations={folder / 'truth.json'}", f"--detections={folder / 'found.json'}"]
-    )
+    files_of = [f"--annotations={folder / 'truth.json'}", f"--detections={folder / 'found.json'}"]
+    return commands.run(coco.command, arguments=[*files_of, *more])
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):
@@ -215,10 +238,11 @@ def test_the_report_tells_what_was_scored(tmp_path, capsys):
     truth = _truth(frequencies=("c", None))
     truth["annotations"].append(truth["annotations"][0] | {"id": 9, "bbox": [1, 1, 0.5, 9]})
     rows = [row | {"image_id": str(row["image_id"])} for row in _perfect(truth)[:2]]
-    assert _command(tmp_path, truth, rows) == 0
+    assert _command(tmp_path, truth, rows, f"--output={tmp_path}/scores.json") == 0
     captured = capsys.readouterr()
     *_, counts, first, _, frequencies, line = captured.out.splitlines()
     printed = json.loads(line)
+    assert json.loads((tmp_path / "scores.json").read_text()) == printed
     assert counts.startswith("3 images evaluated, 3 images listed, 1 images with detections, 2 categories, 5 boxes, 2")
     expected = {
         "category without a frequency": 1,
@@ -234,6 +258,14 @@ def test_the_report_tells_what_was_scored(tmp_path, capsys):
     assert f"AP {100 * printed['AP']:5.1f}" in first
     assert frequencies == f"   APr     -   APc {100 * printed['APc']:5.1f}   APf     -"
     assert coco.table({"AP": 0.0, "AR1": -1.0}) == "    AP   0.0\n   AR1     -"
+
+
+def test_some_annotations_may_be_left_out(tmp_path, capsys):
+    truth = _truth()
+    truth["annotations"].append({"id": 9})
+    assert _command(tmp_path, truth, _perfect(_truth()), "--max_bad_share=0.1") == 1  # it is one of five
+    assert _command(tmp_path, truth, _perfect(_truth()), "--max_bad_share=0.2") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["AP"] == pytest.approx(1.0)
 
 
 def test_command_notes_lvis_files(tmp_path, capsys):

@@ -70,6 +70,7 @@ def test_nested_objects_do_not_keep_a_file_from_being_cut(tmp_path, monkeypatch)
     "change",
     [
         {"score": True}, {"score": "1"}, {"score": -2e9}, {"score": [1]}, {"bbox": [True] * 4},
+        {"bbox": [1, 2, 3, 1.5e9]},
         {"bbox": [1, 2, float("inf"), 4]}, {"bbox": [-2e9, 2, 3, 4]}, {"bbox": [1, 2, 3, -4]}, {"bbox": [1, 2, -3, 4]},
         {"bbox": [1, 2, 3]},
     ],
@@ -97,6 +98,8 @@ def test_positions_in_the_truth_and_what_was_repaired():
     assert len(detections.find([], TRUTH, np.arange(4)).scores) == 0
     (point,) = detections.read([row(box=(1, 2, 0, 0))])  # a box without area is one
     assert point.boxes.tolist() == [[1, 2, 0, 0]]
+    (far,) = detections.read([row(box=(-1e9, 2, 1e9, 4), score=-1e9)])  # the largest numbers that there may be
+    assert (far.boxes.tolist(), far.scores.tolist()) == ([[-1e9, 2, 1e9, 4]], [-1e9])
 
 
 @pytest.mark.parametrize(("num_looked_at", "num_relative", "told"), [(100_000, 3, 5), (100_000, 2, 0), (2, 3, 5)])

@@ -11,7 +11,7 @@ import planted
 import pytest
 from PIL import Image
 
-from detclipv2_jax import commands
+from detclipv2_jax import commands, files
 from detclipv2_jax.eval import grounding, result
 from detclipv2_jax.inference import Predictor
 
@@ -85,12 +85,12 @@ def test_recall_of_any_box_and_of_merged_boxes(tmp_path):
 def test_expressions_are_whole_captions(tmp_path):
     path = tmp_path / "g.json"
     box = [10, 10, 20, 20]
-    captions = {1: "left red thing", 2: "blue thing", 3: "the largest one"}
+    captions = {1: " left red thing\n", 2: "blue thing", 3: "the largest one"}
     images = [{"id": i, "file_name": "same.png", "caption": caption} for i, caption in captions.items()]
     annotations = [{"id": i, "image_id": i, "bbox": box, "tokens_positive": [[0, 4]]} for i in captions]
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     queries = grounding.read_queries(str(path), task="referring")
-    assert [query.text for query in queries] == list(captions.values())
+    assert [query.text for query in queries] == [caption.strip() for caption in captions.values()]
     calls = []
 
     def find(file, texts):
@@ -108,7 +108,7 @@ def test_what_cannot_be_found_is_left_out_and_counted(tmp_path):
     good = {"image_id": 7, "tokens_positive": [[2, 5]], "bbox": [1, 1, 9, 9]}
     changes = [
         {}, {"image_id": 99}, {"bbox": [1, 1, 0, 5]}, {"bbox": [1, 1, 5, 0]}, {"bbox": [1, 1, 9]}, {"image_id": 8},
-        {"image_id": 9}, {"tokens_positive": []}, {"iscrowd": 1}, {"image_id": "7"},
+        {"image_id": 9}, {"tokens_positive": []}, {"iscrowd": 1}, {"image_id": "7", "bbox": [1, 1, 1, 1]},
     ]  # fmt: skip
     path = tmp_path / "g.json"
     path.write_text(json.dumps({"images": images, "annotations": [good | change for change in changes]}))
@@ -125,6 +125,50 @@ def test_what_cannot_be_found_is_left_out_and_counted(tmp_path):
     }  # fmt: skip
     (query,) = grounding.read_queries(str(path), task="referring", max_bad_share=1)
     assert (query.text, len(query.boxes)) == (CAPTION, 3)  # without spans too
+
+
+def test_what_is_repaired_is_counted_and_boxes_of_another_form_are_refused(tmp_path):
+    images = [{"id": 7, "file_name": "a.png", "caption": CAPTION, "width": 20, "height": 20}]
+    row = {"image_id": 7, "tokens_positive": [[2, 5]], "bbox": [1, 1, 9, 9]}
+    outlined = {"image_id": 7, "tokens_positive": [[2, 4], [3, 5]], "segmentation": [[1, 1, 5, 1, 5, 9]]}
+    path, odd = tmp_path / "g.json", collections.Counter()
+    rows = [row] * 8 + [outlined, row | {"bbox": [15, 1, 9, 9]}]
+    path.write_text(json.dumps({"images": images, "annotations": rows}))
+    queries = grounding.read_queries(str(path), task="phrases", odd=odd)
+    assert [len(query.boxes) for query in queries] == [9, 1]
+    assert queries[1].boxes.tolist() == [[1, 1, 4, 8]]
+    assert {what: num for what, num in odd.items() if num} == {
+        "box taken from the outline for want of a bbox": 1, "spans that overlap or cover nothing": 1,
+        "box cut at the border": 1,
+    }  # fmt: skip
+    path.write_text(json.dumps({"images": images, "annotations": [row | {"bbox": [0.1, 0.1, 0.5, 0.5]}] * 3}))
+    with pytest.raises(ValueError, match="3 boxes look relative to the image's size"):
+        grounding.read_queries(str(path), task="phrases")
+
+
+def test_the_command_prints_percents_and_hands_on_what_is_asked(monkeypatch, capsys, tmp_path):
+    asked, protocol = [], {"num_texts": 3, "images_evaluated": 2}
+    found = {"R@1": 0.125, "R@5": 1.0, "protocol": protocol}
+    monkeypatch.setattr(grounding, "run", lambda **given: asked.append(given) or found)
+    required = {"checkpoint": "run", "annotations": "g", "images": "photos"}
+    arguments = [f"--{key}={value}" for key, value in required.items()]
+    assert commands.run(grounding.main, arguments=arguments) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["3 texts on 2 images, in %", "R@1 12.5   R@5 100.0"]
+    more = ["--task=referring", "--split=val", "--max_bad_share=0.25", f"--output={tmp_path}/scores/a.json"]
+    assert commands.run(grounding.main, arguments=[*arguments, *more]) == 0
+    assert json.loads((tmp_path / "scores" / "a.json").read_text()) == found
+    assert asked == [
+        required | {"task": "phrases", "split": "", "max_bad_share": 0.0, "folder": pathlib.Path("run/eval")},
+        required | {"task": "referring", "split": "val", "max_bad_share": 0.25, "folder": tmp_path / "scores"},
+    ]
+
+
+def test_what_is_asked_in_many_files_has_a_hash_of_texts_photos_and_boxes():
+    box = np.array([[1, 2, 3, 4.0]])
+    queries = [("a.png", "dog", box), ("a.png", "cat", box), ("b.png", "dog", box), ("a.png", "dog", box + 1)]
+    digests = [grounding._digest([grounding.Query(*query)]) for query in queries]
+    assert len(set(digests)) == 4
+    assert grounding._digest([grounding.Query("a.png", "dog", box.copy())]) == digests[0]
 
 
 def test_other_files_are_refused(tmp_path, capsys):
@@ -145,6 +189,7 @@ def test_other_files_are_refused(tmp_path, capsys):
 @pytest.mark.slow
 def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
     predictor = Predictor(*planted.make(), step=5)
+    predictor.config.eval.update({"score_threshold": 0.125, "nms_iou": 0.375})
     monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir: predictor)
     boxes = {"red": (20, 10, 60, 60), "blue": (120, 20, 200, 70)}
     Image.fromarray(planted.paint((100, 250), boxes)).save(tmp_path / "0.png")
@@ -163,8 +208,16 @@ def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(output.read_text())
     assert (printed["R@1"], printed["merged_R@10"]) == (0.5, 0.5)
-    assert (printed["protocol"]["checkpoint_step"], printed["protocol"]["num_texts"]) == (5, 2)
+    expected = {
+        "task": "phrases", "checkpoint": "run", "checkpoint_step": 5, "ema": False, "num_texts": 2,
+        "images_evaluated": 1, "repaired": {}, "iou": 0.5, "split": "", "short_side": 64, "long_side": 128,
+        "score_threshold": 0.125, "nms_iou": 0.375, "annotations": f"{tmp_path}/g.json",
+        "annotations_sha256": files.sha256(tmp_path / "g.json"),
+    }  # fmt: skip
+    assert {key: printed["protocol"][key] for key in expected} == expected
+    assert printed["protocol"]["text"].startswith("the phrase alone")
     # the same photo as RefCOCO has it
+    predictor.config.optimizer.ema_decay = 0.5
     texts = [{"sent": "red"}, {"sent": "blue"}]
     (tmp_path / "refs(unc).p").write_bytes(
         pickle.dumps([{"split": "val", "image_id": 1, "ann_id": 0, "sentences": texts}], protocol=2)
@@ -173,7 +226,8 @@ def test_command_with_a_planted_model(tmp_path, monkeypatch, capsys):
     arguments[1] = f"--annotations={tmp_path}/refs(unc).p"
     assert commands.run(grounding.main, arguments=[*arguments, "--task=referring", "--split=val"]) == 0
     referred = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (referred["accuracy"], referred["protocol"]["split"]) == (0.5, "val")
+    assert (referred["accuracy"], referred["protocol"]["split"], referred["protocol"]["ema"]) == (0.5, "val", True)
+    assert referred["protocol"]["text"] == "the whole caption"
     assert referred["protocol"]["annotations_sha256"] != printed["protocol"]["annotations_sha256"]
 
 
@@ -206,8 +260,10 @@ def test_a_killed_command_continues(tmp_path, monkeypatch):
         return ground(image, *rest, **limits)
 
     monkeypatch.setattr(predictor, "ground", killed_at_third)
-    # with other parameters or photos it begins anew
-    for weight, day in ((1, 1), (2, 1), (2, 2)):
+    # with other texts, parameters or photos it begins anew
+    content = (tmp_path / "g.json").read_text()
+    for text, weight, day in (("rose", 1, 1), ("blue", 1, 1), ("blue", 2, 1), ("blue", 2, 2)):
+        (tmp_path / "g.json").write_text(content.replace("blue", text))
         predictor.params["more"] = np.full(1, weight)
         os.utime(tmp_path / "3.png", (day, day))
         seen.clear()
@@ -219,7 +275,7 @@ def test_a_killed_command_continues(tmp_path, monkeypatch):
     )
     assert grounding.run(**arguments) == expected
     assert [name.rpartition("/")[2] for name in seen] == [f"{i}.png" for i in range(4)]
-    assert len(list((tmp_path / "scores").iterdir())) == 2  # of the two others
+    assert len(list((tmp_path / "scores").iterdir())) == 3  # of the three others
 
 
 def test_the_first_box_that_overlaps_any_is_a_hit():

@@ -14,6 +14,7 @@ from PIL import Image
 
 from detclipv2_jax import files
 from detclipv2_jax.data import streams as streams_lib
+from detclipv2_jax.data import tokenizer
 from detclipv2_jax.eval import coco, loop, lvis, names, result
 from detclipv2_jax.inference import Detections, Detector
 from detclipv2_jax.runs import sharding
@@ -116,11 +117,14 @@ def test_a_killed_evaluation_continues(dataset, tmp_path, monkeypatch):
     assert not list((tmp_path / "killed" / "eval").glob(".partial*"))
 
 
-def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, monkeypatch):
+def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, monkeypatch, caplog):
     drawn = []
     monkeypatch.setattr(loop.figures, "detections", lambda *given, **options: drawn.append((given, options)))
     evaluate, params = _evaluator(dataset, tmp_path, max_examples=4, num_pictures=3)
-    scores = evaluate(params, step=0)
+    with caplog.at_level("INFO", logger="absl"):
+        scores = evaluate(params, step=0)
+    named = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
+    assert caplog.messages[-1].endswith(f":\n{coco.table(scores)}\n{names.table(named)}")
     assert scores["AP50"] > 0.95  # the others do not count as missed
     protocol = json.loads((tmp_path / "eval" / "step_00000000_scores.json").read_text())["protocol"]
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (4, NUM_IMAGES)
@@ -152,6 +156,36 @@ def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, mo
         assert again.recorded(0, params=jax.tree.map(lambda x: 2 * x, params)) is None
 
 
+def test_twenty_boxes_are_drawn_at_most(dataset, tmp_path, monkeypatch):
+    content = json.loads(dataset.read_text())
+    content["annotations"] += [content["annotations"][0] | {"id": 1000 + i} for i in range(30)]
+    dataset = dataset.with_name("many.json")
+    dataset.write_text(json.dumps(content))
+    evaluate, _ = _evaluator(dataset, tmp_path)
+    drawn = []
+    monkeypatch.setattr(loop.figures, "detections", lambda *_, **options: drawn.append(options["max_drawn"]))
+    sample = loop._Sample(0, np.zeros((8, 8, 3), np.uint8), np.ones(4), np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+    evaluate._draw(sample, path=tmp_path / "a.jpg", step=1)
+    assert drawn == [20]
+
+
+def test_the_protocol_says_what_scores_depend_on(dataset, tmp_path):
+    given = {"score_threshold": 0.125, "nms_iou": 0.375, "max_detections": 21, "pre_nms": 77, "max_examples": 5}
+    evaluate, _ = _evaluator(dataset, tmp_path, **given)
+    evaluate._config.optimizer.ema_decay = 0.5
+    longest = int(max(tokenizer.num_tokens(["red", "blue"])))
+    for length, num_truncated in ((longest, 0), (longest - 1, 2)):
+        evaluate._config.model.text.context_length = length
+        assert evaluate._protocol(3)["prompts_truncated"] == num_truncated
+    protocol = evaluate._protocol(3)
+    expected = given | {
+        "checkpoint_step": 3, "ema": True, "annotations": str(dataset), "prompts": ["red", "blue"], "short_side": 64,
+        "long_side": 128, "definitions": False, "score": loop.SCORE, "nms": "within each category", "repaired": {},
+    }  # fmt: skip
+    assert {key: protocol[key] for key in expected} == expected
+    assert protocol["canvases"] == [list(canvas) for canvas in planted.CANVASES]
+
+
 def test_what_was_found_belongs_to_photos_parameters_and_limits_not_to_boxes(dataset, tmp_path):
     shutil.copytree(dataset.parent / "images", tmp_path / "images")
     content = json.loads(dataset.read_text())
@@ -168,6 +202,11 @@ def test_what_was_found_belongs_to_photos_parameters_and_limits_not_to_boxes(dat
     assert fingerprint() == first
     for change in ({"step": 4}, {"weights": (2.0,)}, {"batch_size": 16}, {"max_detections": 21}, {"nms_iou": 0.3}):
         assert fingerprint(**change) != first
+    content["images"][0]["width"] += 1
+    path.write_text(json.dumps(content))
+    assert fingerprint() != first  # boxes are in other pixels
+    path.write_text(dataset.read_text())
+    assert fingerprint() == first
     os.utime(next((tmp_path / "images").iterdir()), (1, 1))
     assert fingerprint() != first
 
@@ -223,7 +262,8 @@ def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplo
     averaged.optimizer.ema_decay = 0.5
     checkpoint = loop.Checkpoint(averaged, None, {}, 7)
     loaded, made = [], []
-    monkeypatch.setattr(loop.Checkpoint, "load", lambda workdir, **_: loaded.append(workdir) or checkpoint)
+    load = lambda workdir, *, fsdp: loaded.append((workdir, fsdp)) or checkpoint  # noqa: E731
+    monkeypatch.setattr(loop.Checkpoint, "load", load)
 
     def make(config, *_):
         made.append(config.optimizer.ema_decay)
@@ -231,6 +271,7 @@ def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(loop, "make", make)
     config = micro.copy_and_resolve_references()
+    config.mesh.fsdp = 2
     with caplog.at_level("WARNING", logger="absl"):
         assert loop.prepare(config, tmp_path)() == {"AP": 7.0}
         assert not caplog.records
@@ -241,7 +282,8 @@ def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplo
     loop.prepare(config, tmp_path)
     (tmp_path / "checkpoints").mkdir()
     loop.prepare(config, tmp_path)
-    assert loaded == [tmp_path, tmp_path, "another run", tmp_path]
+    assert loaded == [(workdir, 2) for workdir in (tmp_path, tmp_path, "another run", tmp_path)]
+    assert config.optimizer.ema_decay == micro.optimizer.ema_decay  # the caller's stays
     assert made == [0.5] * 4  # as the checkpoint was averaged
 
 
@@ -250,7 +292,9 @@ def test_the_second_evaluation_has_its_own_files_and_folder(dataset, tmp_path):
     detector = Detector(model, mesh=sharding.make_mesh())
     assert loop.make_second(config, detector, tmp_path) is None
     config.forgetting.annotations, config.forgetting.images = str(dataset), str(dataset.parent / "images")
+    before = config.eval.to_json()
     second = loop.make_second(config, detector, tmp_path)
+    assert config.eval.to_json() == before
     config.eval.update(config.forgetting)
     assert sum(stream.num_examples for stream in loop.make_streams(config)) == NUM_IMAGES
     assert second._workdir == tmp_path / "forgetting"
@@ -266,3 +310,49 @@ def test_the_second_evaluation_has_its_own_files_and_folder(dataset, tmp_path):
 def test_one_process_has_its_own_value():
     value = {"a": (1, 2)}
     assert loop.from_first_process(value) is value
+
+
+def test_texts_that_the_model_cannot_tell_apart_or_does_not_have_are_refused(dataset, tmp_path):
+    config, *_ = planted.make()
+    content = json.loads(dataset.read_text())
+    for row, last in zip(content["categories"], ("red", "blue"), strict=True):
+        row["name"] = "a thing of very many words which do not say before their end what it is that is " + last
+    path = dataset.with_name("long.json")
+    path.write_text(json.dumps(content))
+    config.eval.annotations, config.eval.images = str(path), str(dataset.parent / "images")
+    with pytest.raises(ValueError, match="as far as 16 tokens go"):
+        loop.make_streams(config)
+    config.eval.annotations, config.model.text.classes = str(dataset), ("red", "green")
+    with pytest.raises(ValueError, match=r"config\.second: 1 of 2 texts are none of the 2 classes .*'blue'"):
+        loop.make_streams(config, prefix="config.second")
+
+
+def test_all_processes_get_what_the_first_has(monkeypatch):
+    sent = []
+
+    def broadcast(value):
+        if jax.process_index() == 0:
+            sent.append(np.array(value))
+        else:
+            assert np.shape(value) == sent[0].shape  # as devices need it
+        return sent[-1] if jax.process_index() == 0 else sent.pop(0)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", broadcast)
+    boxes = np.arange(8, dtype=np.float32).reshape(2, 4)
+    rows = result.Rows(np.array([3, 1]), np.array([7, 8]), boxes, np.float32([0.5, 0.25]))
+    none = result.Rows.concatenate([])
+    for process, own, value in ((0, rows, {"a": [1, 2.5]}), (1, none, None)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        got = loop._rows_of_first_process(own)
+        for name in ("image_ids", "category_ids", "boxes", "scores"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(rows, name))
+            assert getattr(got, name).dtype == getattr(rows, name).dtype
+        assert loop.from_first_process(value) == {"a": [1, 2.5]}
+
+
+def test_the_maximum_over_processes_is_exact(monkeypatch):
+    one, other = np.array([[0.1, -2.0], [3.0, 5e-324]]), np.array([[0.1 + 1e-16, 7.0], [-1.0, 0.0]])
+    both = lambda own: np.stack([own, other.reshape(-1).view(np.uint8)])  # noqa: E731
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", both)
+    np.testing.assert_array_equal(loop._maximum_over_processes(one), np.maximum(one, other))

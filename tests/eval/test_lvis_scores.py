@@ -278,6 +278,24 @@ def test_command_carries_the_protocol_that_lies_beside(tmp_path, capsys):
     arguments = [f"--annotations={tmp_path}/truth.json", f"--detections={tmp_path}/step_3_detections.json"]
     assert commands.run(lvis.score, arguments=arguments) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]["made_under"] == {"checkpoint_step": 3}
+    more = ["--fixed_ap", f"--output={tmp_path}/scores.json", "--max_bad_share=0.5"]
+    truth = _truth()
+    truth["annotations"].append({"id": 9})
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    assert commands.run(lvis.score, arguments=[*arguments, *more]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    printed, scores = json.loads(line), lvis.evaluate(_truth(), tmp_path / "step_3_detections.json")
+    assert printed == json.loads((tmp_path / "scores.json").read_text())
+    assert printed["protocol"]["ap"].endswith("names without prefix: fixed")
+    assert {name: printed[name] for name in ALL} == {name: scores[f"fixed_{name}"] for name in ALL}
+    assert {name for name in printed if name.startswith("standard_")} == {
+        f"standard_{name}" for name in scores if not name.startswith("fixed_")
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(_truth()))
+    assert commands.run(lvis.score, arguments=arguments) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["protocol"]["ap"].endswith("names without prefix: standard")
+    assert {name: value for name, value in printed.items() if name != "protocol"} == scores
     (tmp_path / "found.json").write_text((tmp_path / "step_3_detections.json").read_text())
     assert commands.run(lvis.score, arguments=[arguments[0], f"--detections={tmp_path}/found.json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]["made_under"] is None

@@ -30,7 +30,7 @@ def row(image, category, box, score):
 
 FOUND = [
     row(7, 1, [0, 0, 10, 9], 0.2),  # right, but another word of another box of that object has a higher score
-    row(7, 2, [0, 0, 10, 8], 0.6),
+    row(7, 3, [0, 0, 10, 8], 0.6),
     row(7, 2, [20, 0, 10, 10], 0.3),  # right; what overlaps it less than half does not name it
     row(7, 1, [26, 0, 10, 10], 0.9),
     row(8, 1, [0, 0, 10, 5], 0.9),  # IoU of exactly 1/2: not found
@@ -42,6 +42,10 @@ def test_counts_by_hand():
     assert scores == {"found": 2 / 3, "top1": 1 / 2, "foundr": 1.0, "top1r": 1.0, "foundf": 1 / 2, "top1f": 0.0}
     only = names.evaluate(TRUTH, [row for row in FOUND if row["image_id"] == 8], image_ids=[8])
     assert only == {"found": 0.0, "top1": -1.0, "foundr": -1.0, "top1r": -1.0, "foundf": 0.0, "top1f": -1.0}
+
+
+def test_a_table_has_percents_and_dashes():
+    assert names.table({"found": 0.0, "top1": -1.0, "foundr": 0.125}) == "  found   0.0   top1     - foundr  12.5"
 
 
 def test_order_and_parts_of_the_detections_do_not_matter():

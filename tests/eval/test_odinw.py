@@ -92,6 +92,33 @@ def test_the_real_members(shared_data):
 def test_what_is_missing_is_said(tmp_path, capsys):
     assert commands.run(odinw.main, arguments=[f"--data={tmp_path}", "--checkpoint=run"]) == 1
     assert "holds no member of odinw as <name>" in capsys.readouterr().err
+    (tmp_path / "Packages" / "test").mkdir(parents=True)
+    (tmp_path / "Packages" / "test" / "annotations.json").write_text("{}")
+    assert commands.run(odinw.main, arguments=[f"--data={tmp_path}"]) == 1
+    assert "give --checkpoint, a run scored on all members, or --finetuned" in capsys.readouterr().err
+
+
+def test_a_member_is_read_as_it_is_with_its_own_photos(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_streams", lambda config: [])
+    config, *_ = planted.make()
+    own = {
+        "dictionary": "words.tsv",
+        "definitions": True,
+        "max_examples": 2,
+        "drop_categories": ("x",),
+        "batch_size": 9,
+    }
+    config.eval.update(own)
+    path = tmp_path / "annotations.json"
+    categories = [{"id": 0, "name": "pets"}, {"id": 1, "name": "cat", "supercategory": "pets"}]
+    path.write_text(json.dumps({"categories": categories, "annotations": [{"category_id": 1}]}))
+    prepared, _ = odinw.prepare(config, odinw.members()[0], path, plain_names=False)
+    expected = {
+        "annotations": str(path), "images": str(tmp_path), "dictionary": "", "definitions": False, "max_examples": 0,
+        "drop_categories": ("pets",), "batch_size": 16,
+    }  # fmt: skip
+    assert {key: prepared.eval[key] for key in expected} == expected
+    assert {key: config.eval[key] for key in own} == own  # the caller's stays
 
 
 @pytest.mark.slow
@@ -122,6 +149,7 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert commands.run(odinw.main, arguments=[*arguments, f"--finetuned={tmp_path}/tuned"]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
+    assert result["protocol"]["prompts"].startswith("GLIP's")
     assert result == json.loads((tmp_path / "out" / "scores.json").read_text())
     assert result["zero_shot"]["Raccoon"] > 0.5
     assert result["zero_shot"]["Packages"] < 0.7 * result["zero_shot"]["Raccoon"]  # every box has a low score too
@@ -143,9 +171,9 @@ def test_command_scores_what_is_there(tmp_path, monkeypatch, capsys):
     assert any(line.startswith("not scored (33)") for line in lines)
     assert jax.device_count() == 8  # a batch of 3 was made one of 8
     assert commands.run(odinw.main, arguments=[*arguments, "--plain_names"]) == 0
-    assert (
-        json.loads(capsys.readouterr().out.splitlines()[-1])["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
-    )
+    plain = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plain["zero_shot"]["Packages"] == result["zero_shot"]["Raccoon"]
+    assert plain["protocol"]["prompts"] == "category names"
 
 
 def test_means_are_of_the_ap_of_all_members_and_of_the_thirteen(tmp_path, monkeypatch):
@@ -161,6 +189,8 @@ def test_means_are_of_the_ap_of_all_members_and_of_the_thirteen(tmp_path, monkey
     assert result == aps | {
         "mean_13": pytest.approx(np.mean(thirteen)), "mean_35": pytest.approx(np.mean(list(aps.values())))
     }  # fmt: skip
+    some = odinw.run(data=tmp_path, output=tmp_path, checkpoint="run", only="pothole,Aquarium")["zero_shot"]
+    assert some == {name: aps[name] for name in ("Aquarium", "pothole")} | {"mean_13": None, "mean_35": None}
 
 
 def test_all_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
@@ -177,6 +207,13 @@ def test_all_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 
 def test_means_need_every_member():
     scores = dict.fromkeys((member.name for member in odinw.members()), 0.5)
+    tuned = {"zero_shot": {"pistols": 0.25, "mean_13": None}, "finetuned": {"dice": 0.0, "mean_35": 0.125}}
+    *rows, missing = odinw.table(tuned, odinw.groups("odinw")).splitlines()
+    assert sorted(row.split() for row in rows) == [
+        ["dice", "-", "0.0"], ["mean_13", "-", "-"], ["mean_35", "-", "12.5"], ["pistols", "25.0", "-"],
+        ["zero_shot", "finetuned"],
+    ]  # fmt: skip
+    assert missing.startswith("not scored (33): ")
     text = odinw.table({"zero_shot": scores | {"mean_13": 0.5, "mean_35": 0.5}}, odinw.groups("odinw"))
     assert "not scored" not in text
     assert text.splitlines()[-1].split() == ["mean_35", "50.0"]

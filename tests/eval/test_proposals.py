@@ -32,6 +32,10 @@ def test_objects_are_found_under_whatever_name():
     expected = {"AR": (1 + 0.6 + 0) / 3, "ARf": 1.0, "ARr": 0.6 / 2, "ARs": 0.5, "ARm": -1.0, "ARl": 0.6}
     limits = (10, 100, 300)
     assert scores == pytest.approx({f"agnostic_{name}@{n}": value for name, value in expected.items() for n in limits})
+    only = proposals.evaluate(TRUTH, rows, image_ids=[1])  # the object of the other image is none
+    assert (only["agnostic_AR@10"], only["agnostic_ARr@10"]) == pytest.approx((0.8, 0.6))
+    with pytest.raises(ValueError, match="images of the detections are unknown: 1"):
+        proposals.evaluate(TRUTH, rows, image_ids=[2])
     shown = proposals.table({"agnostic_AR@10": 0.5, "agnostic_AR@100": 0.75, "agnostic_ARr@10": -1.0})
     assert shown == "agnostic_AR@10 50.0   agnostic_ARr@10 -\nagnostic_AR@100 75.0"
 

@@ -16,7 +16,7 @@ XML = """<annotation><filename>{name}.jpg</filename><size><width>60</width><heig
 {objects}</annotation>"""
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
 SENTENCES = """[/EN#1/people Two people] wait for [/EN#2/vehicles/scene the subway] in [/EN#3/scene a station] .
-[/EN#1/people/clothing They] have [/EN#4/clothing a hat] and [/EN#0/notvisual time] .
+[/EN#1/people/clothing They] have [/EN#4/clothing a hat ] and [/EN#0/notvisual time] .
 """
 
 
@@ -25,6 +25,7 @@ def write_flickr(folder):
         "<object><name>1</name>" + BOX.format(1, 1, 11, 21) + "</object>",
         "<object><name>1</name><name>4</name>" + BOX.format(21, 6, 31, 36) + "</object>",
         "<object><name>2</name>" + BOX.format(5, 5, 5, 9) + "</object>",
+        "<object><name>2</name>" + BOX.format(5, 5, 9, 5) + "</object>",
         "<object><name>3</name><scene>1</scene><nobndbox>1</nobndbox></object>",
     ]
     for name in ("Sentences", "Annotations"):
@@ -33,8 +34,8 @@ def write_flickr(folder):
         (folder / "Sentences" / f"{name}.txt").write_text(SENTENCES)
         (folder / "Annotations" / f"{name}.xml").write_text(XML.format(name=name, objects="".join(objects)))
     (folder / "val.txt").write_text("36979\n")
-    (folder / "test.txt").write_text("36979\n100\n")
-    (folder / "README.md").write_text("")
+    (folder / "test.txt").write_text("36979\n \n100\n\n")
+    (folder / "README.txt").write_text("")
     return folder
 
 
@@ -50,7 +51,7 @@ def test_phrases_of_flickr30k_have_the_boxes_of_their_chain(tmp_path):
     expected = [("36979.jpg", "Two people", both), ("36979.jpg", "They", both), ("36979.jpg", "a hat", both[1:])]
     folder = write_flickr(tmp_path)
     assert read(folder, task="phrases", split="val", odd=odd) == expected
-    assert odd == {"box without area left out": 1}
+    assert odd == {"box without area left out": 2}
     assert [row[0] for row in read(folder, task="phrases", split="test")] == ["36979.jpg"] * 3 + ["100.jpg"] * 3
 
 
@@ -94,7 +95,7 @@ def write_refcoco(folder, **changes):
 
 def test_every_sentence_of_refcoco_is_an_expression(tmp_path):
     path = write_refcoco(tmp_path)
-    photo = "COCO_train2014_000000000005.jpg"
+    photo, content = "COCO_train2014_000000000005.jpg", json.loads((tmp_path / "instances.json").read_text())
     assert read(path, task="referring", split="testA") == [
         (photo, f"{word} {i}", [[i, 2, 10, 20.5]]) for i in (1, 2) for word in ("left man", "caf\xe9")
     ]
@@ -103,10 +104,16 @@ def test_every_sentence_of_refcoco_is_an_expression(tmp_path):
     write_refcoco(tmp_path, annotations=[])
     with pytest.raises(DataError, match=r"refs\(unc\)\.p does not have the documented form \(KeyError: 71\)"):
         published.read_refcoco(path, split="testA")
-    for box in (None, "1 2 3 4", [1, 2, 3], [1, 2, "x", 4], [True, 2, 3, 4]):
+    for box in (None, "1 2 3 4", [1, 2, 3], [1, 2, "x", 4], [True, 2, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]):
         write_refcoco(tmp_path, annotations=[{"id": 70 + i, "image_id": 5, "bbox": box} for i in range(3)])
         with pytest.raises(DataError, match=r"refs\(unc\)\.p: the text 'left man 1' .* cannot be used"):
             read(path, task="referring", split="testA")
+    refs = pickle.loads(path.read_bytes())
+    refs[1]["sentences"][1]["sent"] = " "
+    path.write_bytes(pickle.dumps(refs, protocol=2))
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p: the text ' ' .* cannot be used"):
+        read(path, task="referring", split="testA")
     write_refcoco(tmp_path, images=[{"id": 5, "file_name": "../../etc/passwd"}])
     with pytest.raises(DataError, match=r"'left man 1' of photo '../../etc/passwd' .* cannot be used"):
         read(path, task="referring", split="testA")
@@ -123,11 +130,13 @@ def test_a_pipe_is_not_opened(tmp_path):
         published.read_refcoco(tmp_path / "refs(unc).p", split="testA")
 
 
-def test_texts_of_python_2_are_read():
-    """As Python 2 wrote them: bytes that are texts, by the opcode U."""
-    written = b"\x80\x02]q\x00}q\x01(U\x05splitU\x05testAu\x85q\x02a."
-    [(ref,)] = published._Unpickler(__import__("io").BytesIO(written), encoding="latin1").load()
-    assert ref == {"split": "testA"}
+def test_texts_of_python_2_are_read(tmp_path):
+    """As Python 2 wrote them: bytes that are texts, by the opcode U, with whatever letters."""
+    path = write_refcoco(tmp_path)
+    written = path.read_bytes()
+    assert b"X\x0a\0\0\0left man 1" in written
+    path.write_bytes(written.replace(b"X\x0a\0\0\0left man 1", b"U\x0acaf\xe9 man 1"))
+    assert read(path, task="referring", split="testA")[0][1] == "caf\xe9 man 1"
 
 
 def test_a_pickle_takes_no_memory_and_no_time(tmp_path):

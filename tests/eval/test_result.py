@@ -47,6 +47,9 @@ def test_parts_continue_where_they_were(tmp_path):
     again.add(_rows(3))
     assert again.all_rows().image_ids.tolist() == [1, 1, 2, 3]
     again.write()
+    num_files = len(list(tmp_path.rglob("*.rows")))
+    again.write()  # nothing new
+    assert len(list(tmp_path.rglob("*.rows"))) == num_files == 2
     assert Parts(tmp_path, fingerprint={"step": 1}).done == 3
     assert Parts(tmp_path, fingerprint={"step": 2}).done == 0  # another evaluation
     again.remove()
@@ -75,7 +78,7 @@ def test_rows_are_put_on_disk_once_a_minute_and_what_is_a_week_old_goes(tmp_path
     now = 1000.0
     monkeypatch.setattr(result.time, "monotonic", lambda: now)
     parts = Parts(tmp_path, fingerprint={"a": 1, "b": 2})
-    for now, num_files in ((1059.0, 0), (1061.0, 1), (1120.0, 1), (1122.0, 2)):  # noqa: B007 -- read above
+    for now, num_files in ((1060.0, 0), (1061.0, 1), (1121.0, 1), (1122.0, 2)):  # noqa: B007 -- read above
         parts.add(_rows(1))
         assert len(list(tmp_path.rglob("*.rows"))) == num_files
     assert Parts(tmp_path, fingerprint={"b": 2, "a": 1}).done == 4

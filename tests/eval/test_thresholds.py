@@ -24,6 +24,11 @@ def make_truth(boxes):
     return truth_lib.read({"images": images, "annotations": rows, "categories": categories})
 
 
+def one_word(right, scores):
+    """Returns the matches of a word with three annotated boxes."""
+    return thresholds.Matches(np.array(scores), np.array(right), 3)
+
+
 def random_case(seed):
     """Returns a truth and detections; some are moved copies of its boxes, some are anywhere, scores repeat."""
     rng = np.random.default_rng(seed)
@@ -97,6 +102,7 @@ def test_few_examples_take_the_common_threshold_and_a_wanted_precision_that_ther
     found = Found(images, np.array([0] * 6 + [1]), box, np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.1]))
     with caplog.at_level(logging.WARNING, logger="absl"):
         chosen = thresholds.choose(truth, found, NAMES)
+    assert (chosen["rule"], chosen["annotations"], chosen["iou"]) == ("best F1", truth.name, 0.5)
     assert chosen["words"]["cat"] == pytest.approx(
         {"threshold": 0.2, "precision": 1.0, "recall": 1.0, "f1": 1.0, "examples": 6, "common": False}
     )
@@ -106,6 +112,7 @@ def test_few_examples_take_the_common_threshold_and_a_wanted_precision_that_ther
     wrong = Found(images, found.categories, box + 600, found.scores)
     with caplog.at_level(logging.WARNING, logger="absl"):
         chosen = thresholds.choose(truth, wrong, NAMES, min_precision=0.9)
+    assert chosen["rule"] == "precision of at least 0.9"
     assert chosen["words"]["cat"]["threshold"] == 1.0
     assert "no threshold gives a precision of 0.9; no box of these words is kept: cat" in caplog.text
     fewer = make_truth(boxes[: thresholds.MIN_EXAMPLES])  # just enough
@@ -114,6 +121,32 @@ def test_few_examples_take_the_common_threshold_and_a_wanted_precision_that_ther
     assert thresholds.choose(truth, nothing, NAMES)["common"]["threshold"] == 1.0
     with pytest.raises(ValueError, match="none of the words has an annotated box"):
         thresholds.choose(truth, found, ("", ""))
+
+
+def test_a_precision_of_just_what_is_wanted_is_enough():
+    found = one_word([True, False, True, False], [0.9, 0.7, 0.5, 0.3])
+    for wanted, threshold in ((0.5, 0.15), (0.51, 0.4), (2 / 3, 0.4), (0.67, 0.8)):
+        assert thresholds.best(found, min_precision=wanted)["threshold"] == pytest.approx(threshold)
+    assert thresholds.best(found) == pytest.approx({"threshold": 0.4, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+
+
+@pytest.mark.parametrize(("num", "more"), [(20, ""), (21, " …")])
+def test_twenty_words_are_named_in_the_log(num, more, caplog):
+    names = [f"w{i}" for i in range(num)]
+    shown = ", ".join(names[:20]) + more
+    few = {name: {"threshold": 1.0, "examples": 1, "common": True} for name in names}
+    none = {name: {"threshold": 1.0, "examples": 9, "common": False} for name in names}
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        thresholds.of_words({"words": {"w": {"threshold": 0.5}}, "common": {"threshold": 0.25}}, names)
+        thresholds._say(few, where="a", min_precision=None)
+        thresholds._say(none, where="a", min_precision=None)
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        shown, ", ".join(f"{name} (1)" for name in names[:20]) + more, shown
+    ]  # fmt: skip
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        thresholds._say({"w": {"threshold": 0.5, "examples": 5, "common": False}}, where="a", min_precision=0.5)
+    assert not caplog.messages
 
 
 def test_scores_that_float32_cannot_tell_apart_are_still_kept():
@@ -125,12 +158,27 @@ def test_scores_that_float32_cannot_tell_apart_are_still_kept():
 def test_other_files_are_one_clear_error(tmp_path, caplog):
     path = tmp_path / "thresholds.json"
     common = '{"common": {"threshold": %s}, "words": {}}'
-    for content in ("[]", common % 2, common % "true", '{"common": {}, "words": []}', "3"):
+    word = '{"common": {"threshold": 0.5}, "words": {"cat": {"threshold": %s}}}'
+    for content in (
+        "[]",
+        common % 2,
+        common % 1.01,
+        common % -0.01,
+        word % 1.5,
+        word % "null",
+        common % "true",
+        '{"common": {}, "words": []}',
+        "3",
+    ):
         path.write_text(content)
         with pytest.raises(ValueError, match="has other content; it must be"):
             thresholds.read(path)
     with pytest.raises(ValueError, match="--thresholds: cannot read"):
         thresholds.read(tmp_path / "absent.json")
+    path.write_text(word % 0)
+    assert thresholds.read(path)["words"] == {"cat": {"threshold": 0}}
+    path.write_text(word % 1)
+    assert thresholds.read(path)["words"] == {"cat": {"threshold": 1}}
     path.write_text('{"common": {"threshold": 0.3}, "words": {"cat": {"threshold": 0.7}}}')
     with caplog.at_level(logging.WARNING, logger="absl"):
         assert thresholds.of_words(thresholds.read(path), ["dog", "cat"]).tolist() == [0.3, 0.7]

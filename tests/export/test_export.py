@@ -108,6 +108,9 @@ def test_weights_and_vocabulary(predictor, monkeypatch, expected, tmp_path):
     listed = subprocess.run([sys.executable, "weights.py"], cwd=folder, capture_output=True, text=True, check=True)
     assert "F32 [] logit_bias" in listed.stdout.splitlines()
     assert len(listed.stdout.splitlines()) == len(params)
+    line = [sys.executable, "weights.py", "logit_bias"]
+    one = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True)
+    assert float(one.stdout) == pytest.approx(float(params["logit_bias"]))
 
 
 def test_scripts_are_short_and_need_little():
@@ -228,6 +231,37 @@ def test_functions_have_the_sizes_that_are_asked_for(predictor):
         "detect_96x64": [(3, 96, 64, 3), (3, 2), (3, 2), (5, 16)],
         "detect_64x96": [(3, 64, 96, 3), (3, 2), (3, 2), (5, 16)],
     }
+
+
+def test_options_reach_what_writes(predictor, monkeypatch, tmp_path, capsys):
+    calls = {}
+
+    def write(folder, *given, **options):
+        folder.mkdir()
+        (folder / "file").write_bytes(bytes(2_500_000))
+        calls[folder.name] = (given[1:], options)
+
+    def portable(predictor, **options):
+        calls["portable"] = options
+        return predictor
+
+    for name, function in (("write", write), ("write_onnx", write), ("portable", portable)):
+        monkeypatch.setattr(programs, name, function)
+    (tmp_path / "words.txt").write_text("mug: of mine\n")
+    limits = {"score_threshold": 0.125, "nms_iou": 0.375, "max_detections": 7}
+    asked = {"words": "unicorn", "words_file": str(tmp_path / "words.txt"), "vocabulary": "coco"}
+    _export(predictor, monkeypatch, tmp_path / "a", "stablehlo", dtype="bfloat16", **asked, **limits)
+    given, options = calls["a"]
+    assert (given, calls["portable"]) == (("stablehlo",), {"dtype": "bfloat16", "branches": True})
+    assert {name: getattr(options["limits"], name) for name in limits} == limits
+    assert (len(options["words"]), options["words"]["mug"], "unicorn" in options["words"]) == (82, "of mine", True)
+    assert capsys.readouterr().out == f"      2.50 MB  {tmp_path}/a/file\n"
+    settings = {"batch_size": 2, "bake_words": True, "opset": 20, "weights": "int8"}
+    _export(predictor, monkeypatch, tmp_path / "b", "onnx", words=TEXT, **settings)
+    given, options = calls["b"]
+    assert calls["portable"] == {"dtype": "float32", "branches": False}
+    assert options.pop("limits").max_detections == predictor.config.eval.max_detections
+    assert options == settings | {"words": WORDS}
 
 
 def onnxruntime_error():

@@ -311,6 +311,7 @@ def test_stored_weights_are_rounded_once(checkpoint, tmp_path):
     assert state.checked_model(rounded.config, rounded.params, what="it", folder="here") == rounded.detector.model
     flat = flax.traverse_util.flatten_dict(rounded.params, sep="/")
     assert {value.dtype.name for value in flat.values()} == {"float32"}
+    assert rounded.step == checkpoint.step == 7
 
 
 def test_the_card_says_what_the_run_says(folders, checkpoint):
@@ -330,6 +331,21 @@ def test_the_card_says_what_the_run_says(folders, checkpoint):
     ):  # fmt: skip
         assert part in body, part
     assert "unheard of" not in body
+
+
+def test_the_card_names_all_data_and_what_the_training_started_from(micro):
+    micro.detection.annotations, micro.detection.data = "a.json", ("data/b", "data/c")
+    micro.scenes.num_detection, micro.scenes.num_grounding = 1200, 0
+    with micro.grounding.ignore_type():
+        micro.grounding.annotations, micro.grounding.data = "", "data/d"  # as in configurations of old runs
+    micro.image_text.pairs, micro.image_text.data, micro.scenes.num_image_text = "e.tsv", (), 0
+    micro.init_from.swin, micro.init_from.text = "swin.safetensors", "clip.safetensors"
+    assert sorted(card._data(micro)) == [
+        "| detection data | a.json, data/b, data/c, 1,200 generated scenes |",
+        "| grounding data | data/d |",
+        "| image-text data | e.tsv |",
+        "| started from | swin.safetensors, clip.safetensors |",
+    ]
 
 
 def test_without_a_licence_there_is_no_such_field(folders):
@@ -371,6 +387,8 @@ def test_options_of_the_hub_are_of_its_format(run, tmp_path):
     for form, weights in (("safetensors", "float16"), ("hub", "int8")):
         with pytest.raises(ValueError, match=f"--weights={weights} is not of --format={form}: hub stores float32, "):
             export.run(format=form, weights=weights, **options)
+    with pytest.raises(ValueError, match=r"--license=Apache 2\.0 names no licence"):
+        export.run(format="hub", license="Apache 2.0", **options)
     with pytest.raises(ValueError, match=r"--push=a must be USER/NAME"):
         export.run(format="hub", push="a", **options)
     assert not (tmp_path / "new").exists()

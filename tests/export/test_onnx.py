@@ -85,21 +85,35 @@ def numbers(x):
     return jnp.sign(x) * jnp.sqrt(jnp.abs(x)) + jax.lax.rsqrt(x * x + 1) - jnp.floor(-x) + jnp.square(x) + x**2
 
 
+def plain(x):
+    """Returns the results of all operations that are one node, of pairs of numbers that may be equal."""
+    y, positive, lax = x[:, ::-1], jnp.abs(x) + 1, jax.lax
+    one = [f(x) for f in (lax.abs, lax.exp, lax.floor, lax.neg, lax.sign, lax.erf, lax.logistic)]
+    two = [
+        f(x, y) for f in (lax.add, lax.sub, lax.mul, lax.max, lax.min, lax.eq, lax.ne, lax.ge, lax.gt, lax.le, lax.lt)
+    ]
+    truths = [f(x > 0, y > 0) for f in (lax.bitwise_and, lax.bitwise_or)] + [lax.bitwise_not(x > 0)]
+    every = [*one, lax.sqrt(positive), lax.div(y, positive), *two, *truths]
+    return jnp.stack([result.astype(jnp.float32) for result in every], axis=1)
+
+
 CASES = {
     "windows, cut at the ends": (lambda x, i: at_starts(x[:, :, 1], i[:, 1]), X, PLACES),
     "elements of rows": (lambda x, i: jnp.take_along_axis(x, i[:, :, None] % 6, axis=1), X, PLACES),
     "rows for every place": (lambda x, i: x[0][i % 6], X, PLACES),
     "columns for every place": (lambda x, i: x[:, :, i[0] % 6], X, PLACES),
-    "known places": (lambda x: x[:, 1, 2:5] + x[:, 5:2:-1, 7] + x[:, 0, ::-1][:, :3], X),
+    "known places": (lambda x: x[:, 1, 2:5] + x[:, 5:2:-1, 7] + x[:, 0, ::-1][:, :3] + x[:, ::2, 1:6:4].sum(2), X),
     "changed places, some outside": (lambda x, i: changed(x[:, 0], i), X, PLACES),
     "truth values": (lambda x: jnp.where(x > 0, x > 1, x < -1) != (x < 0.5), X),
     "remainders": (lambda i: jax.lax.rem(i, jnp.int32(3)), PLACES),
     "sums and orders": (lambda x: jnp.cumsum(jnp.sort(x, axis=1), axis=2) + jnp.argmax(x, axis=2, keepdims=True), X),
+    "sums from the end": (lambda x: jax.lax.cumsum(x, axis=1, reverse=True), X),
     "any and all": (lambda x: jnp.where(jnp.any(x > 1, axis=1), 2, 1) * jnp.all(x < 1, axis=1), X),
     "products": (lambda x: jnp.einsum("bij,bkj->bik", x, x[:, :2]) + jnp.einsum("bij,kj->bik", x, X[0, :2]), X),
     "repeated constants": (lambda x: jnp.concatenate([x, jnp.broadcast_to(jnp.arange(8.0), x.shape)], axis=1), X),
     "stacks": (lambda x: jnp.stack([x, jnp.broadcast_to(x[:, :1], x.shape)], axis=2).sum(axis=-1), X),
     "numbers": (numbers, X),
+    "plain operations": (plain, np.round(X)),  # of which some are equal
 }  # fmt: skip
 
 
@@ -143,6 +157,10 @@ def test_a_convolution_has_strides_padding_dilation_and_groups():
         ),
         (lambda x: jnp.maximum(x > 0, x > 1), "has no max of bool"),
         (lambda x: jax.lax.scan(lambda c, y: (c + y, c), x[0], x, reverse=True)[1], "no loop from the end"),
+        (
+            lambda x: jax.lax.conv_transpose(x, np.ones((3, 8, 2), np.float32), (2,), "SAME"),
+            "no transposed convolutions",
+        ),
         (lambda x: jax.lax.pad(x, 0.0, [(0, 0, 1)] * x.ndim), "no padding between elements"),
     ],
 )
@@ -174,6 +192,26 @@ def test_int8_weights_have_a_scale_for_every_channel(tmp_path):
     ]  # sizes, small, dense
 
 
+def test_rows_of_a_table_in_int8_have_a_scale_each():
+    sizes = (10.0 ** np.linspace(-3, 4, 64))[:, None]
+    weights = {"table": (RNG.normal(size=(64, 16)) * sizes).astype(np.float32)}  # just as large as it must be
+    places = np.array([63, 0, 17], np.int32)
+
+    def function(weights, places):
+        return weights["table"][places]
+
+    model = build(function, [places], weights=weights, as_int8=True)
+    assert 3 in {entry.data_type for entry in model.graph.initializer}
+    error = np.abs(run(model, [places]) - function(weights, places)) / sizes[places]
+    assert 1e-4 < error.max() < 0.02
+
+
+def test_a_model_carries_what_is_said_of_it():
+    model = build(lambda _, x: x, [X], about={"words": ["Käfer"], "short_side": 64})
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"words": '["Käfer"]', "short_side": "64"}
+    assert model.producer_name == "detclipv2_jax"
+
+
 @pytest.mark.parametrize("opset", [18, onnx.defs.onnx_opset_version()])
 def test_every_version_of_the_operators_is_written(opset):
     onnx_model.check_opset(opset)
@@ -187,6 +225,9 @@ def test_constants_are_stored_once():
     graph = onnx_graph.Graph()
     first, second = (onnx_graph.constant(np.ones(3, np.float32)) for _ in range(2))
     assert graph.reference(first) == graph.reference(second)
+    others = [np.ones(3, np.float32).view(np.int32), np.ones((3, 1), np.float32), np.float32([1, 1, 2])]
+    names = {graph.reference(onnx_graph.constant(array)) for array in others}
+    assert len(names | {graph.reference(first)}) == 4
     assert onnx_graph.element_type(np.float32) == onnx.TensorProto.FLOAT
     assert graph.size(7).constant.tolist() == [7]
     (cast,) = graph.nodes_of("Cast", [onnx_graph.Value((3,), np.dtype(np.int32), "x")], [((3,), bool)], to=9)

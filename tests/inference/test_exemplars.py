@@ -181,6 +181,12 @@ def test_wrong_examples_are_one_clear_error(predictor, photo, tmp_path, monkeypa
         predictor(photo, ["cup"], exemplars=given)
 
 
+def test_five_examples_are_enough_and_one(photo):
+    for num in (1, 5):
+        checked = exemplars.check({"a": [(photo, RED)] * num}, words=["b"])
+        assert [box for _, box in checked["a"]] == [RED] * num
+
+
 def test_neither_words_nor_examples(predictor, photo):
     with pytest.raises(ValueError, match=r"words must be a list of words, .* but are \(\) and there are no exemplars"):
         predictor(photo, exemplars={})
@@ -266,6 +272,11 @@ def test_categories_of_one_name_are_one_query(tmp_path):
     content["annotations"] = content["annotations"][:2]  # one box of each
     path.write_text(json.dumps(content))
     assert len(exemplars.from_coco(path, **options)["red cup"]) == 2
+
+
+def test_a_box_of_one_pixel_is_an_example_and_none_below(tmp_path):
+    path = coco(tmp_path, [(1, 1, [5, 5, 1, 9], {}), (2, 2, [5, 5, 9, 1], {}), (3, 3, [5, 5, 9, 0.9], {})])
+    assert list(exemplars.from_coco(path, images=str(tmp_path), per_class=1)) == ["red cup", "blue"]
 
 
 def test_wrong_data_sets_of_examples(tmp_path):

@@ -1,23 +1,20 @@
 """Fused scores against brute force, boxes in original coordinates, the vocabulary, and the Predictor."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
-from jax.sharding import NamedSharding
 from PIL import Image
 
 from detclipv2_jax.colors import color_of
 from detclipv2_jax.data import transforms
 from detclipv2_jax.geometry import anchors as anchor_lib
-from detclipv2_jax.inference import Detector, Found, Limits, Photos, Predictor, vocabulary
+from detclipv2_jax.inference import Found, Limits, Photos, Predictor, vocabulary
 from detclipv2_jax.inference.detect import detect
 from detclipv2_jax.models.detclip import Regions
-from detclipv2_jax.runs import sharding
 from detclipv2_jax.visualize import alignment
 
 CANVAS = (48, 64)
@@ -240,35 +237,6 @@ def predictor():
     return Predictor(*planted.make())
 
 
-def test_one_device_equals_eight():
-    config, model, params = planted.make()
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(8):
-        x, y = rng.integers(0, 40, 2)
-        images.append(planted.paint((64, 128), {"red": (x, y, x + 24, y + 20), "blue": (x + 50, y, x + 80, y + 24)}))
-    sizes = np.full((8, 2), (64, 128), np.int32)
-    photos = Photos(np.stack(images), sizes, np.ones((8, 2), np.float32), sizes)
-    limits = Limits.from_config(config.eval)
-    one, mesh = Detector(model), sharding.make_mesh(fsdp=2)
-    eight = Detector(model, mesh=mesh)
-    texts = ["red", "blue"]
-    np.testing.assert_array_equal(one.encode_vocabulary(params, texts), eight.encode_vocabulary(params, texts))
-    text, mask = vocabulary.pad(one.encode_vocabulary(params, texts), multiple=128)
-    split = Photos(*(jax.device_put(x, NamedSharding(mesh, sharding.BATCH)) for x in photos))
-    found = eight.predict(params, split, text, mask, limits)
-    assert found.boxes.sharding.is_fully_replicated
-    expected = one.predict(params, photos, text, mask, limits)
-    assert expected.mask.any(axis=1).all()
-    # nothing but the results moves between devices; left alone, the partitioner gathers the scores of all images
-    program = eight.predict.lower(params, split, text, mask, limits).compile().as_text()
-    moved = re.findall(r"(\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
-    shapes = {(re.sub(r"\{.*", "", shape), kind) for shape, kind in moved}
-    results = ("f32[8,300,4]", "f32[8,300]", "s32[8,300]", "pred[8,300]")
-    assert shapes == {(shape, "all-gather") for shape in results}
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), expected, found)
-
-
 def test_predictor_finds_words_on_images_of_any_size(predictor, tmp_path):
     truth = {"red": (2100, 300, 2500, 700), "blue": (300, 500, 900, 900)}
     panorama = planted.paint((1000, 3000), truth)
@@ -332,8 +300,9 @@ def test_predictor_says_what_is_wrong(predictor, tmp_path):
         predictor([image], "red")
     with pytest.raises(ValueError, match="texts that are not empty"):
         predictor([image], ["red", " "])
-    with pytest.raises(ValueError, match=r"cannot read the image array: it is float64\[8, 8, 3\], not RGB uint8"):
-        predictor([image / 255], ["red"])
+    for pixels in (image / 255, image[..., 0], image[..., [0, 1, 2, 2]], image[:0], image[None]):
+        with pytest.raises(ValueError, match=r"cannot read the image array: it is .*, not RGB uint8"):
+            predictor([pixels], ["red"])
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read the image .*text\.jpg: not an image"):
         predictor([tmp_path / "text.jpg"], ["red"])
@@ -362,6 +331,57 @@ def test_predictor_aligns_a_caption(predictor):
     assert found.maps.shape == (2, 8, 13)  # 60 x 100 px shown as 64 x 107
     assert found.maps[0].max() == 10.0
     np.testing.assert_allclose(found.boxes[0], [5, 5, 35, 35], atol=1)
+    other = predictor.align(images, ["red", "blue"], index=1)  # on another canvas, which is 128 px high
+    assert other.scores.tolist() == [0.0, 10.0]
+    assert other.ranks.tolist() == [2, 1]
+    assert other.maps.shape == (2, 12, 8)  # 90 x 60 px shown as 96 x 64
+    np.testing.assert_allclose(other.boxes[1], [5, 5, 40, 40], atol=1)
+
+
+def test_phrases_are_looked_for_one_by_one_in_eights(predictor, monkeypatch):
+    asked = []
+
+    def ground(params, photos, phrases, limits):
+        asked.append((photos.image.shape, len(phrases), limits))
+        return phrases
+
+    monkeypatch.setattr(predictor.detector, "ground", ground)
+    phrases = np.arange(18.0).reshape(9, 2)
+    found = predictor.ground(planted.paint((64, 128), {}), phrases, max_detections=7)
+    np.testing.assert_array_equal(found, phrases)
+    ((shape, num, limits),) = asked
+    assert (shape, num) == ((1, 64, 128, 3), 16)
+    assert (limits.max_detections, limits.score, limits.class_agnostic) == (7, "words", False)
+
+
+def test_a_photo_is_put_on_the_canvas_that_shows_it_largest(monkeypatch):
+    config, model, params = planted.make()
+    config.eval.canvases = ((64, 64), (128, 64), (64, 128), (64, 192), (128, 128))
+    config.eval.short_side, config.eval.long_side = 128, 192
+    predictor = Predictor(config, model, params)
+    shapes = {
+        (64, 64): (128, 128), (50, 100): (64, 128), (60, 180): (64, 192), (180, 60): (128, 64), (100, 50): (128, 64)
+    }  # fmt: skip
+    for size, canvas in shapes.items():
+        photo = predictor._photo(np.zeros((*size, 3), np.uint8))
+        assert photo.image.shape[:2] == canvas, size  # of equals the smallest
+        np.testing.assert_allclose(photo.scale, photo.extent / np.array(size), rtol=1e-6)
+        assert photo.original_size.tolist() == list(size)
+    given = predictor.photos([np.zeros((60, 180, 3), np.uint8), np.zeros((100, 50, 3), np.uint8)], index=1)
+    assert given.image.shape == (2, 128, 64, 3)
+
+
+def test_words_of_the_model_are_looked_for_where_none_are_given(caplog):
+    predictor = Predictor(*planted.make())
+    predictor.words = {"red": "a colour", "blue": ""}
+    assert predictor.vocabulary()[0] == ("red", "blue")
+    assert predictor.vocabulary(["blue"])[0] == ("blue",)
+    seen = []
+    predictor._embed._encode = lambda texts: seen.extend(texts) or np.zeros((len(texts), 2), np.float32)
+    predictor.vocabulary(["other " * 20])
+    assert "have more than 16 tokens and lose their end" in caplog.text
+    predictor.vocabulary({"cat": "a pet", "dog": ""})
+    assert seen[1:] == ["cat, a pet", "dog"]
 
 
 def test_the_alignment_of_a_photo_is_drawn_from_a_checkpoint(predictor, tmp_path):
@@ -384,6 +404,8 @@ def test_limits_take_the_given_values_only():
     limits = Limits.from_config(config, nms_iou=0.0, max_detections=4000)
     assert (limits.score_threshold, limits.nms_iou, limits.max_detections) == (config.score_threshold, 0.0, 4000)
     assert limits.pre_nms == 4000  # no fewer candidates than detections
+    assert Limits.from_config(config, max_detections=config.pre_nms - 1).pre_nms == config.pre_nms
+    assert Limits.from_config(config, max_detections=100_000).max_detections == 100_000
     for name in ("score_threshold", "nms_iou"):
         assert getattr(Limits.from_config(config, **{name: 1.0}), name) == 1.0
         for value in (-0.01, 1.01, 1.9):
@@ -394,22 +416,6 @@ def test_limits_take_the_given_values_only():
     assert Limits.from_config(config, score="centerness").class_agnostic
     with pytest.raises(ValueError, match="score is 'iou'; allowed are words, centerness, objectness, "):
         Limits.from_config(config, score="iou")
-    for num in (0, 10**9):
+    for num in (0, 100_001):
         with pytest.raises(ValueError, match=f"max_detections is {num}; it must lie between 1 and 100,000"):
             Limits.from_config(config, max_detections=num)
-
-
-@pytest.mark.parametrize(
-    ("count", "sizes"), [(1, [8]), (8, [8]), (9, [16]), (16, [16]), (256, [256]), (257, [256, 256])]
-)
-def test_texts_are_encoded_in_batches_of_few_sizes(count, sizes):
-    detector, seen = Detector(planted.make()[1]), []
-
-    def encode(params, tokens):
-        seen.append(len(tokens))
-        return tokens[:, :1] * params
-
-    detector._compiled_encode = encode
-    tokens = np.arange(2 * count).reshape(count, 2)
-    np.testing.assert_array_equal(detector.encode_tokens(3, tokens), 3 * tokens[:, :1])
-    assert seen == sizes

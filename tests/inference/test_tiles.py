@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detclipv2_jax.data import transforms
-from detclipv2_jax.inference import Limits, Predictor, tiles
+from detclipv2_jax.inference import Found, Limits, Predictor, tiles
 from detclipv2_jax.inference.tiles import Place
 
 
@@ -96,6 +96,11 @@ def test_parts_of_an_object_go_into_the_whole_one():
     assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 2, 3]
     boxes[2] = [74, 0, 124, 50]
     assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 3]
+    # of two that hold it the better one takes its score
+    twice = np.array([[0, 0, 60, 50], [0, 0, 100, 50], [0, 0, 109, 90], [0, 0, 140, 140]], np.float32)
+    given = np.array([0.9, 0.3, 0.5, 0.4], np.float32)
+    kept, merged = tiles.merge(twice, given, np.zeros(4, int), np.array([True] + 3 * [False]), limits=limits())
+    np.testing.assert_allclose(merged, [0.9, 0.3, 0.9, 0.4])
     boxes[2] = [55, 0, 100, 50]
     kept, merged = tiles.merge(boxes, scores, labels, np.zeros(5, bool), limits=limits())
     assert kept.tolist() == [1, 4, 2, 3, 0]
@@ -104,6 +109,25 @@ def test_parts_of_an_object_go_into_the_whole_one():
     assert kept.tolist() == [1, 2, 3, 0]
     kept, _ = tiles.merge(boxes[:0], scores[:0], labels[:0], is_cut[:0], limits=limits())
     assert kept.tolist() == []
+
+
+def test_what_was_found_on_tiles_is_put_on_the_photo():
+    """The photo was read at half its size; a hundredth of a tile's side from its border a box is cut."""
+
+    def found(**boxes):
+        scores = np.array([float(name[1:]) / 10 for name in boxes], np.float32)
+        array = np.array(list(boxes.values()), np.float32)
+        return Found(array, scores, np.zeros(len(boxes), int), ("a",), (200, 400))
+
+    whole = found(s3=[20, 20, 198, 200])
+    left = found(s8=[70, 20, 98, 40], s7=[20, 70, 99, 90])  # 2 px from the border; 1 px, and it is in the whole one
+    right = found(s6=[1, 10, 30, 60])  # is in no whole one
+    parts = [(whole, None), (left, Place(0, 0, 100, 100)), (right, Place(100, 0, 100, 100))]
+    image = tiles._Image((100, 200), np.full(4, 0.5, np.float32), 3, parts)
+    merged = tiles._merged(image, tile=100, limits=limits())
+    assert merged.boxes.tolist() == [[140, 40, 196, 80], [20, 20, 198, 200], [202, 20, 260, 120]]
+    np.testing.assert_allclose(merged.scores, [0.8, 0.7, 0.6])
+    assert (merged.size, merged.vocabulary) == ((200, 400), ("a",))
 
 
 def test_boxes_are_cut_by_borders_inside_the_photo_only():

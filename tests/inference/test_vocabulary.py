@@ -157,6 +157,21 @@ def test_vocabularies_by_name(shared_data):
         vocabulary.parse_words("", vocabulary="LVS")
 
 
+def test_vocabularies_have_the_categories_in_their_order():
+    for name, num, first in (("lvis", 1203, "aerosol can"), ("coco", 80, "person"), ("objects365", 365, "person")):
+        words = vocabulary.parse_words("mug: of mine, unicorn", vocabulary=name)
+        assert next(iter(words)).casefold() == first
+        assert len(vocabulary.named(name).names) == num
+        assert words["mug"] == "of mine"
+        assert list(words)[-1] == "unicorn"
+    with pytest.raises(
+        ValueError, match=r"--vocabulary is 'LVS'; there are lvis, coco, objects365; did you mean lvis\?"
+    ):
+        vocabulary.named("LVS")
+    with pytest.raises(ValueError, match=r"'zebra'; there are lvis, coco, objects365$"):
+        vocabulary.named("zebra")
+
+
 def test_the_key_of_weights_tells_names_shapes_types_and_values():
     kernel = np.arange(6, dtype=np.float32)
     others = [

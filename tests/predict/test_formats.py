@@ -96,6 +96,37 @@ def test_supervision_reads_yolo(results, tmp_path, supervision):
     assert len(list((folder / "labels").iterdir())) == len(results)
 
 
+def test_labels_of_yolo_are_as_documented(results, tmp_path):
+    folder = write(results, tmp_path, "yolo") / "yolo"
+    (folder / "images" / "old.png").write_bytes(b"")
+    (folder / "labels" / "old.txt").write_bytes(b"")
+    write(results, tmp_path, "yolo")  # what is not of this run goes
+    assert sorted(path.suffix for path in (folder / "images").iterdir()) == [".jpg", ".png", ".png", ".png"]
+    photo_of = {path.stem: os.path.realpath(path) for path in (folder / "images").iterdir()}
+    label_of = {photo_of[path.stem]: path.read_text() for path in (folder / "labels").iterdir()}
+    assert [label_of[os.path.realpath(path)] for path, _ in results] == [
+        "2 0.250000 0.587500 0.300000 0.508333\n1 0.500000 0.500000 1.000000 1.000000\n",
+        "0 0.026042 0.500000 0.047917 0.980000\n",
+        "",
+        "1 0.611111 0.714286 0.777778 0.571429\n",
+    ]
+
+
+def test_photos_of_coco_have_their_sizes_and_boxes_their_scores(results, tmp_path):
+    content = json.loads((write(results, tmp_path, "coco") / "coco.json").read_text())
+    assert content["info"]["photos"] == str(tmp_path / "photos")
+    assert [(row["id"], row["height"], row["width"]) for row in content["images"]] == [
+        (1, 60, 100), (2, 100, 60), (3, 50, 50), (4, 7, 9)
+    ]  # fmt: skip
+    assert content["images"][0]["file_name"] == "a/1 & 2.png"
+    assert content["categories"] == [{"id": i, "name": name} for i, name in enumerate(NAMES, start=1)]
+    assert content["annotations"][2] == {
+        "id": 3, "image_id": 2, "category_id": 1, "bbox": [0.125, 1.0, 2.875, 98.0], "score": 0.5, "area": 281.75,
+        "iscrowd": 0,
+    }  # fmt: skip
+    assert [row["image_id"] for row in content["annotations"]] == [1, 1, 2, 4]
+
+
 def test_pycocotools_scores_coco_against_itself(results, tmp_path):
     from detclipv2_jax.eval import coco
 

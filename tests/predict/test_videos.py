@@ -2,6 +2,7 @@
 
 import json
 import logging
+import types
 
 import cv2
 import numpy as np
@@ -56,6 +57,9 @@ def test_frames_are_written_once_and_again_when_the_video_or_the_step_is_another
     assert [path.name for path in times] == ["clip_000000.jpg", "clip_000004.jpg", "clip_000008.jpg"]
     assert inputs.with_frames([video], output=tmp_path, every=4) == list(times)
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    next(iter(times)).unlink()
+    assert inputs.with_frames([video], output=tmp_path, every=4) == list(times)
+    assert next(iter(times)).exists()
     assert len(inputs.with_frames([video], output=tmp_path, every=1)) == NUM_FRAMES
     (first / "clip_000004.jpg").write_bytes(b"of the video before")
     assert len(inputs.with_frames([video], output=tmp_path, every=1)) == NUM_FRAMES
@@ -77,3 +81,25 @@ def test_a_video_that_cannot_be_read_is_one_error(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="absl"):
         assert 0 < len(inputs.with_frames([video], output=tmp_path, every=1)) < NUM_FRAMES
     assert f"of {NUM_FRAMES} frames" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("announced", "missing", "said"), [(12, 0, 0), (12, 1, 0), (12, 2, 1), (300, 3, 0), (300, 4, 1)]
+)
+def test_a_video_that_ends_more_than_a_hundredth_too_early_is_said(
+    announced, missing, said, tmp_path, monkeypatch, caplog
+):
+    video = tmp_path / "clip.MP4"
+    video.write_bytes(b"")
+    left = iter([True] * (announced - missing))
+    capture = types.SimpleNamespace(
+        get=lambda _: announced, grab=lambda: next(left, False), retrieve=lambda: (True, np.zeros((2, 2, 3), np.uint8)),
+        release=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *_: capture)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        frames = inputs.with_frames([video, tmp_path / "a.png"], output=tmp_path, every=100)
+    assert [path.name for path in frames] == [
+        *(f"clip_{i:06d}.jpg" for i in range(0, announced - missing, 100)), "a.png"
+    ]  # fmt: skip
+    assert len(caplog.messages) == said

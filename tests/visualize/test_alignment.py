@@ -52,6 +52,9 @@ def test_align_equals_brute_force():
     assert maps.shape == (3, 4, 8)  # 30 x 64 px of P3, whose cells are 8 px
     assert np.isfinite(maps).all()
     np.testing.assert_allclose(maps.max((1, 2)), best[index], rtol=1e-5)
+    for extent in ([48, 64], [28, 29], [4, 13], [1, 1]):  # rows and columns whose centre lies on the photo
+        on_photo = [max(sum(8 * i + 4 < side for i in range(8)), 1) for side in extent]
+        assert found.photo_maps(np.array(extent)).shape == (3, *np.minimum(on_photo, [6, 8]))
     # place (y, x) of P3 holds the best of the five cells above it
     starts = np.cumsum([0, *anchor_lib.grid(CANVAS).levels])
     cells = [starts[i] + (2 >> i) * -(-8 >> i) + (5 >> i) for i in range(5)]

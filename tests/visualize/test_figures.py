@@ -86,6 +86,24 @@ def test_curves_show_values_and_moving_means_and_their_groups(tmp_path, figure):
     assert colors_of(line.get_color() for line in legend.get_lines()) == [hex_color(nth_color(i)) for i in (0, 1, 3, 4)]
 
 
+def test_a_moving_mean_is_of_51_values_at_most(tmp_path, figure):
+    values = np.random.default_rng(0).normal(size=2000)
+    rows = [json.dumps({"step": step, "a": value}) for step, value in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    charts.curves(tmp_path / "metrics.jsonl")
+    _, thick = figure.figure.axes[0].lines
+    assert thick.get_ydata()[1000] == pytest.approx(values[975:1026].mean())
+
+
+def test_a_quantity_below_zero_is_shown_whole(tmp_path, figure):
+    rows = [json.dumps({"step": step, "a": -1.0 - step % 7}) for step in range(100)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    charts.curves(tmp_path / "metrics.jsonl")
+    low, high = figure.figure.axes[0].get_ylim()
+    assert low < -7
+    assert -1 < high < 0
+
+
 def test_panels_stand_four_in_a_row(tmp_path, figure):
     rows = [{"step": step} | {f"{name}": step for name in "abcdef"} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -337,6 +355,12 @@ def test_samples_are_where_they_were_taken_and_as_large_as_their_weight(figure):
     ]
     patch = axes.patches[0]
     assert (*patch.get_xy(), patch.get_width(), patch.get_height()) == (3, 4, 10, 20)
+    five = {"regular": regular, "points": regular, "weights": weights, "strides": np.array([8.0])}
+    five = {name: np.repeat(array, 5, axis=0) for name, array in five.items()}
+    panels.sampling(PHOTO, list("abcde"), np.ones((5, 4)), **five)
+    shown = [axes for axes in figure.figure.axes if axes.get_title()]
+    assert [axes.get_subplotspec().get_gridspec().get_geometry() for axes in shown] == [(2, 4)] * 5
+    assert not any(axes.axison for axes in figure.figure.axes)
 
 
 def test_phrases_of_a_batch_are_drawn_on_their_photos(monkeypatch, tmp_path):

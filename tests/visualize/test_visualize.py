@@ -44,6 +44,13 @@ def test_a_name_has_one_colour_and_names_have_many():
     assert len({color_of(name) for name in ("sea star", "Sea_star", "sea-star", "sea star , an animal")}) == 1
     names = [f"{color} {thing}" for color in ("red", "blue", "grün", "黄") for thing in ("car", "house", "猫", "बिल्ली")]
     assert len({color_of(name) for name in names}) == len(names)
+    expected = {
+        "cat": (148, 165, 13),
+        "red car": (87, 165, 13),
+        "日本": (19, 236, 231),
+    }  # those of pictures that were drawn before
+    assert {name: color_of(name) for name in expected} == expected
+    assert color_of(",a") != color_of(",b")
     assert color_of("red star") == color_of(tokenizer.decode(tokenizer.tokenize(["red star"]))[0])
 
 
@@ -361,12 +368,18 @@ def test_alignment_takes_caption_and_phrases(tmp_path, monkeypatch):
     assert drawn["arguments"][2] == ["a cat on a red car", "cat"]
     assert _command(*options, "--phrases", "red car, a cat on a red car, red car") == 0
     assert drawn["arguments"][2] == ["a cat on a red car", "red car"]  # each once
+    (tmp_path / "more").mkdir()
+    other_way = f"{tmp_path}/more/../b.png"
+    assert _command(*options, "--phrases=red", "--image", other_way) == 0
+    assert drawn["arguments"][1] == [other_way, *(str(tmp_path / f"{name}.png") for name in "ac")]
 
 
 def test_curves_of_a_workdir(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "detection/loss": 2.0}) + "\n")
     assert _command("curves", "--metrics", tmp_path, "--output", tmp_path / "curves.png") == 0
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
+    chosen = ("--names= loss , ", "--output", tmp_path / "loss.png")
+    assert _command("curves", "--metrics", tmp_path / "metrics.jsonl", *chosen) == 0
     assert _command("curves", "--metrics", tmp_path, "--names=nothing", "--output", tmp_path / "x.png") == 1
     assert "has no nothing; it has loss" in capsys.readouterr().err
 
