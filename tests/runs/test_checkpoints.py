@@ -137,7 +137,9 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, monkeypatch, cap
         for path in filter(pathlib.Path.is_file, [*(folder / "2" / "params").rglob("*")]):
             path.unlink() if path.name != "sha256.json" else None
         assert len(ours.damage(2, everything)) > 5
-        with pytest.raises(checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move") as told:
+        with pytest.raises(
+            checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move"
+        ) as told:
             ours.intact_step(everything, set_aside=True)
         assert str(told.value).count(" is missing") == 5  # no more are named
         assert (folder / "2").exists()

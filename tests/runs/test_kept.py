@@ -92,7 +92,9 @@ def test_a_trace_is_of_every_version_and_setting_that_it_depends_on(monkeypatch)
     environment, version = kept._environment.__wrapped__, importlib.metadata.version
     found = [environment()]
     for changed in ("jax", "jaxlib", "flax"):
-        monkeypatch.setattr(importlib.metadata, "version", lambda name, new=changed: version(name) + "x" * (name == new))
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, new=changed: version(name) + "x" * (name == new)
+        )
         found.append(environment())
     monkeypatch.undo()
     for name, value in (("jax_enable_x64", True), ("jax_default_matmul_precision", "float32")):
