@@ -1,7 +1,6 @@
 """What a checkpoint holds, which ones stay, which are damaged, and how it is compared with a model."""
 
 import contextlib
-import pathlib
 import types
 
 import jax
@@ -134,8 +133,9 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, monkeypatch, cap
         assert sorted(path.name for path in folder.iterdir()) == ["2"]
         assert sorted(path.name[:2] for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["3_", "4_"]
         assert ours.latest_step() == 2
-        for path in filter(pathlib.Path.is_file, [*(folder / "2" / "params").rglob("*")]):
-            path.unlink() if path.name != "sha256.json" else None
+        for path in [path for path in (folder / "2" / "params").rglob("*") if path.is_file()]:
+            if path.name != "sha256.json":
+                path.unlink()
         assert len(ours.damage(2, everything)) > 5
         with pytest.raises(
             checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move"

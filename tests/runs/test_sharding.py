@@ -95,8 +95,12 @@ def test_shapes_of_batches_are_those_of_the_streams(micro, tmp_path):
 
 
 def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):
-    batch = make_batch(Kind.DETECTION, seed=0, federated=True)
     monkeypatch.setattr(sharding.jax, "process_index", lambda: 2)
+    batch = make_batch(Kind.IMAGE_TEXT, seed=0)
+    assert batch.caption_concepts.size > 0
+    placed = sharding.to_global(batch, sharding.make_mesh())
+    np.testing.assert_array_equal(placed.caption_concepts, batch.caption_concepts + 2 * len(batch.concept_mask))
+    batch = make_batch(Kind.DETECTION, seed=0, federated=True)
     placed = sharding.to_global(batch, sharding.make_mesh())
     rows = [(placed.box_concepts, batch.box_concepts), (placed.federated.concepts, batch.federated.concepts)]
     for moved, own in rows:
