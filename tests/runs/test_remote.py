@@ -159,6 +159,7 @@ def test_weights_of_the_best_step_are_fetched(bucket, monkeypatch, tmp_path):
     assert fetched == ["config.json", "best.json", *weights]
     assert not old.exists()  # the bucket has it no more
     bucket.objects = {name: found for name, found in bucket.objects.items() if "/" not in name}
+    bucket.put("pictures/a.jpg", "1")
     fetched.clear()
     remote.here(str(WHERE))  # an export
     assert fetched == ["config.json", "best.json", "best.json", "config.json", "metrics.jsonl"]
@@ -231,6 +232,9 @@ def test_what_names_others_comes_last_and_goes_first(bucket):
         path.unlink()
     workdir.push()
     assert bucket.done == [(f"checkpoints/2/{name}", None) for name in (remote.LAST_OF_STEP, "params/b")]
+    bucket.done.clear()
+    workdir.push()
+    assert bucket.done == []
 
 
 def test_half_a_first_line_is_not_brought_there(bucket):
@@ -256,6 +260,30 @@ def test_others_who_change_a_workdir_are_noticed(bucket):
     with pytest.raises(WorkdirError, match=r"another run wrote config\.json"):
         workdir.push()
     assert bucket.texts() == {"config.json": "[2]"}
+
+
+def test_a_file_that_goes_while_it_is_asked_for_is_a_change(bucket, monkeypatch):
+    bucket.put("config.json", "{}")
+    workdir = opened()
+
+    def gone(where, *, known):
+        raise FileNotFoundError(where)
+
+    monkeypatch.setattr(bucket_store, "read", gone)
+    assert not workdir.unchanged()
+
+
+def test_what_cannot_be_listed_is_not_removed_there(bucket, monkeypatch):
+    bucket.put("config.json", "{}")
+    workdir = opened()
+
+    def refused(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):
+        workdir.push()
+    assert bucket.done == []
 
 
 def test_a_copy_that_is_gone_removes_nothing(bucket):
@@ -399,6 +427,30 @@ def test_a_run_holds_the_lock_and_brings_all_there_when_it_ends(bucket):
     bucket.put("config.json", "[]")
     with pytest.raises(WorkdirError, match="was changed while this run started"), remote.kept(workdir, training=True):
         pass
+
+
+def test_a_run_takes_over_from_one_of_this_machine_that_was_killed(bucket, clock):
+    workdir = opened()
+    killed = lease("token of the killed")
+    killed.take(own="")
+    workdir.folder.with_name(f".{workdir.folder.name}.token").write_text("token of the killed")
+    with remote.kept(workdir, training=True):
+        assert clock == [1000.0]
+        assert not killed.renew()
+
+
+def test_while_a_run_goes_on_its_lock_is_renewed_and_its_files_are_brought_there(bucket, monkeypatch):
+    monkeypatch.setattr(remote, "BEAT_S", 0.001)
+    monkeypatch.setattr(remote, "PUSH_S", 0.001)
+    workdir, waiting = opened(), threading.Event()
+    with remote.kept(workdir, training=True):
+        (workdir.folder / "new").touch()
+        for _ in range(10_000):
+            if "new" in bucket.objects and json.loads(bucket.objects["lock"][0])["number"] > 2:
+                break
+            waiting.wait(0.001)
+        else:
+            pytest.fail("neither lock nor file came to the bucket")
 
 
 def test_what_a_run_that_fails_wrote_is_brought_there_too(bucket, monkeypatch):
