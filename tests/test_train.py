@@ -230,14 +230,10 @@ def test_checks_go_on_after_a_problem_and_stops_are_named():
 class Loop:
     """A run of five steps whose parts are stand-ins that note what they are told; step 3 is a batch of pairs."""
 
-    def __init__(
-        self, monkeypatch, tmp_path, *, start=0, num_steps=5, scores=(), stop_at=None, compiled=True, **changes
-    ):
-        self.done, self.config = [], config_lib.base()
-        self.scores = iter(scores)
-        self.config.update(
-            {"epochs": 1, "log_every_steps": 2, "pictures_every_steps": 2, "checkpoint": {"every_steps": 2}}
-        )
+    def __init__(self, monkeypatch, tmp_path, *, start=0, scores=(), stop_at=None, compiled=True, **changes):
+        self.done, self.config, self.scores = [], config_lib.base(), iter(scores)
+        self.config.epochs, self.config.checkpoint.every_steps = 1, 2
+        self.config.log_every_steps = self.config.pictures_every_steps = 2
         self.config.eval.monitor, self.config.optimizer.warmup_steps = "AP", 0
         for key, value in changes.items():
             section, _, last = key.rpartition("__")
@@ -248,12 +244,12 @@ class Loop:
             overflow={"cut": i}, counters={}, examples=[i], named=str,
             iterate=functools.partial(self.read, i),
         ) for i, kind in enumerate(kinds)]  # fmt: skip
-        order = StepOrder([4, 1], epochs=1, seed=0, num_steps=num_steps)
+        order = StepOrder([4, 1], epochs=1, seed=0)
         drawn = [Draw(0, 0), Draw(0, 1), Draw(1, 0), Draw(0, 2), Draw(0, 3)]
         monkeypatch.setattr(order, "draw", drawn.__getitem__)
-        evaluator = self.evaluate if scores else None
+        evaluator = functools.partial(self.evaluate) if scores else None
         if evaluator:
-            self.evaluate.__func__.recorded = lambda step: None
+            evaluator.recorded = lambda step: None
         self.run = types.SimpleNamespace(
             config=self.config, mesh=sharding.make_mesh(), order=order, streams=self.streams, workdir=tmp_path,
             evaluator=evaluator, second=None, with_text=lambda params, batch: ("with text", batch),
@@ -378,6 +374,10 @@ def test_a_run_goes_on_where_its_checkpoint_is(monkeypatch, tmp_path):
     done = Loop(monkeypatch, tmp_path, start=5, scores=[0.5])
     assert train.train(done.run) == {"AP": 0.5}
     assert not done.of("step", "curves")
+    done = Loop(monkeypatch, tmp_path, start=5, scores=[0.5])
+    done.run.evaluator.recorded = {5: {"AP": 0.9}}.get  # it was scored, too
+    assert train.train(done.run) == {"AP": 0.9}
+    assert not done.of("scored")
 
 
 def test_a_run_that_is_told_to_stop_saves_and_does_not_wait_for_the_compiler(monkeypatch, tmp_path):
