@@ -9,12 +9,14 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import train
+from detclipv2_jax import session, train
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.runs import sharding
+from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.order import Draw, StepOrder
 from detclipv2_jax.runs.state import TrainState
 from detclipv2_jax.visualize import charts
@@ -230,7 +232,7 @@ def test_checks_go_on_after_a_problem_and_stops_are_named():
 class Loop:
     """A run of five steps whose parts are stand-ins that note what they are told; step 3 is a batch of pairs."""
 
-    def __init__(self, monkeypatch, tmp_path, *, start=0, scores=(), stop_at=None, compiled=True, **changes):
+    def __init__(self, monkeypatch, tmp_path, *, start=0, scores=(), before=(), stop_at=None, compiled=True, **changes):
         self.done, self.config, self.scores = [], config_lib.base(), iter(scores)
         self.config.epochs, self.config.checkpoint.every_steps = 1, 2
         self.config.log_every_steps = self.config.pictures_every_steps = 2
@@ -254,7 +256,7 @@ class Loop:
             config=self.config, mesh=sharding.make_mesh(), order=order, streams=self.streams, workdir=tmp_path,
             evaluator=evaluator, second=None, with_text=lambda params, batch: ("with text", batch),
         )  # fmt: skip
-        self.stop_at, self.compiled, self.start = stop_at, compiled, start
+        self.stop_at, self.compiled, self.start, self.before = stop_at, compiled, start, before
         self.patch(monkeypatch)
 
     def note(self, *what):
@@ -289,12 +291,19 @@ class Loop:
             close=lambda *, wait: self.note("compiler closed", wait),
         )  # fmt: skip
         writer = types.SimpleNamespace(
-            recorded=lambda kind: [], close=lambda: self.note("writer closed"),
+            recorded=lambda kind: list(self.before) if kind == "eval" else [], close=lambda: self.note("writer closed"),
             write=lambda step, values, **_: self.note("wrote", step, sorted(values)),
         )  # fmt: skip
 
         def finish(step, kind, metrics, *, logged, stop, examples, **_):
+            self.note("rate", round(float(metrics["learning_rate"]) / self.config.optimizer.learning_rate, 6))
             self.note("read", step, kind, logged, stop, examples(), metrics["cut"])
+
+        conclude = train._conclude
+
+        def noted_conclusion(*arguments, step):
+            self.note("concluded", step)
+            return conclude(*arguments, step=step)
 
         @contextlib.contextmanager
         def stop_signal():
@@ -309,6 +318,8 @@ class Loop:
             "overview": lambda *_, **__: "table",
             "MetricsWriter": lambda *_, **__: writer,
             "finish_step": finish,
+            "_conclude": noted_conclusion,
+            "optimizer_lib.with_rate_factor": lambda state, factor: self.note("factor", round(float(factor), 6)),
             "step_cost": lambda *_: None,
             "flops.peak_per_second": lambda mesh: None,
             "sharding.to_global": lambda batch, mesh: batch,
@@ -392,7 +403,7 @@ def test_a_run_that_is_told_to_stop_saves_and_does_not_wait_for_the_compiler(mon
 
 
 def test_scores_are_taken_along_the_way_and_may_end_the_run(monkeypatch, tmp_path):
-    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.7, 0.6], eval__every_steps=2)
+    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.7, 0.6], eval__every_steps=2, checkpoint__every_steps=100)
     assert train.train(loop.run) == {"AP": 0.6}
     assert loop.of("scored") == [("scored", 2), ("scored", 4), ("scored", 5)]
     assert loop.of("wrote")[0] == ("wrote", 2, ["eval/AP"])
@@ -409,6 +420,25 @@ def test_scores_are_taken_along_the_way_and_may_end_the_run(monkeypatch, tmp_pat
     assert [step for _, step in loop.of("best")] == [2, 2]
 
 
+def test_scores_of_earlier_processes_count_and_are_not_taken_again(monkeypatch, tmp_path):
+    options = {"eval__every_steps": 2, "optimizer__schedule": "plateau", "optimizer__patience": 1}
+    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.4, 0.6], **options)
+    train.train(loop.run)
+    assert loop.of("rate") == [("rate", 1.0)] * 4 + [("rate", 0.1)]
+    assert loop.of("factor")[-1] == ("factor", 0.1)
+    for start, before, rates, concluded in (
+        (4, [(2, 0.5), (4, 0.4)], [0.1], [4, 5]),
+        (4, [(1, 0.9), (2, 0.5), (4, 0.6)], [1.0], [4, 5]),  # of a step that is not to be evaluated any more
+        (3, [(2, 0.5)], [1.0, 1.0], [3, 4, 5]),
+    ):
+        before = [(step, {"AP": value}) for step, value in before]
+        loop = Loop(monkeypatch, tmp_path, start=start, before=before, scores=[0.7, 0.8], **options)
+        train.train(loop.run)
+        assert loop.of("rate") == [("rate", rate) for rate in rates]
+        assert [step for _, step in loop.of("scored")] == [step for step in (4, 5) if step > start]
+        assert [step for _, step in loop.of("concluded")] == concluded
+
+
 def test_the_second_set_is_scored_before_and_after(monkeypatch, tmp_path):
     loop = Loop(monkeypatch, tmp_path)
 
@@ -423,3 +453,80 @@ def test_the_second_set_is_scored_before_and_after(monkeypatch, tmp_path):
     later.run.second = second
     assert train.train(later.run) == {}  # nobody knows what was before
     assert not later.of("wrote")
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_where_a_run_starts(monkeypatch, tmp_path, ema_decay, caplog):
+    config, asked = config_lib.base(), []
+    config.optimizer.ema_decay, config.init_from.swin, config.init_from.text = ema_decay, "swin", ""
+    shapes = {"a": jax.ShapeDtypeStruct((3,), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
+    tx, mesh = optax.adam(0.1), sharding.make_mesh()
+    shardings = train_state.state_shardings(mesh, tx, shapes, ema=ema_decay > 0)
+    run = types.SimpleNamespace(config=config, tx=tx, model=None, shapes=shapes, shardings=shardings)
+    newest = iter([7, 7, None, None])
+    kept = types.SimpleNamespace(
+        intact_step=lambda items, *, before, set_aside: asked.append((items, before, set_aside)) or next(newest),
+        restore=lambda abstract, *, step: (jax.tree.structure(abstract), step),
+    )
+    drawn = lambda _, key, *, context_length: {"a": jax.random.normal(key, (3,)), "b": np.ones(2, np.float32)}  # noqa: E731
+    monkeypatch.setattr(train_state, "init_params", drawn)
+    stored = {"a": np.full(3, 5.0, np.float32)}
+    monkeypatch.setattr(train.pretrained_lib, "load_all", lambda files, shapes: (stored, ["a note"]))
+    theirs = {"a": np.full(3, 2.0, np.float32), "b": np.full(2, 4.0, np.float32)}
+    monkeypatch.setattr(train.checkpoints_lib, "load_for_inference", lambda workdir: (None, theirs, 9))
+
+    expected = jax.tree.structure(train_state.create(theirs, tx, ema=ema_decay > 0))
+    assert train.initial_state(run, kept) == (expected, 7)
+    assert train.initial_state(run, kept, before=5) == (expected, 7)
+    items = ["params", "optimizer", "ema"][: 3 if ema_decay else 2]
+    assert asked == [(items, None, True), (items, 5, False)]  # what is only looked at stays where it is
+    with caplog.at_level("INFO", logger="absl"):
+        fresh = train.initial_state(run, kept)
+    assert "a note" in caplog.text
+    for found, params in ((fresh, {"a": [5.0] * 3, "b": [1.0] * 2}), (None, theirs)):
+        if found is None:
+            config.init_from.checkpoint = "elsewhere"
+            found = train.initial_state(run, kept)
+        assert int(found.step) == 0
+        jax.tree.map(np.testing.assert_array_equal, found.params, {name: np.float32(x) for name, x in params.items()})
+        assert (found.ema is not None) == (ema_decay > 0)
+
+
+def test_all_that_is_wrong_before_a_run_is_one_error(micro, monkeypatch, tmp_path):
+    micro.scenes.update({"num_detection": 4, "num_grounding": 0, "num_image_text": 0, "num_eval": 2, "size_px": 32})
+    config = session.with_scenes(micro, tmp_path)
+    config.eval.monitor, config.forgetting.annotations, config.trackers = "fixed_AP", "no.json", ("wandb",)
+    config.init_from.swin, config.optimizer.text_once = "no.safetensors", True
+    shapes = {"text_encoder": {"kernel": jax.ShapeDtypeStruct((3,), np.float32)}}
+    monkeypatch.setattr(train_state, "param_shapes", lambda model, *, context_length: shapes)
+    evaluator = types.SimpleNamespace(federated=False)
+    monkeypatch.setattr(train.evaluation, "make", lambda *_: evaluator)
+    monkeypatch.setattr(train, "check_installed", fails("no wandb"))
+    monkeypatch.setattr(train.evaluation, "make_second", fails("no.json"))
+    for federated in (False, True):
+        evaluator.federated = federated
+        with pytest.raises(ValueError, match="no wandb") as error:
+            train.prepare_run(config, tmp_path)
+        for part, is_wrong in (
+            ("config.eval.monitor 'fixed_AP' is a score of LVIS", not federated), ("no.json", True),
+            ("no.safetensors", True), ("optimizer.text_once needs a text tower", True),
+        ):  # fmt: skip
+            assert (part in str(error.value)) == is_wrong, part
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)  # the run has its weights
+    config.init_from.checkpoint = "elsewhere"
+    monkeypatch.setattr(train.checkpoints_lib, "check_start", fails("does not fit"))
+    with pytest.raises(ValueError, match="no wandb") as error:
+        train.prepare_run(config, tmp_path)
+    assert "no.safetensors" not in str(error.value)
+    assert "does not fit" not in str(error.value)
+    with pytest.raises(ValueError, match="does not fit"):
+        train.prepare_run(config, tmp_path / "new")
+
+
+def fails(message):
+    """Returns a function that ends with an error, whatever it is given."""
+
+    def function(*_, **__):
+        raise ValueError(message)
+
+    return function
