@@ -357,9 +357,8 @@ def test_the_log_leaves_out_what_checkpoints_say_of_their_files(asked, micro):
         return logging.LogRecord("absl", level, path, 1, "text", (), None)
 
     of_orbax, others = "/a/orbax/checkpoint.py", "/a/train.py"
-    found = [
-        bool(shown(record(path, level))) for path in (of_orbax, others) for level in (logging.INFO, logging.WARNING)
-    ]
+    levels = (logging.INFO, logging.WARNING)
+    found = [bool(shown(record(path, level))) for path in (of_orbax, others) for level in levels]
     assert found == [False, True, True, True]
 
 
