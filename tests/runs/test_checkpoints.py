@@ -209,3 +209,28 @@ def test_a_save_asks_for_the_room_that_its_arrays_take(tmp_path, monkeypatch):
     num_bytes = 4 + 3 * 6 * 4
     assert asked[0] == ("checkpoints", num_bytes, "the checkpoint of step 7")
     assert asked[1:] == [("checkpoints", 0, "a checkpoint of 0.00 MB")] * 2
+
+
+def test_the_state_before_the_first_step_is_a_checkpoint_too(tmp_path):
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        for step in (0, 3):
+            ours.save(step, state(step))
+        ours.wait()
+        assert (ours.latest_step(), ours.intact_step(["params"], before=3)) == (3, 0)
+        change(tmp_path / "checkpoints" / "3", item="params")
+        assert ours.intact_step(["params"], set_aside=True) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_where_one_process_has_the_files_it_writes_and_reads_for_all(tmp_path, monkeypatch):
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        monkeypatch.setattr(ours, "_is_alone", True)
+        for process in (1, 0):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            ours.save(process + 5, state(process + 5))
+            ours.mark_best(process + 5, score="AP", value=0.5)
+        ours.wait()
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+        assert checkpoints.read_best(tmp_path / "best.json")["step"] == 5
+        jax.tree.map(np.testing.assert_array_equal, ours.restore(placed, step=5), state(5))
