@@ -1,7 +1,9 @@
 """The table of accelerators against the makers' data sheets."""
 
 import os
+import subprocess
 
+import jax
 import pytest
 
 from detclipv2_jax import chips
@@ -50,6 +52,8 @@ def test_devices_are_known_by_the_beginning_of_their_name(device_kind, name):
         ("/dev/accel0", None, "", ["pip install 'detclipv2_jax[tpu]'"]),
         ("/dev/nvidia0", None, "cpu", []),  # as it was asked to
         ("", None, "", []),
+        ("/dev/vfio/0", None, "", ["pip install 'detclipv2_jax[tpu]'"]),
+        ("/dev/dxg", None, "", []),  # Windows' Linux, without a driver
     ],
 )
 def test_an_accelerator_that_jax_does_not_see_is_said_once(present, status, platforms, said, monkeypatch, tmp_path):
@@ -63,9 +67,23 @@ def test_an_accelerator_that_jax_does_not_see_is_said_once(present, status, plat
     warned = []
     monkeypatch.setattr(chips.logging, "warning", lambda text, what, install: warned.append(install))
     chips.warn_of_unused_accelerator.cache_clear()
+    with monkeypatch.context() as patch:  # JAX sees it
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        chips.warn_of_unused_accelerator()
+        assert not warned
+    chips.warn_of_unused_accelerator.cache_clear()
     for _ in range(2):
         chips.warn_of_unused_accelerator()
     assert warned == said
     assert chips.has_nvidia_gpu() == (present == "/dev/nvidia0" or status == 0)
     assert chips.has_device() == (bool(present) and platforms != "cpu")
     chips.warn_of_unused_accelerator.cache_clear()
+
+
+def test_a_driver_that_does_not_answer_is_none(monkeypatch):
+    def run(command, *, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(chips.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(chips.subprocess, "run", run)
+    assert not chips.has_nvidia_gpu()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from detclipv2_jax import chips, session, train
+from detclipv2_jax import chips, main, session, train
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.eval import loop, lvis
 from detclipv2_jax.models import flops
@@ -318,3 +319,60 @@ print([faults() for _ in range(3)][-1])
     )
     assert done.returncode == 0, done.stderr
     assert (int(done.stdout) < 100) == kept  # pages of 4 KiB, of which an array has 16,384
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `main` asks of the session; the log is as before afterwards."""
+    calls, handler = [], main.logging.get_absl_handler()
+    filters = list(handler.filters)
+    for name in ("set_verbosity", "set_stderrthreshold"):
+        monkeypatch.setattr(main.logging, name, lambda level: calls.append(level))
+    monkeypatch.setattr(session, "run", lambda *given, **options: calls.append((given, options)) or 75)
+    yield calls
+    for added in [one for one in handler.filters if one not in filters]:
+        handler.removeFilter(added)
+
+
+def test_options_of_the_command_are_those_of_the_session(asked, micro):
+    assert main.main(config=micro) == 75
+    assert asked[:2] == [main.logging.INFO] * 2
+    options = {
+        "training": True, "distributed": "auto", "replayed": None, "changed_data": False, "preempted_status": 0,
+    }  # fmt: skip
+    assert asked[2] == ((micro, "runs/micro"), options)
+    main.main(config=micro, workdir="a", mode="eval", distributed="on", replay=1, changed_data=True, preempted_status=7)
+    options = {"training": False, "distributed": "on", "replayed": 1, "changed_data": True, "preempted_status": 7}
+    assert asked[-1] == ((micro, "a"), options)
+    for step in (0, -3):
+        with pytest.raises(ValueError, match=f"--replay={step} must be a step, 1 or more"):
+            main.main(config=micro, replay=step)
+
+
+def test_the_log_leaves_out_what_checkpoints_say_of_their_files(asked, micro):
+    main.main(config=micro)
+    shown = main.logging.get_absl_handler().filter
+
+    def record(path, level):
+        return logging.LogRecord("absl", level, path, 1, "text", (), None)
+
+    of_orbax, others = "/a/orbax/checkpoint.py", "/a/train.py"
+    levels = (logging.INFO, logging.WARNING)
+    found = [bool(shown(record(path, level))) for path in (of_orbax, others) for level in levels]
+    assert found == [False, True, True, True]
+
+
+def test_closed_streams_are_opened(monkeypatch):
+    handler = main.logging.get_absl_handler().python_handler
+    monkeypatch.setattr(handler, "stream", None)
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    out = sys.stdout
+    main.open_streams()
+    opened = sys.stdin, sys.stderr
+    assert sys.stdout is out
+    assert handler.stream is sys.stderr
+    for stream in opened:
+        stream.write("nowhere")
+        assert stream.read() == ""
+        stream.close()

@@ -1,12 +1,21 @@
 """Checks around a run, what may change when it goes on, and the last lines."""
 
+import contextlib
+import errno
+import itertools
 import json
+import os
 import signal
 
 import pytest
 
+from detclipv2_jax import chips, config_json, session, train
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import config_json, session, train
+from detclipv2_jax.bucket_store import BucketError
+from detclipv2_jax.data.schema import DataError, StalledError
+from detclipv2_jax.runs import processes
+from detclipv2_jax.runs.checkpoints import DamagedError
+from detclipv2_jax.runs.workdir import WorkdirError
 
 
 def test_what_may_change_when_a_run_goes_on(micro, tmp_path):
@@ -154,3 +163,224 @@ def test_it_is_left_in_the_workdir_of_a_run(micro, tmp_path):
     assert (tmp_path / "preempted").exists()  # an evaluation does not go on with it
     session.in_workdir(dict, micro, tmp_path, training=True, data={})
     assert not (tmp_path / "preempted").exists()
+
+
+@pytest.fixture
+def told(micro, tmp_path, monkeypatch):
+    """Runs `session.run` with stand-ins for what joins, prepares and leaves; returns (how it ends, what was asked)."""
+
+    def run(work, *, replayed=None, training=True, process=0, compiling=False, wrong=None):
+        asked = {}
+
+        @contextlib.contextmanager
+        def opened(workdir, *, training):
+            asked["opened"] = training
+            if wrong:
+                raise wrong
+            yield tmp_path, "bucket"
+            asked["closed"] = True
+
+        def prepare(config, folder, **options):
+            asked["prepared"] = (folder, options)
+            return work
+
+        def leave(status):
+            raise SystemExit(f"left with {status}")
+
+        micro.closing = "AP {AP:.0f}"
+        monkeypatch.setattr(session.processes, "join", lambda mode, **options: asked.update(joined=(mode, options)))
+        monkeypatch.setattr(session.remote, "opened", opened)
+        monkeypatch.setattr(session, "prepare", prepare)
+        monkeypatch.setattr(session.commands, "leave", leave)
+        monkeypatch.setattr(session, "is_compiling", lambda: compiling)
+        monkeypatch.setattr(session.jax, "process_index", lambda: process)
+        clock = itertools.count(0, 120)
+        monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
+        try:
+            ended = session.run(
+                micro, "runs/a", training=training, distributed="off", replayed=replayed, changed_data=True,
+                preempted_status=75,
+            )  # fmt: skip
+        except SystemExit as error:
+            ended = error.code
+        return ended, asked
+
+    return run
+
+
+def fails(error):
+    """Returns work that ends with an error."""
+
+    def work():
+        raise error
+
+    return work
+
+
+def test_a_run_that_is_done_says_so_and_gives_its_workdir_back(told, capsys, micro, tmp_path):
+    ended, asked = told(lambda: {"AP": 0.5})
+    assert ended == 0
+    assert asked == {
+        "opened": True, "closed": True, "joined": ("off", {"timeout_s": micro.timeout_s}),
+        "prepared": (tmp_path, {"training": True, "replayed": None, "changed_data": True, "bucket": "bucket"}),
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "scores in %: AP 50.0\n" in printed
+    assert "done in 2.0 minutes" in printed
+    assert printed.endswith("AP 50\n")
+    for options in ({"replayed": 3}, {"process": 1}):
+        assert told(lambda: {"AP": 0.5}, **options)[0] == 0
+        assert capsys.readouterr().out == ""
+
+
+def test_only_training_takes_a_workdir_in_a_bucket(told):
+    options = ({}, {"training": False}, {"replayed": 3})
+    assert [told(dict, **option)[1]["opened"] for option in options] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BucketError("why"), DataError("why"), DamagedError("why"), processes.MissingProcessError("why"),
+        train.NonFiniteError("why"), WorkdirError("why"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_what_a_run_was_given_ends_it_with_a_line(told, error):
+    assert told(fails(error))[0] == "error: why"
+
+
+def test_other_ends_of_a_run(told, capsys):
+    assert told(fails(ValueError("a fault")))[0] == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert told(fails(StalledError("a disk")))[0] == "left with 1"
+    assert capsys.readouterr().err == "error: a disk\n"
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        stop = train.Preempted(number, 7)
+        assert told(fails(stop))[0] == status
+        assert told(fails(stop), compiling=True)[0] == f"left with {status}"  # whose thread would be waited for
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("why"), processes.MissingProcessError("why"), WorkdirError("why"), BucketError("why")]
+)
+def test_what_is_wrong_before_a_run_is_a_line(told, error):
+    assert told(dict, wrong=error)[0] == "error: why"
+
+
+@pytest.fixture
+def prepared(micro, tmp_path, monkeypatch):
+    """Runs `session.prepare` on a chip with stand-ins for data and other processes; returns (work, what was asked)."""
+    micro.chips.v5e = (("epochs", 3), ("eval.every_steps", 7))
+    monkeypatch.setattr(session, "chip_of", lambda kind: chips.CHIPS["v5e"])
+    monkeypatch.setattr(session.identity, "of_run", lambda config: {"read": config.detection.images})
+
+    def prepare(**options):
+        asked = []
+        for name in ("check_same", "barrier"):
+            monkeypatch.setattr(
+                session.processes, name, lambda *args, name=name, **more: asked.append((name, args, more))
+            )
+        for place, name in ((session.train_lib, "prepare_run"), (session.evaluation, "prepare")):
+            monkeypatch.setattr(place, name, lambda config, workdir: asked.append((config, workdir)) or (lambda: {}))
+        for name in ("train", "replay_step"):
+            monkeypatch.setattr(session.train_lib, name, lambda *args, name=name: asked.append((name, args[1:])) or {})
+        return session.prepare(micro, tmp_path / "run", **options), asked
+
+    return prepare
+
+
+def test_all_is_checked_with_the_values_of_the_chip_before_a_workdir_is_taken(micro, prepared, tmp_path):
+    work, asked = prepared(training=True)
+    data = json.dumps({"read": str(tmp_path / "run" / "data")})
+    timeout = {"timeout_s": micro.timeout_s}
+    assert asked[0] == ("check_same", (config_json.to_json(micro),), {"what": "configuration"} | timeout)
+    assert asked[1] == ("barrier", ("scenes are written",), timeout)
+    assert asked[2] == ("check_same", (data,), {"what": "data"} | timeout)
+    config, workdir = asked[3]
+    assert (config.epochs, config.eval.every_steps, workdir) == (3, 7, tmp_path / "run")
+    assert asked[4:] == [("barrier", ("all is checked",), timeout)]
+    assert not (tmp_path / "run" / "config.json").exists()
+    work()
+    assert asked[5:] == [("train", ())]
+    stored = (tmp_path / "run" / "config.json").read_text()
+    assert stored == config_json.to_json(micro)  # whatever the chip is
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == json.loads(data)
+    micro.chips.v5e = (("epochs", 0),)
+    with pytest.raises(ValueError, match=r"config\.epochs is 0"):
+        prepared(training=True)
+
+
+def test_an_evaluation_or_a_replay_needs_a_run(micro, prepared, tmp_path):
+    for options in ({"training": False}, {"training": True, "replayed": 5}):
+        with pytest.raises(ValueError, match="there is no run to evaluate or replay"):
+            prepared(**options)
+    micro.init_from.checkpoint = "elsewhere"
+    with pytest.raises(ValueError, match="there is no run to evaluate or replay"):
+        prepared(training=True, replayed=5)
+    work, asked = prepared(training=False)
+    assert [entry[-1]["what"] for entry in asked if entry[0] == "check_same"] == ["configuration"]
+    work()
+    assert not (tmp_path / "run" / "data.json").exists()
+    (tmp_path / "run" / "config.json").write_text(config_json.to_json(micro))
+    work, asked = prepared(training=True, replayed=5)
+    assert ("barrier", ("all is checked",), {"timeout_s": micro.timeout_s}) not in asked
+    work()
+    assert asked[-1] == ("replay_step", (5,))
+
+
+def test_a_run_goes_on_with_other_data_only_if_it_may(prepared, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "run" / "data.json").write_text('{"read": "others"}')
+    with pytest.raises(ValueError, match="the data are not those"):
+        prepared(training=True)
+    prepared(training=True, changed_data=True)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_holds_the_workdir_in_a_bucket_and_the_others_wait(micro, tmp_path, monkeypatch, process):
+    done = []
+
+    @contextlib.contextmanager
+    def kept(bucket, *, training):
+        done.append((bucket, training))
+        yield
+        done.append("brought there")
+
+    monkeypatch.setattr(session.remote, "kept", kept)
+    monkeypatch.setattr(session.jax, "process_index", lambda: process)
+    monkeypatch.setattr(session.processes, "barrier", lambda name, *, timeout_s: done.append(name))
+    options = {"training": True, "data": {}, "bucket": "bucket"}
+    session.in_workdir(lambda: done.append("work"), micro, tmp_path / "run", **options)
+    whole = [("bucket", True), "the workdir is held", "work", "brought there"]
+    assert done == (whole if process == 0 else ["the workdir is held", "work"])
+    assert (tmp_path / "run").exists() == (process == 0)
+
+
+def test_what_a_run_writes_has_room_or_an_error_says_so(micro, tmp_path):
+    with pytest.raises(WorkdirError, match="no room for this run"):
+        session.in_workdir(
+            fails(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), micro, tmp_path, training=False, data={}
+        )
+
+
+def test_the_first_process_writes_the_scenes_and_all_wait(micro, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(session.scenes, "write", lambda folder, **options: done.append((folder, options)))
+    monkeypatch.setattr(session.processes, "barrier", lambda name, *, timeout_s: done.append((name, timeout_s)))
+    wanted = {name: value for name, value in micro.scenes.to_dict().items() if name != "folder"}
+    complete = session.with_scenes(micro, tmp_path)
+    assert done == [(tmp_path / "data", wanted), ("scenes are written", micro.timeout_s)]
+    place = str(tmp_path / "data")
+    assert (complete.eval.annotations, complete.eval.images) == (f"{place}/eval.json", place)
+    assert (complete.grounding.annotations, complete.grounding.images) == (f"{place}/grounding.json", place)
+    done.clear()
+    monkeypatch.setattr(session.jax, "process_index", lambda: 1)
+    session.with_scenes(micro, tmp_path / "other")
+    assert done == [("scenes are written", micro.timeout_s)]
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkdirError, match=r"nothing can be written to .*file/data"):
+        session.with_scenes(micro, tmp_path / "file")

@@ -1,18 +1,25 @@
 """The loop's small decisions: what is due, which step was best, what is traced, reported, kept and compiled first."""
 
+import contextlib
+import dataclasses
+import functools
+import itertools
 import signal
 import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import train
+from detclipv2_jax import session, train
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.runs import sharding
-from detclipv2_jax.runs.order import StepOrder
+from detclipv2_jax.runs import state as train_state
+from detclipv2_jax.runs.order import Draw, StepOrder
 from detclipv2_jax.runs.state import TrainState
+from detclipv2_jax.visualize import charts
 
 
 def test_what_is_due():
@@ -220,3 +227,306 @@ def test_checks_go_on_after_a_problem_and_stops_are_named():
     for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
         stopped = train.Preempted(number, 12)
         assert (str(stopped), stopped.number) == (f"stopped by {name} after step 12, which is saved", number)
+
+
+class Loop:
+    """A run of five steps whose parts are stand-ins that note what they are told; step 3 is a batch of pairs."""
+
+    def __init__(self, monkeypatch, tmp_path, *, start=0, scores=(), before=(), stop_at=None, compiled=True, **changes):
+        self.done, self.config, self.scores = [], config_lib.base(), iter(scores)
+        self.config.epochs, self.config.checkpoint.every_steps = 1, 2
+        self.config.log_every_steps = self.config.pictures_every_steps = 2
+        self.config.eval.monitor, self.config.optimizer.warmup_steps = "AP", 0
+        for key, value in changes.items():
+            section, _, last = key.rpartition("__")
+            (self.config[section] if section else self.config)[last] = value
+        kinds = (Kind.DETECTION, Kind.IMAGE_TEXT)
+        self.streams = [types.SimpleNamespace(
+            kind=kind, name=f"{kind.value}/8x8", canvases=((8, 8),), canvas_of=lambda n: (8, 8), batch_size=4,
+            overflow={"cut": i}, counters={}, examples=[i], named=str,
+            iterate=functools.partial(self.read, i),
+        ) for i, kind in enumerate(kinds)]  # fmt: skip
+        order = StepOrder([4, 1], epochs=1, seed=0)
+        drawn = [Draw(0, 0), Draw(0, 1), Draw(1, 0), Draw(0, 2), Draw(0, 3)]
+        monkeypatch.setattr(order, "draw", drawn.__getitem__)
+        evaluator = functools.partial(self.evaluate) if scores else None
+        if evaluator:
+            evaluator.recorded = lambda step: None
+        self.run = types.SimpleNamespace(
+            config=self.config, mesh=sharding.make_mesh(), order=order, streams=self.streams, workdir=tmp_path,
+            evaluator=evaluator, second=None, with_text=lambda params, batch: ("with text", batch),
+        )  # fmt: skip
+        self.stop_at, self.compiled, self.start, self.before = stop_at, compiled, start, before
+        self.patch(monkeypatch)
+
+    def note(self, *what):
+        self.done.append(what)
+
+    def read(self, stream, position):
+        self.note("opened", stream, position)
+        try:
+            for n in itertools.count(position):
+                yield stream, n
+        finally:
+            self.note("closed", stream)
+
+    def evaluate(self, params, *, step):
+        self.note("scored", step)
+        return {"AP": next(self.scores)}
+
+    def step(self, key, state, batch):
+        self.note("step", int(state.step), key[0].value, batch)
+        return dataclasses.replace(state, step=state.step + 1), {"loss": 1.0, "finite": 1.0}
+
+    def patch(self, monkeypatch):
+        state = TrainState(np.int32(self.start), {"a": np.zeros(3)}, None, None)
+        checkpoints = types.SimpleNamespace(
+            close=lambda: self.note("checkpoints closed"), latest_step=lambda: self.start or None,
+            save=lambda step, state: self.note("saved", step, int(state.step)),
+            mark_best=lambda step, **_: self.note("best", step),
+            restore=lambda abstract, *, step: dataclasses.replace(state, step=np.int32(step)),
+        )  # fmt: skip
+        ahead = types.SimpleNamespace(
+            ready=lambda key: self.compiled, wait=lambda key, *, what: self.note("waited", what),
+            close=lambda *, wait: self.note("compiler closed", wait),
+        )  # fmt: skip
+        writer = types.SimpleNamespace(
+            recorded=lambda kind: list(self.before) if kind == "eval" else [], close=lambda: self.note("writer closed"),
+            write=lambda step, values, **_: self.note("wrote", step, sorted(values)),
+        )  # fmt: skip
+
+        def finish(step, kind, metrics, *, logged, stop, examples, **_):
+            self.note("rate", round(float(metrics["learning_rate"]) / self.config.optimizer.learning_rate, 6))
+            self.note("read", step, kind, logged, stop, examples(), metrics["cut"])
+
+        conclude = train._conclude
+
+        def noted_conclusion(*arguments, step):
+            self.note("concluded", step)
+            return conclude(*arguments, step=step)
+
+        @contextlib.contextmanager
+        def stop_signal():
+            yield lambda step: signal.SIGTERM if step == self.stop_at else 0
+
+        for name, stand_in in {
+            "checkpoints_lib.Checkpoints": lambda workdir, *, keep: checkpoints,
+            "jitted_step": lambda run, *key: functools.partial(self.step, key),
+            "compile_ahead": lambda run, steps, state, *, start: ahead,
+            "_abstract_state": lambda run: None,
+            "initial_state": lambda run, checkpoints: state,
+            "overview": lambda *_, **__: "table",
+            "MetricsWriter": lambda *_, **__: writer,
+            "finish_step": finish,
+            "_conclude": noted_conclusion,
+            "optimizer_lib.with_rate_factor": lambda state, factor: self.note("factor", round(float(factor), 6)),
+            "step_cost": lambda *_: None,
+            "flops.peak_per_second": lambda mesh: None,
+            "sharding.to_global": lambda batch, mesh: batch,
+            "processes.barrier": lambda name, *, note, timeout_s: self.note("all are here", note),
+            "processes.stop_signal": stop_signal,
+            "draw_batch": lambda run, stream, batch, state, *, step, aligned: self.note("drawn", step, aligned),
+        }.items():
+            *place, last = name.split(".")
+            monkeypatch.setattr(getattr(train, place[0]) if place else train, last, stand_in)
+        monkeypatch.setattr(charts, "curves", lambda lines, *, path: self.note("curves"))
+
+    def of(self, *names):
+        """Returns what was noted under some names, in order."""
+        return [what for what in self.done if what[0] in names]
+
+
+def test_every_step_is_read_after_the_next_one_is_sent_and_before_it_is_saved(monkeypatch, tmp_path):
+    loop = Loop(monkeypatch, tmp_path)
+    assert train.train(loop.run) == {}
+    assert [what[:2] for what in loop.of("step", "read", "saved")] == [
+        ("step", 0), ("step", 1), ("read", 1), ("read", 2), ("saved", 2), ("step", 2), ("step", 3), ("read", 3),
+        ("read", 4), ("saved", 4), ("step", 4), ("read", 5), ("saved", 5), ("saved", 5),
+    ]  # fmt: skip
+    assert all(done == step for _, done, step in loop.of("saved"))
+    sent = [(kind, batch[1]) for _, _, kind, batch in loop.of("step")]
+    assert sent == [("detection", (0, 0)), ("detection", (0, 1)), ("image_text", (1, 0)), ("detection", (0, 2)),
+                    ("detection", (0, 3))]  # fmt: skip
+    # the first of a stream, every second after it, and the last
+    assert [(step, logged) for _, step, _, logged, *_ in loop.of("read")] == [
+        (1, True), (2, False), (3, True), (4, True), (5, True)
+    ]  # fmt: skip
+    assert {(kind, stop, examples, cut) for _, _, kind, _, stop, examples, cut in loop.of("read")} == {
+        ("detection", True, "[0]", 0), ("image_text", True, "[1]", 1)
+    }  # fmt: skip
+    assert loop.of("drawn") == [("drawn", 1, False), ("drawn", 3, False), ("drawn", 4, True)]
+    assert loop.of("opened") == [("opened", 0, 0), ("opened", 1, 0)]
+    assert loop.of("all are here") == [("all are here", str(step)) for step in range(1, 6)]
+    assert loop.of("waited")[2] == ("waited", "the step of image_text/8x8")
+    ends = [what[0] for what in loop.done if "close" in what[0] or what[0] == "curves"]
+    assert ends == ["curves", "closed", "closed", "writer closed", "compiler closed", "checkpoints closed"]
+    assert (tmp_path / "parameters.txt").read_text() == "table\n"
+
+
+def test_a_step_does_not_wait_for_the_program_of_the_next_to_be_read(monkeypatch, tmp_path):
+    loop = Loop(monkeypatch, tmp_path, compiled=False)
+    train.train(loop.run)
+    names = [what[:2] for what in loop.of("waited", "step", "read")]
+    assert names[:5] == [
+        ("waited", "the step of detection/8x8"), ("step", 0), ("read", 1), ("waited", "the step of detection/8x8"),
+        ("step", 1),
+    ]  # fmt: skip
+    assert [step for _, step, *_ in loop.of("read")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_where_its_checkpoint_is(monkeypatch, tmp_path):
+    (tmp_path / "parameters.txt").write_text("of the beginning")
+    loop = Loop(monkeypatch, tmp_path, start=3, nonfinite="skip")
+    train.train(loop.run)
+    assert loop.of("opened") == [("opened", 0, 2)]
+    assert [step for _, step, *_ in loop.of("step")] == [3, 4]
+    assert not any(stop for _, _, _, _, stop, *_ in loop.of("read"))
+    assert (tmp_path / "parameters.txt").read_text() == "of the beginning"
+    done = Loop(monkeypatch, tmp_path, start=5, scores=[0.5])
+    assert train.train(done.run) == {"AP": 0.5}
+    assert not done.of("step", "curves")
+    done = Loop(monkeypatch, tmp_path, start=5, scores=[0.5])
+    done.run.evaluator.recorded = {5: {"AP": 0.9}}.get  # it was scored, too
+    assert train.train(done.run) == {"AP": 0.9}
+    assert not done.of("scored")
+
+
+def test_a_run_that_is_told_to_stop_saves_and_does_not_wait_for_the_compiler(monkeypatch, tmp_path):
+    loop = Loop(monkeypatch, tmp_path, stop_at=3)
+    with pytest.raises(train.Preempted, match="after step 3") as stopped:
+        train.train(loop.run)
+    assert stopped.value.number == signal.SIGTERM
+    assert [what[:2] for what in loop.done[-7:]] == [
+        ("read", 3), ("saved", 3), ("closed", 1), ("closed", 0), ("writer closed",), ("compiler closed", False),
+        ("checkpoints closed",),
+    ]  # fmt: skip
+
+
+def test_scores_are_taken_along_the_way_and_may_end_the_run(monkeypatch, tmp_path):
+    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.7, 0.6], eval__every_steps=2, checkpoint__every_steps=100)
+    assert train.train(loop.run) == {"AP": 0.6}
+    assert loop.of("scored") == [("scored", 2), ("scored", 4), ("scored", 5)]
+    assert loop.of("wrote")[0] == ("wrote", 2, ["eval/AP"])
+    assert [what[:2] for what in loop.of("saved", "scored")][:4] == [
+        ("saved", 2), ("scored", 2), ("saved", 4), ("scored", 4),  # a run that is killed meanwhile goes on there
+    ]  # fmt: skip
+    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.4], eval__every_steps=2, optimizer__stop_patience=1)
+    assert train.train(loop.run) == {"AP": 0.4}
+    assert [step for _, step, *_ in loop.of("step")] == [0, 1, 2, 3]
+    assert loop.of("scored") == [("scored", 2), ("scored", 4)]
+    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.4], eval__every_steps=2, optimizer__stop_patience=1,
+                checkpoint__keep_best=True)  # fmt: skip
+    assert train.train(loop.run) == {"AP": 0.5}
+    assert [step for _, step in loop.of("best")] == [2, 2]
+
+
+def test_scores_of_earlier_processes_count_and_are_not_taken_again(monkeypatch, tmp_path):
+    options = {"eval__every_steps": 2, "optimizer__schedule": "plateau", "optimizer__patience": 1}
+    loop = Loop(monkeypatch, tmp_path, scores=[0.5, 0.4, 0.6], **options)
+    train.train(loop.run)
+    assert loop.of("rate") == [("rate", 1.0)] * 4 + [("rate", 0.1)]
+    assert loop.of("factor")[-1] == ("factor", 0.1)
+    for start, before, rates, concluded in (
+        (4, [(2, 0.5), (4, 0.4)], [0.1], [4, 5]),
+        (4, [(1, 0.9), (2, 0.5), (4, 0.6)], [1.0], [4, 5]),  # of a step that is not to be evaluated any more
+        (3, [(2, 0.5)], [1.0, 1.0], [3, 4, 5]),
+    ):
+        before = [(step, {"AP": value}) for step, value in before]
+        loop = Loop(monkeypatch, tmp_path, start=start, before=before, scores=[0.7, 0.8], **options)
+        train.train(loop.run)
+        assert loop.of("rate") == [("rate", rate) for rate in rates]
+        assert [step for _, step in loop.of("scored")] == [step for step in (4, 5) if step > start]
+        assert [step for _, step in loop.of("concluded")] == concluded
+
+
+def test_the_second_set_is_scored_before_and_after(monkeypatch, tmp_path):
+    loop = Loop(monkeypatch, tmp_path)
+
+    def second(params, *, step):
+        return {"AP": 0.1 * step}
+
+    second.recorded = lambda step: {"AP": 0.9}
+    loop.run.second = second
+    assert train.train(loop.run) == {"forgetting/before/AP": 0.0, "forgetting/after/AP": 0.5}
+    assert loop.of("wrote") == [("wrote", 0, ["forgetting/AP"]), ("wrote", 5, ["forgetting/AP"])]
+    later = Loop(monkeypatch, tmp_path, start=5)
+    later.run.second = second
+    assert train.train(later.run) == {}  # nobody knows what was before
+    assert not later.of("wrote")
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_where_a_run_starts(monkeypatch, tmp_path, ema_decay, caplog):
+    config, asked = config_lib.base(), []
+    config.optimizer.ema_decay, config.init_from.swin, config.init_from.text = ema_decay, "swin", ""
+    shapes = {"a": jax.ShapeDtypeStruct((3,), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
+    tx, mesh = optax.adam(0.1), sharding.make_mesh()
+    shardings = train_state.state_shardings(mesh, tx, shapes, ema=ema_decay > 0)
+    run = types.SimpleNamespace(config=config, tx=tx, model=None, shapes=shapes, shardings=shardings)
+    newest = iter([7, 7, None, None])
+    kept = types.SimpleNamespace(
+        intact_step=lambda items, *, before, set_aside: asked.append((items, before, set_aside)) or next(newest),
+        restore=lambda abstract, *, step: (jax.tree.structure(abstract), step),
+    )
+    drawn = lambda _, key, *, context_length: {"a": jax.random.normal(key, (3,)), "b": np.ones(2, np.float32)}  # noqa: E731
+    monkeypatch.setattr(train_state, "init_params", drawn)
+    stored = {"a": np.full(3, 5.0, np.float32)}
+    monkeypatch.setattr(train.pretrained_lib, "load_all", lambda files, shapes: (stored, ["a note"]))
+    theirs = {"a": np.full(3, 2.0, np.float32), "b": np.full(2, 4.0, np.float32)}
+    monkeypatch.setattr(train.checkpoints_lib, "load_for_inference", lambda workdir: (None, theirs, 9))
+
+    expected = jax.tree.structure(train_state.create(theirs, tx, ema=ema_decay > 0))
+    assert train.initial_state(run, kept) == (expected, 7)
+    assert train.initial_state(run, kept, before=5) == (expected, 7)
+    items = ["params", "optimizer", "ema"][: 3 if ema_decay else 2]
+    assert asked == [(items, None, True), (items, 5, False)]  # what is only looked at stays where it is
+    with caplog.at_level("INFO", logger="absl"):
+        fresh = train.initial_state(run, kept)
+    assert "a note" in caplog.text
+    for found, params in ((fresh, {"a": [5.0] * 3, "b": [1.0] * 2}), (None, theirs)):
+        if found is None:
+            config.init_from.checkpoint = "elsewhere"
+            found = train.initial_state(run, kept)
+        assert int(found.step) == 0
+        jax.tree.map(np.testing.assert_array_equal, found.params, {name: np.float32(x) for name, x in params.items()})
+        assert (found.ema is not None) == (ema_decay > 0)
+
+
+def test_all_that_is_wrong_before_a_run_is_one_error(micro, monkeypatch, tmp_path):
+    micro.scenes.update({"num_detection": 4, "num_grounding": 0, "num_image_text": 0, "num_eval": 2, "size_px": 32})
+    config = session.with_scenes(micro, tmp_path)
+    config.eval.monitor, config.forgetting.annotations, config.trackers = "fixed_AP", "no.json", ("wandb",)
+    config.init_from.swin, config.optimizer.text_once = "no.safetensors", True
+    shapes = {"text_encoder": {"kernel": jax.ShapeDtypeStruct((3,), np.float32)}}
+    monkeypatch.setattr(train_state, "param_shapes", lambda model, *, context_length: shapes)
+    evaluator = types.SimpleNamespace(federated=False)
+    monkeypatch.setattr(train.evaluation, "make", lambda *_: evaluator)
+    monkeypatch.setattr(train, "check_installed", fails("no wandb"))
+    monkeypatch.setattr(train.evaluation, "make_second", fails("no.json"))
+    for federated in (False, True):
+        evaluator.federated = federated
+        with pytest.raises(ValueError, match="no wandb") as error:
+            train.prepare_run(config, tmp_path)
+        for part, is_wrong in (
+            ("config.eval.monitor 'fixed_AP' is a score of LVIS", not federated), ("no.json", True),
+            ("no.safetensors", True), ("optimizer.text_once needs a text tower", True),
+        ):  # fmt: skip
+            assert (part in str(error.value)) == is_wrong, part
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)  # the run has its weights
+    config.init_from.checkpoint = "elsewhere"
+    monkeypatch.setattr(train.checkpoints_lib, "check_start", fails("does not fit"))
+    with pytest.raises(ValueError, match="no wandb") as error:
+        train.prepare_run(config, tmp_path)
+    assert "no.safetensors" not in str(error.value)
+    assert "does not fit" not in str(error.value)
+    with pytest.raises(ValueError, match="does not fit"):
+        train.prepare_run(config, tmp_path / "new")
+
+
+def fails(message):
+    """Returns a function that ends with an error, whatever it is given."""
+
+    def function(*_, **__):
+        raise ValueError(message)
+
+    return function

@@ -449,6 +449,29 @@ def test_what_a_row_needs_is_prepared_once_of_the_world_of_pairs(tmp_path, monke
         claims.start(RECIPE, "pseudo_boxes", 2, config, **place)
 
 
+@pytest.mark.parametrize("row", ["class_names", "pairs_class_names"])
+def test_class_names_are_photos_of_their_own_made_once(tmp_path, monkeypatch, row):
+    ran, made = [], []
+    monkeypatch.setattr(claims.subprocess, "run", lambda *args, **_: ran.append(args[0]) or REAL_RUN(["true"]))
+    monkeypatch.setattr(claims.scenes, "write", lambda **options: None)
+    monkeypatch.setattr(claims.scenes, "write_class_names", lambda *where, **options: made.append((where, options)))
+    monkeypatch.setattr(claims, "command", lambda *_: [sys.executable, "-S", "-c", ""])
+    prepared = tmp_path / f"{row}_1" / "prepared"
+    for _ in range(2):
+        config = claims.configuration(RECIPE, row, 1)
+        claims.start(RECIPE, row, 1, config, work=tmp_path, core=min(os.sched_getaffinity(0))).wait()
+        assert config.image_text.data == (str(prepared),)
+        prepared.mkdir(exist_ok=True)
+        (prepared / "report.json").touch()
+    folder, sizes = f"{tmp_path}/world_1_classes", {"num_images": 1600, "size_px": config.scenes.size_px, "seed": 1}
+    assert made == [((folder,), sizes)]
+    assert [arguments[3:] for arguments in ran] == [
+        ["classes", f"--input={folder}", f"--output={prepared}", "--workers=1"]
+    ]
+    assert config.scenes.num_image_text == (0 if row == "class_names" else 1600)
+    assert config.image_text.class_weight == 1.0
+
+
 def test_a_filter_is_the_run_of_the_captions_that_it_filters(tmp_path, monkeypatch):
     ran, written = [], []
     monkeypatch.setattr(claims.subprocess, "run", lambda *args, **_: ran.append(args[0]) or REAL_RUN(["true"]))

@@ -1,5 +1,6 @@
 """An export is read back as it was written, by name from a hub too, and what is wrong with one is said in one error."""
 
+import fnmatch
 import http.server
 import json
 import pathlib
@@ -247,11 +248,16 @@ DAMAGES = {
     "an index that is none": (lambda f: index(f, ["a"]), "has no weight_map"),
     "a word twice": (lambda f: listed(f, words=["a", "a", "b"]), r"vocabulary\.json is no vocabulary \(words must be"),
     "a word too few": (lambda f: listed(f, words=["a", "b"]), r"vocabulary\.json is no vocabulary \(zip"),
+    "a blank word": (lambda f: listed(f, words=["a", " ", "b"]), r"vocabulary\.json is no vocabulary \(words must"),
     "numbers for words": (lambda f: listed(f, words=[1, 2, 3]), r"vocabulary\.json is no vocabulary"),
     "half a vocabulary": (lambda f: (f / "vocabulary.json").unlink(), rf"vocabulary\.json is no vocabulary .*{AGAIN}"),
     "other embeddings": (
         lambda f: save_file({"embeddings": np.zeros((3, 4), np.float32)}, f / "vocabulary.safetensors"),
         r"vocabulary\.safetensors holds float32\[3, 4\], not finite numbers float32\[3, 16\]",
+    ),
+    "double embeddings": (
+        lambda f: save_file({"embeddings": np.zeros((3, 16))}, f / "vocabulary.safetensors"),
+        r"vocabulary\.safetensors holds float64\[3, 16\], not finite numbers float32\[3, 16\]",
     ),
     "infinite embeddings": (
         lambda f: save_file({"embeddings": np.full((3, 16), np.inf, np.float32)}, f / "vocabulary.safetensors"),
@@ -273,14 +279,29 @@ def test_weights_in_several_files(folder, checkpoint):
     names = {name: f"weights-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     for file in set(names.values()):
         part = {name: weights[name] for name in weights if names[name] == file}
-        save_file(part, folder / file, metadata={"step": "9" * 40})
+        save_file(part, folder / file, metadata={"step": "9" * 40, "sha256": "of this part alone"})
     index(folder, {"metadata": {}, "weight_map": names})
+    assert exported.is_export(folder)
     found = exported.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found.params, checkpoint.params)
     assert found.step == 0  # what is stored is no number of steps
     for text, step in (("9" * 15, 10**15 - 1), ("1" * 16, 0), ("-1", 0), ("", 0)):
         save_file({"a": np.zeros(1, np.float32)}, folder / "weights.safetensors", metadata={"step": text})
         assert exported._read_weights(folder)[1] == step
+
+
+def test_the_hash_of_weights_is_of_names_types_shapes_and_values_in_any_order():
+    a, b = np.arange(6, dtype=np.float32), np.ones(3, np.float32)
+    whole = exported._digest({"a": a, "b": b})
+    assert exported._digest({"b": b, "a": a}) == whole
+    others = ({"a": a, "c": b}, {"a": a.reshape(2, 3), "b": b}, {"a": a.view(np.int32), "b": b}, {"a": a, "b": b + 1})
+    assert whole not in {exported._digest(weights) for weights in others}
+
+
+def test_words_without_embeddings_are_no_vocabulary(checkpoint, tmp_path):
+    exported.save(tmp_path, config=checkpoint.config, params={"a": np.zeros(1)}, step=3, words=WORDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.safetensors"]
+    assert exported._read_weights(tmp_path)[1] == 3
 
 
 def test_a_folder_with_checkpoints_is_a_run(folder, run):
@@ -493,6 +514,22 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
         Predictor.from_pretrained("user/model")
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("RevisionNotFoundError", "has no revision v2"),
+        ("GatedRepoError", "gives it to those who asked"),
+        ("RepositoryNotFoundError", "shows you no model of that name"),
+        ("HFValidationError", "shows you no model of that name"),
+        ("OSError", "the hub fails (OSError: the first line): check the network"),
+    ],
+)
+def test_what_an_error_of_the_hub_means(kind, told):
+    class_of = {"GatedRepoError": (type("RepositoryNotFoundError", (Exception,), {}),)}  # as the library has it
+    error = type(kind, class_of.get(kind, (Exception,)), {})("the first line\nmore")
+    assert told in hub._explained(error, "v2")
+
+
 def test_a_folder_is_pushed(folders, monkeypatch, run, tmp_path, capsys):
     library, calls = pytest.importorskip("huggingface_hub"), []
 
@@ -511,9 +548,13 @@ def test_a_folder_is_pushed(folders, monkeypatch, run, tmp_path, capsys):
     export.run(checkpoint=str(run), format="hub", output=str(output), push="user/model", private=True)
     assert calls[0] == ("user/model", {"private": True, "exist_ok": True})
     assert (calls[1]["repo_id"], calls[1]["folder_path"]) == ("user/model", pathlib.Path(output))
-    assert not any(
-        pattern.endswith((".py", "*")) and "vocabulary" not in pattern for pattern in calls[1]["allow_patterns"]
-    )
+    patterns = calls[1]["allow_patterns"]
+    weights = ["weights-00001-of-00002.safetensors", "weights.safetensors.index.json"]  # of a larger model
+    for name in (*(path.name for path in folders["float32"].iterdir()), *weights):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+    assert not any(fnmatch.fnmatch(name, pattern) for name in ("weights.py", "notes.txt") for pattern in patterns)
+    assert hub.push(output, "user/open", private=False) == "https://hub/user/open"
+    assert calls[2] == ("user/open", {"private": False, "exist_ok": True})
     printed = capsys.readouterr().out
     assert printed.endswith("https://hub/user/model\n")
     assert "note: the card names no licence" in printed

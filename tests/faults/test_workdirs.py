@@ -187,8 +187,20 @@ def test_what_is_said_of_a_disk_that_takes_no_more(tmp_path, monkeypatch):
             workdir.room(tmp_path),
         ):
             raise RuntimeError(f"of a library: {reason}")
+    told = workdir.WorkdirError("told before, by whom the disk was full: No space left on device")
+    with pytest.raises(workdir.WorkdirError) as found, workdir.room(tmp_path):
+        raise told
+    assert found.value is told
     with pytest.raises(PermissionError), workdir.room(tmp_path):
         raise PermissionError(errno.EACCES, "not allowed")
+
+
+def test_a_run_leaves_no_lock_in_its_workdir(tmp_path):
+    folder = tmp_path / "runs" / "of today"
+    for _ in range(2):
+        with workdir.only_run(folder):
+            assert [path.name for path in folder.iterdir()] == ["lock"]
+        assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_was_removed_is_named(tmp_path):

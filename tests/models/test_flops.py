@@ -12,6 +12,7 @@ from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
 from detclipv2_jax.models.swin import Swin
 from detclipv2_jax.models.text_encoder import TextEncoder
+from detclipv2_jax.runs import sharding
 
 
 def small(**head):
@@ -61,6 +62,36 @@ def test_what_is_added_counts_in_the_formula_as_in_the_traced_program():
     ):
         formula, traced = both(**changes) - base
         assert formula == pytest.approx(traced, rel=0.01), changes
+
+
+def test_texts_that_are_known_cost_nothing(monkeypatch):
+    config = config_lib.base()
+    config.model = config_lib.model("nano")
+    counts = {"table_rows": 400, "num_devices": 2}
+
+    def formula():
+        return flops.formula(config, Kind.DETECTION, (64, 64), num_concepts=30, **counts)
+
+    def of_step():
+        return flops.of_step(config, Kind.DETECTION, (64, 64), **counts)(30)
+
+    class Towers:
+        def init(self, *_, **__):
+            return {}
+
+        def apply(self, params, *given, method, **_):
+            rows = {"encode_image": 2, "encode_text": 7}[method]
+            return jnp.zeros((rows, 3)) @ jnp.zeros((3, 5))
+
+    monkeypatch.setattr(flops.detclip, "from_config", lambda *_, **__: Towers())
+    whole_of_step = of_step()
+    whole, texts = formula(), flops.TRAINING * 2 * 400 * flops.formula_text(config.model)
+    assert texts > 0.05 * whole
+    config.optimizer.text_once = True
+    assert whole - formula() == pytest.approx(texts)
+    assert whole_of_step - of_step() == flops.TRAINING * 400 * 2 * 7 * 3 * 5
+    config.optimizer.text_once, config.model.text.classes = False, ("a", "b")
+    assert whole - formula() == pytest.approx(texts)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +176,9 @@ def test_loops_devices_and_branches():
 
     assert flops.of(loop, x) == 7 * product
     assert flops.of(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x), x) == 2 * product
+    mesh, rows = sharding.make_mesh(), sharding.BATCH
+    split = jax.shard_map(lambda x: x @ jnp.ones((8, 4)), mesh=mesh, in_specs=rows, out_specs=rows)
+    assert flops.of(split, jnp.zeros((16, 8))) == 2 * 16 * 8 * 4  # of all devices
     conv = jax.grad(lambda k: jnp.sum(_conv(jnp.zeros((1, 16, 16, 4)), k)))
     assert flops.of(conv, jnp.zeros((3, 3, 4, 8))) == pytest.approx(2 * 2 * 8 * 8 * 9 * 4 * 8, rel=0.2)
 

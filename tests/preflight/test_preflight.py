@@ -1,24 +1,32 @@
 """The tool: sizes and steps of a run, tables and exit status from recorded figures, one program compiled for a TPU."""
 
 import importlib.util
+import json
 import math
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import types
 
 import jax
 import pytest
 
 from configs import swin_t
 from detclipv2_jax import config as config_lib
+from detclipv2_jax import config_json
 from detclipv2_jax.chips import CHIPS, GIB
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
+from detclipv2_jax.preflight import __main__ as command
 from detclipv2_jax.preflight import compile_step, data_plan
 from detclipv2_jax.preflight import report as preflight
 from detclipv2_jax.preflight.compile_step import Topology
 from detclipv2_jax.runs import sharding
 
 V5E = Topology.parse("v5e:4x8")
+REAL_MESH = sharding.make_mesh
 
 
 def result(total_gib, *, executed=4e14):
@@ -304,6 +312,154 @@ def test_why_a_process_ended():
     assert preflight.failure(-15, "a\n") == "killed by signal 15"
     assert preflight.failure(1, "Traceback\n\nKeyError: 3\n \n") == "exit status 1: KeyError: 3"
     assert preflight.failure(2, "\n") == "exit status 2: without a message"
+
+
+def test_a_program_is_measured_by_a_process_of_its_own(monkeypatch, tmp_path, micro):
+    asked = []
+
+    def process(command, *, env, **options):
+        asked.append((command[:-1], json.loads(pathlib.Path(command[-1]).read_text()), env))
+        return subprocess.CompletedProcess(command, status, 'noise\n{"a": 1}\n', "Traceback\nKeyError: 3\n")
+
+    monkeypatch.setattr(preflight.subprocess, "run", process)
+    status = 0
+    sizes = compile_step.Sizes(3, 4, 5)
+    assert preflight.measure(micro, V5E, "detection/64x64", sizes, tmp_path) == {"a": 1}
+    ((command, job, env),) = asked
+    assert command == [sys.executable, "-m", "detclipv2_jax.preflight.compile_step"]
+    assert config_lib.differences(config_json.from_json(job.pop("config")), micro) == []
+    assert job == {
+        "topology": "v5e:4x8", "step": "detection/64x64", "cache": str(tmp_path),
+        "sizes": {"table_rows": 3, "num_concepts": 4, "num_words": 5},
+    }  # fmt: skip
+    assert env.items() >= V5E.environment.items()
+    assert env["PATH"] == os.environ["PATH"]
+    status = 1
+    assert preflight.measure(micro, V5E, "a/8x8", sizes, tmp_path) == {"error": "exit status 1: KeyError: 3"}
+
+
+def test_the_command_prints_and_keeps_the_report(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(
+        preflight, "run", lambda *given, **options: asked.append((given, options)) or ("text", options["by_module"])
+    )
+    path = tmp_path / "report.md"
+    assert command.main(config="c", topology=["v5e:4x8"], only=("a",), cache=tmp_path, output=path, by="module") == 0
+    assert asked.pop() == (
+        ("c", ["v5e:4x8"]), {"only": ("a",), "cache": tmp_path, "check_data": True, "by_module": True}
+    )  # fmt: skip
+    assert (path.read_text(), capsys.readouterr().out) == ("text\n", "text\n")
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert command.main(config="c", topology=[], cache=pathlib.Path("~/x"), data=False) == 1
+    ((_, options),) = asked
+    assert (options["check_data"], options["by_module"]) == (False, False)
+    assert options["cache"] == pathlib.Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "options"),
+    [("v5e:4x8", "tpu", {"topology_name": "v5e:4x8"}), ("h100:32", "cuda", {"topology": "1x4x8", "topology_name": ""})],
+)
+def test_devices_are_those_of_a_description(monkeypatch, name, platform, options):
+    asked = []
+    topology = Topology.parse(name)
+
+    def describe(**given):
+        asked.append(given)
+        return types.SimpleNamespace(devices=("a", "b"))
+
+    monkeypatch.setattr(compile_step.topologies, "get_topology_desc", describe)
+    assert topology.devices() == ["a", "b"]
+    assert asked[0].pop("target_config", "") == (compile_step.description("h100") if platform == "cuda" else "")
+    assert asked == [{"platform": platform} | options]
+    assert ("JAX_EXEC_TIME_OPTIMIZATION_EFFORT" in topology.environment) == (platform == "tpu")
+    assert ("autotune_level=0" in topology.environment["XLA_FLAGS"]) == (platform == "cuda")
+
+    def missing(**_):
+        raise RuntimeError("no such plugin\nmore")
+
+    monkeypatch.setattr(compile_step.topologies, "get_topology_desc", missing)
+    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin jax-cuda13-pjrt"}[platform]
+    with pytest.raises(ValueError, match=rf"^{name}: no such plugin \(needs `pip install {package}`\)$"):
+        topology.devices()
+
+
+@pytest.fixture
+def measured(monkeypatch, micro, tmp_path):
+    """Measures a stand-in for a lowered program; returns the result. `compiled` counts how often it was compiled."""
+
+    def measure(text="program", *, refusal=None, **changes):
+        def compile_it():
+            measure.compiled += 1
+            if refusal:
+                raise jax.errors.JaxRuntimeError(refusal)
+            return text
+
+        def lower(*, lowering_platforms):
+            measure.platforms = lowering_platforms
+            return types.SimpleNamespace(as_text=lambda: text, compile=compile_it)
+
+        jitted = types.SimpleNamespace(trace=lambda *_: types.SimpleNamespace(lower=lower))
+        program = compile_step.Program(jitted, (), lambda: {"model": 1.0})
+        monkeypatch.setattr(compile_step, "program", lambda config, name, mesh, platform, sizes: program)
+        monkeypatch.setattr(compile_step, "_of_compiled", lambda compiled, *, num_concepts: {"text": compiled})
+        client = types.SimpleNamespace(platform_version="of the compiler")
+        devices = [types.SimpleNamespace(client=client)]
+        monkeypatch.setattr(Topology, "devices", lambda self: devices)
+        monkeypatch.setattr(sharding, "make_mesh", lambda *, fsdp, devices: REAL_MESH(devices=jax.devices()[:1]))
+        job = {"config": config_json.to_json(micro), "topology": "v5e:4x8", "step": "detection/64x64"}
+        job |= {"sizes": {"table_rows": 3, "num_concepts": 4, "num_words": 5}, "cache": str(tmp_path)}
+        return compile_step.measure(job | changes)
+
+    measure.compiled = 0
+    return measure
+
+
+def test_a_program_is_compiled_once_for_all_that_decides_what_comes_out(measured, tmp_path):
+    first = measured()
+    assert (first["text"], first["flops"], measured.platforms) == ("program", {"model": 1.0}, ("tpu",))
+    assert first["versions"].items() >= {"jax": jax.__version__, "compiler": "of the compiler"}.items()
+    assert measured() == first
+    assert measured.compiled == 1
+    others = (
+        {"text": "another"},
+        {"topology": "v5e:8x8"},
+        {"topology": "h100:8"},
+        {"sizes": {"table_rows": 3, "num_concepts": 5, "num_words": 5}},
+    )
+    for i, change in enumerate(others, start=2):
+        measured(**change)
+        assert measured.compiled == i, change
+    for path in tmp_path.glob("*.json"):
+        path.write_text("{")
+    assert measured()["text"] == "program"
+    assert measured.compiled == len(others) + 2
+
+
+def test_a_program_that_does_not_fit_has_the_memory_that_it_needs(measured):
+    refused = measured(refusal="RESOURCE_EXHAUSTED: Used 23.5G of 15.75G hbm.")
+    assert refused["memory"] == {"total": 23.5 * GIB}
+    assert "text" not in refused
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        measured("other", refusal="INTERNAL: a fault of the compiler")
+
+
+def test_the_memory_of_a_program_counts_donated_arguments_once(monkeypatch):
+    rows = [types.SimpleNamespace(place=("swin", "forward"), memory=7)]
+    moved = types.SimpleNamespace(memory=7.0, network={"all-reduce": 5.0}, unknown_loops=2, rows=rows)
+    monkeypatch.setattr(compile_step.hlo, "traffic", lambda text, *, num_concepts: moved)
+    monkeypatch.setattr(compile_step.hlo, "by_module", dict)
+    sizes = types.SimpleNamespace(
+        argument_size_in_bytes=1000, temp_size_in_bytes=200, output_size_in_bytes=900, alias_size_in_bytes=870,
+        generated_code_size_in_bytes=4,
+    )  # fmt: skip
+    compiled = types.SimpleNamespace(memory_analysis=lambda: sizes, as_text=lambda: "a\nb\nc")
+    assert compile_step._of_compiled(compiled, num_concepts=3) == {
+        "memory": {"arguments": 1000, "temporaries": 200, "results": 30, "program": 4, "total": 1234},
+        "bytes": 7.0, "network": {"all-reduce": 5.0}, "unknown_loops": 2, "instructions": 2,
+        "modules": [["swin", "forward", 7]],
+    }  # fmt: skip
 
 
 def test_traffic_by_module(monkeypatch, tmp_path):

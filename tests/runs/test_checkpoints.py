@@ -21,7 +21,8 @@ def test_the_best_step_is_what_its_file_says(tmp_path, caplog):
     assert not caplog.records
     path.write_text('{"step": 7, "score": "AP", "value": 1, "more": 0}')
     assert checkpoints.read_best(path) == {"step": 7, "score": "AP", "value": 1.0}
-    for text in ("{", "[]", '{"step": 7, "score": "AP"}', '{"step": null, "score": "AP", "value": 1}'):
+    for text in ("{", "[]", '{"step": 7, "score": "AP"}', '{"step": null, "score": "AP", "value": 1}',
+                 '{"step": 1e999, "score": "AP", "value": 1}'):  # fmt: skip
         caplog.clear()
         path.write_text(text)
         assert checkpoints.read_best(path) is None
@@ -83,7 +84,7 @@ def change(path, *, item):
     return str(file.relative_to(path / item))
 
 
-def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, caplog):
+def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, monkeypatch, caplog):
     folder = tmp_path / "checkpoints"
     with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=2)) as ours:
         assert (ours.latest_step(), ours.best_step(), ours.intact_step(["params"])) == (None, None, None)
@@ -91,7 +92,8 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, caplog):
             ours.save(step, state(step))
             if step == 2:
                 ours.mark_best(2, score="AP", value=0.5)
-            ours.wait()
+            restored = ours.restore(jax.eval_shape(lambda: state(0)), step=step)  # which waits for it
+            jax.tree.map(np.testing.assert_array_equal, restored, state(step))
         assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
         assert (ours.latest_step(), ours.best_step()) == (4, 2)
         ours.save(4, state(9))  # is there
@@ -102,6 +104,14 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, caplog):
             restored = ours.restore(jax.eval_shape(lambda: state(0)), step=step)
             jax.tree.map(np.testing.assert_array_equal, restored, state(step))
         assert ours.restore(jax.eval_shape(lambda: state(0, ema=False)), step=3).ema is None
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+        for_all = ours._restore_for_all(placed, step=3)
+        jax.tree.map(np.testing.assert_array_equal, for_all, state(3))
+        assert jax.tree.map(lambda x: x.sharding, for_all) == jax.tree.map(lambda x: x.sharding, placed)
+        with monkeypatch.context() as patch:  # another process has nothing before process 0 sends it
+            patch.setattr(jax, "process_index", lambda: 1)
+            for_all = ours._restore_for_all(placed, step=3)
+            jax.tree.map(np.testing.assert_array_equal, for_all, jax.tree.map(np.zeros_like, state(3)))
         np.testing.assert_array_equal(ours.restore_params(3)["a"]["kernel"], state(3).params["a"]["kernel"])
         np.testing.assert_array_equal(ours.restore_params(3, "ema")["a"]["kernel"], state(3).ema["a"]["kernel"])
         everything = ["params", "optimizer", "ema"]
@@ -114,17 +124,24 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, caplog):
         assert ours.intact_step(["params", "ema"]) == 4
         assert ours.intact_step(everything) == 3
         assert f"checkpoint {folder / '4'} is damaged: optimizer/{name} has changed" in caplog.text
-        (folder / "3" / "params" / "sha256.json").write_text("[]")
-        assert ours.damage(3, ["params"]) == ["params/sha256.json has changed"]
+        for text in ("[]", "{"):
+            (folder / "3" / "params" / "sha256.json").write_text(text)
+            assert ours.damage(3, ["params"]) == ["params/sha256.json has changed"]
         (folder / "3" / "params" / "sha256.json").unlink()
         assert ours.damage(3, ["params"]) == ["params/sha256.json is missing"]
         assert ours.intact_step(everything, set_aside=True) == 2
         assert sorted(path.name for path in folder.iterdir()) == ["2"]
         assert sorted(path.name[:2] for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["3_", "4_"]
         assert ours.latest_step() == 2
-        change(folder / "2", item="params")
-        with pytest.raises(checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move"):
+        for path in [path for path in (folder / "2" / "params").rglob("*") if path.is_file()]:
+            if path.name != "sha256.json":
+                path.unlink()
+        assert len(ours.damage(2, everything)) > 5
+        with pytest.raises(
+            checkpoints.DamagedError, match=r"(?s)2 is damaged: .*no checkpoint is intact; move"
+        ) as told:
             ours.intact_step(everything, set_aside=True)
+        assert str(told.value).count(" is missing") == 5  # no more are named
         assert (folder / "2").exists()
 
 
@@ -147,13 +164,73 @@ def test_what_a_workdir_predicts_with(tmp_path, ema_decay):
     (tmp_path / "config.json").write_text(config_json.to_json(config))
     with pytest.raises(ValueError, match="has no checkpoints"):
         checkpoints.load_for_inference(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="checkpoints is empty"):
+        checkpoints.load_for_inference(tmp_path)
     with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
         for step in (1, 2, 3):
             ours.save(step, state(step, ema=ema_decay > 0))
         ours.mark_best(2, score="AP", value=0.5)
+    being_written = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp" / "params"
+    being_written.mkdir(parents=True)
     for step in (2, 3):  # the best one, or where it is damaged the newest
         found, params, number = checkpoints.load_for_inference(tmp_path)
         assert (found.optimizer.ema_decay, number) == (ema_decay, step)
         expected = state(step).ema if ema_decay else state(step).params
         jax.tree.map(np.testing.assert_array_equal, params, expected)
         change(tmp_path / "checkpoints" / "2", item="ema" if ema_decay else "params")
+    assert being_written.is_dir()  # a reader leaves it to the run
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        ours.save(4, state(4, ema=ema_decay > 0))
+    assert not being_written.exists()
+
+
+def test_what_cannot_be_read_although_it_is_as_it_was_written_is_damaged(tmp_path, monkeypatch):
+    def fails(step, item):
+        raise KeyError("first line\nsecond line")
+
+    opened = contextlib.nullcontext((None, types.SimpleNamespace(restore_params=fails), 3, "ema"))
+    monkeypatch.setattr(checkpoints, "_opened", lambda workdir: opened)
+    with pytest.raises(checkpoints.DamagedError, match=r"the ema of checkpoint 3 in .* cannot be read .*first line"):
+        checkpoints.load_for_inference(tmp_path)
+
+
+def test_a_save_asks_for_the_room_that_its_arrays_take(tmp_path, monkeypatch):
+    asked = []
+
+    def room(folder, needed=0, *, what):
+        asked.append((folder.name, needed, what))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(checkpoints, "room", room)
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        ours.save(7, state(7))
+        ours.wait()
+    num_bytes = 4 + 3 * 6 * 4
+    assert asked[0] == ("checkpoints", num_bytes, "the checkpoint of step 7")
+    assert asked[1:] == [("checkpoints", 0, "a checkpoint of 0.00 MB")] * 2
+
+
+def test_the_state_before_the_first_step_is_a_checkpoint_too(tmp_path):
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        for step in (0, 3):
+            ours.save(step, state(step))
+        ours.wait()
+        assert (ours.latest_step(), ours.intact_step(["params"], before=3)) == (3, 0)
+        change(tmp_path / "checkpoints" / "3", item="params")
+        assert ours.intact_step(["params"], set_aside=True) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_where_one_process_has_the_files_it_writes_and_reads_for_all(tmp_path, monkeypatch):
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        monkeypatch.setattr(ours, "_is_alone", True)
+        for process in (1, 0):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            ours.save(process + 5, state(process + 5))
+            ours.mark_best(process + 5, score="AP", value=0.5)
+        ours.wait()
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+        assert checkpoints.read_best(tmp_path / "best.json")["step"] == 5
+        jax.tree.map(np.testing.assert_array_equal, ours.restore(placed, step=5), state(5))

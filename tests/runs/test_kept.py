@@ -1,5 +1,6 @@
 """What processes keep for each other: traces of functions, parameter shapes; when a kept one does not count."""
 
+import importlib.metadata
 import pathlib
 
 import jax
@@ -42,6 +43,14 @@ def test_a_trace_is_kept_for_what_is_the_same(place):
         np.testing.assert_array_equal(later(tree, 3.0), 3 * x + 1)
         np.testing.assert_array_equal(kept.jit(function, of="model")(tree, 2.0), 2 * x + 1)
     assert traces == [(6,)]
+
+    def other(tree, factor):
+        return tree["x"] - factor
+
+    np.testing.assert_array_equal(kept.jit(other, of="model")(tree, 2.0), x - 2)  # another function
+    both = kept.jit(function, of="two shapes")
+    for size in (6, 4):
+        np.testing.assert_array_equal(both(tree | {"x": x[:size]}, 2.0), 2 * x[:size] + 1)
     for of, arguments in (
         ("model", ({"x": x[:4], "y": jnp.float32(1)}, 2.0)),  # another shape
         ("model", ({"x": x.astype(np.int32), "y": jnp.float32(1)}, 2.0)),  # type
@@ -77,6 +86,25 @@ def test_other_sources_or_settings_are_traced_anew(place, monkeypatch):
         monkeypatch.setattr(kept, "_environment", lambda environment=environment: environment)
         kept.jit(function, of="")(tree, 2.0)
     assert len(traces) == 2
+
+
+def test_a_trace_is_of_every_version_and_setting_that_it_depends_on(monkeypatch):
+    environment, version = kept._environment.__wrapped__, importlib.metadata.version
+    found = [environment()]
+    for changed in ("jax", "jaxlib", "flax"):
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, new=changed: version(name) + "x" * (name == new)
+        )
+        found.append(environment())
+    monkeypatch.undo()
+    for name, value in (("jax_enable_x64", True), ("jax_default_matmul_precision", "float32")):
+        before = jax.config.values[name]
+        jax.config.update(name, value)
+        try:
+            found.append(environment())
+        finally:
+            jax.config.update(name, before)
+    assert len(set(found)) == len(found)
 
 
 def test_damaged_files_are_made_again_and_a_disk_that_takes_none_costs_time_alone(place, monkeypatch):
@@ -120,8 +148,9 @@ def test_a_value_is_computed_once(place, monkeypatch):
 def test_traces_stand_beside_the_compiled_programs_of_cpus(monkeypatch):
     folder = kept.folder.__wrapped__
     assert str(folder()) == jax.config.values["jax_compilation_cache_dir"] + "/traced"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert folder() is None
+    for accelerator in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda accelerator=accelerator: accelerator)
+        assert folder() is None
     monkeypatch.undo()
     monkeypatch.setattr(kept.importlib.util, "find_spec", {"flatbuffers": None}.__getitem__)
     assert folder() is None

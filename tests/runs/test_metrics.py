@@ -10,12 +10,16 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
 from detclipv2_jax.runs import metrics
+from detclipv2_jax.runs.workdir import WorkdirError
 
 
 def test_events_hold_what_metrics_hold(tmp_path):
     writer = metrics.MetricsWriter(tmp_path, 0)
     writer.write(3, {"a/b": 1.5, "nothing": float("nan")})
     writer.write(7, {"a/b": -2.5})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 3, "a/b": 1.5, "nothing": null}', '{"step": 7, "a/b": -2.5}',
+    ]  # fmt: skip
     (path,) = tmp_path.glob("events.out.tfevents.*")
     reader, read = PyRecordReader_New(str(path)), []  # each line is there at once, not when the run ends
     for _ in range(3):
@@ -56,8 +60,76 @@ def test_rates_and_waiting(monkeypatch):
     }  # fmt: skip
     assert progress.rates() == expected
     now += 1.0
-    assert progress.rates()["timing/images_per_second"] == 0.0  # counted since the last call
+    assert progress.rates() == {  # counted since the last call
+        "timing/images_per_second": 0.0, "timing/step_seconds": 1.0, "timing/data_wait_share": 0.0,
+        "timing/flop_utilization": 0.0,
+    }  # fmt: skip
+    assert progress.rates()["timing/images_per_second"] == 0.0  # although no time has passed
     progress.close()
+    progress = metrics.Progress(0, 10)
+    assert "timing/flop_utilization" not in progress.rates()  # of a device whose peak is not known
+    progress.close()
+
+
+@pytest.mark.parametrize(("process", "terminal", "shown"), [(0, True, True), (0, False, False), (1, True, False)])
+def test_the_first_process_shows_a_bar_on_a_terminal(monkeypatch, process, terminal, shown):
+    made = []
+    monkeypatch.setattr(metrics, "tqdm", lambda **options: made.append(options))
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: process)
+    monkeypatch.setattr(metrics.sys.stderr, "isatty", lambda: terminal)
+    metrics.Progress(30, 100)
+    assert (made[0]["initial"], made[0]["total"], made[0]["disable"]) == (30, 100, not shown)
+
+
+class Service:
+    """A tracker that notes what it gets."""
+
+    def __init__(self, got):
+        self.got = got
+
+    def write(self, step, scalars):
+        self.got.append((step, scalars))
+
+    def close(self):
+        self.got.append("closed")
+
+
+def test_trackers_get_finite_scalars_and_are_closed(tmp_path):
+    got = []
+    writer = metrics.MetricsWriter(tmp_path, 0, open_trackers=lambda: [Service(got)])
+    writer.write(3, {"a": 1.5, "b": float("nan"), "c": float("inf")})
+    writer.close()
+    assert got == [(3, {"a": 1.5}), "closed"]
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "eval/AP": 0.5}\n')
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    writer = metrics.MetricsWriter(tmp_path, 4)
+    writer.write(5, {"a": 1.5})
+    writer.close()
+    assert writer.recorded("eval") == []
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"step": 9, "eval/AP": 0.5}\n']
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_removed_is_missed(tmp_path, replaced):
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    writer.write(1, {"a": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    if replaced:
+        (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl was removed"):
+        writer.write(2, {"a": 1.0})
+    writer.close()
+
+
+@pytest.mark.parametrize("rest", ['{"step": 3}\n', '{"st', "[1]\n"])
+def test_what_does_not_count_is_removed_before_anything_is_written(tmp_path, rest):
+    whole = '{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + rest)
+    metrics.MetricsWriter(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
 def test_lines_after_the_start_are_removed_and_the_start_stays(tmp_path):

@@ -79,6 +79,38 @@ def test_the_stop_signal_of_a_single_process_is_remembered_and_given_back():
         signal.signal(signal.SIGINT, interrupt)
 
 
+def test_a_second_ctrl_c_ends_a_process_at_once(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(processes.commands, "end", lambda message, *, at_once: ended.append((message, at_once)))
+    with processes.stop_signal() as stopping:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not ended
+        assert "Ctrl-C: saving after this step" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping(1) == signal.SIGTERM
+    ((message, at_once),) = ended
+    assert at_once
+    assert "the steps after the last checkpoint are lost" in message
+
+
+def test_several_processes_stop_at_the_step_that_jax_agrees_on(monkeypatch):
+    asked, told = [], []
+    monkeypatch.setattr(processes, "_client", lambda: Client({}))
+    agreed = processes.multihost_utils
+    monkeypatch.setattr(agreed, "reached_preemption_sync_point", lambda step: asked.append(step) or step == 5)
+    term = signal.signal(signal.SIGTERM, lambda *_: told.append("jax"))
+    try:
+        with processes.stop_signal() as stopping:
+            assert [stopping(step) for step in (4, 5)] == [0, signal.SIGTERM]  # it came to another process
+            os.kill(os.getpid(), signal.SIGINT)
+            assert told == ["jax"]  # which tells the others
+            assert [stopping(step) for step in (4, 5)] == [0, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGTERM, term)
+    assert asked == [4, 5] * 2
+
+
 def test_joining_is_left_alone_where_nothing_says_that_there_are_several(monkeypatch):
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: joined.append(options))

@@ -94,9 +94,38 @@ def test_shapes_of_batches_are_those_of_the_streams(micro, tmp_path):
                 assert (own.shape, own.dtype) == (array.shape, array.dtype), name
 
 
+def test_shapes_of_a_batch_follow_from_its_kind_and_the_configuration(micro):
+    micro.image_text.max_phrases, micro.detection.max_boxes, micro.optimizer.text_once = 5, 7, True
+    mesh = sharding.make_mesh(fsdp=2)
+    sizes = {"table_rows": 16, "mesh": mesh}
+    for kind, options, boxes, captions, verified in (
+        (Kind.IMAGE_TEXT, {}, 0, 6, None),
+        (Kind.IMAGE_TEXT, {"class_names": True}, 0, 1, None),
+        (Kind.DETECTION, {}, 7, 0, None),
+        (Kind.DETECTION, {"num_verified": 3}, 7, 0, 3),
+    ):
+        found = sharding.batch_shapes(micro, kind, (32, 64), **sizes, **options)
+        assert (found.image.shape, found.boxes.shape, found.caption_mask.shape) == (
+            (8, 32, 64, 3), (8, boxes, 4), (8, captions)
+        )  # fmt: skip
+        assert (found.concept_text.shape, found.concept_text.dtype) == ((16, micro.model.embed_dim), np.float32)
+        assert (found.class_names is not None) == ("class_names" in options)
+        assert (found.federated and found.federated.concepts.shape) == (verified and (8, verified))
+        for shape in jax.tree.leaves(found):
+            assert shape.sharding == jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+    micro.optimizer.text_once = False
+    found = sharding.batch_shapes(micro, Kind.DETECTION, (32, 64), table_rows=16)
+    assert found.concept_text is None
+    assert found.image.sharding is None
+
+
 def test_rows_of_a_later_process_follow_those_of_the_ones_before(monkeypatch):
-    batch = make_batch(Kind.DETECTION, seed=0, federated=True)
     monkeypatch.setattr(sharding.jax, "process_index", lambda: 2)
+    batch = make_batch(Kind.IMAGE_TEXT, seed=0)
+    assert batch.caption_concepts.size > 0
+    placed = sharding.to_global(batch, sharding.make_mesh())
+    np.testing.assert_array_equal(placed.caption_concepts, batch.caption_concepts + 2 * len(batch.concept_mask))
+    batch = make_batch(Kind.DETECTION, seed=0, federated=True)
     placed = sharding.to_global(batch, sharding.make_mesh())
     rows = [(placed.box_concepts, batch.box_concepts), (placed.federated.concepts, batch.federated.concepts)]
     for moved, own in rows:

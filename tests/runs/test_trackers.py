@@ -51,7 +51,7 @@ def packages(tmp_path, monkeypatch):
 
 def test_trackers_get_the_scalars_and_a_run_that_goes_on_stays_one(packages, micro, tmp_path):
     wandb, mlflow = packages
-    micro.trackers = ("wandb", "mlflow")
+    micro.trackers, micro.closing = ("wandb", "mlflow"), 400 * "ab"
 
     def write(start, step):
         opener = trackers.opener(tmp_path, micro)
@@ -69,12 +69,20 @@ def test_trackers_get_the_scalars_and_a_run_that_goes_on_stays_one(packages, mic
     assert begun["config"]["optimizer.learning_rate"] == 1e-3
     assert sent == [(7, {"eval/AR@300": 0.5, "loss": 1.5}), "finished"]
     assert (experiment, start, end) == ("detclipv2_jax", (None, "micro"), "ended")
-    assert {key: value for part in parameters for key, value in part.items()}["optimizer.learning_rate"] == "0.001"
+    values = {key: value for part in parameters for key, value in part.items()}
+    assert values["optimizer.learning_rate"] == "0.001"
+    assert values["closing"] == 250 * "ab"  # as long as it may be
+    assert values.keys() == begun["config"].keys()
     assert row == (7, {"eval/AR_300": 0.5, "loss": 1.5})
     (begun, *_), mlflow_said = write(7, 8)
     assert begun["id"] == "new"
     assert mlflow_said == [("made", None), (8, {"eval/AR_300": 0.5, "loss": 1.5}), "ended"]
+    micro.trackers = ("wandb",)
+    assert write(8, 9)[1] == []
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "new", "mlflow": "made"}
+    (tmp_path / "trackers.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"trackers\.json is damaged; remove it"):
+        trackers.opener(tmp_path, micro)()
 
 
 def test_they_are_checked_with_the_configuration(packages, micro, monkeypatch):
@@ -92,5 +100,7 @@ def test_they_are_checked_with_the_configuration(packages, micro, monkeypatch):
 def test_without_names_nothing_is_imported_or_written(tmp_path, micro):
     assert trackers.opener(tmp_path, micro)() == []
     assert not list(tmp_path.iterdir())
+    (tmp_path / "trackers.json").write_text("{")
+    assert trackers.opener(tmp_path, micro)() == []
     code = "import sys, detclipv2_jax.train; sys.exit(bool({'wandb', 'mlflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
