@@ -65,6 +65,9 @@ def test_labels_are_legible_on_their_colour_and_no_wider_than_the_photo(color, t
     picture = drawing.photo(photo, np.array([[50.0, 300, 250, 600]]), ["words " * 20], [color])
     ((width, height),) = sizes
     assert 280 < width < 300
+    sizes.clear()
+    drawing.photo(photo, np.array([[50.0, 300, 250, 600]]), ["l" * 400], [color])
+    assert 292 - 6 < sizes[0][0] - 6 <= 292  # 8 px less than the photo has
     label = picture[int(300 - height) + 2 : 298, 5:290]
     assert has(label, text).sum() > 100
     other = {WHITE: BLACK, BLACK: WHITE}[text]
@@ -110,7 +113,10 @@ def test_lines_of_boxes_have_a_rim_and_the_first_lie_on_top(size, line):
     assert across == [ground] * 2 + [WHITE] + [red] * line + [WHITE] + [ground] * 2
     assert picture.getpixel((40, 20)) == red  # where both lines cross
     assert picture.getpixel((40, 30)) == blue
-    assert [picture.getpixel((x, x)) for x in (9, 10)] == [green] * 2  # a box without extent is seen
+    boxes[2, 2:] = 10
+    same = Image.new("RGB", size, (90, 90, 90))
+    labels.draw(same, boxes, [""] * 3, [red, blue, green], font=labels.AsciiFont(12))
+    np.testing.assert_array_equal(picture, same)  # a box without extent is seen
 
 
 def test_a_label_is_written_in_its_field_and_led_to_its_box_from_afar(monkeypatch):

@@ -298,6 +298,105 @@ def test_the_sides_of_a_scale_are_those_of_a_box():
     assert photo.scale.tolist() == [0.25, 0.5, 0.25, 0.5]
 
 
+def tiff(order, *, big, width=30, height=20, orientation=6, more=()):
+    """Returns the header of a TIFF whose numbers are of different lengths; its pixels are missing."""
+    entries = [(256, 3, "H", width), (257, 4, "I", height), (274, 3, "H", orientation), *more]
+    data = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}H", 43 if big else 42)
+    data += struct.pack(f"{order}HHQ", 8, 0, 24) if big else struct.pack(f"{order}I", 16)
+    data = data.ljust(24 if big else 16, b"\0") + struct.pack(f"{order}{'Q' if big else 'H'}", len(entries))
+    for tag, number_format, letter, value in entries:
+        packed = struct.pack(f"{order}{letter}", value).ljust(8 if big else 4, b"\0")
+        data += struct.pack(f"{order}HH{'Q' if big else 'I'}", tag, number_format, 1) + packed
+    return data
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("order", "<>")
+def test_headers_of_tiffs_of_both_orders_and_lengths(order, big):
+    header = transforms.read_header(tiff(order, big=big))
+    assert (header.size, header.orientation, header.displayed_size) == ((20, 30), 6, (30, 20))
+    # a second orientation, of which decoders may take either; both have their place
+    data = tiff(order, big=big, orientation=9, more=[(274, 3, "H", 8), (999, 3, "H", 5)])
+    header = transforms.read_header(data)
+    assert header.orientation == 8
+    assert [struct.unpack_from(form, data, offset)[0] for offset, form in header.tiff_orientation] == [9, 8]
+    with pytest.raises(UnusableError, match="image without pixels"):
+        transforms.read_header(tiff(order, big=big, width=0))
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 6])
+def test_a_tiff_is_turned_once(orientation):
+    image = Image.fromarray(pixels((20, 30), 0))
+    data = encode(image, "TIFF", exif=exif(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    out, extent, size = placed(data, canvas=(30, 30), short_side=20)
+    assert extent == size == expected.shape[:2]
+    assert np.abs(out[: size[0], : size[1]].astype(int) - expected).max() <= 1
+
+
+def test_orientations_of_a_png_before_and_behind_its_pixels_and_as_texts():
+    image = Image.fromarray(pixels((20, 30), 0))
+    whole = encode(image, "PNG", exif=exif(6))
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4])
+    chunk, rest = whole[start:end], whole[:start] + whole[end:]
+    behind = rest[:-12] + chunk + rest[-12:]
+    for data in (whole, behind):
+        assert transforms.read_header(data).orientation == 6
+    for cut in (1, 12):  # the last chunk has 12 bytes, and nothing of the picture
+        assert transforms.read_header(whole[:-cut]).orientation == 6
+    with pytest.raises(UnusableError, match="truncated image"):
+        transforms.read_header(whole[:-13])
+    info = PngInfo()
+    raw = exif(8).tobytes().hex()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(raw) // 2:8}\n{raw[:40]}\n{raw[40:]}\n")
+    assert transforms.read_header(encode(image, "PNG", pnginfo=info)).orientation == 8
+    for form in ('tiff:Orientation="5"', "<tiff:Orientation>5</tiff:Orientation>"):
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", f"<rdf {form}/>")
+        assert transforms.read_header(encode(image, "PNG", pnginfo=info)).orientation == 5
+
+
+def test_markers_of_a_jpeg_that_say_nothing_are_passed():
+    data = encode(pixels((20, 30), 0), "JPEG", exif=exif(6))
+    for more in (b"\xff" * 5, b"\xff\x01", b"\xff\xd3\xff\xd0", b"\xff\xfe\0\x05abc"):
+        header = transforms.read_header(data[:2] + more + data[2:])
+        assert (header.size, header.orientation) == ((20, 30), 6)
+
+
+def test_scans_of_a_jpeg_are_those_of_its_own_pixels(monkeypatch):
+    plain = encode(pixels((40, 56), 3), "JPEG")
+    progressive = encode(pixels((40, 56), 3), "JPEG", progressive=True)
+    num = progressive.count(b"\xff\xda")
+    assert num > 5
+    for data, scans in ((plain, 1), (plain + progressive, 1), (progressive, num), (progressive + plain, num)):
+        for limit in (scans * 40 * 56, scans * 40 * 56 - 1):
+            monkeypatch.setattr(transforms, "MAX_SCANNED", limit)
+            if limit % 56:
+                with pytest.raises(UnusableError, match="too many scans"):
+                    transforms.read_header(data)
+            else:
+                assert transforms.read_header(data).size == (40, 56)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_as_many_pixels_as_are_decoded_are_read_whole(form, monkeypatch):
+    data = encode(pixels((40, 56), 3), form)
+    for name in ("MAX_PIXELS", "MAX_REDUCED"):
+        monkeypatch.setattr(transforms, name, 40 * 56)
+    assert transforms.decode_photo(data).pixels.shape == (40, 56, 3)
+
+
+def test_pixels_are_averaged_where_more_than_two_become_one():
+    """A line of every third pixel: bilinear sampling would meet it or miss it."""
+    for factor, averaged in ((2, False), (2.5, True)):
+        image = np.random.default_rng(0).integers(0, 256, (int(40 * factor), 40, 3)).astype(np.uint8)
+        out, extent, _ = placed(encode(image, "PNG"), canvas=(40, int(40 / factor)), short_side=40)
+        assert extent == (40, int(40 / factor))
+        plain = cv2.resize(image, extent[::-1], interpolation=cv2.INTER_AREA if averaged else cv2.INTER_LINEAR)
+        assert np.abs(out.astype(int) - plain).max() <= 1
+
+
 def test_pixels_of_another_size_than_the_header_says_are_refused():
     data = encode(pixels((20, 30), 0), "PNG")
     assert transforms.decode(data, transforms.Header((20, 30), 1, is_jpeg=False), size=(20, 30)).shape == (20, 30, 3)

