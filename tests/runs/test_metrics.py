@@ -1,5 +1,6 @@
 """Scalars as TensorBoard reads them."""
 
+import contextlib
 import json
 import math
 import subprocess
@@ -114,14 +115,13 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_that_was_removed_is_missed(tmp_path, replaced):
-    writer = metrics.MetricsWriter(tmp_path, 0)
-    writer.write(1, {"a": 1.0})
-    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
-    if replaced:
-        (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(WorkdirError, match=r"metrics\.jsonl was removed"):
-        writer.write(2, {"a": 1.0})
-    writer.close()
+    with contextlib.closing(metrics.MetricsWriter(tmp_path, 0)) as writer:
+        writer.write(1, {"a": 1.0})
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+        if replaced:
+            (tmp_path / "metrics.jsonl").touch()
+        with pytest.raises(WorkdirError, match=r"metrics\.jsonl was removed"):
+            writer.write(2, {"a": 1.0})
 
 
 @pytest.mark.parametrize("rest", ['{"step": 3}\n', '{"st', "[1]\n"])
