@@ -252,9 +252,8 @@ class BatchMaker:
             known = self.vocabularies[source]
             given = [known.definition(name) if self.definitions else "" for name in names]
             texts += map(concept_text, names, given)
-            # other kinds' names are known before the run, which says which have none
-            if self.definitions and self.kind is Kind.IMAGE_TEXT and (num_bare := given.count("")):
-                notes.counts[BARE_PHRASES] += num_bare
+            if self.definitions and self.kind is Kind.IMAGE_TEXT and "" in given:  # other kinds' are known beforehand
+                notes.counts[BARE_PHRASES] += given.count("")
         encoded = self.encoder(texts)
         if self.kind is not Kind.IMAGE_TEXT:
             starts = itertools.accumulate((len(example.record.concepts) for example in examples), initial=0)
@@ -360,10 +359,7 @@ def _distinct(boxes: np.ndarray, concepts: np.ndarray, max_box_concepts: int) ->
 
 
 def _largest(boxes: np.ndarray, num: int) -> np.ndarray:
-    """Returns which boxes stay, in order: at most `num`, the largest, and of identical boxes all or none.
-
-    The concepts of identical boxes are positives of one place; one that went alone would be a negative there.
-    """
+    """Returns which boxes stay, in order: at most `num`, the largest; of identical ones, positives of one place, all."""
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     places: dict[tuple[float, ...], list[int]] = {}
     for i in np.argsort(-areas, kind="stable").tolist():
