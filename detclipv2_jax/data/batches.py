@@ -359,7 +359,7 @@ def _distinct(boxes: np.ndarray, concepts: np.ndarray, max_box_concepts: int) ->
 
 
 def _largest(boxes: np.ndarray, num: int) -> np.ndarray:
-    """Returns which boxes stay, in order: at most `num`, the largest; of identical ones, positives of one place, all."""
+    """Returns which boxes stay, in order: at most `num`, the largest; of identical ones, which share a place, all."""
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     places: dict[tuple[float, ...], list[int]] = {}
     for i in np.argsort(-areas, kind="stable").tolist():
