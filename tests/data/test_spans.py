@@ -36,7 +36,7 @@ def spans_of(caption, parts):
         ("a cat. - and", ["a cat", "-"], ["a cat"]),  # a part that says nothing
         ("see a dog: it", ["a dog:"], ["a dog"]),
         ("a dog; big animal", ["a dog", "big animal"], ["a dog", "big animal"]),
-        ("a cat, another dog", ["a cat", "another dog"], ["a cat", "another dog"]),
+        ("a cat meets another dog", ["a cat", "another dog"], ["a cat", "another dog"]),
         ("the man IN the hat", ["the man IN", "the hat"], ["the man IN the hat"]),
         # names of one box beside each other
         ("woman in red dress, lady smiling", ["woman", "lady"], ["woman", "lady"]),
@@ -45,6 +45,7 @@ def spans_of(caption, parts):
         ("a sofa, or couch", ["a sofa", "couch"], ["a sofa", "couch"]),
         ("sofa/couch", ["sofa", "couch"], ["sofa", "couch"]),
         ("two dogs , one brown", ["two dogs", "one"], ["two dogs", "one"]),
+        ("two dogs beside one", ["two dogs", "one"], ["two dogs", "one"]),
         ("dogs with 2 cats", ["dogs", "2 cats"], ["dogs", "2 cats"]),
         ("the player with number 12", ["the player", "12"], ["the player 12"]),
         ("a big red one", ["a big", "one"], ["a big one"]),
