@@ -380,10 +380,12 @@ def test_scans_of_a_jpeg_are_those_of_its_own_pixels(monkeypatch):
                 assert transforms.read_header(data).size == (40, 56)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_as_many_pixels_as_are_decoded_are_read_whole(form, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]
+)
+def test_as_many_pixels_as_are_decoded_are_read_whole(form, options, monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
-    data = encode(image, form)
+    data = encode(image, form, **options)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     for name in ("MAX_PIXELS", "MAX_REDUCED"):
         monkeypatch.setattr(transforms, name, 40 * 56)
