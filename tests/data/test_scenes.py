@@ -250,6 +250,7 @@ def test_wrong_captions_are_those_of_other_images(folder, tmp_path):
     assert [line.split("\t")[0] for line in wrong] == [line.split("\t")[0] for line in right]
     captions = [[line.split("\t", 1)[1] for line in lines] for lines in (right, wrong)]
     assert sorted(captions[0]) == sorted(captions[1])
+    assert wrong == scenes.exchange_captions(right, 0.6, seed=(3, 5))  # whichever other options there are
     assert 0.3 <= np.mean([old != new for old, new in zip(*captions, strict=True)]) <= 0.9
     for file in folder.glob("images/image_text/*"):
         assert (tmp_path / file.relative_to(folder)).read_bytes() == file.read_bytes()

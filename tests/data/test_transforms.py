@@ -369,7 +369,8 @@ def test_scans_of_a_jpeg_are_those_of_its_own_pixels(monkeypatch):
     progressive = encode(pixels((40, 56), 3), "JPEG", progressive=True)
     num = progressive.count(b"\xff\xda")
     assert num > 5
-    for data, scans in ((plain, 1), (plain + progressive, 1), (progressive, num), (progressive + plain, num)):
+    far = bytes(1 << 16) + progressive
+    for data, scans in ((plain, 1), (plain + far, 1), (progressive, num), (progressive + plain, num)):
         for limit in (scans * 40 * 56, scans * 40 * 56 - 1):
             monkeypatch.setattr(transforms, "MAX_SCANNED", limit)
             if limit % 56:
@@ -379,12 +380,16 @@ def test_scans_of_a_jpeg_are_those_of_its_own_pixels(monkeypatch):
                 assert transforms.read_header(data).size == (40, 56)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_as_many_pixels_as_are_decoded_are_read_whole(form, monkeypatch):
-    data = encode(pixels((40, 56), 3), form)
+@pytest.mark.parametrize(
+    ("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]
+)
+def test_as_many_pixels_as_are_decoded_are_read_whole(form, options, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
+    data = encode(image, form, **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     for name in ("MAX_PIXELS", "MAX_REDUCED"):
         monkeypatch.setattr(transforms, name, 40 * 56)
-    assert transforms.decode_photo(data).pixels.shape == (40, 56, 3)
+    assert np.abs(transforms.decode_photo(data).pixels - expected).mean() < 3
 
 
 def test_pixels_are_averaged_where_more_than_two_become_one():
@@ -395,6 +400,12 @@ def test_pixels_are_averaged_where_more_than_two_become_one():
         assert extent == (40, int(40 / factor))
         plain = cv2.resize(image, extent[::-1], interpolation=cv2.INTER_AREA if averaged else cv2.INTER_LINEAR)
         assert np.abs(out.astype(int) - plain).max() <= 1
+    for shape in ((250, 2), (2, 250)):  # the other side becomes a half
+        image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+        out, extent, _ = placed(encode(image, "PNG"), canvas=(100, 100), short_side=100)
+        assert sorted(extent) == [1, 100]
+        plain = cv2.resize(image, extent[::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(out[: extent[0], : extent[1]].astype(int) - plain).max() <= 1
 
 
 def test_pixels_of_another_size_than_the_header_says_are_refused():

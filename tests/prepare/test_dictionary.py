@@ -25,7 +25,7 @@ NOUNS = {
     "knife": [("06", "@", "a weapon")],
     "fireman": [("18", "@", "puts out fires")],
     "tv": [("06", "@", "shows pictures")],
-    "lens": [("06", "@", "bends light")],
+    "lens": [("06", "@", 'bends light; may be of glass; "a lens"')],
 }
 
 
@@ -63,7 +63,7 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
         "glasses": "a brittle solid",
         "firemen": "puts out fires",
         "TVs": "shows pictures",
-        "lenses": "bends light",
+        "lenses": "bends light; may be of glass",
     }.items():
         assert [sense.gloss for sense in wordnet.senses(name)] == [gloss]
     with (tmp_path / "dict" / "index.noun").open("a") as file:
@@ -76,6 +76,15 @@ def test_senses_of_names_plurals_and_alternatives(tmp_path):
         assert wordnet.sense_of(synset) is None
     with pytest.raises(ValueError, match=r"has no index\.noun, data\.noun, noun\.exc"):
         dictionary.WordNet(str(tmp_path))
+
+
+def test_what_kinds_of_nouns_are_things(tmp_path, monkeypatch):
+    # WordNet's lexicographer files: animal, artifact, body, food, object, person, plant, substance
+    things = {f"{number:02d}" for number in (5, 6, 8, 13, 17, 18, 20, 27)}
+    nouns = {f"noun{number:02d}": [(f"{number:02d}", "@", "a gloss")] for number in range(3, 29)}
+    monkeypatch.setitem(globals(), "NOUNS", nouns)
+    wordnet = dictionary.WordNet(write_wordnet(tmp_path / "dict"))
+    assert {name[4:] for name in nouns if wordnet.senses(name)[0].is_thing} == things
 
 
 def test_synsets_of_the_category_files_win_and_choices_are_listed(tmp_path):
@@ -278,9 +287,9 @@ def test_of_equally_frequent_phrases_the_first_letters_count(tmp_path):
 
 def test_what_category_files_say_of_a_name(tmp_path):
     categories = [
+        {"name": "puss", "synset": "cat.n.01"},
         {"name": "cat", "meaning": "third", "definition": "second", "def": "first", "synset": "cat.n.01"},
         {"name": "pet", "def": "another", "synset": "cat.n.01"},
-        {"name": "puss", "synset": "cat.n.01"},
         {"name": "dog", "meaning": "third", "definition": "second", "def": ""},
         {"name": "cup on the shelf"},
         {"name": "cup", "def": "a vessel"},
@@ -288,7 +297,7 @@ def test_what_category_files_say_of_a_name(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(categories))
     origins = dictionary.make([str(tmp_path / "a.json")], str(tmp_path / "out.tsv"))
     made = read_dictionary(tmp_path / "out.tsv")
-    assert made.definitions == ("first", "another", "first", "second", "a vessel", "a vessel")
+    assert made.definitions == ("first", "first", "another", "second", "a vessel", "a vessel")
     assert list(origins.items()) == [("a.json", 4), ("synset", 1), ("head", 1)]  # the most frequent first
     wordnet = dictionary.WordNet(write_wordnet(tmp_path / "dict"))
     assert wordnet.sense_of("TV.n.01").gloss == "shows pictures"
@@ -322,6 +331,7 @@ def test_phrases_are_added_up_to_a_number_of_names(num_names, names, tmp_path):
         ("a.json", "[3]", "lists no categories"),
         ("folder", None, "does not exist"),
         ("a.csv", "", "names no categories and no phrases"),
+        ("b.csv", '1,"a', r"b\.csv is damaged or of another form"),
     ],
 )
 def test_inputs_that_are_no_names(tmp_path, name, content, message):

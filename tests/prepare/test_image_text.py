@@ -299,6 +299,21 @@ def test_a_pipeline_whose_files_are_others_is_not_loaded(tmp_path, monkeypatch):
         phrases._pipeline.__wrapped__(name)
 
 
+def test_the_files_of_a_pipeline_are_told_apart_by_names_and_contents(tmp_path, monkeypatch):
+    (tmp_path / "some_pipeline" / "sub").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {"__init__.py": b"", "meta.json": b"{}", "sub/a": b"x"}
+    for name, content in files.items():
+        (tmp_path / "some_pipeline" / name).write_bytes(content)
+    phrases.check_pipeline("some_pipeline")
+    listing = b"".join(name.encode() + b"\0" + hashlib.sha256(files[name]).digest() for name in sorted(files))
+    expected = hashlib.sha256(listing).hexdigest()
+    assert phrases._sha256("some_pipeline") == expected
+    (tmp_path / "some_pipeline" / "sub" / "__pycache__").mkdir()
+    (tmp_path / "some_pipeline" / "sub" / "__pycache__" / "a.pyc").write_bytes(b"compiled")
+    assert phrases._sha256("some_pipeline") == expected
+
+
 def test_words_at_the_ends_of_a_chunk_go(monkeypatch):
     """Without spaCy: what its pipeline says of the words is given."""
 
@@ -313,7 +328,7 @@ def test_words_at_the_ends_of_a_chunk_go(monkeypatch):
 
     texts = [
         "./PUNCT her/PRP$ red/ADJ car/NOUN ,/PUNCT",
-        "'s/POS not/PART /SPACE old/ADJ hat/NOUN",
+        "'s/POS not/PART /SPACE the/DET old/ADJ hat/NOUN",
         "the/DET two/NUM cats/NOUN both/DET",
         "it/PRON",
         "3/NUM %/SYM",

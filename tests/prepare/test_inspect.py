@@ -91,10 +91,11 @@ def test_numbers_of_a_report_are_those_of_the_batches(on_scenes, tmp_path):
     on_scenes.grounding.annotations = on_scenes.grounding.images = ""
     on_scenes.image_text.pairs = on_scenes.image_text.images = ""
     on_scenes.detection.batch_size = 3
-    (facts,) = inspect.inspect(str(tmp_path / "out"), config=on_scenes, num_examples=4).values()
+    (facts,) = inspect.inspect(str(tmp_path / "out"), config=on_scenes, num_examples=8).values()
     (stream,) = train_streams(on_scenes)
-    assert (stream.batch_size, facts["images counted"]) == (3, 6)
-    boxes = np.concatenate([stream.batch(n).box_mask.sum(axis=1) for n in range(2)])
+    assert (stream.batch_size, facts["images counted"]) == (3, 9)
+    assert len([*(tmp_path / "out").glob("*.jpg")]) == 2
+    boxes = np.concatenate([stream.batch(n).box_mask.sum(axis=1) for n in range(3)])
     found = facts["boxes an image"]
     assert (found["smallest"], found["median"], found["largest"]) == (boxes.min(), np.median(boxes), boxes.max())
     assert boxes.min() < np.median(boxes) < boxes.max()

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from raw_files import write_tar
 
+from detclipv2_jax import config as config_lib
 from detclipv2_jax.data import box_json
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.schema import Kind
@@ -224,6 +225,17 @@ def test_pairs_are_kept_up_to_a_misfit_and_counted_by_tenths(tmp_path, monkeypat
     tally = Tally()
     assert [name for name, _ in kept.read(0, tally)] == ["a", "b"]
     assert (tally.seen, dict(tally.noted)) == (3, {filter_pairs.DROPPED: 1})
+
+
+def test_photos_are_judged_at_their_size_in_training(monkeypatch):
+    config = config_lib.base()
+    config.image_text.canvases, config.image_text.short_side = ((64, 96), (96, 64)), (48, 64)
+    config.image_text.long_side = 96
+    predictor = types.SimpleNamespace(config=config)
+    monkeypatch.setattr(model_passes, "open_run", lambda checkpoint: (predictor, {"run": checkpoint}))
+    judge = filter_pairs.Judge("a", group_size=5)
+    assert (config.eval.canvases, config.eval.short_side, config.eval.long_side) == (((64, 96),), 64, 96)
+    assert judge.plan == {"run": "a", "group_size": 5, "canvas": ((64, 96),)}
 
 
 def test_groups_are_judged_one_after_the_other(monkeypatch):

@@ -15,7 +15,7 @@ from raw_files import jpeg, write_coco
 
 from detclipv2_jax.data.schema import Kind, Record
 from detclipv2_jax.prepare import __main__ as prepare
-from detclipv2_jax.prepare import box_json, dictionary, inspect, pseudo_boxes, record_builder, shards
+from detclipv2_jax.prepare import box_json, dictionary, filter_pairs, inspect, pseudo_boxes, record_builder, shards
 
 
 def command(*arguments):
@@ -78,14 +78,15 @@ def test_every_option_of_a_build_reaches_it(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(shards, "build", build)
     path = write_coco(tmp_path / "raw")
-    names = [f"{i:012d}.jpg" for i in (2, 4)]
+    held_out = [f"{i:012d}" for i in range(2, 9)]
+    names = [f"{photo}.jpg" for photo in held_out]
     (tmp_path / "val.json").write_text(json.dumps({"images": [{"file_name": name} for name in names[::-1]]}))
     options = {"input": str(path), "output": str(tmp_path / "out"), "images": str(tmp_path / "raw/images")}
     plain = {"images": options["images"], "shard_size": 4096, "validation": "", "drop_validation": False}
     prepare.run("coco_json", **options)
     assert noted["options"] == plain
     assert (noted["reader"].num_items, noted["part"], noted["command"]) == (6, shards.ALONE, "")
-    photos = hashlib.sha256(b"000000000002\n000000000004").hexdigest()
+    photos = hashlib.sha256("\n".join(held_out).encode()).hexdigest()
     more = {"shard_size": 5, "drop_validation": True, "follow_links": True, "num_examples": 3, "seed": 7}
     more |= {"drop_categories": ("thing 1",), "max_bad_share": 0.5, "workers": 3, "index": 1, "count": 4}
     prepare.run("coco_json", **options, **more, validation=(str(tmp_path / "val.json"),), command="typed")
@@ -95,11 +96,33 @@ def test_every_option_of_a_build_reaches_it(tmp_path, monkeypatch, capsys):
     assert noted["reader"].vocabulary.names == ("thing 2", "thing 3")
     assert (noted["reader"].num_items, noted["reader"].num_shards) == (3, 1)
     expected = {"command": "typed", "max_bad_share": 0.5, "num_workers": 3, "drop_held_out": True}
-    expected |= {"held_out": {"000000000002", "000000000004"}, "part": shards.Part(1, 4)}
+    expected |= {"held_out": set(held_out), "part": shards.Part(1, 4)}
     assert {key: noted[key] for key in expected} == expected
     assert "part 1 of 4 is written; --count=4 joins all" in capsys.readouterr().out
     pairs = tmp_path / "raw" / "images" / "pairs.tsv"
     pairs.write_text("000000000002.jpg\ta dog\n")
+    judged = []
+
+    def judge(reader, checkpoint, folder, **options):
+        judged.append((checkpoint, folder, options))
+        reader.facts = {"filter": "by a run"}
+        return reader
+
+    def build_while_the_misfits_are_kept(*arguments, **options):
+        build(*arguments, **options)
+        judged.append([path.name for path in (tmp_path / "o_filter").iterdir()])
+
+    monkeypatch.setattr(filter_pairs, "judge", judge)
+    monkeypatch.setattr(shards, "build", build_while_the_misfits_are_kept)
+    given = {"pipeline": "", "max_phrases": 3, "shard_size": 9, "follow_links": False}
+    fit = {"max_misfit": 0.125, "filter": "run", "filter_group": 5}
+    prepare.run("image_text", input=str(pairs), output=f"{tmp_path}/o/", **given, **fit)
+    read_by = {**given, "images": options["images"]}
+    assert judged == [
+        ("run", tmp_path / "o_filter", {"read_by": read_by, "max_misfit": 0.125, "group_size": 5}), ["..lock"]
+    ]  # fmt: skip
+    assert noted["options"]["filter"] == "by a run"
+    monkeypatch.setattr(shards, "build", build)
     prepare.run("image_text", input=str(pairs), output="out", pipeline="", max_phrases=3, count=2)
     assert noted["options"] == plain | {"pipeline": "", "max_phrases": 3}
     assert noted["part"] == shards.Part(None, 2)
