@@ -102,10 +102,9 @@ def test_missing_paths_are_named_by_their_keys(tmp_path):
         f"d: the file {absent} does not exist",
     ]
     (message,) = checks.missing_paths({"config.eval.dictionary": (absent, "file")})
-    assert message.startswith(
-        f"config.eval.dictionary: the file {absent} does not exist; python -m detclipv2_jax.prepare"
-    )
-    assert f"--output={absent} builds one" in message
+    assert message.startswith(f"config.eval.dictionary: the file {absent} does not exist; make it with")
+    assert "python -m detclipv2_jax.prepare dictionary" in message
+    assert f"--output={absent}" in message
 
 
 def test_facts_of_photos_change_with_them(tmp_path):
