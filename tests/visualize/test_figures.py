@@ -188,6 +188,8 @@ def test_what_is_always_the_same_is_said_and_not_drawn(figure):
     assert [axes.get_title() for axes in shown] == ["a\nboxes", "b\nboxes"]
     assert [tick for tick in shown[1].get_xticks() if 2.5 <= tick <= 3.5] == [3]
     assert figure.figure.get_supxlabel() == "side: always 3 (a), 5 (b)\ntext: always 3"
+    charts.histograms({"a": {"width": (np.array([3, 5]), [6])}})  # a bar of two numbers is not always the same
+    assert figure.figure.get_supxlabel() == ""
 
 
 # --- detections and alignment
