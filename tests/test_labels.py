@@ -21,6 +21,7 @@ def test_a_text_can_be_read_on_every_colour():
         assert (high + 0.05) / (low + 0.05) > 4.5, color
     assert (luminance(BLACK), luminance(WHITE)) == (0.0, pytest.approx(1.0))
     assert luminance((10, 188, 255)) == pytest.approx(0.4325, abs=1e-4)  # W3C's formula, by hand
+    assert luminance((64, 64, 64)) == pytest.approx(0.0513, abs=1e-4)
 
 
 def test_a_place_is_drawn_once_and_the_best_few_where_nothing_scores_enough():

@@ -38,6 +38,12 @@ def test_photo_draws_boxes_where_they_are():
     assert not _has(picture, PALETTE[0])[140:460, 200:430].any()  # an outline
 
 
+def test_colours_of_a_series_come_again_darker():
+    assert [nth_color(i) for i in (0, 6, 7, 14, 21)] == [
+        PALETTE[0], PALETTE[6], (0, 68, 107), (0, 41, 64), PALETTE[0]
+    ]  # fmt: skip
+
+
 def test_a_name_has_one_colour_and_names_have_many():
     colors = [nth_color(i) for i in range(3 * len(PALETTE))]
     assert len(set(colors)) == len(colors)
