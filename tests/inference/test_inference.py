@@ -286,6 +286,8 @@ def test_what_was_found_is_written_and_drawn(monkeypatch):
     assert not np.array_equal(found.plot(pixels, min_score=0.3), first)
     assert first.size == (900, 675)  # enlarged, so that labels can be read
     assert found.plot(np.zeros((1200, 1000, 3), np.uint8)).size == (1000, 1200)
+    for shape in ((1, 1200), (1200, 1)):
+        assert found.plot(np.zeros((*shape, 3), np.uint8)).size == shape[::-1]
     places = np.flatnonzero((np.asarray(first) == np.array(color_of("dog"))).all(-1).any(axis=0))  # columns
     assert abs(places.min() - 2.3333 * 900 / 80) < 4
     # a photo that was read at half its size

@@ -138,6 +138,15 @@ def test_boxes_are_cut_by_borders_inside_the_photo_only():
     assert tiles.cut_boxes(boxes, middle, (150, 150), margin=1).tolist() == [True, True, False, False, False]
 
 
+@pytest.mark.parametrize("side", range(4))
+def test_a_box_just_beyond_the_margin_is_whole(side):
+    place, border = Place(50, 50, 100, 80), [0, 0, 100, 80][side]
+    for distance, is_cut in ((-1.5, False), (-1, True), (1, True), (1.5, False)):
+        box = np.array([[20.0, 20, 60, 60]])
+        box[0, side] = border + distance
+        assert tiles.cut_boxes(box, place, (300, 300), margin=1).tolist() == [is_cut]
+
+
 def test_wrong_tiles_are_one_clear_error(predictor, tmp_path):
     with pytest.raises(ValueError, match="tile is 8; it must be 0, for none, or at least 32 px"):
         predictor([np.zeros((9, 9, 3), np.uint8)], ["red"], tile=8)

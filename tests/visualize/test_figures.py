@@ -115,6 +115,9 @@ def test_panels_stand_four_in_a_row(tmp_path, figure):
     charts.curves(tmp_path / "metrics.jsonl", names=["a", "b", "c", "d"])
     assert [axes.get_subplotspec().get_gridspec().get_geometry() for axes in figure.figure.axes] == [(1, 4)] * 4
     assert shown[0].lines[1].get_marker() == "o"  # two points make no line
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"step": 3, "a": 9}])))
+    charts.curves(tmp_path / "metrics.jsonl", names=["a"])
+    assert figure.figure.axes[0].lines[1].get_marker() != "o"
 
 
 def test_only_scores_are_in_percent():
