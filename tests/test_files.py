@@ -131,7 +131,14 @@ def test_names_that_a_file_system_may_take_for_one_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("a b/é.png", "a b/é.png"), ("\udcfe", r"'\udcfe'"), ("a\nb", r"'a\nb'"), ("\x1b[2J", r"'\x1b[2J'"), (7, "7")],
+    [
+        ("a b/é.png", "a b/é.png"),
+        ("\udcfe", r"'\udcfe'"),
+        ("a\nb", r"'a\nb'"),
+        ("é\n", r"'\xe9\n'"),
+        ("\x1b[2J", r"'\x1b[2J'"),
+        (7, "7"),
+    ],
 )
 def test_a_name_in_a_line_of_a_log(name, expected):
     assert files.printable(name) == expected

@@ -249,6 +249,8 @@ def test_corners_are_told_by_how_they_grow(correlation, look, across):
     boxes[:, 2 + across] = 100 + 20 * (correlation * one + np.sqrt(1 - correlation**2) * other)
     assert form(*boxes) == look
     assert form(*boxes[:19]) == ""  # too few
+    boxes[:, :2] = 20 + 0.4 * one[:, None]  # all begin at one place: less than a thousandth of the photo apart
+    assert form(*boxes) == ""
 
 
 def test_exchanged_sides_and_centres_are_told_by_what_leaves_the_photo():

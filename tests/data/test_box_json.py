@@ -147,6 +147,12 @@ def test_categories_with_boxes_are_told_apart_by_their_texts(world):
     evaluation_set.refuse_equal_texts(truth, context_length=16)
     with pytest.raises(DataError, match=r"are both called 'A crane of .*, as far as 8 tokens go, and have boxes"):
         evaluation_set.refuse_equal_texts(truth, context_length=8)
+    content["annotations"] = [row for row in content["annotations"] if row["category_id"] not in (1, 2)]
+    path.write_text(json.dumps(content))
+    _, truth = evaluation_set.read_evaluation(str(path), str(world / "images"))
+    evaluation_set.refuse_equal_texts(truth, context_length=8)  # neither has a box
+    content = detection_json()
+    first, second = content["categories"][:2]
     first["name"] = second["name"] = "crane"
     content["annotations"] = [row for row in content["annotations"] if row["category_id"] != 2]
     path.write_text(json.dumps(content))
@@ -260,6 +266,12 @@ def test_an_evaluation_asks_once_for_categories_that_are_listed_twice_or_called_
     assert "1 categories without a box have the text of another one and are not asked for: 8" in caplog.text
     assert "e.json: 1 × entry listed twice" in caplog.text
     assert tuple(source.sizes[3]) == (40, 120)
+    name = content["images"][1]["file_name"]
+    content["images"][1]["file_name"] = "../1.jpg"
+    (world / "e.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"1 of 7 images cannot be used \(1 with a file name outside the folder"):
+        evaluation_set.read_evaluation(str(world / "e.json"), str(world / "images"))
+    content["images"][1]["file_name"] = name
     content["images"][1]["id"] = None
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] != 11]
     (world / "e.json").write_text(json.dumps(content))

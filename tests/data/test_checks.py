@@ -184,7 +184,7 @@ def test_a_bucket_is_listed_by_the_beginnings_of_the_names(monkeypatch, caplog):
     def refused(place, beginnings):
         raise checks.bucket_store.BucketError("may not be listed")
 
-    def fetch_all(paths, missing_ok):
+    def fetch_all(paths, *, missing_ok=False):
         asked.append([*paths])
         assert missing_ok
 
@@ -195,6 +195,14 @@ def test_a_bucket_is_listed_by_the_beginnings_of_the_names(monkeypatch, caplog):
     assert checks.missing_photos(folder, 200, names.__getitem__) == paths
     assert asked == [paths]
     assert "only the first 64 photos are looked for: may not be listed" in caplog.text
+
+    def absent(path):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(checks.buckets, "version_of", absent)
+    with pytest.raises(DataError, match="64 of 64 photos do not exist"):
+        checks.photo_facts(paths, where="p.json")
+    assert asked[1] == paths  # fetched, as far as they are there, before they are looked at
 
 
 def test_a_list_of_very_many_missing_photos_is_a_file(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ def test_one_text_with_a_side_is_enough():
         assert speaks_of_sides([f"a {word} one"], english), word
     assert not speaks_of_sides(["dog", "leftover", "bright"], english)
     assert not speaks_of_sides(["left"], pattern((), english=False))
+    assert speaks_of_sides(["\uff34urn \uff2c\uff25\uff26\uff34"], english)  # wide letters
+    assert speaks_of_sides(["zuru\u0308ck"], pattern(("zur\u00fcck",), english=False))  # an accent apart
 
 
 def test_words_of_other_languages():

@@ -1,5 +1,8 @@
 """Folders of classes and TFDS's labels as pairs: names, repetition, streams, and a few steps of a run on them."""
 
+import pathlib
+import types
+
 import building
 import pytest
 import tensorflow_datasets as tfds
@@ -74,6 +77,24 @@ def test_labels_without_a_name_are_dropped(label, name):
     found = [pair.caption for pair in reader.pairs(1, tally)]
     assert (found, tally.seen) == ([name] if name else [], 1)
     assert dict(tally.dropped) == ({} if name else {"class without a name": 1})
+
+
+def test_photos_are_in_the_order_of_their_names_whatever_the_disk_says(folder, monkeypatch):
+    rglob = pathlib.Path.rglob
+    monkeypatch.setattr(pathlib.Path, "rglob", lambda path, pattern: reversed(sorted(rglob(path, pattern))))
+    reader = classes.FolderReader(folder, None, shard_size=9, follow_links=False)
+    assert [name for name, *_ in reader.images(range(4))] == ["n01/a.jpg", "n01/deep/c.png", "n02/b.JPEG", "n03/d.jpg"]
+
+
+def test_examples_of_tfds_are_called_as_their_files():
+    reader, parts = classes.TfdsReader.__new__(classes.TfdsReader), []
+    rows = [{"filename": b"a.jpg"}, {"file_name": b"b.jpg", "filename": b"x"}, {}]
+    examples = [row | {"label": i, "image": b"photo"} for i, row in enumerate(rows)]
+    info = types.SimpleNamespace(file_format=tfds.core.FileFormat.ARRAY_RECORD)
+    builder = types.SimpleNamespace(info=info, as_data_source=lambda split, decoders: parts.append(split) or examples)
+    reader._builder, reader._split = lambda: builder, "val"
+    assert [*reader.images(range(4, 7))] == [("a.jpg", 0, b"photo"), ("b.jpg", 1, b"photo"), ("val/6", 2, b"photo")]
+    assert parts == ["val[4:7]"]
 
 
 def test_lists_of_names(tmp_path):

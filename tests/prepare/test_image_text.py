@@ -1,6 +1,9 @@
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import sys
 import tarfile
 import types
@@ -103,14 +106,17 @@ def test_samples_of_a_tar(tmp_path, monkeypatch):
         tmp_path / "a.tar",
         **{"a.JPG": photo, "a.Txt": text, "b.png": photo, "b.txt": b" ", "b.json": b'{"caption": "of json"}'},
         **{"c.png": photo, "c.txt": b"first", "c.json": b'{"caption": "second"}', "d.png": photo, "d.txt": b" "},
+        **{"dd.png": photo, "dd.txt": b""},
         **{"e.png": photo, "e.json": b"{}", "f.png": photo, "f.txt": text, "f.cls": b"9", "f.PNG": photo},
     )
     assert found == [
         ("a.tar/a.jpg", "caption"), ("a.tar/b.png", "of json"), ("a.tar/c.png", "first"), ("a.tar/f.png", "caption"),
     ]  # fmt: skip
-    assert tally.seen == 7  # the second photo of one key is another sample
+    assert tally.seen == 8  # the second photo of one key is another sample
     assert dict(tally.noted) == {"sample with the key of another": 1}
-    assert dict(tally.dropped) == {"empty caption": 1, "sample without a caption": 2}
+    assert dict(tally.dropped) == {"empty caption": 2, "sample without a caption": 2}
+    found, _ = read_tar(tmp_path / "c.tar", **{"a.jpg": b"p" * 70_000, "a.txt": text})  # larger than a name may be
+    assert len(found) == 1
     monkeypatch.setattr(image_text, "_MAX_SAMPLE_BYTES", 37)
     found, tally = read_tar(
         tmp_path / "b.tar", **{"a.png": photo, "a.txt": text, "b.png": photo, "b.txt": text, "c.txt": text + b"x"},
@@ -122,11 +128,11 @@ def test_samples_of_a_tar(tmp_path, monkeypatch):
 
 def test_archives_that_follow_each_other_and_names_of_any_length(tmp_path, monkeypatch):
     (tmp_path / "w").mkdir()
-    parts = [write_tar(tmp_path / f"{name}.tar", sample(name * 150, "a dog")) for name in "ab"]
-    whole = parts[0].read_bytes() + bytes(512 * 30) + parts[1].read_bytes()
+    parts = [write_tar(tmp_path / f"{name}.tar", sample(name * 150, "a dog")) for name in "abc"]
+    whole = bytes(512 * 30).join(part.read_bytes() for part in parts)
     (tmp_path / "w" / "0.tar").write_bytes(whole)
     reader = image_text.open_reader(str(tmp_path / "w"), "", shard_size=1, pipeline="", max_phrases=1)
-    for limit, num, num_cut in ((1 << 16, 2, 0), (60, 2, 0), (9, 1, 1)):
+    for limit, num, num_cut in ((1 << 16, 3, 0), (60, 3, 0), (9, 1, 1)):
         monkeypatch.setattr(image_text, "_MAX_ZEROS", limit)
         tally = Tally()
         assert len([*reader.read(0, tally)]) == num
@@ -134,6 +140,21 @@ def test_archives_that_follow_each_other_and_names_of_any_length(tmp_path, monke
         assert tally.seen == num + num_cut
         digest = hashlib.sha256(whole).hexdigest()  # of all, also of what follows the damage
         assert tally.inputs == {str(tmp_path / "w" / "0.tar"): {"sha256": digest}}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [("tar.gz", gzip.compress), ("tgz", gzip.compress), ("tar.bz2", bz2.compress), ("tar.xz", lzma.compress)],
+)
+def test_archives_may_be_compressed_in_parts(tmp_path, suffix, pack):
+    data = write_tar(tmp_path / "plain.tar", sample("0", "a dog") | sample("1", "a cat")).read_bytes()
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(pack(data[:700]) + pack(data[700:]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"key": "2"}]), tmp_path / "a.parquet")
+    reader = image_text.open_reader(str(path), "", shard_size=1, pipeline="", max_phrases=1)
+    tally = Tally()
+    assert [name for name, _ in reader.read(0, tally)] == [f"a.{suffix}/0.jpg", f"a.{suffix}/1.jpg"]
+    assert tally.inputs[str(path)]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_tars_are_read_in_the_order_of_their_names_and_tables_fill_gaps(tmp_path):
@@ -283,6 +304,7 @@ def test_img2dataset(tmp_path):
     report = build(tmp_path / "c", tmp_path / "out", max_bad_share=0.5)
     assert captions(tmp_path / "out") == ["a dog", "a cat"]
     assert report["dropped"] == {"downloaded, but not in the tar": 1}
+    assert report["seen"] == 3
     assert report["left out or repaired"]["not downloaded: failed_to_download"] == 1
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"has no \.tar file"):

@@ -122,14 +122,65 @@ def test_records_are_checked_before_they_are_stored(tmp_path):
         assert (tally.examples, tally.noted["photo of a validation set left out"]) == (2, 1)
 
 
+def test_what_a_report_says_of_all_shards():
+    facts = {"inputs": {"a": {"bytes": 1}, "b": {"bytes": 2}}, "counters": {"turned": 1, "old": 5}, "facts": {"x": 1}}
+    reader = types.SimpleNamespace(kind=Kind.IMAGE_TEXT, vocabulary=(), **facts)
+    job = shards.Job(reader, pathlib.Path("f"), frozenset("abc"), drop_held_out=True)
+    total = Tally(seen=9, examples=1, boxes=2, concepts=3, long_concepts=4, longest=Counter(y=8))
+    total.dropped, total.noted = Counter(torn=2, burnt=4), Counter(turned=3, cut=1)
+    total.leaked = Counter({f"{i:03d}": 1 for i in range(149, -1, -1)})
+    total.inputs = {"b": {"sha256": "s"}, "c": {"sha256": "t"}}
+    report = shards._report(job, total)
+    assert report == {
+        "kind": "image_text", "examples": 1, "boxes": 2, "concepts": 3, "distinct concepts": None,
+        "concepts above 16 tokens": 4, "seen": 9, "dropped": {"burnt": 4, "torn": 2},
+        "left out or repaired": {"old": 5, "turned": 4, "cut": 1}, "longest": {"y": 8}, "x": 1,
+        "validation photos": {
+            "compared with": 3, "found": 150, "left out": True, "names": [f"{i:03d}" for i in range(100)]
+        },
+        "inputs": {"a": {"bytes": 1}, "b": {"bytes": 2, "sha256": "s"}, "c": {"sha256": "t"}},
+    }  # fmt: skip
+    assert [*report["dropped"]] == ["burnt", "torn"]
+    assert [*report["left out or repaired"]] == ["old", "turned", "cut"]
+    assert shards._by_reason({"torn": 2, "burnt": 4}) == "4 burnt, 2 torn"
+
+
+def test_no_more_processes_are_started_than_shards_are_missing(tmp_path, monkeypatch):
+    asked, mapper = [], shards._mapper
+    monkeypatch.setattr(shards, "_mapper", lambda job, num: asked.append(num) or mapper(job, 1))
+    source = write_coco(tmp_path / "raw")
+    for shard_size, workers in ((2, 9), (2, 2), (100, 4)):
+        build(source, tmp_path / f"out{len(asked)}", shard_size=shard_size, workers=workers)
+    assert asked == [3, 2, 1]
+
+
+def test_phrases_stand_on_one_line_each(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    phrases = json.dumps(["a  cat", "b", "A\tdog\nc"])
+    (tmp_path / "pairs.tsv").write_text(f"0.jpg\tx\t{phrases}\n")
+    building.build("image_text", input=str(tmp_path / "pairs.tsv"), output=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "phrases.tsv").read_text() == "a dog c\t1\na cat\t1\nb\t1\n"
+
+
+def test_what_is_known_to_be_too_bad_is_not_read_to_its_end(tmp_path):
+    source = write_coco(tmp_path / "raw", broken=(0, 1))
+    with pytest.raises(ValueError, match=r"1 of 6 items cannot be used"):
+        build(source, tmp_path / "out", shard_size=1)
+    assert [path.name for path in (tmp_path / "out" / "building").glob("0*[0-9].json")] == ["000000.json"]
+    with pytest.raises(ValueError, match=r"2 of 6 items cannot be used"):
+        build(source, tmp_path / "out", shard_size=1, max_bad_share=1 / 6)
+    assert build(source, tmp_path / "out", shard_size=1, max_bad_share=2 / 6)["examples"] == 4
+
+
 def test_report(tmp_path):
-    source = write_coco(tmp_path / "raw", broken=(4,))
+    labels = ((1,), (1, 1, 2), (2,), (1,), (3,), (1,))
+    source = write_coco(tmp_path / "raw", labels=labels, broken=(4,))
     report = build(source, tmp_path / "out", max_bad_share=0.2, command="typed")
     assert report == json.loads((tmp_path / "out" / "build_report.json").read_text())
-    assert (report["kind"], report["seen"], report["examples"], report["boxes"]) == ("detection", 6, 5, 6)
+    assert (report["kind"], report["seen"], report["examples"], report["boxes"]) == ("detection", 6, 5, 7)
     assert report["distinct concepts"] == 3
     assert report["dropped"] == {"not an image": 1}
-    assert report["longest"]["boxes of an image"] == 2
+    assert (report["longest"]["boxes of an image"], report["longest"]["concepts of an image"]) == (3, 2)
     assert report["longest"]["tokens of a concept"] == 4  # [SOS] thing 1 [EOS]
     assert len(report["inputs"][str(source)]["sha256"]) == 64
     written = [path.stat().st_size for path in (tmp_path / "out").glob("*.array_record-*")]
@@ -137,7 +188,7 @@ def test_report(tmp_path):
     assert not (tmp_path / "out" / "building").exists()
     index = np.load(tmp_path / "out" / "index.npz")
     assert index["sizes"].tolist() == [[24, 32]] * 5
-    assert (index["num_boxes"].tolist(), index["num_concepts"].tolist()) == ([1, 2, 1, 1, 1], [1, 2, 1, 1, 1])
+    assert (index["num_boxes"].tolist(), index["num_concepts"].tolist()) == ([1, 3, 1, 1, 1], [1, 2, 1, 1, 1])
     assert report["command"] == "typed"
     assert prepare.summary(report, "data/mine").splitlines()[-1] == (
         'put in the config: config.detection.data = ("data/mine",)'

@@ -40,6 +40,21 @@ def test_cosines_of_names(tower, tmp_path, monkeypatch):
         np.testing.assert_allclose(found, cosine, atol=1e-5)
 
 
+def test_a_narrow_tower_has_one_head(tmp_path, monkeypatch):
+    given = {}
+
+    def encoder(**options):
+        given.update(options)
+        raise InterruptedError
+
+    arrays = {"projection/kernel": np.zeros((32, 4)), "position_embedding": np.zeros((77, 32)), "block0/x": np.zeros(1)}
+    save_file({f"text_encoder/{name}": array for name, array in arrays.items()}, tmp_path / "t.st")
+    monkeypatch.setattr(text_tower, "TextEncoder", encoder)
+    with pytest.raises(InterruptedError):
+        text_tower.similarities(["a"], ["b"], tower=str(tmp_path / "t.st"))
+    assert given == {"width": 32, "num_layers": 1, "num_heads": 1, "context_length": 16, "embed_dim": 4}
+
+
 def test_files_that_are_no_tower(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     save_file({"swin/x": np.zeros(1)}, tmp_path / "swin.st")
