@@ -139,6 +139,7 @@ def test_what_a_configuration_names_in_buckets_is_fetched(monkeypatch):
 
 
 def test_arguments_of_a_command_and_where_several_machines_write(tmp_path, monkeypatch, capsys):
+    tmp_path = tmp_path / "new" / "cache"
     monkeypatch.setenv("DETCLIP_BUCKET_CACHE", str(tmp_path))
     monkeypatch.setattr(buckets, "here", lambda text: text.replace("gs://", "/here/"))
     done = []

@@ -99,6 +99,10 @@ def test_where_a_label_stands_when_better_places_are_taken():
     assert labels.place_label(box, (50, 20), size, [above, (0, 100, 400, 125)]) == (100, 160, 150, 180)  # below it
     middle = [above, (0, 100, 400, 119), (0, 141, 400, 190)]
     assert labels.place_label(box, (50, 20), size, middle) == (100, 120, 150, 140)
+    for taken, left_end in (
+        ([(95, 80, 125, 100), (155, 80, 200, 100)], 130), ([(100, 80, 180, 100)], 180), ([(100, 80, 300, 100)], 80),
+    ):  # fmt: skip
+        assert labels.place_label(box, (20, 20), size, taken) == (left_end, 80, left_end + 20, 100)
     # away from it: where it is nearest, first from the left
     assert labels.place_label(box, (50, 20), size, [(0, 0, 400, 200)]) == (54, 204, 104, 224)
     assert labels.place_label(box, (50, 20), size, [(0, 90, 400, 300), (0, 0, 222, 90)]) == (222, 66, 272, 86)

@@ -159,6 +159,11 @@ def test_categories_with_boxes_are_told_apart_by_their_texts(world):
     _, truth = evaluation_set.read_evaluation(str(path), str(world / "images"))
     assert truth.vocabulary.category_ids == (1, 3, 4, 5, 6)  # what has no box is not asked for twice
     assert truth.categories.tolist() == [0, 2, 3, 4, 5]
+    for row in content["annotations"]:
+        row["category_id"] = {1: 2}.get(row["category_id"], row["category_id"])
+    path.write_text(json.dumps(content))
+    _, truth = evaluation_set.read_evaluation(str(path), str(world / "images"))
+    assert truth.vocabulary.category_ids == (2, 3, 4, 5, 6)  # wherever the one with boxes stands
 
 
 def test_a_line_of_pairs():
