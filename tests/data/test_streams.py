@@ -15,7 +15,7 @@ import pytest
 from conftest import CAPTIONS, NAMES, PHRASES, SIZES, detection_json, write_image
 
 from detclipv2_jax.data import streams, tokenizer
-from detclipv2_jax.data.schema import Batch, Kind, StalledError
+from detclipv2_jax.data.schema import Batch, DataError, Kind, StalledError
 from detclipv2_jax.data.streams import eval_streams, train_streams
 from detclipv2_jax.runs import sharding
 
@@ -714,6 +714,23 @@ def test_a_reader_that_hangs_is_named_when_its_time_is_over(config):
         next(stream.iterate())
     answers.set()
     assert stream._waited_for(0) == "everything can be read now"
+
+
+def test_errors_of_reading_say_what_they_are(config):
+    stream = train_streams(config)[-1]
+
+    def failing(error):
+        raise error
+        yield
+
+    with pytest.raises(DataError, match=r"image_text/64x64: exit code -9 Out of memory\?") as caught:
+        stream._next(failing(RuntimeError("exit code -9")), 0)
+    assert not isinstance(caught.value, StalledError)  # nothing is waited for
+    for error in (ValueError("as it is"), RuntimeError("BucketError: full")):
+        with pytest.raises(type(error), match=str(error)) as caught:
+            stream._next(failing(error), 0)
+        assert caught.value is error
+    assert stream._next(iter(()), 0) is None
 
 
 def test_examples_are_named_by_their_sources(config):

@@ -192,3 +192,5 @@ def test_streams_of_class_names_are_apart_and_repeated(folder, tmp_path, micro):
     assert pairs.batch(0).class_names is None
     micro.image_text.source_weights = (1.0, 0.5)
     assert [(stream.class_names, stream.weight) for stream in train_streams(micro)] == [(False, 2.0), (True, 1.0)]
+    micro.image_text.batch_size = 16
+    assert train_streams(micro)[1].capacities["table"] == 8  # three names, however many images

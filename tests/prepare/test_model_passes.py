@@ -15,6 +15,7 @@ from raw_files import write_tar
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.data import box_json
 from detclipv2_jax.data.built import read_built
+from detclipv2_jax.data.concepts import Vocabulary
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.inference import Predictor
 from detclipv2_jax.prepare import __main__ as prepare
@@ -165,10 +166,11 @@ def test_photos_of_tars_are_written_and_a_killed_pass_goes_on(tmp_path, monkeypa
     assert len(box_json.read_grounding(str(tmp_path / "out" / "grounding.json"), report["images"])) == 2
 
 
-def test_every_shard_is_passed_and_says_what_became_of_its_pairs(raw):
+def test_every_shard_is_passed_and_says_what_became_of_its_pairs(raw, predictor, monkeypatch):
+    monkeypatch.setattr(predictor, "step", 7)
     predictor, facts = model_passes.open_run("run")
     assert facts.keys() == {"weights", "step"}
-    assert facts["step"] == predictor.step
+    assert facts["step"] == 7
     assert predictor.detector
     source = write_pairs(raw, *[("red.png", f"photo {i}", []) for i in range(3)], ("gone.png", " ", []))
     reader = image_text.open_reader(source, str(raw), shard_size=2, pipeline="", max_phrases=8)
@@ -296,6 +298,123 @@ def test_the_misfit_is_the_mean_share_of_other_photos_that_are_better():
     assert found == [1.0, 0.0]
     assert judge._rank([("1",)], [photo(7)], []) == [0.0]
     assert judge._rank(texts, [None] * 3, [photo(1)]) == [None] * 3
+
+
+def labeller(**parts):
+    """Returns a labeller without a model."""
+    made = pseudo_boxes.Labeller.__new__(pseudo_boxes.Labeller)
+    made._limits = made._completing = types.SimpleNamespace(nms_iou=0.5)
+    made.__dict__.update(parts)
+    return made
+
+
+def test_names_of_a_dictionary_are_added_where_nothing_was_found():
+    asked = []
+    found = [pseudo_boxes.Box(word, xywh, 0.5) for word, xywh in (
+        (1, [0, 0, 10, 5]), (2, [0, 0, 10, 5.5]), (1, [50, 0, 9, 9]), (0, [90, 0, 9, 9]),
+    )]  # fmt: skip
+
+    def find(photo, text, mask, limits):
+        asked.append(mask.tolist())
+        return [pseudo_boxes.Box(0, [0, 0, 10, 10], 0.9)] if text == "padded" else found
+
+    names = ("red", "cat", "dog")
+    made = labeller(
+        _find=find, _names=names, _keys=[*names], _dictionary=("names", np.array([True, True, True, False]))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pseudo_boxes, "pad", lambda text, multiple: ("padded", np.array([True])))
+        caption, rows = made._boxes(None, "A cup. ", [("Cup", (2, 5))], np.zeros(1))
+        assert caption == "A cup. cat. red"  # a cat twice, the first of which covers a half; the dog covers more
+        assert [(row["phrase"], row["span"], row["completed"]) for row in rows] == [
+            ("Cup", (2, 5), False), ("cat", (7, 10), True), ("cat", (7, 10), True), ("red", (12, 15), True),
+        ]  # fmt: skip
+        made._boxes(None, "Reds", [("Reds", (0, 4))], np.zeros(1))
+        made._boxes(None, "A cup", [], None)
+    assert asked[1::2] == [[True, True, True, False], [False, True, True, False]]
+    assert asked[4] == [True, True, True, False]  # what one caption names the next one may lack
+
+
+def test_a_phrase_keeps_its_best_boxes():
+    class Found(NamedTuple):
+        boxes: np.ndarray
+        scores: np.ndarray
+        labels: np.ndarray
+        mask: np.ndarray
+
+    boxes = np.array([[1.234, 2, 11.239, 32]] * 6)
+    answer = Found(boxes, np.array([0.91236, 0.9, 0.8, 0.7, 0.6, 0.5]), np.array([3, 1, 3, 3, 1, 0]), np.arange(6) < 5)
+    detector = types.SimpleNamespace(predict=lambda *given: Found(*(array[None] for array in answer)))
+    made = labeller(_predictor=types.SimpleNamespace(detector=detector, params=None), _max_boxes=2)
+    found = made._find(None, None, None, None)
+    assert [(box.word, box.score) for box in found] == [(3, 0.9124), (1, 0.9), (3, 0.8), (1, 0.6)]
+    assert found[0].xywh == pytest.approx([1.23, 2, 10.01, 30], abs=1e-9)
+
+
+def test_photos_with_a_box_are_stored_one_after_the_other():
+    def rows(photo, caption, phrases, text):
+        spans = [(phrase, "none" not in caption) for phrase, _ in phrases]
+        return caption, [{"phrase": phrase, "completed": False} for phrase, has_box in spans if has_box]
+
+    def photos(images):
+        if images == [b"bad x"]:
+            raise ValueError("no photo")
+        return types.SimpleNamespace(original_size=np.array([[5, 6]]))
+
+    made = labeller(_boxes=rows, _encode=lambda texts: np.zeros((len(texts), 2)))
+    made._predictor = types.SimpleNamespace(photos=photos)
+    stored = []
+
+    def store(number, photo):
+        stored.append((number, photo))
+        return f"photo {number}"
+
+    pairs = Pairs(["a x", "none x", "bad x", "b", "c x"])
+    found = made.label(pairs.read(0, Tally()), store)
+    assert stored == [(0, b"a x"), (1, b"c x")]
+    assert [(image["file_name"], image["height"], image["width"]) for image in found["images"]] == [
+        ("photo 0", 5, 6), ("photo 1", 5, 6),
+    ]  # fmt: skip
+    counts = {"phrases": 5, pseudo_boxes.NOT_IN_CAPTION: 1, "photos that cannot be read": 1}
+    assert found["counts"] == counts
+    assert (found["with a box"], found["without"]) == ({"x": 2}, {"x": 1})
+
+
+def test_what_is_found_belongs_to_all_options():
+    plain = {"dictionary": None, "score_threshold": 0.2, "completion_threshold": 0.3, "nms_iou": 0.5, "max_boxes": 3}
+    changes = [{}, *({key: 0.7} for key in ("score_threshold", "completion_threshold", "nms_iou")), {"max_boxes": 4}]
+    changes += [
+        {"dictionary": Vocabulary((name,), (text,))} for name, text in (("red", ""), ("blue", ""), ("red", "x"))
+    ]
+    plans = [json.dumps(pseudo_boxes.Labeller("run", **plain | change).plan) for change in changes]
+    # names are looked for as they are encoded: the planted model's without definitions
+    assert len(set(plans)) == len(plans) - 1
+    assert plans[5] == plans[7]
+
+
+def test_progress_counts_pairs_that_are_done_too(tmp_path, monkeypatch):
+    updates = []
+
+    class Progress:
+        def __init__(self, **options):
+            updates.append(options["total"])
+
+        def __enter__(self):
+            return types.SimpleNamespace(update=lambda num=1: updates.append(num))
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(model_passes.tqdm, "tqdm", Progress)
+    pairs = Pairs(["a", "b"], ["c"])
+    for expected in ([None, 1, 1, 1], [None, 2, 1]):
+        updates.clear()
+        work = lambda shard, read: {"num": len([*read])}  # noqa: E731
+        assert [part["num"] for part in model_passes.over_shards(pairs, tmp_path, plan=1, work=work, what="x")] == [
+            2,
+            1,
+        ]
+        assert updates == expected
 
 
 def test_spans_of_phrases_and_overlaps_of_boxes():
