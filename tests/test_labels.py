@@ -128,7 +128,12 @@ def test_a_label_is_written_in_its_field_and_led_to_its_box_from_afar(monkeypatc
     font, color = labels.AsciiFont(12), (0, 90, 0)
     box, places = np.array([[100.0, 100, 150, 140]]), []
     monkeypatch.setattr(labels, "place_label", lambda *_: places[-1])
-    for at, led in (((100, 80, 160, 99), False), ((151, 110, 211, 130), False), ((170, 110, 230, 130), True)):
+    for at, led in (
+        ((100, 80, 160, 99), False),
+        ((110, 141, 170, 160), False),
+        ((151, 110, 211, 130), False),
+        ((170, 110, 230, 130), True),
+    ):
         places.append(at)
         picture, plain = Image.new("RGB", (300, 200)), Image.new("RGB", (300, 200))
         labels.draw(picture, box, ["a\n b"], [color], font=font)

@@ -115,6 +115,13 @@ def test_samples_of_a_tar(tmp_path, monkeypatch):
     assert tally.seen == 8  # the second photo of one key is another sample
     assert dict(tally.noted) == {"sample with the key of another": 1}
     assert dict(tally.dropped) == {"empty caption": 2, "sample without a caption": 2}
+    texts = {"a.txt": text.decode().encode("utf-16"), "a.json": b'{"caption": "of json"}', "b.txt": b"b \xff c"}
+    found, tally = read_tar(tmp_path / "d.tar", **{"a.png": photo, **texts, "b.png": photo, "c.png": photo},
+                            **{"c.json": b'{"caption": 3}'})  # fmt: skip
+    assert [caption for _, caption in found] == ["of json", "b c"]
+    assert dict(tally.noted) == {
+        "caption in UTF-16 left out": 1, "invalid UTF-8 left out": 1, "caption that is no text left out": 1
+    }  # fmt: skip
     found, _ = read_tar(tmp_path / "c.tar", **{"a.jpg": b"p" * 70_000, "a.txt": text})  # larger than a name may be
     assert len(found) == 1
     monkeypatch.setattr(image_text, "_MAX_SAMPLE_BYTES", 37)
