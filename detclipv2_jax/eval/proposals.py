@@ -75,18 +75,18 @@ def evaluate(
 
 
 def table(scores: dict[str, float]) -> str:
-    """Returns scores as a line of text for each limit, in percent, and a note if they are not by frequency.
-
-    A dash stands where there was nothing to measure.
-    """
+    """Returns scores as a line of text for each limit, in percent; a dash where there was nothing to measure."""
     lines: dict[str, list[str]] = {}
     for name, value in scores.items():
         text = f"{name} {'-' if value < 0 else format(100 * value, '.1f')}"
         lines.setdefault(name.partition("@")[2], []).append(text)
-    rows = ["   ".join(line) for line in lines.values()]
-    if not any(name.startswith(f"{LEAD}AR{letter}@") for name in scores for letter in FREQUENCIES):
-        rows.append(_NO_FREQUENCY)
-    return "\n".join(rows)
+    return "\n".join("   ".join(line) for line in lines.values())
+
+
+def report(scores: dict[str, float]) -> str:
+    """Returns the table, and what is missing if no score is by frequency; too long for the log of a run."""
+    by_frequency = any(name.startswith(f"{LEAD}AR{letter}@") for name in scores for letter in FREQUENCIES)
+    return table(scores) if by_frequency else f"{table(scores)}\n{_NO_FREQUENCY}"
 
 
 def _best(found: Found, limit: int) -> Found:
@@ -105,7 +105,7 @@ def _places(found: Found) -> Found:
     return dataclasses.replace(found, categories=np.zeros_like(found.categories))
 
 
-command = functools.partial(coco.score, evaluate=evaluate, ap=KIND, table=table, rename=dict)
+command = functools.partial(coco.score, evaluate=evaluate, ap=KIND, table=report, rename=dict)
 
 if __name__ == "__main__":
     sys.exit(commands.run(command, about=__doc__))

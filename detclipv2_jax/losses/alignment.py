@@ -74,7 +74,8 @@ def alignment_loss(
 
     S = scale * embeddings . text^T + bias is computed in chunks of concepts, each with its gradient, and never held
     whole: for grounding it has 4 images x 22,400 anchors x 12,800 concepts a device. Every device goes through the
-    chunks on its own; the gradient of the texts is summed over the devices once, at the end.
+    chunks on its own; the gradient of the texts is summed over the devices once, at the end. On NVIDIA GPUs a kernel
+    holds no chunk of S either, see `alignment_pallas`; federated data are left to XLA.
 
     Rows of `embeddings` are split over the devices of `jax.set_mesh`. `concepts`, de-duplicated ones first, are the
     same on all devices; `concept_mask` is False for rows of its text that are no concept.
@@ -104,7 +105,7 @@ class _Columns(NamedTuple):
     text: Float[Array, "*chunks c d"]
     mask: Bool[Array, "*chunks c"]
     rows: Int[Array, "*chunks c"]  # their numbers
-    verified: Bool[Array, "b *chunks c"] | None  # see `AnchorTargets`; within a scan the chunks come first
+    verified: Bool[Array, "b *chunks c"] | None  # see `AnchorTargets`; within the loop over chunks they come first
 
     def chunks(self, size: int) -> _Columns:
         """Returns the same in chunks of a size, the last one padded with what is no concept."""
@@ -139,8 +140,9 @@ def _with_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) 
         jnp.pad(embeddings, ((0, 0), (0, more), (0, 0))), scale, bias, jnp.pad(mask, ((0, 0), (0, more))),
         jnp.pad(labels, ((0, 0), (0, more), (0, 0))),
     )  # fmt: skip
-    row_bytes = embeddings.dtype.itemsize * _num_regions(regions)
-    size = chunk_size(columns.text.shape[0], row_bytes, settings.chunk_bytes)
+    entry = embeddings.dtype.itemsize
+    budget = min(settings.chunk_bytes, alignment_pallas.MAX_ENTRIES * entry)
+    size = chunk_size(columns.text.shape[0], entry * _num_regions(regions), budget)
     tile = alignment_pallas.CONCEPTS
     return _in_chunks(settings, _of_chunk_in_kernel, regions, columns.chunks(math.ceil(size / tile) * tile))
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from detclipv2_jax.losses.selection_pallas import DEPTH
 
 REGIONS, CONCEPTS = 128, 64  # of a tile, of which several arrays are at work at once
+MAX_ENTRIES = 1 << 30  # of a gradient: offsets within a kernel have 32 bits
 
 
 def sums_and_gradient(

@@ -124,7 +124,7 @@ def test_part_of_the_images_and_what_is_drawn_and_recorded(dataset, tmp_path, mo
     with caplog.at_level("INFO", logger="absl"):
         scores = evaluate(params, step=0)
     named = {name: value for name, value in scores.items() if name.startswith(names.SCORES)}
-    assert f":\n{coco.table(scores)}\n{names.table(named)}" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith(f":\n{coco.table(scores)}\n{names.table(named)}")
     assert scores["AP50"] > 0.95  # the others do not count as missed
     protocol = json.loads((tmp_path / "eval" / "step_00000000_scores.json").read_text())["protocol"]
     assert (protocol["images_evaluated"], protocol["images_listed"]) == (4, NUM_IMAGES)

@@ -41,11 +41,11 @@ def test_objects_are_found_under_whatever_name():
 
 
 def test_a_report_without_frequencies_says_what_they_would_add():
-    assert "frequency" not in proposals.table(proposals.evaluate(TRUTH, [row(1, 2, [0, 0, 10, 10], 0.9)]))
+    assert "frequency" not in proposals.report(proposals.evaluate(TRUTH, [row(1, 2, [0, 0, 10, 10], 0.9)]))
     plain = TRUTH | {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}
     scores = proposals.evaluate(plain, [row(1, 2, [0, 0, 10, 10], 0.9)])
     assert not {name for name in scores if name[:-3].endswith(("ARr", "ARf"))}
-    *lines, note = proposals.table(scores).splitlines()
+    *lines, note = proposals.report(scores).splitlines()
     assert len(lines) == 3
     assert note.startswith('no AR of novel and base objects: no category of the annotations has a "frequency"')
 

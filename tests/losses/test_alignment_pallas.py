@@ -97,6 +97,33 @@ def test_the_loss_with_the_kernel_is_that_without(chunk_bytes, monkeypatch):
     assert not np.any(found[1][1][129:])
 
 
+def test_a_large_budget_makes_no_gradient_whose_offsets_need_more_than_32_bits(monkeypatch):
+    seen = []
+
+    def kernel(embeddings, text, **rest):
+        seen.append((embeddings.shape[0], text.shape[0]))
+        return jnp.zeros(3), jnp.zeros((embeddings.shape[0], text.shape[0]), embeddings.dtype)
+
+    monkeypatch.setattr(split, "by_platform", lambda *arguments, cuda, default: cuda(*arguments))
+    monkeypatch.setattr(alignment_pallas, "sums_and_gradient", kernel)
+    shape = jax.ShapeDtypeStruct
+
+    def loss(embeddings, text, rows):
+        return alignment.alignment_loss(
+            embeddings,
+            Concepts(text, jnp.float32(1.0), jnp.float32(0.0)),
+            concept_mask=jnp.ones(text.shape[0], bool),
+            targets=alignment.AnchorTargets(rows[..., 0] > -2, rows[..., 0] >= 0, rows),
+            settings=alignment.FocalSettings(alpha=0.25, gamma=2.0, chunk_bytes=1 << 40),
+        )
+
+    jax.eval_shape(
+        loss, shape((64, 22400, 64), "bfloat16"), shape((12800, 64), "bfloat16"), shape((64, 22400, 1), "int32")
+    )
+    assert seen[0][0] == 64 * 22400
+    assert 2**29 < seen[0][0] * seen[0][1] < 2**31
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_block_holds_of_a_product_fits_the_smallest_gpu(dtype):
     given = example(size=512, dtype=dtype)
