@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import logging
 import os
 import pathlib
 import signal
@@ -75,6 +76,12 @@ HEAVY = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: HEAVY.index(item.path.name) if item.path.name in HEAVY else len(HEAVY))
+
+
+@pytest.fixture(autouse=True)
+def all_levels():
+    """Every test begins with logs of all levels, whatever a command of the one before it has set."""
+    logging.getLogger("absl").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

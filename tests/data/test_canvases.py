@@ -60,7 +60,7 @@ def test_photos_are_where_they_are_largest_and_of_such_canvases_padded_least(fit
 
 def test_photos_of_which_nothing_is_known_have_a_canvas_too(fitted, caplog):
     """They are skipped when they are read, and reported."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     (pathlib.Path(fitted.image_text.images) / "2.jpg").write_bytes(b"no photo")
     fitted.image_text.max_bad_share = 0.2
     streams = [stream for stream in train_streams(fitted) if stream.kind.value == "image_text"]

@@ -309,7 +309,7 @@ def test_categories_without_a_box_are_said(caplog):
         {"id": 0, "name": "animals"},
         *({"id": i, "name": n, "supercategory": "animals"} for i, n in ((1, "cat"), (2, "dog"))),
     ]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="absl"):
         selection.say_unused(parent, {0, 1, 2}, "f", option="drop")
         assert not caplog.records
         selection.say_unused(parent, {1, 2}, "f", option="drop")
@@ -322,7 +322,7 @@ def test_categories_without_a_box_are_said(caplog):
 def test_ten_categories_without_a_box_are_named(caplog):
     for num, more in ((1, False), (10, False), (11, True)):
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="absl"):
             selection.say_unused([{"id": i, "name": str(i)} for i in range(num)], set(), "f", option="drop")
         assert (" …." in caplog.text) == more
         assert "supercategory" not in caplog.text  # of others, which there are none of
