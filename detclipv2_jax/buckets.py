@@ -21,13 +21,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from detclipv2_jax import bucket_store, files
+from detclipv2_jax import atomic, bucket_store
 from detclipv2_jax.bucket_store import BucketError, Place, names_below, place, read, write
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 BUILDING = "building"  # folder of an --output of `prepare`, where several machines leave their parts
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 _NUM_THREADS = 8
 _UNUSED_S = 7 * 24 * 3600
 
@@ -103,7 +104,7 @@ def begin(paths: Iterable[str]) -> None:
     """
     for path in paths:
         where = place_of(path)
-        if where and path not in _begun and path.lower().endswith(files.IMAGE_SUFFIXES):
+        if where and path not in _begun and path.lower().endswith(IMAGE_SUFFIXES):
             known = _known(path, where)
             if known is not None:
                 _begun[path] = bucket_store.begin(where, known=known)
@@ -129,9 +130,9 @@ def fetch(path: str | os.PathLike[str]) -> bytes | None:
             os.utime(path)
             return None
         _meter(root()).add(len(content))
-        with files.whole(path) as partial:
+        with atomic.whole(path) as partial:
             partial.write_bytes(content)
-        with files.whole(version) as partial:
+        with atomic.whole(version) as partial:
             partial.write_bytes(b"%d %s" % (os.stat(path).st_ino, current))
     except FileNotFoundError:  # another process made room
         return content if content is not None else fetch(path)
@@ -184,7 +185,7 @@ class _Meter:
         for when, size, path in sorted(entries):
             if total <= goal:
                 return
-            if path.lower().endswith(files.IMAGE_SUFFIXES) or when < time.time() - _UNUSED_S:
+            if path.lower().endswith(IMAGE_SUFFIXES) or when < time.time() - _UNUSED_S:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 total -= size
@@ -326,7 +327,7 @@ def download(where: Place, folder: Path) -> list[Place]:
     names = names_below(where)
 
     def get(name: str) -> None:
-        with files.whole(folder / name) as partial:
+        with atomic.whole(folder / name) as partial:
             partial.write_bytes(read(where.below(name))[0] or b"")
 
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, text as people write it, file names from data, what is a file at all, locks."""
+"""Files, also of buckets: text as people write it, file names from data, what is a file at all, locks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import stat
-import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,11 +22,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
+from detclipv2_jax import atomic, buckets
+
 _OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff")
 _MAX_LINE_BYTES = 1 << 26  # a longer line is no text
 _MAX_NAME_BYTES = 120  # file systems take 255; suffixes, step numbers and partial files need room
 _UNSAFE = re.compile(r"[^\w .,()+=@-]|^[ .-]|[ .]$")
@@ -55,17 +55,6 @@ def no_room(error: BaseException) -> str:
     return next((text for text in map(os.strerror, _NO_ROOM) if text in str(error)), "")
 
 
-@contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives an OSError of what is inside the name of the file, which those of writing do not have."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and error.filename is None:
-            error.filename = os.fspath(path)
-        raise
-
-
 def check_here(place: str, *, where: str) -> None:
     """Raises a ValueError for hf://, https://, gs:/ and the like, which would become a folder of that name here."""
     if _ELSEWHERE.match(place):
@@ -91,8 +80,6 @@ def read_bytes(path: str | os.PathLike[str], *, num: int = -1) -> bytes:
       OSError: as `open`.
       buckets.BucketError: a file of a bucket cannot be fetched.
     """
-    from detclipv2_jax import buckets  # here: it imports this module
-
     if buckets.place_of(path):
         return buckets.content(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -319,43 +306,13 @@ def only_writer(folder: Path, name: str = "") -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields where to write a file, which replaces `path` when all went well; it stays as it was after anything else,
-    and where it has that content already.
-
-    The folder is made if need be. The place is beside `path`, so that the last step is one of the file system, and
-    keeps the suffix, which some writers go by.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_native_id()}{path.suffix}")
-    try:
-        with naming(path):
-            yield partial
-        if not _has_content_of(path, partial):
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _has_content_of(path: Path, other: Path) -> bool:
-    if not path.is_file() or path.stat().st_size != other.stat().st_size:
-        return False
-    with path.open("rb") as file, other.open("rb") as other_file:
-        while (part := file.read(1 << 20)) == other_file.read(1 << 20):
-            if not part:
-                return True
-    return False
-
-
 def write_text(path: str | os.PathLike[str], pieces: Iterable[str]) -> None:
-    """Writes a text file from its pieces, see `whole`."""
+    """Writes a text file from its pieces, see `atomic.whole`."""
     # half of a surrogate pair, as in file names that are not UTF-8, becomes \\udcff, which JSON reads as the same
-    with whole(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic.whole(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(pieces)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = None) -> None:
-    """Writes a JSON file, see `whole`."""
+    """Writes a JSON file, see `atomic.whole`."""
     write_text(path, [json.dumps(content, indent=indent, ensure_ascii=False), "\n"])

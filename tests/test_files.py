@@ -14,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 
 TEXT = "name\tdéf\nа\tb\n"
 
@@ -175,7 +175,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
     assert path.read_text(encoding="utf-8") == '{"AP": 1, "name": "é"}\n'
 
     def interrupted():
-        with files.whole(path) as partial:
+        with atomic.whole(path) as partial:
             assert (partial.parent, partial.suffix) == (path.parent, ".json")
             assert str(os.getpid()) in partial.name  # another process has its own
             partial.write_text("half")
@@ -246,11 +246,11 @@ def test_a_folder_that_was_written_keeps_no_lock(tmp_path):
 
 def test_threads_write_a_file_apart_from_each_other(tmp_path):
     def place():
-        with files.whole(tmp_path / "a.json") as partial:
+        with atomic.whole(tmp_path / "a.json") as partial:
             partial.write_text("{}")
             return partial
 
-    with concurrent.futures.ThreadPoolExecutor(1) as thread, files.whole(tmp_path / "a.json") as partial:
+    with concurrent.futures.ThreadPoolExecutor(1) as thread, atomic.whole(tmp_path / "a.json") as partial:
         partial.write_text("[]")
         assert thread.submit(place).result() != partial
     assert (tmp_path / "a.json").read_text() == "[]"
@@ -337,7 +337,7 @@ def test_errors_of_a_full_disk_are_known_and_name_the_file(tmp_path):
     assert files.no_room(OSError(13, "Permission denied")) == files.no_room(ValueError("no room")) == ""
 
     def fails(*error):
-        with files.whole(tmp_path / "a.json"):
+        with atomic.whole(tmp_path / "a.json"):
             raise OSError(*error)
 
     with pytest.raises(OSError, match=rf"{reason}: '{tmp_path}/a\.json'$"):

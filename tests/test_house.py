@@ -3,6 +3,7 @@
 import ast
 import collections
 import functools
+import graphlib
 import itertools
 import json
 import pathlib
@@ -24,7 +25,7 @@ from detclipv2_jax.runs.optimizer import make_optimizer
 
 PACKAGE = pathlib.Path(train_step.__file__).parent
 # import nothing but each other, so that everything may import them
-FOR_ALL = ("bucket_store", "buckets", "chips", "colors", "commands", "config", "config_json", "files", "labels")
+FOR_ALL = ("atomic", "bucket_store", "buckets", "chips", "colors", "commands", "config", "config_json", "files", "labels")
 # rooms and what each may import beside these: only rooms below it. A command (`__main__`) is a part of its own, which
 # nobody imports
 MAY_IMPORT = {
@@ -90,6 +91,16 @@ def test_rooms_form_no_circle():
 
     for part in MAY_IMPORT:
         below(part, ())
+
+
+def test_modules_form_no_circle():
+    """Nor do imports inside functions or for types alone."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    found = {name: {one for one in imports(path) if one in files} for name, path in files.items()}
+    rooms = {name for name in files if any(other.startswith(f"{name}.") for other in files)}
+    graph = {name: {one for one in found[name] if one not in rooms} for name in files if name not in rooms}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def parameters(function):

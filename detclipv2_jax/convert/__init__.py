@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.convert import layouts
 from detclipv2_jax.convert.reading import read
 from detclipv2_jax.runs.pretrained import FRESH, KEYS, ROOTS
@@ -49,7 +49,7 @@ def run(part: str, *, input: str, output: str, layout: str = "") -> str:
         found = layouts.from_checkpoint(part, weights, what=str(source))
     metadata = {"layout": found.layout, "source": source.name, "source_sha256": files.sha256(source)}
     metadata |= {"source_bytes": str(source.stat().st_size), "format": "pt" if ours else "detclipv2_jax"}
-    with files.whole(target) as partial:
+    with atomic.whole(target) as partial:
         save_file(found.params, partial, metadata=metadata)
     return _report(part, found, target, back=ours)
 

@@ -27,7 +27,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.data import workers
 from detclipv2_jax.data.scene_drawing import COLORS, Scene, Thing, draw
 from detclipv2_jax.data.shapes import BASE_SHAPES, NOVEL_SHAPES
@@ -133,7 +133,7 @@ def exchange_captions(lines: Sequence[str], share: float, *, seed: int | Sequenc
 
 def _write_image(path: Path, image: np.ndarray) -> None:
     options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    with files.naming(path):
+    with atomic.naming(path):
         path.write_bytes(cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes())
 
 

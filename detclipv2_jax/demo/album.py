@@ -16,8 +16,9 @@ from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
+from detclipv2_jax import buckets
 from detclipv2_jax.data import transforms
-from detclipv2_jax.files import IMAGE_SUFFIXES, printable, read_bytes
+from detclipv2_jax.files import printable, read_bytes
 
 MAX_LISTED = 60  # photos of a folder
 MAX_UPLOADS = 20  # older ones are forgotten
@@ -115,7 +116,7 @@ def _images_of(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
         folders.sort()
         for name in sorted(names):
             path = pathlib.Path(place, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.resolve().is_relative_to(inside):
+            if path.suffix.lower() in buckets.IMAGE_SUFFIXES and path.resolve().is_relative_to(inside):
                 yield path
 
 

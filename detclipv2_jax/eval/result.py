@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.data.truth import Truth
 
 # scores that a run may go by
@@ -110,7 +110,7 @@ class Parts:
         if self.done == self._written:
             return
         rows = Rows.concatenate(self._pending)
-        with files.whole(self._folder / f"{self._written:06d}-{self.done:06d}.rows") as partial:
+        with atomic.whole(self._folder / f"{self._written:06d}-{self.done:06d}.rows") as partial:
             partial.write_bytes(_packed(rows, batches=(self._written, self.done)))
         self._parts.append(rows)
         self._pending, self._written, self._written_at = [], self.done, time.monotonic()

@@ -2,7 +2,8 @@
 
 from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos
 from detclipv2_jax.inference.detector import Detector
-from detclipv2_jax.inference.predictor import Found, Predictor
+from detclipv2_jax.inference.found import Found
+from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.vocabulary import parse_words
 
 __all__ = [

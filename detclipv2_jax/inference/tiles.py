@@ -16,7 +16,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,9 +25,7 @@ from jaxtyping import Bool, Float, Int
 from detclipv2_jax.data import transforms
 from detclipv2_jax.geometry import nms as nms_lib
 from detclipv2_jax.inference.detect import Limits
-
-if TYPE_CHECKING:
-    from detclipv2_jax.inference.predictor import Found
+from detclipv2_jax.inference.found import Found
 
 MIN_TILE_PX = 32
 BORDER = 0.01  # of the tile's side: a box that ends so near to its border is taken for cut

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.data import concepts, tokenizer
 from detclipv2_jax.data.box_json import read_vocabulary
 
@@ -94,7 +94,7 @@ def weights_key(params: Any) -> str:
 
 def save(path: str | pathlib.Path, embeddings: Embeddings, *, key: str) -> None:
     """Writes embeddings with the key of what they were made of, at once or not at all."""
-    with files.whole(path) as partial:
+    with atomic.whole(path) as partial:
         np.savez(partial, embeddings=embeddings, key=np.array(key))
 
 

@@ -14,9 +14,9 @@ import cv2
 import tqdm
 from absl import logging
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, buckets, files
 from detclipv2_jax.data import transforms
-from detclipv2_jax.files import IMAGE_SUFFIXES, printable, safe_names
+from detclipv2_jax.files import printable, safe_names
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
@@ -74,7 +74,7 @@ def _frames(video: pathlib.Path, folder: pathlib.Path, *, every: int) -> list[pa
                     good, pixels = capture.retrieve()
                     if not good:
                         break
-                    with files.whole(_name(folder, num_frames)) as partial:
+                    with atomic.whole(_name(folder, num_frames)) as partial:
                         cv2.imwrite(str(partial), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
                 num_frames += 1
                 progress.update()
@@ -110,7 +110,7 @@ def list_images(images: str, *, output: str = "") -> list[pathlib.Path]:
         where = "stdin"
     elif os.path.isdir(images):
         paths = _images_of_folder(images, without=os.path.realpath(output) if output else "")
-        where = f"the folder {images} (it looks for {' '.join(IMAGE_SUFFIXES)})"
+        where = f"the folder {images} (it looks for {' '.join(buckets.IMAGE_SUFFIXES)})"
     elif os.path.isfile(images):  # before the pattern: names may hold brackets
         return [pathlib.Path(images)]
     else:
@@ -132,7 +132,7 @@ def _images_of_folder(folder: str, *, without: str) -> list[pathlib.Path]:
         folders[:] = [name for name in folders if name not in linked and os.path.join(inside, name) != without]
         for name in names:
             suffix = pathlib.Path(name).suffix.lower()
-            if suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
+            if suffix in (*buckets.IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
                 paths.append(pathlib.Path(place, name))
             else:
                 left_out[suffix or "without suffix"] += 1

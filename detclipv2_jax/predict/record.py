@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.inference import Found
 
 _COLUMNS = 6  # x1, y1, x2, y2, score, label
@@ -43,7 +43,7 @@ class Record:
         self._offsets: dict[str, int] = {}
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(files.only_writer(path.parent))
-        with files.naming(path), path.open("a+b") as file:
+        with atomic.naming(path), path.open("a+b") as file:
             file.seek(0)
             first = file.readline()
             if not first.endswith(b"\n"):
@@ -80,7 +80,7 @@ class Record:
         """Puts what was found on a photo on disk."""
         table = np.concatenate([found.boxes.reshape(-1, 4), found.scores[:, None], found.labels[:, None]], axis=1)
         rows = base64.b64encode(np.ascontiguousarray(table, "<f4").tobytes()).decode()  # labels too are exact
-        with files.naming(self._path), self._path.open("ab") as file:
+        with atomic.naming(self._path), self._path.open("ab") as file:
             offset = file.tell()
             file.write(_line({"photo": str(path), "facts": _facts(path), "size": found.size, "rows": rows}))
         self._offsets[str(path)] = offset

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax import files
+from detclipv2_jax import buckets, files
 from detclipv2_jax.data.checks import resolve
 from detclipv2_jax.data.concepts import Vocabulary, display_name
 from detclipv2_jax.data.schema import UnusableError
@@ -70,7 +70,7 @@ class FolderReader(ClassReader):
             (str(photo.relative_to(folder)), label)
             for label, name in enumerate(classes)
             for photo in sorted((folder / name).rglob("*"))
-            if photo.suffix.lower() in files.IMAGE_SUFFIXES
+            if photo.suffix.lower() in buckets.IMAGE_SUFFIXES
         ]
         if not self._photos:
             raise ValueError(

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from detclipv2_jax import files
+from detclipv2_jax import buckets, files
 from detclipv2_jax.data.checks import missing_photos, resolve, unsafe_path
 from detclipv2_jax.data.concepts import Vocabulary, is_visible
 from detclipv2_jax.data.phrases import MAX_CHARACTERS, check_pipeline, normalize, noun_phrases
@@ -38,7 +38,7 @@ from detclipv2_jax.data.sources import is_json, parse_pair
 from detclipv2_jax.prepare.box_json import describe_file
 from detclipv2_jax.prepare.record_builder import Reader, RecordBuilder, Tally
 
-_IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
+_IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in buckets.IMAGE_SUFFIXES)
 _MAX_SAMPLE_BYTES = 1 << 28  # of what is read of a sample of a tar
 _MAX_NAME_BYTES = 1 << 16  # of a header of a tar that holds a long name
 _MAX_ZEROS = 1 << 16  # blocks between archives in a file

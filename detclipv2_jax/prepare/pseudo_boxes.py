@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.data.checks import refuse_above_share
 from detclipv2_jax.data.concepts import Vocabulary, key
 from detclipv2_jax.data.spans import span_of
@@ -225,7 +225,7 @@ def _make(
     def work(shard: int, pairs: model_passes.Pairs) -> dict[str, Any]:
         def store(number: int, photo: bytes) -> str:
             name = f"{IMAGES}/{shard:06d}/{number:06d}.jpg"
-            with files.whole(output / name) as path:
+            with atomic.whole(output / name) as path:
                 path.write_bytes(photo)
             return name
 

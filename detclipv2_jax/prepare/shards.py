@@ -40,7 +40,7 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from detclipv2_jax import buckets, files
+from detclipv2_jax import atomic, buckets, files
 from detclipv2_jax.data import workers
 from detclipv2_jax.data.built import INDEX, PHRASES, REPORT, VOCABULARY
 from detclipv2_jax.data.checks import refuse_above_share
@@ -361,7 +361,7 @@ def _write_metadata(builder_class: type[RecordBuilder], job: Job, output: Path, 
         if (written := job.file(shard, "array_record")).is_file():
             written.rename(path)
     table = np.concatenate([_index(job, shard, num=tallies[shard].examples) for shard in filled])
-    with files.whole(output / INDEX) as partial:
+    with atomic.whole(output / INDEX) as partial:
         np.savez(partial, sizes=table[:, :2], num_boxes=table[:, 2], num_concepts=table[:, 3])
     files.write_json(output / VOCABULARY, dataclasses.asdict(job.reader.vocabulary), indent=1)
     builder = builder_class.of(job.reader, data_dir=output)

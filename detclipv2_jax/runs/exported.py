@@ -21,7 +21,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.runs import state
 from detclipv2_jax.runs.optimizer import param_name
@@ -84,9 +84,9 @@ def save(
     files.write_text(folder / "config.json", [config_json.to_json(config)])
     if words and embeddings is not None:
         files.write_json(folder / WORDS, {"words": list(words), "definitions": list(words.values())}, indent=1)
-        with files.whole(folder / EMBEDDINGS) as partial:
+        with atomic.whole(folder / EMBEDDINGS) as partial:
             save_file({"embeddings": embeddings}, partial, metadata=about)
-    with files.whole(folder / WEIGHTS) as partial:  # last: without it, it is no export
+    with atomic.whole(folder / WEIGHTS) as partial:  # last: without it, it is no export
         save_file({name: flat[name] for name in sorted(flat)}, partial, metadata=about)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from detclipv2_jax import files
+from detclipv2_jax import atomic, files
 
 
 def folder() -> pathlib.Path | None:
@@ -98,7 +98,7 @@ def _export(function: Callable, leaves: Sequence[Any], tree: Any, *, path: pathl
         return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
     exported = jax.export.export(jax.jit(flat))(*leaves)
-    with contextlib.suppress(OSError), files.whole(path) as partial:  # a full disk costs time alone
+    with contextlib.suppress(OSError), atomic.whole(path) as partial:  # a full disk costs time alone
         partial.write_bytes(exported.serialize())
     return exported
 

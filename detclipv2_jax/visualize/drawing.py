@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from detclipv2_jax import files, labels
+from detclipv2_jax import atomic, labels
 from detclipv2_jax.colors import WHITE, Color
 from detclipv2_jax.visualize.letters import Letters
 
@@ -145,6 +145,6 @@ def frame(picture: Picture) -> Picture:
 
 def save(picture: Picture, path: str | pathlib.Path | None) -> Picture:
     if path is not None:
-        with files.whole(path) as partial:
+        with atomic.whole(path) as partial:
             Image.fromarray(picture).save(partial, quality=92)  # of JPEG; other formats have none
     return picture

@@ -4,7 +4,7 @@ from tests.mutations.fault import plant
 
 FAULTS = [
     *plant(
-        "files.py", "test_files.py::test_a_file_of_the_same_content_stays_and_any_other_is_replaced",
+        "atomic.py", "test_files.py::test_a_file_of_the_same_content_stays_and_any_other_is_replaced",
         ("            if not part:\n", "            if part:\n"),
         ("path.stat().st_size != other.stat().st_size", "path.stat().st_size == other.stat().st_size"),
     ),

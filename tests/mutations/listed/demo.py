@@ -7,8 +7,8 @@ FAULTS = [
         "demo/album.py",
         "demo/test_page.py",
         (
-            "path.suffix.lower() in IMAGE_SUFFIXES and path.resolve().is_relative_to(inside)",
-            "path.suffix.lower() in IMAGE_SUFFIXES",
+            "path.suffix.lower() in buckets.IMAGE_SUFFIXES and path.resolve().is_relative_to(inside)",
+            "path.suffix.lower() in buckets.IMAGE_SUFFIXES",
             "::test_an_album_has_the_photos_of_its_folder_only",
         ),
         ("if len(self._entries) == MAX_LISTED:", "if False:", "::test_a_large_folder_is_shown_in_part"),

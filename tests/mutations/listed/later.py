@@ -254,8 +254,6 @@ FAULTS = [
         (".hexdigest()[:12]", ".hexdigest()[:3]"),
         ("num_other += 1", "num_other = 1"),
         ("file.truncate(0)", "pass"),
-        ("path.parent.mkdir(parents=True, exist_ok=True)", "path.parent.mkdir(exist_ok=True)"),
-        (".{path.stem}.{os.getpid()}-{threading.get_native_id()}{path.suffix}", ".{path.stem}{path.suffix}"),
         ("errors=\"backslashreplace\"", "errors=\"replace\""),
         ("if not encoding and 4", "if 4"),
     ),

@@ -281,11 +281,14 @@ FAULTS = [
         ("_ROUNDING_PX = 1.0", "_ROUNDING_PX = 10.0", "::test_wrong_examples_are_one_clear_error"),
     ),
     *plant(
-        "inference/predictor.py", "inference/test_inference.py",
+        "inference/found.py", "inference/test_inference.py",
         (".round(3).tolist()", ".round(0).tolist()", "::test_what_was_found_is_written_and_drawn"),
         ("min_score=min_score, max_drawn=max_drawn)", "min_score=min_score, max_drawn=20)", "::test_what_was_found_is_written_and_drawn"),
         ("self.boxes[drawn] * photo.scale * factor", "self.boxes[drawn] * factor", "::test_what_was_found_is_written_and_drawn"),
         ("self.boxes[drawn] * photo.scale * factor", "self.boxes[drawn] * photo.scale", "::test_what_was_found_is_written_and_drawn"),
+    ),
+    *plant(
+        "inference/predictor.py", "inference/test_inference.py",
         ("photos += photos[-1:] * (batch_size - len(photos))", "pass", "::test_every_image_is_found_once_in_batches_of_one_size"),
         ("batch.clear()", "pass", "::test_every_image_is_found_once_in_batches_of_one_size"),
     ),
