@@ -56,6 +56,33 @@ CHIPS = {
 }
 
 
+class Gpu(NamedTuple):
+    """What XLA asks an NVIDIA GPU for beside what `CHIPS` has, to compile for one that is not there."""
+
+    capability: tuple[int, int]  # of its architecture
+    cores: int  # multiprocessors
+    clock_ghz: float
+    cache_mib: int
+    shared_kib: int  # memory of a multiprocessor; a block may have 1 KiB less
+    threads: int  # of a multiprocessor
+
+
+# Sources: NVIDIA's papers on the architectures (multiprocessors, clock, cache), its CUDA programming guide (shared
+# memory and threads by compute capability); A100, H100, H200 and B200 as XLA's own descriptions have them
+GPUS = {
+    "a100_40gb": Gpu((8, 0), 108, 1.41, 40, 164, 2048),
+    "a100_80gb": Gpu((8, 0), 108, 1.41, 40, 164, 2048),
+    "h100": Gpu((9, 0), 132, 1.98, 50, 228, 2048),
+    "h200": Gpu((9, 0), 132, 1.98, 50, 228, 2048),
+    "b200": Gpu((10, 0), 148, 1.965, 126, 228, 2048),
+    "l4": Gpu((8, 9), 58, 2.04, 48, 100, 1536),
+    "a10g": Gpu((8, 6), 80, 1.71, 6, 100, 1536),
+    "rtx4080": Gpu((8, 9), 76, 2.505, 64, 100, 1536),
+    "rtx4090": Gpu((8, 9), 128, 2.52, 72, 100, 1536),
+    "rtx5090": Gpu((12, 0), 170, 2.407, 96, 100, 1536),
+}
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """Returns the accelerator with jax's name for a device, None where the table has none."""
     if re.search(r"\b(Laptop|Max-Q|MIG)\b", device_kind):  # less of everything under the same name

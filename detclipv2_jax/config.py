@@ -1,8 +1,7 @@
 """Every configuration key, its unit and its consequence.
 
-`configs/*.py` start from `base()`, set values and return it. Sizes that follow from other values
-(batches per epoch, total steps, capacities) are derived in code after command-line overrides, so an
-override always reaches everything that depends on it. `validation.validate` checks a whole configuration.
+`configs/*.py` start from `base()`, set values and return it. Sizes that follow from others (steps, capacities) are
+derived after the command line is read, so that it reaches all that depends on it. `validation.validate` checks all.
 """
 
 from __future__ import annotations
@@ -303,6 +302,21 @@ def forgetting() -> ConfigDict:
     return c
 
 
+def mesh() -> ConfigDict:
+    """Returns the keys of `config.mesh`."""
+    c = ConfigDict()
+    c.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
+    return c
+
+
+def chips() -> ConfigDict:
+    """Returns the keys of `config.chips`, one an accelerator."""
+    c = ConfigDict()
+    for chip in CHIPS:
+        c[chip] = ()  # (key, value) pairs that hold on it, with only the command line above; `preflight` finds them
+    return c
+
+
 def checkpoint() -> ConfigDict:
     """Returns the keys of `config.checkpoint`."""
     c = ConfigDict()
@@ -329,8 +343,7 @@ def pretraining(c: ConfigDict, variant: str = "") -> None:
         c.image_text.canvases = ((320, 320), (256, 320), (320, 256))
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
     # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
-    kept = [(f"optimizer.remat.{kind}", "none") for kind in ("detection", "grounding")]  # 80 GB hold it
-    c.chips.h100 = (("loss.chunk_bytes", 1 << 30), *kept)
+    c.chips.h100 = (("loss.chunk_bytes", 1 << 30), *((f"optimizer.remat.{kind}", "none") for kind in KINDS[:2]))
     lvis(c.eval)
 
 
@@ -352,16 +365,11 @@ def base() -> ConfigDict:
     c.input = _input_section()
     c.loss = loss()
     c.optimizer = optimizer()
-    c.mesh = ConfigDict()
-    c.mesh.fsdp = 1  # devices over which parameters and moments are split; the rest is data parallel
+    c.mesh = mesh()
     # s that all processes wait for a late one, then the run ends and names it: more than the time by which compiling
     # takes longer on one host than on another
     c.timeout_s = 600
-    c.chips = ConfigDict()
-    for chip in CHIPS:
-        # (key, value) pairs that hold on this chip, with only the command line above them; `preflight` finds them
-        c.chips[chip] = ()
-
+    c.chips = chips()
     c.eval = _eval_section()
     c.forgetting = forgetting()
     c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
@@ -390,11 +398,3 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, ConfigDict):
         return {name: leaf for key in value for name, leaf in flat(value[key], f"{prefix}.{key}").items()}
     return {prefix[1:]: value}
-
-
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns "key: old -> new" for every key in which two configurations differ."""
-    a, b = flat(old), flat(new)
-    return [
-        f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
-    ]

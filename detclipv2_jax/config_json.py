@@ -122,3 +122,11 @@ def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
         if not isinstance(config, ConfigDict):
             raise ValueError(f"config.{'.'.join(path)} is {config!r}, not a section of keys")
     return config, last
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns "key: old -> new" for every key in which two configurations differ."""
+    a, b = flat(old), flat(new)
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
+    ]

@@ -192,7 +192,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, fresh_allowed: b
     if (workdir / "config.json").exists():
         changed = [
             line
-            for line in config_lib.differences(read_config(workdir), config)
+            for line in config_json.differences(read_config(workdir), config)
             if not line.startswith(tuple(f"{key}:" for key in CHANGEABLE) + tuple(f"{key}." for key in CHANGEABLE))
         ]
         if changed:

@@ -48,7 +48,7 @@ def test_every_config_is_valid_on_one_and_on_many_devices(name, variant):
 def test_recipes_for_one_gpu_are_swin_t_in_chunks(variant):
     recipe, num_chunks = load("coco_json", variant), 2 if variant == "swin_t_24gb" else 4
     accumulated = {"detection": num_chunks, "grounding": 4, "image_text": 2}
-    changed = {line.partition(":")[0] for line in config_lib.differences(load("coco_json", "swin_t"), recipe)}
+    changed = {line.partition(":")[0] for line in config_json.differences(load("coco_json", "swin_t"), recipe)}
     frozen = {"optimizer.frozen", "optimizer.text_once"} if variant == "swin_t_frozen_text" else set()
     chunks = {f"optimizer.accumulate.{kind}" for kind in accumulated}
     rest = {"name", "eval.batch_size", "optimizer.remat.detection", "optimizer.warmup_steps"}
@@ -121,7 +121,7 @@ def test_what_departs_from_table_9_is_decided_and_has_a_variant_without(name):
     for row, keys, *expected in DECIDED:
         print(f"{row:36} {expected[0]!s:40} {expected[1]} differs, decided; the paper's: {name}.py:paper_canvases")
         assert [found_of(paper, keys), found_of(here, keys)] == expected, row
-    changed = {line.partition(":")[0] for line in config_lib.differences(load(name), load(name, "paper_canvases"))}
+    changed = {line.partition(":")[0] for line in config_json.differences(load(name), load(name, "paper_canvases"))}
     keys = {f"{kind}.{key}" for kind in ("detection", "grounding") for key in ("canvases", "num_scales")}
     assert changed == keys | {"name", "image_text.canvases"}
 
@@ -173,7 +173,7 @@ def test_canvases_of_pretraining_fit_photos_and_the_papers_way_is_the_default(na
 
 def test_detclip_v1_is_swin_t_without_what_v2_added():
     v1, v2 = load("detclip_v1"), load("swin_t")
-    changed = {line.partition(":")[0] for line in config_lib.differences(v1, v2) if not line.startswith("chips.")}
+    changed = {line.partition(":")[0] for line in config_json.differences(v1, v2) if not line.startswith("chips.")}
     assert changed == {
         "name",
         "grounding.data",
@@ -246,16 +246,16 @@ def test_generated_scenes_may_be_what_scores_come_from(micro):
 
 def test_json_round_trip(micro):
     again = config_json.from_json(config_json.to_json(micro))
-    assert config_lib.differences(micro, again) == []
+    assert config_json.differences(micro, again) == []
     again.loss.temperature = 0.7
-    assert config_lib.differences(micro, again) == ["loss.temperature: 0.5 -> 0.7"]
+    assert config_json.differences(micro, again) == ["loss.temperature: 0.5 -> 0.7"]
 
 
 def test_stored_configurations_of_this_and_earlier_versions():
     content = config_lib.base().to_dict()
     retired = {"order": "shuffled", "mesh": content["mesh"] | {"cpu_devices": 0}}
     again = config_json.from_json(json.dumps(content | retired))
-    assert config_lib.differences(config_lib.base(), again) == []
+    assert config_json.differences(config_lib.base(), again) == []
     assert again.is_locked
     for change, message in (
         ({"order": "sorted"}, "config.order is 'sorted'; this version computes 'shuffled' only"),
@@ -264,7 +264,7 @@ def test_stored_configurations_of_this_and_earlier_versions():
         with pytest.raises(ValueError, match=message):
             config_json.from_json(json.dumps(content | change))
     del content["loss"]["side"], content["forgetting"]
-    assert config_lib.differences(config_lib.base(), config_json.from_json(json.dumps(content))) == []
+    assert config_json.differences(config_lib.base(), config_json.from_json(json.dumps(content))) == []
 
 
 @pytest.mark.parametrize(
@@ -575,7 +575,7 @@ def test_values_of_a_chip_are_put_into_a_copy_and_their_names_must_be_keys():
     config = config_lib.base()
     config.chips.v4 = (("model.remat", "all"), ("epochs", 3))
     found = config_lib.for_chip(config, "v4")
-    assert config_lib.differences(config, found) == ["epochs: 12 -> 3", "model.remat: 'blocks' -> 'all'"]
+    assert config_json.differences(config, found) == ["epochs: 12 -> 3", "model.remat: 'blocks' -> 'all'"]
     found.epochs = 4
     found.chips.v4 = (("model.remta", "all"),)
     with pytest.raises(ValueError, match=r"config\.chips\.v4 is .*allowed: \(key, value\) pairs"):
@@ -584,7 +584,7 @@ def test_values_of_a_chip_are_put_into_a_copy_and_their_names_must_be_keys():
 
 def test_differences_are_of_the_keys_of_both():
     one, other = (config_lib.ConfigDict(values) for values in ({"a": 1, "b": {"c": 2}}, {"b": {"c": 3, "d": 4}}))
-    assert config_lib.differences(one, other) == ["a: 1 -> None", "b.c: 2 -> 3", "b.d: None -> 4"]
+    assert config_json.differences(one, other) == ["a: 1 -> None", "b.c: 2 -> 3", "b.d: None -> 4"]
 
 
 def test_a_section_that_was_emptied_is_named():

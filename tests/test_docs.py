@@ -17,8 +17,7 @@ import pytest
 
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json, session
-from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB
-from detclipv2_jax.preflight.compile_step import GPUS
+from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB, GPUS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md", *sorted(ROOT.glob("docs/*.md"))]

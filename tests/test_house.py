@@ -25,7 +25,9 @@ from detclipv2_jax.runs.optimizer import make_optimizer
 
 PACKAGE = pathlib.Path(train_step.__file__).parent
 # import nothing but each other, so that everything may import them
-FOR_ALL = ("atomic", "bucket_store", "buckets", "chips", "colors", "commands", "config", "config_json", "files", "labels")
+FOR_ALL = (
+    "atomic", "bucket_store", "buckets", "chips", "colors", "commands", "config", "config_json", "files", "labels",
+)  # fmt: skip
 # rooms and what each may import beside these: only rooms below it. A command (`__main__`) is a part of its own, which
 # nobody imports
 MAY_IMPORT = {

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from detclipv2_jax import commands
+from detclipv2_jax import commands, config_json
 from detclipv2_jax import config as config_lib
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.data import scenes
@@ -120,7 +120,7 @@ def _result_of(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
 
 def recipe_of(recipe: str, row: str, seed: int) -> list[str]:
     """Returns how a run differs from the defaults (but for folders), its formats, and the same of its start."""
-    changed = config_lib.differences(config_lib.base(), configuration(recipe, row, seed))
+    changed = config_json.differences(config_lib.base(), configuration(recipe, row, seed))
     lines = [*changed, f"world {scenes.FORMAT}", f"losses {LOSSES}"]
     if row in ablations.PREPARED:
         lines.append(f"prepared by {' '.join(ablations.PREPARED[row].arguments)}")
@@ -264,7 +264,7 @@ def _prepare(
 
 def command(recipe: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
     """Returns the command that trains a configuration, which differs from the recipe in some keys."""
-    changed = config_lib.differences(runpy.run_path(recipe)["get_config"](), config)
+    changed = config_json.differences(runpy.run_path(recipe)["get_config"](), config)
     keys = [line.split(":")[0] for line in changed]
     values = [functools.reduce(operator.getitem, key.split("."), config) for key in keys]
     flags = [f"--config.{key}={value}" for key, value in zip(keys, values, strict=True)]

@@ -91,12 +91,6 @@ def contains(boxes: Float[Array, "... 4"], points: Float[Array, "... 2"], *, mar
     return jnp.min(inside, axis=-1) > margin
 
 
-def flip(boxes: Float[Array, "... 4"], width: Float[Array, "..."] | float) -> Float[Array, "... 4"]:
-    """Returns the boxes in the horizontally mirrored image of this width (px)."""
-    width = jnp.broadcast_to(jnp.asarray(width, boxes.dtype), boxes.shape[:-1])
-    return jnp.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], axis=-1)
-
-
 def scale(boxes: Float[Array, "... 4"], factor: Float[Array, "... 2"]) -> Float[Array, "... 4"]:
     """Returns the boxes multiplied by `factor`, given as (y, x) like `Batch.scale`."""
     factor = jnp.asarray(factor, boxes.dtype)

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config_json, files, inference, train
-from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB
+from detclipv2_jax.chips import CHIPS, CUDA_SHARE, GIB, GPUS
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops, split
 from detclipv2_jax.preflight import hlo
@@ -38,33 +38,6 @@ from detclipv2_jax.runs.order import StepOrder
 
 MAX_CHUNK_BYTES = 1 << 50  # no loss is cut into chunks
 READER = 3  # counts what changed in what is read from a program; results of before are not used
-
-
-class Gpu(NamedTuple):
-    """What XLA asks an NVIDIA GPU for beside what `chips` has."""
-
-    capability: tuple[int, int]  # of its architecture
-    cores: int  # multiprocessors
-    clock_ghz: float
-    cache_mib: int
-    shared_kib: int  # memory of a multiprocessor; a block may have 1 KiB less
-    threads: int  # of a multiprocessor
-
-
-# Sources: NVIDIA's papers on the architectures (multiprocessors, clock, cache), its CUDA programming guide (shared
-# memory and threads by compute capability); A100, H100, H200 and B200 as XLA's own descriptions have them
-GPUS = {
-    "a100_40gb": Gpu((8, 0), 108, 1.41, 40, 164, 2048),
-    "a100_80gb": Gpu((8, 0), 108, 1.41, 40, 164, 2048),
-    "h100": Gpu((9, 0), 132, 1.98, 50, 228, 2048),
-    "h200": Gpu((9, 0), 132, 1.98, 50, 228, 2048),
-    "b200": Gpu((10, 0), 148, 1.965, 126, 228, 2048),
-    "l4": Gpu((8, 9), 58, 2.04, 48, 100, 1536),
-    "a10g": Gpu((8, 6), 80, 1.71, 6, 100, 1536),
-    "rtx4080": Gpu((8, 9), 76, 2.505, 64, 100, 1536),
-    "rtx4090": Gpu((8, 9), 128, 2.52, 72, 100, 1536),
-    "rtx5090": Gpu((12, 0), 170, 2.407, 96, 100, 1536),
-}
 DESCRIBED = ("v4", "v5e", "v5p", "v6e", *GPUS)  # of `chips`, those that programs can be compiled for
 
 

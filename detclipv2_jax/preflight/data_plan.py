@@ -156,7 +156,7 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     rate = learning_rate(config.optimizer, order.total_steps)
     end = float(rate(order.num_steps)) / config.optimizer.learning_rate
     plan.notes.append(
-        f"schedule: {order.num_steps:,} of {order.total_steps:,} steps; the learning rate ends at {end:.3g} of its peak"
+        f"order: {order.num_steps:,} of {order.total_steps:,} steps; the learning rate ends at {end:.3g} of its peak"
     )
     if order.num_steps < order.total_steps:
         plan.notes.append(f"config.num_steps={config.num_steps} ends the run early")

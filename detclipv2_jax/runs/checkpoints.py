@@ -84,9 +84,8 @@ class _NewestAndBest:
         self.best: int | None = None
         self._num_newest = num_newest
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> Sequence[bool]:
         """Returns which of the checkpoints, oldest first, stay; orbax's interface."""
-        del context
         old = len(checkpoints) - self._num_newest
         return [i >= old or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
 
@@ -342,7 +341,7 @@ def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> 
 
     `model` is config.model of this run, which explains the shapes.
     """
-    from detclipv2_jax import config as config_lib
+    from detclipv2_jax import config_json
 
     workdir = remote.here(workdir)
     if exported.is_export(workdir):
@@ -353,5 +352,5 @@ def check_start(workdir: str | pathlib.Path, model: ConfigDict, shapes: Any) -> 
     try:
         report_differences(stored, shapes, what=f"init_from.checkpoint {workdir}")
     except ValueError as error:
-        lines = [f"  config.model.{line}" for line in config_lib.differences(config.model, model)]
+        lines = [f"  config.model.{line}" for line in config_json.differences(config.model, model)]
         raise ValueError("\n".join([f"{error}\nits configuration -> this one:", *lines])) from None

@@ -26,9 +26,9 @@ from ml_collections import ConfigDict
 import detclipv2_jax
 from detclipv2_jax import commands, config_json, files
 from detclipv2_jax import config as config_lib
-from detclipv2_jax.chips import CHIPS, GIB
+from detclipv2_jax.chips import CHIPS, GIB, GPUS
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.preflight.compile_step import GPUS, step_names
+from detclipv2_jax.preflight.compile_step import step_names
 
 PHOTOS, EPOCHS, NAMES = 1000, 12, 80
 BOXES = "detection/800x1344"

@@ -34,7 +34,7 @@ def test_a_run_on_raw_files(config):
     assert f"image_text/64x64: {size}" in notes
     assert "no evaluation" in notes
     assert "no image is largest" not in notes
-    assert any(note.startswith("schedule: 12 of 12 steps; the learning rate ends at 0 ") for note in plan.notes)
+    assert any(note.startswith("order: 12 of 12 steps; the learning rate ends at 0 ") for note in plan.notes)
 
 
 def test_the_dictionary_is_counted(config, tmp_path):

@@ -295,7 +295,7 @@ def parsed(overrides):
 
 
 def test_config_overrides():
-    keys = [line.partition(":")[0] for line in config_lib.differences(config_lib.ConfigDict(), config_lib.base())]
+    keys = [line.partition(":")[0] for line in config_json.differences(config_lib.ConfigDict(), config_lib.base())]
     values = [
         "", "0", "-1", "1e400", "nan", "None", "()", "(1,)", "((1, 2), 3)", "'x'", "x", "True", "[", "((64, 64),)",
         "{}", "(64, 64)", "('a', 'b')", "__import__('os').system('false')", "9" * 50, "1.5", "((('a',),),)", "\0",

@@ -16,7 +16,7 @@ import pytest
 from configs import swin_t
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import config_json
-from detclipv2_jax.chips import CHIPS, GIB
+from detclipv2_jax.chips import CHIPS, GIB, GPUS
 from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.models import flops
 from detclipv2_jax.preflight import __main__ as command
@@ -48,7 +48,7 @@ def test_topologies():
     assert Topology.parse("v5p:4x4x4").num_devices == 64
     assert [Topology.parse(name).num_hosts for name in ("h100:9", "v5e:3x3", "v5e:1x1")] == [2, 3, 1]
     cards = {name for name, chip in CHIPS.items() if chip.platform == "cuda" and name != "h100_pcie"}
-    assert set(compile_step.GPUS) == cards
+    assert set(GPUS) == cards
     for name in ("v7:4x4", "v5e", "h100:", "v5e:4x", "h100_pcie:1"):
         with pytest.raises(ValueError, match="v5e:4x8"):
             Topology.parse(name)
@@ -327,7 +327,7 @@ def test_a_program_is_measured_by_a_process_of_its_own(monkeypatch, tmp_path, mi
     assert preflight.measure(micro, V5E, "detection/64x64", sizes, tmp_path) == {"a": 1}
     ((command, job, env),) = asked
     assert command == [sys.executable, "-m", "detclipv2_jax.preflight.compile_step"]
-    assert config_lib.differences(config_json.from_json(job.pop("config")), micro) == []
+    assert config_json.differences(config_json.from_json(job.pop("config")), micro) == []
     assert job == {
         "topology": "v5e:4x8", "step": "detection/64x64", "cache": str(tmp_path),
         "sizes": {"table_rows": 3, "num_concepts": 4, "num_words": 5},
