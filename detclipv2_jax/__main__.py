@@ -7,6 +7,7 @@ without a folder, is one of the configurations that come with the package where 
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 
 import detclipv2_jax
@@ -43,6 +44,7 @@ def main() -> None:
     """Runs the command that the first argument names, with the others."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the first lines alone is no error
         print(usage())
     elif name == "--version":
         print(detclipv2_jax.__version__)

@@ -56,9 +56,7 @@ def run(
         processes.join(distributed, timeout_s=config.timeout_s)
         folder, bucket = stack.enter_context(remote.opened(workdir, training=training and not replayed))
         with collector_paused():
-            work = prepare(
-                config, folder, training=training, replayed=replayed, changed_data=changed_data, bucket=bucket
-            )
+            work = setup(config, folder, training=training, replayed=replayed, changed_data=changed_data, bucket=bucket)
     except (ValueError, processes.MissingProcessError, WorkdirError, BucketError) as error:
         sys.exit(f"error: {error}")
     message, number, scores = "", 0, dict[str, float]()
@@ -87,7 +85,7 @@ def run(
     return 0
 
 
-def prepare(
+def setup(
     config: ConfigDict,
     workdir: pathlib.Path,
     *,
@@ -126,11 +124,11 @@ def prepare(
         processes.check_same(json.dumps(data), what="data", timeout_s=config.timeout_s)
         check_data(workdir, data, allowed=changed_data)
     if replayed:
-        return functools.partial(train_lib.replay_step, train_lib.prepare_run(complete, workdir), replayed)
+        return functools.partial(train_lib.replay_step, train_lib.make_run(complete, workdir), replayed)
     if training:
-        work = functools.partial(train_lib.train, train_lib.prepare_run(complete, workdir))
+        work = functools.partial(train_lib.train, train_lib.make_run(complete, workdir))
     else:
-        work = evaluation.prepare(complete, workdir)
+        work = evaluation.make_evaluation(complete, workdir)
     # only after all processes have checked everything: a run that fails before must not take the workdir
     processes.barrier("all is checked", timeout_s=config.timeout_s)
     return functools.partial(in_workdir, work, config, workdir, training=training, data=data, bucket=bucket)

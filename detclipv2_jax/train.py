@@ -60,7 +60,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run consists of before anything is compiled; `prepare_run` makes it."""
+    """What a run consists of before anything is compiled; `make_run` makes it."""
 
     config: ConfigDict
     workdir: pathlib.Path
@@ -77,7 +77,7 @@ class Run:
     with_text: Callable[[Any, Batch], Batch]  # from parameters and a host's batch to what the step is given
 
 
-def prepare_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
+def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Returns the run of a configuration, its files checked and nothing compiled.
 
     Raises:

@@ -263,14 +263,14 @@ def _box_loss(
     normalizers: tuple[Float[Array, ""], Float[Array, ""]],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns (loss, its terms) of the images at hand, divided by positives and centerness of the whole batch."""
-    weights, (num_positive, centerness_sum) = program.config.loss, normalizers
+    config, (num_positive, centerness_sum) = program.config.loss, normalizers
     text = jax.lax.with_sharding_constraint(concepts.text, NamedSharding(program.mesh, REPLICATED))[unique.order]
     alignment = alignment_loss(
         regions.embeddings,
         concepts._replace(text=text.astype(regions.embeddings.dtype)),
         concept_mask=jnp.arange(unique.order.shape[0]) < unique.count,
         targets=goal.anchors,
-        settings=FocalSettings(weights.focal_alpha, weights.focal_gamma, weights.chunk_bytes),
+        settings=FocalSettings(config.focal_alpha, config.focal_gamma, config.chunk_bytes),
     )
     loss = alignment / num_positive
     metrics = {"loss_alignment": loss}
@@ -287,12 +287,12 @@ def _box_loss(
     )
     metrics["loss_box"] = boxes / centerness_sum
     metrics["loss_centerness"] = centerness / num_positive
-    loss += weights.box_weight * metrics["loss_box"]
-    loss += weights.centerness_weight * metrics["loss_centerness"]
+    loss += config.box_weight * metrics["loss_box"]
+    loss += config.centerness_weight * metrics["loss_centerness"]
     if regions.objectness is not None:
         target = program.config.model.head.objectness
         metrics["loss_objectness"] = objectness_loss(regions, goal, anchors=anchors, target=target) / num_positive
-        loss += weights.objectness_weight * metrics["loss_objectness"]
+        loss += config.objectness_weight * metrics["loss_objectness"]
     return loss, metrics
 
 

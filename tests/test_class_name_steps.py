@@ -45,7 +45,7 @@ def test_tokens_class_names_and_a_capped_mixture_train_and_resume(micro, tmp_pat
         micro.num_steps = num_steps
         with stand_in.installed(), pytest.MonkeyPatch.context() as patch:  # runs share their steps
             patch.setattr(train, "jitted_step", lambda r, *key: compiled.setdefault(key, jitted(r, *key)))
-            session.prepare(micro, tmp_path / name, training=True)()
+            session.setup(micro, tmp_path / name, training=True)()
         return checkpoints.load_for_inference(tmp_path / name)[1]
 
     whole = run(16, "whole")

@@ -27,6 +27,15 @@ def run(*arguments, cwd=ROOT):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
+def test_help_ends_quietly_where_nobody_reads_its_end():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "detclipv2_jax", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
 def test_signals_wake_the_watch_of_a_command_and_nothing_else_afterwards():
     before = signal.set_wakeup_fd(-1)
     with commands._watched():

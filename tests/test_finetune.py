@@ -241,7 +241,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
     config.init_from.checkpoint = str(tuned[0])
     config.detection.canvases = config.eval.canvases = ((96, 64), (64, 96))
     config.scenes.seed = 7
-    run = train.prepare_run(session.with_scenes(config, tmp_path / "run"), tmp_path / "run")
+    run = train.make_run(session.with_scenes(config, tmp_path / "run"), tmp_path / "run")
     manager = checkpoints.Checkpoints(tmp_path / "run", keep=1)
     state = train.initial_state(run, manager)
     manager.close()
@@ -250,7 +250,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
     config.model.head.num_convs, config.model.embed_dim = 2, 32
     with pytest.raises(ValueError, match=r"init_from\.checkpoint .* does not fit") as error:
-        train.prepare_run(session.with_scenes(config, tmp_path / "other"), tmp_path / "other")
+        train.make_run(session.with_scenes(config, tmp_path / "other"), tmp_path / "other")
     for part in (
         "config.model.head.num_convs: 1 -> 2",
         "config.model.embed_dim: 16 -> 32",
@@ -259,7 +259,7 @@ def test_a_run_starts_from_another_with_other_words_and_canvases_but_not_another
         assert part in str(error.value), part
     config.init_from.checkpoint = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere is no workdir"):
-        train.prepare_run(session.with_scenes(config, tmp_path / "third"), tmp_path / "third")
+        train.make_run(session.with_scenes(config, tmp_path / "third"), tmp_path / "third")
 
 
 def test_the_newest_checkpoints_stay_and_the_best(tmp_path):
@@ -283,10 +283,10 @@ def test_the_newest_checkpoints_stay_and_the_best(tmp_path):
 def test_a_second_set_that_is_missing_is_named(micro, tmp_path):
     micro.forgetting.annotations, micro.forgetting.images = str(tmp_path / "none.json"), str(tmp_path)
     with pytest.raises(ValueError, match=r"config\.forgetting\.annotations"):
-        train.prepare_run(session.with_scenes(micro, tmp_path), tmp_path)
+        train.make_run(session.with_scenes(micro, tmp_path), tmp_path)
     micro.forgetting.annotations = micro.forgetting.images = ""
     micro.eval.monitor = "fixed_AP"
-    scenes_are_federated = train.prepare_run(session.with_scenes(micro, tmp_path), tmp_path)
+    scenes_are_federated = train.make_run(session.with_scenes(micro, tmp_path), tmp_path)
     assert scenes_are_federated.second is None
     plain = json.loads((tmp_path / "data" / "eval.json").read_text())
     for image in plain["images"]:
@@ -296,4 +296,4 @@ def test_a_second_set_that_is_missing_is_named(micro, tmp_path):
     config = session.with_scenes(micro, tmp_path)
     config.eval.annotations = micro.eval.annotations
     with pytest.raises(ValueError, match=r"config\.eval\.monitor 'fixed_AP' is a score of LVIS"):
-        train.prepare_run(config, tmp_path)
+        train.make_run(config, tmp_path)

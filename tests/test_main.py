@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def start(config, workdir):
     """Returns the scores of a run."""
-    return session.prepare(config, workdir, training=True)()
+    return session.setup(config, workdir, training=True)()
 
 
 def with_steps(config, num_steps):
@@ -174,11 +174,11 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     config = session.with_scenes(with_steps(config, 8), copy)
-    assert loop.prepare(config, copy)() == scores
+    assert loop.make_evaluation(config, copy)() == scores
     # or from elsewhere: the model is the checkpoint's, whatever the configuration says
     config.init_from.checkpoint, config.model = str(copy), config_lib.model("nano")
     elsewhere = tmp_path / "elsewhere"
-    assert loop.prepare(config, elsewhere)() == scores
+    assert loop.make_evaluation(config, elsewhere)() == scores
     protocol = json.loads((elsewhere / "eval" / "step_00000008_scores.json").read_text())["protocol"]
     assert (protocol["checkpoint_step"], protocol["ap"]) == (8, lvis.AP_KIND)  # scenes list absent categories
 
@@ -263,7 +263,7 @@ def test_missing_files_are_listed_together(micro, tmp_path):
     micro.detection.annotations, micro.detection.images = str(tmp_path / "nope.json"), str(tmp_path / "nowhere")
     micro.image_text.pairs, micro.image_text.images = str(tmp_path / "nope.tsv"), str(tmp_path)
     with pytest.raises(ValueError, match="nope") as error:
-        train.prepare_run(micro, tmp_path)
+        train.make_run(micro, tmp_path)
     for name in ("nope.json", "nowhere", "nope.tsv"):
         assert name in str(error.value)
 

@@ -58,7 +58,7 @@ def test_all_three_sources_are_read_with_boxes_on_the_photos(shared_data):
     config.grounding.images = str(shared_data)
     config.image_text.pairs = str(shared_data / "image_text" / "pairs.tsv")
     config.image_text.images = str(shared_data / "image_text")
-    run = train.prepare_run(config, shared_data)
+    run = train.make_run(config, shared_data)
     assert {stream.kind.value for stream in run.streams} == set(config_lib.KINDS)
     for stream in run.streams:
         batch = stream.batch(0)

@@ -167,7 +167,7 @@ def test_it_is_left_in_the_workdir_of_a_run(micro, tmp_path):
 
 @pytest.fixture
 def told(micro, tmp_path, monkeypatch):
-    """Runs `session.run` with stand-ins for what joins, prepares and leaves; returns (how it ends, what was asked)."""
+    """Runs `session.run` with stand-ins for what joins, sets up and leaves; returns (how it ends, what was asked)."""
 
     def run(work, *, replayed=None, training=True, process=0, compiling=False, wrong=None):
         asked = {}
@@ -180,7 +180,7 @@ def told(micro, tmp_path, monkeypatch):
             yield tmp_path, "bucket"
             asked["closed"] = True
 
-        def prepare(config, folder, **options):
+        def setup(config, folder, **options):
             asked["prepared"] = (folder, options)
             return work
 
@@ -190,7 +190,7 @@ def told(micro, tmp_path, monkeypatch):
         micro.closing = "AP {AP:.0f}"
         monkeypatch.setattr(session.processes, "join", lambda mode, **options: asked.update(joined=(mode, options)))
         monkeypatch.setattr(session.remote, "opened", opened)
-        monkeypatch.setattr(session, "prepare", prepare)
+        monkeypatch.setattr(session, "setup", setup)
         monkeypatch.setattr(session.commands, "leave", leave)
         monkeypatch.setattr(session, "is_compiling", lambda: compiling)
         monkeypatch.setattr(session.jax, "process_index", lambda: process)
@@ -271,7 +271,7 @@ def test_what_is_wrong_before_a_run_is_a_line(told, error):
 
 @pytest.fixture
 def prepared(micro, tmp_path, monkeypatch):
-    """Runs `session.prepare` on a chip with stand-ins for data and other processes; returns (work, what was asked)."""
+    """Runs `session.setup` on a chip with stand-ins for data and other processes; returns (work, what was asked)."""
     micro.chips.v5e = (("epochs", 3), ("eval.every_steps", 7))
     monkeypatch.setattr(session, "chip_of", lambda kind: chips.CHIPS["v5e"])
     monkeypatch.setattr(session.identity, "of_run", lambda config: {"read": config.detection.images})
@@ -282,11 +282,11 @@ def prepared(micro, tmp_path, monkeypatch):
             monkeypatch.setattr(
                 session.processes, name, lambda *args, name=name, **more: asked.append((name, args, more))
             )
-        for place, name in ((session.train_lib, "prepare_run"), (session.evaluation, "prepare")):
+        for place, name in ((session.train_lib, "make_run"), (session.evaluation, "make_evaluation")):
             monkeypatch.setattr(place, name, lambda config, workdir: asked.append((config, workdir)) or (lambda: {}))
         for name in ("train", "replay_step"):
             monkeypatch.setattr(session.train_lib, name, lambda *args, name=name: asked.append((name, args[1:])) or {})
-        return session.prepare(micro, tmp_path / "run", **options), asked
+        return session.setup(micro, tmp_path / "run", **options), asked
 
     return prepare
 

@@ -51,7 +51,7 @@ def test_a_step_trains_a_table_in_place_of_the_tower(closed):
 
 @pytest.mark.skipif(not os.environ.get("EXHAUSTIVE"), reason="compiles a step and an evaluation: set EXHAUSTIVE=1")
 def test_a_closed_vocabulary_is_trained_evaluated_and_asked(closed, tmp_path):
-    scores = session.prepare(closed, tmp_path / "run", training=True)()
+    scores = session.setup(closed, tmp_path / "run", training=True)()
     assert {"AP", "APr"} <= scores.keys()
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["detection/loss"] for row in losses if "detection/loss" in row]

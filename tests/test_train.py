@@ -506,7 +506,7 @@ def test_all_that_is_wrong_before_a_run_is_one_error(micro, monkeypatch, tmp_pat
     for federated in (False, True):
         evaluator.federated = federated
         with pytest.raises(ValueError, match="no wandb") as error:
-            train.prepare_run(config, tmp_path)
+            train.make_run(config, tmp_path)
         for part, is_wrong in (
             ("config.eval.monitor 'fixed_AP' is a score of LVIS", not federated), ("no.json", True),
             ("no.safetensors", True), ("optimizer.text_once needs a text tower", True),
@@ -516,11 +516,11 @@ def test_all_that_is_wrong_before_a_run_is_one_error(micro, monkeypatch, tmp_pat
     config.init_from.checkpoint = "elsewhere"
     monkeypatch.setattr(train.checkpoints_lib, "check_start", fails("does not fit"))
     with pytest.raises(ValueError, match="no wandb") as error:
-        train.prepare_run(config, tmp_path)
+        train.make_run(config, tmp_path)
     assert "no.safetensors" not in str(error.value)
     assert "does not fit" not in str(error.value)
     with pytest.raises(ValueError, match="does not fit"):
-        train.prepare_run(config, tmp_path / "new")
+        train.make_run(config, tmp_path / "new")
 
 
 def fails(message):

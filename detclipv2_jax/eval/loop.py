@@ -77,11 +77,11 @@ class Evaluator:
         """
         embeddings = self._detector.encode_vocabulary(params, self._truth.texts)
         text = vocabulary.pad(embeddings, multiple=WORD_CHUNK)
-        weights = np.asarray(self._checksum(params)).tolist()
+        sums = np.asarray(self._checksum(params)).tolist()
         parts: Parts | None = None
         samples: list[_Sample] = []
         if jax.process_index() == 0:
-            parts = Parts(self._workdir / "eval", fingerprint=self._fingerprint(step, weights))
+            parts = Parts(self._workdir / "eval", fingerprint=self._fingerprint(step, sums))
         done = from_first_process(parts and parts.done)
         with tqdm.tqdm(
             total=sum(stream.num_batches for stream in self._streams),
@@ -108,7 +108,7 @@ class Evaluator:
         scores = self._score(rows)
         if parts:
             protocol = self._protocol(step) | {
-                "weights_sha256": _sha256(weights),
+                "weights_sha256": _sha256(sums),
                 "images_evaluated": len(self._truth.images),
                 "images_listed": len(self._truth.truth.images),
             }
@@ -131,14 +131,14 @@ class Evaluator:
 
         With `params` they must be what was evaluated.
         """
-        weights = {} if params is None else {"weights_sha256": _sha256(np.asarray(self._checksum(params)).tolist())}
+        sums = {} if params is None else {"weights_sha256": _sha256(np.asarray(self._checksum(params)).tolist())}
         scores: dict[str, float] | None = None
         path = self._workdir / "eval" / f"step_{step:08d}_scores.json"
         if jax.process_index() == 0 and path.is_file():
             with contextlib.suppress(AttributeError, LookupError, OSError, TypeError, ValueError):  # it is damaged
                 content = files.read_json(path)
                 stored = content.pop("protocol")
-                wanted = json.loads(json.dumps(self._protocol(step) | weights))
+                wanted = json.loads(json.dumps(self._protocol(step) | sums))
                 del wanted["annotations"]  # the file may have moved: its hash counts
                 if wanted.items() <= stored.items():
                     scores = {name: float(value) for name, value in content.items()}
@@ -211,14 +211,14 @@ class Evaluator:
             path=path,
         )
 
-    def _fingerprint(self, step: int, weights: list[float]) -> dict[str, Any]:
+    def _fingerprint(self, step: int, sums: list[float]) -> dict[str, Any]:
         """Returns all that the detections depend on; of the annotations only the photos and their sizes."""
         unsized = {"ap", "annotations", "annotations_sha256", "repaired"}
         protocol = {key: value for key, value in self._protocol(step).items() if key not in unsized}
         sizes = self._streams[0].sources[0].sizes.tobytes()
         return {
             "protocol": protocol,
-            "weights": weights,
+            "weights": sums,
             "batch_size": self._streams[0].batch_size,
             "photos": self._truth.photos,
             "sizes": hashlib.sha256(sizes).hexdigest(),
@@ -301,7 +301,7 @@ class Checkpoint(NamedTuple):
         return cls(config, Detector(make_model(config.model), mesh=mesh), params, step)
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str, float]]:
+def make_evaluation(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], dict[str, float]]:
     """Returns the function that scores the newest checkpoint of a run on `config.eval`; it writes eval/ and pictures/.
 
     A workdir without checkpoints gets the scores of the run `init_from.checkpoint`, whose model and averaging hold.
@@ -360,8 +360,8 @@ def _checksum(params: Any) -> Float[Array, " p"]:
     return jnp.stack([jnp.sum(jnp.abs(value)) for value in jax.tree.leaves(params)])
 
 
-def _sha256(weights: list[float]) -> str:
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+def _sha256(sums: list[float]) -> str:
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def from_first_process(value: Any) -> Any:

@@ -89,7 +89,7 @@ def parents(annotations: pathlib.Path) -> tuple[str, ...]:
     return tuple(above) if len(categories) > 1 else ()
 
 
-def prepare(
+def open_member(
     config: ConfigDict, member: Member, annotations: pathlib.Path, *, plain_names: bool
 ) -> tuple[ConfigDict, list[EvalStream]]:
     """Returns what `evaluate` needs of a member, for a run with a configuration: that of its evaluation, and photos.
@@ -115,7 +115,7 @@ def prepare(
     return config, streams
 
 
-def _prepare_all(
+def _open_members(
     found: dict[Member, pathlib.Path], *, checkpoint: str, finetuned: str, plain_names: bool
 ) -> dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]]:
     """Returns what is scored, by kind and member, all of it checked before the first photo is looked at.
@@ -125,34 +125,36 @@ def _prepare_all(
     """
     from detclipv2_jax.runs import checkpoints, remote
 
-    prepared: dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]] = {}
+    opened: dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]] = {}
     problems: list[str] = []
     if checkpoint:
-        config, prepared["zero_shot"] = checkpoints.read_config(remote.here(checkpoint)), {}
+        config, opened["zero_shot"] = checkpoints.read_config(remote.here(checkpoint)), {}
     if finetuned:
-        prepared["finetuned"] = {}
-    for kind, by_member in prepared.items():
+        opened["finetuned"] = {}
+    for kind, by_member in opened.items():
         for member, path in found.items():
             workdir = pathlib.Path(finetuned) / member.name
             if kind == "finetuned" and not workdir.is_dir():
                 continue
             try:
                 run_config = config if kind == "zero_shot" else checkpoints.read_config(workdir)
-                by_member[member] = prepare(run_config, member, path, plain_names=plain_names or kind == "finetuned")
+                by_member[member] = open_member(
+                    run_config, member, path, plain_names=plain_names or kind == "finetuned"
+                )
             except ValueError as error:
                 problems.append(f"{member.name}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
-    return prepared
+    return opened
 
 
 def evaluate(
-    checkpoint: loop.Checkpoint, prepared: tuple[ConfigDict, list[EvalStream]], *, output: pathlib.Path
+    checkpoint: loop.Checkpoint, opened: tuple[ConfigDict, list[EvalStream]], *, output: pathlib.Path
 ) -> dict[str, float]:
     """Returns the COCO scores of a member, see `coco.evaluate`; writes them to `output`/eval, or finds them there."""
     from detclipv2_jax.eval import loop
 
-    config, streams = prepared
+    config, streams = opened
     evaluator = loop.Evaluator(config, checkpoint.detector, streams=streams, workdir=output)
     known = evaluator.recorded(checkpoint.step, params=checkpoint.params)
     return known or evaluator(checkpoint.params, step=checkpoint.step)
@@ -184,8 +186,8 @@ def run(
     from detclipv2_jax.eval import loop
 
     result = {}
-    prepared = _prepare_all(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
-    for kind, members_of_kind in prepared.items():
+    opened = _open_members(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
+    for kind, members_of_kind in opened.items():
         loaded = loop.Checkpoint.load(checkpoint) if kind == "zero_shot" else None
         scores: dict[str, float | None] = {}
         for member, scored in members_of_kind.items():

@@ -103,7 +103,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_compiled(dataset, t
     config.scenes.num_grounding = config.scenes.num_image_text = 0
     config.eval.annotations, config.eval.images = str(dataset), str(dataset.parent / "images")
     with pytest.raises(ValueError, match=rf"config\.eval: .*({message})"):
-        session.prepare(config, tmp_path / "run", training=True)
+        session.setup(config, tmp_path / "run", training=True)
     assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(ValueError, match=message):
         make_evaluator(dataset, tmp_path / "other")

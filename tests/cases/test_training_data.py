@@ -517,7 +517,7 @@ def test_a_run_goes_on_with_its_data_only(tmp_path):
     )
     config.eval.annotations = config.eval.dictionary = config.forgetting.annotations = config.forgetting.dictionary = ""
     with pytest.raises(ValueError, match=r"config\.grounding\.annotations changed"):
-        session.prepare(config, workdir, training=True)
+        session.setup(config, workdir, training=True)
 
 
 def test_a_folder_that_was_built_again_of_another_file_has_changed(folder):

@@ -61,7 +61,7 @@ def test_a_run_says_so_at_its_start(config, micro, tmp_path, caplog):
     config.init_from.swin = config.init_from.text = ""
     config.eval.batch_size = 8
     with caplog.at_level(logging.INFO, logger="absl"):
-        run = train.prepare_run(config, tmp_path / "run")
+        run = train.make_run(config, tmp_path / "run")
     said = [record.getMessage() for record in caplog.records]
     [asked] = evaluation_notes(eval_streams(config.eval, input_config=config.input)[0].ground_truth)
     assert asked == "eval: 3 of 6 names have a definition (first without: tree, traffic light, cup)"

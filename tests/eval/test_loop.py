@@ -273,15 +273,15 @@ def test_another_size_than_the_run_s_is_said(micro, tmp_path, monkeypatch, caplo
     config = micro.copy_and_resolve_references()
     config.mesh.fsdp = 2
     with caplog.at_level("WARNING", logger="absl"):
-        assert loop.prepare(config, tmp_path)() == {"AP": 7.0}
+        assert loop.make_evaluation(config, tmp_path)() == {"AP": 7.0}
         assert not caplog.records
         config.eval.short_side = 320
-        loop.prepare(config, tmp_path)
+        loop.make_evaluation(config, tmp_path)
     assert "at a short side of 320 px, the run did so at 64 px" in caplog.text
     config.init_from.checkpoint = "another run"  # of which a workdir without checkpoints gets the scores
-    loop.prepare(config, tmp_path)
+    loop.make_evaluation(config, tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    loop.prepare(config, tmp_path)
+    loop.make_evaluation(config, tmp_path)
     assert loaded == [(workdir, 2) for workdir in (tmp_path, tmp_path, "another run", tmp_path)]
     assert config.optimizer.ema_decay == micro.optimizer.ema_decay  # the caller's stays
     assert made == [0.5] * 4  # as the checkpoint was averaged

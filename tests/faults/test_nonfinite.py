@@ -103,7 +103,7 @@ def test_replay_runs_the_step_again_and_changes_nothing(config, stopped, capsys)
     workdir, message = stopped
     step = step_of(message)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    metrics = session.prepare(config, workdir, training=True, replayed=step)()
+    metrics = session.setup(config, workdir, training=True, replayed=step)()
     printed = capsys.readouterr().out
     assert f"step {step}, batch {step - 1} of detection/64x64:" in printed
     for name in ("loss_alignment", "loss_box nan", "grad_norm_swin nan", "grad_norm_head", "grad_norm_text_encoder"):
@@ -114,7 +114,7 @@ def test_replay_runs_the_step_again_and_changes_nothing(config, stopped, capsys)
     assert metrics["detection/loss_alignment"] == terms["detection/loss_alignment"]  # bit for bit
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     with pytest.raises(ValueError, match=r"--replay=9: the run has 3 steps"):
-        session.prepare(config, workdir, training=True, replayed=9)()
+        session.setup(config, workdir, training=True, replayed=9)()
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_only_the_first_program_is_compiled_before_the_first_step_has_run():
 def test_a_step_compiled_ahead_is_not_compiled_when_called(micro, tmp_path):
     micro.model.head.deformable = False  # much to compile
     micro.scenes.num_grounding = micro.scenes.num_image_text = 0
-    run = train.prepare_run(session.with_scenes(micro, tmp_path), tmp_path)
+    run = train.make_run(session.with_scenes(micro, tmp_path), tmp_path)
     (stream,) = run.streams
     key = stream.kind, stream.canvas
     step = train.jitted_step(run, *key)

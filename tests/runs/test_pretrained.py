@@ -124,7 +124,7 @@ def test_configs_say_which_files_are_missing_and_how_to_make_them(name, source, 
     config = module.get_config()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist") as error:
-        train.prepare_run(config, tmp_path / "run")
+        train.make_run(config, tmp_path / "run")
     for part in (
         f"python -m detclipv2_jax.convert swin --input={source}",
         f"--output={config.init_from.swin}",
@@ -141,7 +141,7 @@ def test_configs_say_which_files_are_missing_and_how_to_make_them(name, source, 
     config.init_from.swin = config.init_from.text = ""
     validation.validate(config, num_devices=32)
     with pytest.raises(ValueError, match="prepare") as error:
-        train.prepare_run(config, tmp_path / "run")
+        train.make_run(config, tmp_path / "run")
     assert "convert" not in str(error.value)
 
 
@@ -185,7 +185,7 @@ def test_a_run_starts_from_a_checkpoint_of_timm_and_one_of_transformers(micro, t
 def state_at_start(config, workdir):
     """Returns the parameters of a run before its first step, by name."""
     workdir.mkdir()
-    run = train.prepare_run(session.with_scenes(config, workdir), workdir)
+    run = train.make_run(session.with_scenes(config, workdir), workdir)
     manager = checkpoints.Checkpoints(workdir, keep=1)
     state = train.initial_state(run, manager)
     manager.close()
