@@ -89,7 +89,7 @@ def parents(annotations: pathlib.Path) -> tuple[str, ...]:
     return tuple(above) if len(categories) > 1 else ()
 
 
-def open_member(
+def setup(
     config: ConfigDict, member: Member, annotations: pathlib.Path, *, plain_names: bool
 ) -> tuple[ConfigDict, list[EvalStream]]:
     """Returns what `evaluate` needs of a member, for a run with a configuration: that of its evaluation, and photos.
@@ -115,7 +115,7 @@ def open_member(
     return config, streams
 
 
-def _open_members(
+def _setup_all(
     found: dict[Member, pathlib.Path], *, checkpoint: str, finetuned: str, plain_names: bool
 ) -> dict[str, dict[Member, tuple[ConfigDict, list[EvalStream]]]]:
     """Returns what is scored, by kind and member, all of it checked before the first photo is looked at.
@@ -138,9 +138,7 @@ def _open_members(
                 continue
             try:
                 run_config = config if kind == "zero_shot" else checkpoints.read_config(workdir)
-                by_member[member] = open_member(
-                    run_config, member, path, plain_names=plain_names or kind == "finetuned"
-                )
+                by_member[member] = setup(run_config, member, path, plain_names=plain_names or kind == "finetuned")
             except ValueError as error:
                 problems.append(f"{member.name}: {error}")
     if problems:
@@ -186,7 +184,7 @@ def run(
     from detclipv2_jax.eval import loop
 
     result = {}
-    opened = _open_members(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
+    opened = _setup_all(found, checkpoint=checkpoint, finetuned=finetuned, plain_names=plain_names)
     for kind, members_of_kind in opened.items():
         loaded = loop.Checkpoint.load(checkpoint) if kind == "zero_shot" else None
         scores: dict[str, float | None] = {}

@@ -112,7 +112,7 @@ def test_a_member_is_read_as_it_is_with_its_own_photos(tmp_path, monkeypatch):
     path = tmp_path / "annotations.json"
     categories = [{"id": 0, "name": "pets"}, {"id": 1, "name": "cat", "supercategory": "pets"}]
     path.write_text(json.dumps({"categories": categories, "annotations": [{"category_id": 1}]}))
-    prepared, _ = odinw.open_member(config, odinw.members()[0], path, plain_names=False)
+    prepared, _ = odinw.setup(config, odinw.members()[0], path, plain_names=False)
     expected = {
         "annotations": str(path), "images": str(tmp_path), "dictionary": "", "definitions": False, "max_examples": 0,
         "drop_categories": ("pets",), "batch_size": 16,
@@ -182,7 +182,7 @@ def test_means_are_of_the_ap_of_all_members_and_of_the_thirteen(tmp_path, monkey
     thirteen = [aps[member.name] for member in everyone if member.odinw13]
     assert np.mean(thirteen) != np.mean(list(aps.values()))
     monkeypatch.setattr(odinw.Member, "find", lambda self, data: data / self.name)
-    monkeypatch.setattr(odinw, "_open_members", lambda found, **_: {"zero_shot": {m: m.name for m in found}})
+    monkeypatch.setattr(odinw, "_setup_all", lambda found, **_: {"zero_shot": {m: m.name for m in found}})
     monkeypatch.setattr(odinw, "evaluate", lambda _, name, output: {"AP50": 1.0, "AP": aps[name]})
     monkeypatch.setattr(loop.Checkpoint, "load", lambda workdir: None)
     result = odinw.run(data=tmp_path, output=tmp_path, checkpoint="run")["zero_shot"]
@@ -196,13 +196,13 @@ def test_means_are_of_the_ap_of_all_members_and_of_the_thirteen(tmp_path, monkey
 def test_all_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "read_config", lambda workdir: None)
 
-    def open_member(config, member, path, *, plain_names):
+    def setup(config, member, path, *, plain_names):
         raise ValueError(f"no boxes in {path}")
 
-    monkeypatch.setattr(odinw, "open_member", open_member)
+    monkeypatch.setattr(odinw, "setup", setup)
     first, second, *_ = odinw.members()
     with pytest.raises(ValueError, match=f"{first.name}: no boxes in 1\n{second.name}: no boxes in 2"):
-        odinw._open_members({first: 1, second: 2}, checkpoint="c", finetuned="", plain_names=False)
+        odinw._setup_all({first: 1, second: 2}, checkpoint="c", finetuned="", plain_names=False)
 
 
 def test_means_need_every_member():
@@ -221,13 +221,13 @@ def test_means_need_every_member():
 
 def test_a_fine_tuned_run_is_asked_with_the_names_it_was_trained_with(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(odinw, "open_member", lambda config, member, path, *, plain_names: asked.append(plain_names))
+    monkeypatch.setattr(odinw, "setup", lambda config, member, path, *, plain_names: asked.append(plain_names))
     monkeypatch.setattr(checkpoints, "read_config", lambda workdir: None)
     first, second, *_ = odinw.members()
     (tmp_path / first.name).mkdir()
     found = dict.fromkeys((first, second), tmp_path)
     for plain_names in (False, True):
-        prepared = odinw._open_members(found, checkpoint="c", finetuned=str(tmp_path), plain_names=plain_names)
+        prepared = odinw._setup_all(found, checkpoint="c", finetuned=str(tmp_path), plain_names=plain_names)
         assert {kind: list(of_kind) for kind, of_kind in prepared.items()} == {
             "zero_shot": [first, second], "finetuned": [first]
         }  # fmt: skip

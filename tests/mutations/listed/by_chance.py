@@ -28,7 +28,7 @@ FAULTS = [
         ("            signal.set_wakeup_fd(before)\n", "            pass\n"),
     ),
     *plant(
-        "preflight/compile_step.py", "test_defaults.py",
+        "chips.py", "test_defaults.py",
         ("\"a10g\": Gpu((8, 6), 80, 1.71,", "\"a10g\": Gpu((8, 6), 80, 2.1375,"),
     ),
 ]  # fmt: skip

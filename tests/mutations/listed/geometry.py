@@ -18,7 +18,6 @@ FAULTS = [
         ("jnp.sqrt(jnp.where(positive, product, 1.0))", "jnp.where(positive, product, 1.0)"),
         ("jnp.sqrt(jnp.where(positive, product, 1.0))", "jnp.sqrt(product)"),
         ("jnp.min(inside, axis=-1) > margin", "jnp.min(inside, axis=-1) >= margin"),
-        ("[width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0]", "[width - boxes[..., 0], boxes[..., 1], width - boxes[..., 2]"),
         ("    factor = jnp.asarray(factor, boxes.dtype)\n", "    factor = jnp.asarray(factor, boxes.dtype)[..., ::-1]\n"),
         ("    extent = jnp.asarray(extent, boxes.dtype)\n", "    extent = jnp.asarray(extent, boxes.dtype)[..., ::-1]\n"),
         ("jnp.clip(boxes, 0.0, ", "jnp.clip(boxes, 1.0, "),

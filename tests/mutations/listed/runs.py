@@ -122,11 +122,14 @@ FAULTS = [
         ("if jax.process_count() > 1:", "if jax.process_count() > 2:"),
     ),
     *plant(
+        "chips.py", "preflight/test_preflight.py::test_a_gpu_is_described_as_xla_does",
+        ("\"a10g\": Gpu((8, 6),", "\"a10g\": Gpu((8, 9),"),
+    ),
+    *plant(
         "preflight/compile_step.py", "preflight/test_preflight.py::test_a_gpu_is_described_as_xla_does",
         ("(gpu.shared_kib - 1) << 10", "gpu.shared_kib << 10"),
         ("64 if gpu.capability == (8, 0) else 128", "64 if gpu.capability[0] == 8 else 128"),
         ("{chip.memory / CUDA_SHARE:.0f}", "{chip.memory:.0f}"),
-        ("\"a10g\": Gpu((8, 6),", "\"a10g\": Gpu((8, 9),"),
     ),
     *plant(
         "losses/selection_pallas.py", "losses/test_selection_pallas.py::test_what_a_block_holds_of_a_product_fits_the_smallest_gpu",
