@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import interpolate
+from detclipv2_jax import config_json, interpolate
 from detclipv2_jax.eval import loop
 from detclipv2_jax.interpolate import Point
 from detclipv2_jax.runs import exported
@@ -69,7 +69,7 @@ def test_the_best_weights_are_kept(models, tmp_path):
     assert len(asked) == 10
     assert (tmp_path / "kept" / "trade_off.png").stat().st_size > 1000
     assert exported.is_export(tmp_path / "kept")
-    assert config_lib.differences(exported.read_config(tmp_path / "kept"), config) == []
+    assert config_json.differences(exported.read_config(tmp_path / "kept"), config) == []
     weights, step = exported._read_weights(tmp_path / "kept")
     assert (weights["a"].item(), step) == (END, 7)
 

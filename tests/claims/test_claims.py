@@ -1,9 +1,11 @@
 """The table of the paper's claims: its runs, their scores, its verdicts; how it goes on where it was stopped."""
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import resource
 import runpy
 import shutil
@@ -17,8 +19,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from detclipv2_jax import commands, session, validation
-from detclipv2_jax import config as config_lib
+from detclipv2_jax import commands, config_json, session, validation
 from detclipv2_jax.claims import __main__ as claims
 from detclipv2_jax.claims import ablations
 from detclipv2_jax.visualize import charts
@@ -67,7 +68,7 @@ def test_the_command_of_a_run_makes_its_configuration(tmp_path, row):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments[2:])
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     values(arguments[2:])
-    assert config_lib.differences(values.config, config) == []
+    assert config_json.differences(values.config, config) == []
     assert values.workdir == str(tmp_path)
 
 
@@ -282,7 +283,11 @@ def test_the_page_has_the_table_of_the_stored_results():
     results = root / "results" / "claims"
     claims.pending_runs(RECIPE, results, root)  # each is of the recipe as it is now
     found = claims.all_results(results)
-    assert (root / "docs" / "claims.md").read_text() == "".join(claims.markdown(found))
+    table = (root / "docs" / "claims.md").read_text()
+    assert table == "".join(claims.markdown(found))
+    told = collections.Counter(re.findall(r"\*\*(reproduced|contradicted|undecided)\*\*", table))
+    counts = f"{told['reproduced']} are reproduced, {told['contradicted']} contradicted, {told['undecided']} undecided"
+    assert counts in (root / "README.md").read_text()
     page = (root / "docs" / "laptop.md").read_text()
     assert '\n--8<-- "docs/claims.md"\n' in page
     before, after = (

@@ -42,7 +42,7 @@ def test_a_folder_without_a_configuration_is_no_workdir(tmp_path):
     config = config_lib.base()
     config.epochs = 3
     (tmp_path / "config.json").write_text(config_json.to_json(config))
-    assert config_lib.differences(checkpoints.read_config(tmp_path), config) == []
+    assert config_json.differences(checkpoints.read_config(tmp_path), config) == []
 
 
 def test_a_start_from_another_model_says_which_values_differ(tmp_path, monkeypatch):
