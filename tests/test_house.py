@@ -4,6 +4,7 @@ import ast
 import collections
 import functools
 import graphlib
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -204,6 +205,44 @@ def test_rooms_load_only_what_is_below(module, unwanted):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert loaded.stdout.strip() == "[]"
+
+
+LOAD = """
+import importlib, os, sys
+import flax.linen, grain, jax, ml_collections, optax, orbax.checkpoint  # once for all rooms
+for line in sys.stdin:
+    room, *modules = line.split()
+    if not os.fork():
+        for module in modules:
+            importlib.import_module(module)
+        print(room, *{name.split(".")[1] for name in sys.modules if name.startswith("detclipv2_jax.")}, flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"{room} cannot be imported")
+"""
+
+
+def test_a_room_loads_only_rooms_below_it():
+    """Each in a process of its own."""
+    rooms = {room: room for room in MAY_IMPORT if "." not in room}
+    if not importlib.util.find_spec("tensorflow_datasets"):
+        del rooms["prepare"]
+    for room in rooms:
+        paths = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
+        skipped = {"__main__.py", "scripts", "saved_model.py"}  # commands; what goes with an export; TensorFlow
+        paths = [path for path in paths if not skipped & {*path.parts}]
+        names = (".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in paths)
+        rooms[room] = " ".join([room, *(name.removesuffix(".__init__") for name in names)])
+    given = "\n".join(rooms.values())
+    done = subprocess.run([sys.executable, "-c", LOAD], input=given, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.split()[0]: {*line.split()[1:]} for line in done.stdout.splitlines()}
+    assert loaded.keys() == rooms.keys()
+
+    def below(room):
+        return {room, *FOR_ALL}.union(*(below(one) for one in MAY_IMPORT.get(room, ())))
+
+    assert {room: sorted(found - below(room)) for room, found in loaded.items()} == {room: [] for room in rooms}
 
 
 @functools.cache
