@@ -193,9 +193,10 @@ def _of_places(config: ConfigDict) -> Iterator[str]:
 
 
 def _of_chips(config: ConfigDict) -> Iterator[str]:
+    locked = config.copy_and_resolve_references().lock()  # or a wrong key would be a new one
     for chip in config.chips:
         try:
-            for_chip(config, chip)
+            for_chip(locked, chip)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             yield f"config.chips.{chip} is {config.chips[chip]}; allowed: (key, value) pairs ({error.args[0]})"
 

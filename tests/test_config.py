@@ -579,7 +579,7 @@ def test_values_of_a_chip_are_put_into_a_copy_and_their_names_must_be_keys():
     found.epochs = 4
     found.chips.v4 = (("model.remta", "all"),)
     with pytest.raises(ValueError, match=r"config\.chips\.v4 is .*allowed: \(key, value\) pairs"):
-        validation.validate(found.lock(), num_devices=32)
+        validation.validate(found, num_devices=32)
 
 
 def test_differences_are_of_the_keys_of_both():
