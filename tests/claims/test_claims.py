@@ -301,6 +301,10 @@ def test_the_page_has_the_table_of_the_stored_results():
     assert f"raise the AP of shapes without boxes from {before[1]:.0f} to {after[1]:.0f}." in words
     assert f"shapes with boxes keep their AP ({after[0] - before[0]:+.1f})" in words
     assert f"falls by {before[2] - after[2]:.1f} of {before[2]:.1f}," in words
+    for row in ("max_size", "pair_steps_8", "weight_1", "wrong_60", "temperature_0.15", "tokens"):
+        finding = dataclasses.replace(ablations.FINDINGS[0], rows={"with": "pairs", "other": row})
+        cost = ablations.judge(ablations._best("pairs", row), finding, found)
+        assert f" {cost.mean:.1f} ± {cost.half:.1f}" in words, row
 
 
 FAKE = """
