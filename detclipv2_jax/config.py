@@ -45,7 +45,7 @@ def model(size: str) -> ConfigDict:
     nano = size == "nano"
     c = ConfigDict()
     c.dtype = "float32" if nano else "bfloat16"  # compute type; parameters and losses are float32
-    c.remat = "none" if nano else "blocks"  # what is recomputed in the backward pass: none | blocks | heads | all
+    c.remat = "none" if nano else "blocks"  # computed again: none | blocks_but_attention | blocks | heads | all
     c.embed_dim = 64 if nano else 512  # D: size of region and concept embeddings
     # Swin Transformer; its stages 2-4 feed the pyramid
     c.swin = ConfigDict()
@@ -241,10 +241,13 @@ def optimizer() -> ConfigDict:
     c.frozen = ""
     c.text_once = False  # a frozen text tower encodes a concept when it is first met (2 KB), not in every step
     c.ema_decay = 0.0  # of a moving average of the parameters, used for evaluation; 0: none
-    c.accumulate, c.remat = ConfigDict(), ConfigDict()
+    c.accumulate, c.remat, c.text_lengths = ConfigDict(), ConfigDict(), ConfigDict()
     for kind in KINDS:
         c.accumulate[kind] = 1  # chunks a step whose gradients are summed exactly; more save memory
         c.remat[kind] = ""  # model.remat of this kind of step; "": as it is
+        # (tokens, share of a device's rows), the longest first: so many texts are encoded so long; those that find no
+        # room, in a second pass (metric text_overflow), which costs nothing but time. (): all at full length
+        c.text_lengths[kind] = ()
     return c
 
 
@@ -288,10 +291,7 @@ def lvis(section: ConfigDict, annotations: str = "lvis_v1_minival_inserted_image
 
 
 def forgetting() -> ConfigDict:
-    """Returns the keys of `config.forgetting`: a second set, evaluated before the first step and after the last.
-
-    It shows what a fine-tune forgets; all that is not said here is as in `config.eval`.
-    """
+    """Returns the keys of `config.forgetting`: a second set, scored before and after a fine-tune, else as in eval."""
     c = ConfigDict()
     c.annotations = ""  # COCO json; "": none
     c.images = ""  # image folder of the json
@@ -304,8 +304,7 @@ def forgetting() -> ConfigDict:
 
 def mesh() -> ConfigDict:
     """Returns the keys of `config.mesh`."""
-    # devices over which parameters and moments are split; the rest is data parallel
-    return ConfigDict({"fsdp": 1})
+    return ConfigDict({"fsdp": 1})  # devices over which parameters and moments are split; the rest is data parallel
 
 
 def chips() -> ConfigDict:
@@ -321,8 +320,7 @@ def checkpoint() -> ConfigDict:
     c = ConfigDict()
     c.every_steps = 1000  # steps between checkpoints
     c.keep = 3  # newest ones that stay
-    # also save and keep the one with the best eval.monitor; then it is what the workdir predicts and is scored with
-    c.keep_best = False
+    c.keep_best = False  # also keep the one with the best eval.monitor, with which the workdir then predicts
     return c
 
 
@@ -340,10 +338,14 @@ def pretraining(c: ConfigDict, variant: str = "") -> None:
         for section in (c.detection, c.grounding):
             section.canvases, section.num_scales = ((800, 1216), (1216, 800)), 3
         c.image_text.canvases = ((320, 320), (256, 320), (320, 256))
+    # in 9 rows a pair has 5.3 texts: a caption of 13 tokens in the mean, and phrases of 4 or 5, as grounding has
+    c.optimizer.text_lengths.image_text = ((16, 0.16), (6, 0.54))
+    c.optimizer.text_lengths.grounding = ((16, 0.125), (8, 0.875))
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
     # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
     kept = ("optimizer.remat.detection", "none"), ("optimizer.remat.grounding", "none")  # 80 GB hold it
-    c.chips.h100 = (("loss.chunk_bytes", 1 << 30), *kept)
+    kept += (("optimizer.remat.image_text", "blocks_but_attention"),)
+    c.chips.h100 = c.chips.h200 = c.chips.b200 = (("loss.chunk_bytes", 1 << 30), *kept)
     lvis(c.eval)
 
 
@@ -366,9 +368,7 @@ def base() -> ConfigDict:
     c.loss = loss()
     c.optimizer = optimizer()
     c.mesh = mesh()
-    # s that all processes wait for a late one, then the run ends and names it: more than the time by which compiling
-    # takes longer on one host than on another
-    c.timeout_s = 600
+    c.timeout_s = 600  # s that processes wait for a late one (hosts compile at their own pace), then the run ends
     c.chips = chips()
     c.eval = _eval_section()
     c.forgetting = forgetting()

@@ -34,7 +34,7 @@ from detclipv2_jax.runs.workdir import WorkdirError, only_run, read_config, room
 # keys that may change when a run is continued: how long it trains and how it is watched, not what it learns
 CHANGEABLE = (
     "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
-    "eval", "input", "mesh", "chips", "closing", "trackers",
+    "eval", "input", "mesh", "chips", "closing", "trackers", "optimizer.text_lengths",
 )  # fmt: skip
 
 

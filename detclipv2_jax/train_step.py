@@ -29,12 +29,13 @@ from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.geometry import atss
 from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.losses import concept_table, contrastive, proposals
-from detclipv2_jax.losses.alignment import AnchorTargets, FocalSettings, alignment_loss, focal_loss
+from detclipv2_jax.losses.alignment import AnchorTargets, FocalSettings, alignment_loss
 from detclipv2_jax.losses.class_names import class_name_loss
 from detclipv2_jax.losses.concept_table import Captions, Concepts, Table, UniqueRows
 from detclipv2_jax.losses.contrastive import Proposed
-from detclipv2_jax.losses.localization import localization_losses
+from detclipv2_jax.losses.localization import localization_losses, objectness_loss
 from detclipv2_jax.losses.proposals import Proposals
+from detclipv2_jax.models.by_length import encode_by_length
 from detclipv2_jax.models.detclip import DetCLIP, Regions
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs.optimizer import without_frozen
@@ -118,16 +119,29 @@ class Program:
     def num_chunks(self) -> int:
         return self.config.optimizer.accumulate[self.kind.value]
 
+    @property
+    def text_lengths(self) -> tuple[tuple[int, float], ...]:
+        """Returns the groups of texts by length; a closed vocabulary has no tower that reads them."""
+        return () if self.config.model.text.classes else self.config.optimizer.text_lengths[self.kind.value]
+
     def encode_concepts(
-        self, params: Any, tokens: Int[Array, "t l"], *, text: Any = None, every_token: bool = False
-    ) -> Concepts:
-        """Returns what logits need beside regions; of `every_token` each token is a concept; `text` may be known."""
-        if text is None:
+        self, params: Any, table: Batch, *, every_token: bool = False
+    ) -> tuple[Concepts, dict[str, Bool[Array, ""]]]:
+        """Returns what logits need beside regions, and metrics; of `every_token` each token is a concept."""
+
+        def encode(params: Any, tokens: Int[Array, "t l"]) -> Any:
             method = "encode_tokens" if every_token else "encode_text"
-            text = self.model.apply({"params": params}, tokens, method=method)
+            return self.model.apply({"params": params}, tokens, method=method)
+
+        text, tokens, metrics = table.concept_text, table.concept_tokens, {}
+        if text is None and self.text_lengths and not every_token:
+            text, is_full = encode_by_length(encode, params, tokens, table.concept_mask, self.text_lengths)
+            metrics["text_overflow"] = is_full
+        elif text is None:
+            text = encode(params, tokens)
         if every_token:
             text = text.reshape(-1, text.shape[-1])
-        return Concepts(text, *self.model.apply({"params": params}, method="logit_parameters"))
+        return Concepts(text, *self.model.apply({"params": params}, method="logit_parameters")), metrics
 
     def encode_images(self, params: Any, batch: Batch, key: jax.Array) -> Regions:
         """Returns the regions of the images; `key` draws what stochastic depth leaves out."""
@@ -161,9 +175,10 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if by_tokens := every_token and batch.class_names is None:
             batch = by_token(batch, mesh)
-        table = {"tokens": batch.concept_tokens, "text": batch.concept_text, "every_token": by_tokens}
-        concepts, concepts_vjp = jax.vjp(functools.partial(program.encode_concepts, **table), state.params)  # 1
+        encode = functools.partial(program.encode_concepts, table=batch, every_token=by_tokens)
+        concepts, concepts_vjp, overflow = jax.vjp(encode, state.params, has_aux=True)  # 1
         loss, metrics, grads, concept_grads = gradients(program, state.params, concepts, batch, key)  # 2
+        metrics |= {name: value.astype(jnp.float32) for name, value in overflow.items()}
         grads = jax.tree.map(jnp.add, grads, concepts_vjp(concept_grads)[0])  # 3
         grads = without_frozen(grads, config.optimizer.frozen)
         return _apply(state, grads, tx=tx, ema_decay=config.optimizer.ema_decay, metrics={"loss": loss, **metrics})
@@ -291,27 +306,10 @@ def _box_loss(
     loss += config.centerness_weight * metrics["loss_centerness"]
     if regions.objectness is not None:
         target = program.config.model.head.objectness
-        metrics["loss_objectness"] = objectness_loss(regions, goal, anchors=anchors, target=target) / num_positive
+        of_targets = {"anchors": anchors, "target_boxes": goal.boxes, "target": target}
+        metrics["loss_objectness"] = objectness_loss(regions, goal.anchors, **of_targets) / num_positive
         loss += config.objectness_weight * metrics["loss_objectness"]
     return loss, metrics
-
-
-def objectness_loss(
-    regions: Regions, targets: Targets, *, anchors: Float[Array, "a 4"], target: str
-) -> Float[Array, ""]:
-    """Returns the summed loss of the extra head that `loss.selection` classification or iou ranks proposals by.
-
-    classification: focal loss, whether the anchor has a box; iou: cross-entropy with the IoU of the predicted box and
-    its target on positive anchors (Table 2a names the heads, not their losses; these are ATSS's and IoU-Net's usual).
-    """
-    if target == "classification":
-        loss = focal_loss(jnp.asarray(regions.objectness), targets.anchors.positive, alpha=0.25, gamma=2.0)
-        return jnp.sum(jnp.where(targets.anchors.mask, loss, 0.0))
-    predicted = box_lib.decode_deltas(jnp.broadcast_to(anchors[None], targets.boxes.shape), regions.box_deltas)
-    iou = jax.lax.stop_gradient(box_lib.iou(predicted, targets.boxes))
-    return jnp.sum(
-        jnp.where(targets.anchors.positive, optax.sigmoid_binary_cross_entropy(regions.objectness, iou), 0.0)
-    )
 
 
 def _pair_gradients(program: Program, params: Any, concepts: Concepts, batch: Batch, key: jax.Array) -> Gradients:

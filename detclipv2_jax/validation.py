@@ -69,6 +69,13 @@ def _is_mixture(value: Any) -> bool:
     return pair and value[0] in order.MIXTURES and _numbers(value[1:]) and value[1] > 0
 
 
+def _are_lengths(value: Any, *, longest: int) -> bool:
+    pairs = isinstance(value, tuple | list) and all(_numbers(pair, 2) for pair in value)
+    lengths, shares = zip(*value, strict=True) if pairs and value else ((), ())
+    fits = all(isinstance(x, int) and 3 <= x <= longest for x in lengths) and all(share > 0 for share in shares)
+    return pairs and fits and list(lengths) == sorted(set(lengths), reverse=True) and sum(shares) < 1 + 1e-6
+
+
 def _is_regex(value: str) -> bool:
     try:
         re.compile(value)
@@ -155,8 +162,12 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
 def _rules_of(config: ConfigDict) -> Iterator[Rule]:
     """Yields rules of one key that other keys decide."""
     last = config.epochs - 1
+    longest = config.model.text.context_length
+    of_text = functools.partial(_are_lengths, longest=longest)
+    allowed = f"(tokens, share of rows) pairs: 3 to {longest} tokens, the longest first; shares of 1 in all at most"
     for kind in KINDS:
         yield Rule(f"{kind}.from_epoch", lambda value: 0 <= value <= last, f"0 to {last}, the last of config.epochs")
+        yield Rule(f"optimizer.text_lengths.{kind}", of_text, allowed)
     if _is_mixture(config.mixing) and config.mixing[0] == "capped" and _has_steps(config, "image_text"):
         first = config.image_text.from_epoch
         for kind in ("detection", "grounding"):

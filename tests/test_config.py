@@ -452,7 +452,15 @@ EDGES = [
     ("name closing", ["hf://a"], []),
     ("detection.batch_size image_text.batch_size eval.batch_size", [8, 64], [0, -8, 9]),
     ("optimizer.accumulate.detection", [1], [0, -1, 2]),
-    ("model.remat", ["none", "blocks", "heads", "all"], ["", "some"]),
+    ("model.remat", ["none", "blocks", "blocks_but_attention", "heads", "all"], ["", "some"]),
+    (
+        "optimizer.text_lengths.detection optimizer.text_lengths.grounding optimizer.text_lengths.image_text",
+        [(), ((16, 1.0),), ((16, 0.25), (8, 0.5), (3, 0.25)), [[8, 0.5]]],
+        [
+            ((17, 0.5),), ((2, 0.5),), ((8.0, 0.5),), ((8, 0.5), (16, 0.25)), ((8, 0.5), (8, 0.25)), (16, 0.5),
+            ((16, 0.0),), ((16, -0.5), (8, 0.5)), ((16, 0.5), (8, 0.75)), ((16,),), (("16", 0.5),), "16",
+        ],
+    ),
     ("optimizer.remat.detection optimizer.remat.grounding optimizer.remat.image_text", ["", "none", "all"], ["some"]),
     ("model.swin.attention_impl", window_attention.IMPLS, ["flash"]),
     ("model.head.deform_impl", deform_conv.IMPLS, ["torch"]),

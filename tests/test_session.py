@@ -50,8 +50,11 @@ def test_what_may_change_when_a_run_goes_on(micro, tmp_path):
     }
     assert set(session.CHANGEABLE) == {
         "num_steps", "log_every_steps", "pictures_every_steps", "profile_steps", "nonfinite", "timeout_s", "checkpoint",
-        "eval", "input", "mesh", "chips", "closing", "trackers",
+        "eval", "input", "mesh", "chips", "closing", "trackers", "optimizer.text_lengths",
     }  # fmt: skip
+    longer = micro.copy_and_resolve_references()
+    longer.optimizer.text_lengths.grounding = ((16, 1.0),)
+    session.check_workdir(tmp_path, longer, fresh_allowed=False)
 
 
 def test_data_that_changed(tmp_path, caplog):

@@ -16,9 +16,7 @@ from oracle.towers import assert_same_gradients, expected_step, jit_towers, make
 
 from detclipv2_jax import config_json, train_step
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.geometry import boxes as box_lib
 from detclipv2_jax.models import detclip
-from detclipv2_jax.models.detclip import Regions
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.optimizer import make_optimizer, param_name
@@ -161,27 +159,6 @@ def test_padding_does_not_blow_up_the_gradient_of_a_fresh_model(micro):
     assert norms[1] < 20 * norms[0], norms
 
 
-def test_the_extra_head_learns_what_has_a_box_or_how_well_it_fits():
-    rng = np.random.default_rng(0)
-    anchors = np.array([[0, 0, 10, 10], [5, 5, 25, 25], [0, 0, 40, 40]], np.float32)
-    deltas, logits = rng.normal(size=(2, 3, 4)).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)
-    mask, positive = np.array([[1, 1, 0], [1, 1, 1]], bool), np.array([[1, 0, 0], [0, 1, 1]], bool)
-    boxes = np.broadcast_to(anchors[None] + [1, 0, 2, 0], (2, 3, 4)).astype(np.float32)
-    targets = train_step.Targets(train_step.AnchorTargets(mask, positive, np.zeros((2, 3, 1), int)), boxes, None)
-
-    def loss(logits, deltas, target):
-        regions = Regions(None, deltas, None, logits)
-        return train_step.objectness_loss(regions, targets, anchors=anchors, target=target)
-
-    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    focal = np.where(positive, -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p**2 * np.log(1 - p))
-    np.testing.assert_allclose(loss(logits, deltas, "classification"), focal[mask].sum(), rtol=1e-5)
-    iou = np.asarray(box_lib.iou(box_lib.decode_deltas(np.broadcast_to(anchors[None], (2, 3, 4)), deltas), boxes))
-    entropy = -(iou * np.log(p) + (1 - iou) * np.log(1 - p))
-    np.testing.assert_allclose(loss(logits, deltas, "iou"), entropy[positive].sum(), rtol=1e-5)
-    assert not np.any(jax.grad(loss, argnums=1)(logits, deltas, "iou"))  # the boxes learn from the box loss alone
-
-
 def test_towers_are_asked_for_what_a_step_needs(micro):
     calls = []
 
@@ -191,8 +168,10 @@ def test_towers_are_asked_for_what_a_step_needs(micro):
             return (2.0, -4.0) if method == "logit_parameters" else "encoded"
 
     program = train_step.Program(Kind.DETECTION, Model(), micro, (8, 8), None)
-    assert tuple(program.encode_concepts("params", "tokens")) == ("encoded", 2.0, -4.0)
-    assert tuple(program.encode_concepts("params", "tokens", text="known")) == ("known", 2.0, -4.0)
+    table = types.SimpleNamespace(concept_tokens="tokens", concept_text=None)
+    assert program.encode_concepts("params", table) == (("encoded", 2.0, -4.0), {})
+    known = types.SimpleNamespace(concept_tokens="tokens", concept_text="known")
+    assert program.encode_concepts("params", known) == (("known", 2.0, -4.0), {})
     batch = types.SimpleNamespace(image="image", extent="extent")
     assert program.encode_images("params", batch, "key") == "encoded"
     assert calls == [

@@ -26,7 +26,9 @@ CASES = {
     "grounding": (Kind.GROUNDING, 1, {"focal_alpha": 0.4, "focal_gamma": 1.5, "frozen": "text_encoder"}),
     "grounding, one concept a box": (Kind.GROUNDING, 1, {"max_box_concepts": 1}),
     "grounding, two concepts a box": (Kind.GROUNDING, 2, {"max_box_concepts": 2}),
+    "grounding, texts by length": (Kind.GROUNDING, 1, {"text_lengths": ((4, 0.25), (3, 0.5))}),
     "pairs": (Kind.IMAGE_TEXT, 1, {}),
+    "pairs, texts by length": (Kind.IMAGE_TEXT, 2, {"text_lengths": ((4, 0.75), (3, 0.25))}),
     "pairs in chunks": (Kind.IMAGE_TEXT, 2, {"selection_scope": "device", "selection": "text_batch_centerness"}),
     "pairs, classification": (Kind.IMAGE_TEXT, 1, {"head": "classification", "selection": "classification"}),
     "pairs, iou": (
@@ -61,12 +63,13 @@ CASES = {
 }
 
 
-def configuration(kind, num_chunks, head="none", frozen="", max_box_concepts=8, **switches):
+def configuration(kind, num_chunks, head="none", frozen="", max_box_concepts=8, text_lengths=(), **switches):
     """Returns a configuration in which no weight is 1 and no switch of the losses stands at what hides a fault."""
     config = micro_config()
     config.seed = 7
     config.model.head.objectness = head
     config.optimizer.accumulate[kind.value] = num_chunks
+    config.optimizer.text_lengths[kind.value] = text_lengths
     if kind is not Kind.IMAGE_TEXT:
         config[kind.value].max_box_concepts = max_box_concepts
     config.optimizer.ema_decay, config.optimizer.frozen = DECAY, frozen
@@ -126,6 +129,21 @@ def test_loss_and_gradients_equal_the_oracle(case):
             assert np.any(wanted[config.optimizer.frozen])
             wanted[config.optimizer.frozen] = np.zeros_like(wanted[config.optimizer.frozen])
         assert_same_gradients(grads, wanted)
+
+
+def test_texts_that_find_no_room_in_their_group_are_told():
+    told = []
+    for case in ("grounding, texts by length", "pairs, texts by length"):
+        kind, _, switches = CASES[case]
+        for options in ({"distinct": 20}, {"distinct": 3}, {"share": 0.0}):
+            batch = make_batch(kind, seed=0, **options)
+            lengths = np.where(batch.concept_mask, batch.concept_tokens.argmax(axis=1) + 1, 0).reshape(8, -1)
+            limits = [n for n, share in switches["text_lengths"] for _ in range(int(share * lengths.shape[1]))]
+            limits += [0] * (lengths.shape[1] - len(limits))
+            told.append(run(case, batch)[2]["text_overflow"])
+            assert told[-1] == np.any(-np.sort(-lengths, axis=1) > limits), (case, options)
+    assert {0.0, 1.0} == set(told)
+    assert "text_overflow" not in run("pairs", make_batch(Kind.IMAGE_TEXT, seed=0))[2]
 
 
 def test_the_update_the_average_and_the_norms_follow_from_the_gradient():

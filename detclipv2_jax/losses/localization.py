@@ -1,4 +1,4 @@
-"""Box and centerness losses of ATSS on the positive anchors (detection data only, paper section 3.3)."""
+"""Losses of boxes and centerness, ATSS's (detection data only, paper section 3.3), and of the extra head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from detclipv2_jax.geometry import boxes as box_lib
+from detclipv2_jax.losses.alignment import AnchorTargets, focal_loss
+from detclipv2_jax.models.detclip import Regions
 
 
 @jax.named_scope("localization_losses")
@@ -40,3 +42,24 @@ def localization_losses(
     box_sum = jnp.sum(target_centerness * (1.0 - box_lib.generalized_iou(predicted, target_boxes)))
     cross_entropy = optax.sigmoid_binary_cross_entropy(centerness, target_centerness)
     return box_sum, jnp.sum(jnp.where(positive, cross_entropy, 0.0))
+
+
+def objectness_loss(
+    regions: Regions,
+    targets: AnchorTargets,
+    *,
+    anchors: Float[Array, "a 4"],
+    target_boxes: Float[Array, "b a 4"],
+    target: str,
+) -> Float[Array, ""]:
+    """Returns the summed loss of the extra head that `loss.selection` classification or iou ranks proposals by.
+
+    classification: focal loss, whether the anchor has a box; iou: cross-entropy with the IoU of the predicted box and
+    its target on positive anchors (Table 2a names the heads, not their losses; these are ATSS's and IoU-Net's usual).
+    """
+    if target == "classification":
+        loss = focal_loss(jnp.asarray(regions.objectness), targets.positive, alpha=0.25, gamma=2.0)
+        return jnp.sum(jnp.where(targets.mask, loss, 0.0))
+    predicted = box_lib.decode_deltas(jnp.broadcast_to(anchors[None], target_boxes.shape), regions.box_deltas)
+    iou = jax.lax.stop_gradient(box_lib.iou(predicted, target_boxes))
+    return jnp.sum(jnp.where(targets.positive, optax.sigmoid_binary_cross_entropy(regions.objectness, iou), 0.0))

@@ -156,18 +156,33 @@ def _scaled(similarity: Array, region_mask: Array, temperature: float) -> Float3
 def _best(settings: Settings, regions: Array, region_mask: Array, text: Array) -> tuple[Array, Array]:
     """Returns (value of each concept for each image, index of its most similar region), each [b, c]."""
     similarity = _similarity(regions, region_mask, text)
-    best = jnp.max(similarity, axis=1)
+    best, index = jax.lax.platform_dependent(similarity, cpu=max_by_two_passes, default=max_by_one_pass)
     if settings.matching == "one_to_many":
         weight = jax.nn.softmax(_scaled(similarity, region_mask, settings.temperature), axis=1)
         best = jnp.sum(weight * similarity, axis=1)
-    return best, _first_max(similarity)
+    return best, index
 
 
-def _first_max(similarity: Float32[Array, "b k c"]) -> Int32[Array, "b c"]:
-    """Returns the lowest index of the maximum over regions; two plain reductions vectorise, an argmax does not."""
+def max_by_two_passes(similarity: Float32[Array, "b k c"]) -> tuple[Float32[Array, "b c"], Int32[Array, "b c"]]:
+    """Returns the maximum over regions and its lowest index, by two plain reductions, which vectorise on a CPU."""
     k = similarity.shape[1]
-    is_max = similarity == jnp.max(similarity, axis=1, keepdims=True)
-    return jnp.min(jnp.where(is_max, jnp.arange(k, dtype=jnp.int32)[None, :, None], k - 1), axis=1)
+    best = jnp.max(similarity, axis=1)
+    is_max = similarity == best[:, None]
+    return best, jnp.min(jnp.where(is_max, jnp.arange(k, dtype=jnp.int32)[None, :, None], k - 1), axis=1)
+
+
+def max_by_one_pass(similarity: Float32[Array, "b k c"]) -> tuple[Float32[Array, "b c"], Int32[Array, "b c"]]:
+    """Returns what `max_by_two_passes` does, reading the similarities once; of several NaNs any index."""
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        (value, index), (other, other_index) = a, b
+        first = (value > other) | (value != value) | ((value == other) & (index < other_index))
+        return jnp.where(first, value, other), jnp.where(first, index, other_index)
+
+    index = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)
+    smallest = jnp.float32(-jnp.inf), jnp.int32(similarity.shape[1] - 1)
+    best, chosen = jax.lax.reduce((similarity, index), smallest, larger, (1,))
+    return best, chosen
 
 
 def _pull(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 
 from detclipv2_jax.models.atss_head import AtssHead, LevelOutput
 from detclipv2_jax.models.fpn import FPN
-from detclipv2_jax.models.swin import Swin
+from detclipv2_jax.models.swin import ATTENTION, Swin
 from detclipv2_jax.models.text_encoder import ClassTable, TextEncoder
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IMAGE_MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # ImageNet, RGB, 0-255
 IMAGE_STD = np.array((58.395, 57.12, 57.375), np.float32)
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "blocks", "heads", "all")
+REMATS = ("none", "blocks_but_attention", "blocks", "heads", "all")
 NORM_EPSILON = 1e-6  # shortest length that is still normalised to 1
 
 
@@ -44,7 +44,9 @@ class DetCLIP(nn.Module):
     head: dict[str, Any]
     text: dict[str, Any]
     embed_dim: int
-    remat: str  # none | blocks (Swin and text) | heads (a level of the head) | all (both and the pyramid)
+    # none | blocks (Swin and text) | blocks_but_attention (that of windows is kept: less to compute again) | heads (a
+    # level of the head) | all (blocks, heads and the pyramid)
+    remat: str
     normalize_regions: bool
     logit_scale: float  # initial values
     logit_bias: float
@@ -52,10 +54,12 @@ class DetCLIP(nn.Module):
     class_tokens: tuple[tuple[int, ...], ...] = ()  # a table of these texts in place of the text tower
 
     def setup(self) -> None:
-        blocks, heads = self.remat in ("blocks", "all"), self.remat in ("heads", "all")
+        blocks = self.remat in ("blocks_but_attention", "blocks", "all")
+        heads = self.remat in ("heads", "all")
         head_class = nn.remat(AtssHead, static_argnums=(2,)) if heads else AtssHead
         fpn_class = nn.remat(FPN) if self.remat == "all" else FPN
-        self.image_backbone = Swin(**self.swin, remat=blocks, dtype=self.dtype, name="swin")
+        kept = (ATTENTION,) * (self.remat == "blocks_but_attention")
+        self.image_backbone = Swin(**self.swin, remat=blocks, kept=kept, dtype=self.dtype, name="swin")
         self.pyramid = fpn_class(self.head["channels"], dtype=self.dtype, name="fpn")
         self.region_head = head_class(**self.head, embed_dim=self.embed_dim, dtype=self.dtype, name="head")
         self.text_encoder: Any

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from detclipv2_jax.chips import chip_of
 from detclipv2_jax.geometry.anchors import level_sizes
-from detclipv2_jax.models import detclip
+from detclipv2_jax.models import by_length, detclip
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -63,9 +63,17 @@ def of_step(
     if num_tokens := _num_tokens(config, kind):
         towers += TRAINING * batch_size * forward("encode_tokens", tokens)
         return lambda num_concepts: towers + 2.0 * batch_size * rows * settings.embed_dim * num_tokens
-    if not config.optimizer.text_once:
-        towers += TRAINING * table_rows * forward("encode_text", tokens)
+    for length, num in _texts(config, kind, table_rows):
+        towers += TRAINING * num * forward("encode_text", tokens[:, :length])
     return lambda num_concepts: towers + 2.0 * batch_size * rows * settings.embed_dim * num_concepts
+
+
+def _texts(config: ConfigDict, kind: str, table_rows: int) -> list[tuple[int, int]]:
+    """Returns (length, number) of the texts that a step encodes, where no group of lengths is full."""
+    if config.optimizer.text_once:
+        return []
+    whole = [(config.model.text.context_length, 1.0)]
+    return by_length.num_rows(config.optimizer.text_lengths[kind] or whole, table_rows)
 
 
 def _num_tokens(config: ConfigDict, kind: str) -> int:
@@ -131,10 +139,11 @@ def formula(
     """Returns what `of_step` counts, from sizes alone."""
     num_images, rows = config[kind].batch_size, _num_compared(config, kind, canvas, num_devices)
     if num_tokens := _num_tokens(config, kind):
-        table_rows, num_concepts = num_images, num_tokens
-    if config.optimizer.text_once:
-        table_rows = 0
-    towers = num_images * formula_image(config.model, canvas) + table_rows * formula_text(config.model)
+        num_concepts = num_tokens
+        texts = num_images * formula_text(config.model, config.model.text.context_length)
+    else:
+        texts = sum(num * formula_text(config.model, length) for length, num in _texts(config, kind, table_rows))
+    towers = num_images * formula_image(config.model, canvas) + texts
     towers += max(num_tokens - num_images, 0) * config.model.text.width * config.model.embed_dim  # projections
     return 2.0 * (TRAINING * towers + num_images * rows * num_concepts * config.model.embed_dim)
 
@@ -159,10 +168,10 @@ def formula_image(model: ConfigDict, canvas: tuple[int, int]) -> float:
     return total + sum(sizes) * conv * ((1 + 2 * head.num_convs) * head.channels + deformable + outputs)
 
 
-def formula_text(model: ConfigDict) -> float:
-    """Returns the multiplications of embedding one concept."""
+def formula_text(model: ConfigDict, length: int) -> float:
+    """Returns the multiplications of embedding one concept of `length` positions."""
     if model.text.classes:
         return 0
-    width, length = model.text.width, model.text.context_length
+    width = model.text.width
     layer = 12 * length * width**2 + 2 * length**2 * width
     return model.text.num_layers * layer + width * model.embed_dim

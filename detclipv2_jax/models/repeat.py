@@ -20,6 +20,7 @@ def repeat(
     inputs: Sequence[Any] = (),
     *,
     remat: bool,
+    kept: Sequence[str] = (),
     static: tuple[Any, ...] = (),
 ) -> jax.Array:
     """Returns x after len(names) blocks, of which block i is `blocks[i % len(blocks)]`.
@@ -35,6 +36,7 @@ def repeat(
       inputs: arrays whose first axis counts the blocks.
       static: further arguments, the same for all.
       remat: whether a block's values are computed again in the backward pass instead of kept.
+      kept: names of values (`jax.ad_checkpoint.checkpoint_name`) that are kept all the same.
     """
     if parent.is_initializing():
         for i, name in enumerate(names):
@@ -46,6 +48,7 @@ def repeat(
         for i, name in enumerate(names)
     ]
     turns = [rows[i : i + len(blocks)] for i in range(0, len(rows), len(blocks))]
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     scanned = len(turns) >= MIN_REPEATS and len(turns[-1]) == len(blocks)
 
     def one_turn(x: jax.Array, rows: Sequence[Any]) -> tuple[jax.Array, None]:
@@ -58,7 +61,7 @@ def repeat(
                 )
 
             # a scan keeps the two passes apart
-            x = (jax.checkpoint(call, prevent_cse=not scanned) if remat else call)(x, row)
+            x = (jax.checkpoint(call, prevent_cse=not scanned, policy=policy) if remat else call)(x, row)
         return x, None
 
     if scanned:

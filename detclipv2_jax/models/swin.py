@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from detclipv2_jax.models.repeat import repeat
@@ -25,6 +26,7 @@ from detclipv2_jax.models.window_attention import window_attention, windows_of
 PATCH = 4  # px
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5
+ATTENTION = "window_attention"  # name of its result, for who recomputes the rest
 
 _dense_init = nn.initializers.truncated_normal(0.02)
 
@@ -49,6 +51,7 @@ class Swin(nn.Module):
     drop_path_rate: float = 0.0
     attention_impl: str = "auto"  # of `window_attention`
     remat: bool = False
+    kept: tuple[str, ...] = ()  # values that are not computed again, of `ATTENTION`
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -89,7 +92,8 @@ class Swin(nn.Module):
             ]
             names = [f"stage{stage}_block{block}" for block in range(depth)]
             with jax.named_scope(f"stage{stage}"):
-                x = repeat(self, blocks, names, x, [rates[stage - 1]], static=(train,), remat=self.remat)
+                options = {"static": (train,), "remat": self.remat, "kept": self.kept}
+                x = repeat(self, blocks, names, x, [rates[stage - 1]], **options)
             if stage > 1:
                 features.append(_layer_norm(self.dtype, f"norm{stage}")(x))
         return features
@@ -162,7 +166,7 @@ class WindowAttention(nn.Module):
         x = _pad_to_multiple(x, window)
         windows = windows_of(x.shape, size=window, shift=self.shift, heads=heads, impl=self.impl)
         qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(windows.split(x))
-        x = window_attention(qkv, bias.transpose(2, 0, 1), windows)
+        x = checkpoint_name(window_attention(qkv, bias.transpose(2, 0, 1), windows), ATTENTION)
         x = windows.join(Dense(c, dtype=self.dtype, name="projection")(x))
         return x[:, :h, :w]
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from deltas import encode_deltas
 
-from detclipv2_jax.losses.localization import localization_losses
+from detclipv2_jax.geometry import boxes as box_lib
+from detclipv2_jax.losses.alignment import AnchorTargets
+from detclipv2_jax.losses.localization import localization_losses, objectness_loss
+from detclipv2_jax.models.detclip import Regions
 
 ANCHORS = jnp.asarray([[0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 8, 8]], jnp.float32)
 
@@ -93,3 +96,24 @@ def test_sums_and_slopes_equal_loops():
             for s in (1e-6, -1e-6)
         ]
         np.testing.assert_allclose(slopes, (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-4)
+
+
+def test_the_extra_head_learns_what_has_a_box_or_how_well_it_fits():
+    rng = np.random.default_rng(0)
+    anchors = np.array([[0, 0, 10, 10], [5, 5, 25, 25], [0, 0, 40, 40]], np.float32)
+    deltas, logits = rng.normal(size=(2, 3, 4)).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)
+    mask, positive = np.array([[1, 1, 0], [1, 1, 1]], bool), np.array([[1, 0, 0], [0, 1, 1]], bool)
+    boxes = np.broadcast_to(anchors[None] + [1, 0, 2, 0], (2, 3, 4)).astype(np.float32)
+    targets = AnchorTargets(mask, positive, np.zeros((2, 3, 1), int))
+
+    def loss(logits, deltas, target):
+        regions = Regions(None, deltas, None, logits)
+        return objectness_loss(regions, targets, anchors=anchors, target_boxes=boxes, target=target)
+
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    focal = np.where(positive, -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p**2 * np.log(1 - p))
+    np.testing.assert_allclose(loss(logits, deltas, "classification"), focal[mask].sum(), rtol=1e-5)
+    iou = np.asarray(box_lib.iou(box_lib.decode_deltas(np.broadcast_to(anchors[None], (2, 3, 4)), deltas), boxes))
+    entropy = -(iou * np.log(p) + (1 - iou) * np.log(1 - p))
+    np.testing.assert_allclose(loss(logits, deltas, "iou"), entropy[positive].sum(), rtol=1e-5)
+    assert not np.any(jax.grad(loss, argnums=1)(logits, deltas, "iou"))  # the boxes learn from the box loss alone

@@ -29,3 +29,17 @@ def test_scores_choices_and_votes_equal_loops():
     winners = similarity.argmax(axis=1)[:, order[:count]]  # [b, count]
     np.testing.assert_array_equal(np.asarray(chosen)[:count].T, winners)
     np.testing.assert_array_equal(votes, [np.bincount(row, minlength=k) for row in winners])
+
+
+def test_one_pass_finds_the_same_maximum_and_index_as_two():
+    rng = np.random.default_rng(0)
+    similarity = rng.integers(-3, 4, (4, 50, 30)).astype(np.float32)  # with many equals: the lowest index counts
+    similarity[1, 20:] = matching.LOW
+    similarity[2] = matching.LOW
+    for find in (matching.max_by_one_pass, matching.max_by_two_passes):
+        best, index = jax.jit(find)(similarity)
+        np.testing.assert_array_equal(best, similarity.max(axis=1))
+        np.testing.assert_array_equal(index, similarity.argmax(axis=1))
+        assert index.dtype == np.int32
+    similarity[3, 7, 5] = np.nan
+    assert np.isnan(jax.jit(matching.max_by_one_pass)(similarity)[0]).sum() == 1  # a loss must not hide it

@@ -212,8 +212,13 @@ def test_what_is_computed_again_is_not_kept(detector):
 
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(pull, variables)))
 
-    kept = {remat: kept_bytes(remat) for remat in ("none", "blocks", "heads", "all")}
+    kept = {remat: kept_bytes(remat) for remat in detclip.REMATS}
     assert kept["all"] < kept["blocks"] < 0.7 * kept["none"], kept
+    b, height, width, _ = image.shape
+    values = (depth * 8 * 2**i * (height >> i) * (width >> i) for i, depth in enumerate(small().swin.depths))
+    attention = b * sum(values) // 16  # one value a channel of every cell of every block
+    assert kept["blocks_but_attention"] - kept["blocks"] >= 4 * attention, kept
+    assert kept["blocks_but_attention"] < 0.8 * kept["none"], kept
     assert kept["all"] < kept["heads"] < 0.95 * kept["none"], kept
 
 

@@ -64,6 +64,22 @@ def test_what_is_added_counts_in_the_formula_as_in_the_traced_program():
         assert formula == pytest.approx(traced, rel=0.01), changes
 
 
+def test_texts_in_groups_by_length_cost_what_their_groups_take():
+    config, counts = config_lib.base(), {"table_rows": 400, "num_devices": 2, "num_concepts": 30}
+    config.model = config_lib.model("nano")
+
+    def both():
+        traced = flops.of_step(config, Kind.GROUNDING, (64, 64), table_rows=400, num_devices=2)(30)
+        return np.array([flops.formula(config, Kind.GROUNDING, (64, 64), **counts), traced])
+
+    whole = both()
+    config.optimizer.text_lengths.grounding = ((12, 0.25), (4, 0.5))
+    saved = whole - both()
+    rows = {16: 400, 12: -100, 4: -200}
+    expected = 2 * flops.TRAINING * sum(num * flops.formula_text(config.model, n) for n, num in rows.items())
+    np.testing.assert_allclose(saved, expected, rtol=0.01)
+
+
 def test_texts_that_are_known_cost_nothing(monkeypatch):
     config = config_lib.base()
     config.model = config_lib.model("nano")
@@ -85,7 +101,7 @@ def test_texts_that_are_known_cost_nothing(monkeypatch):
 
     monkeypatch.setattr(flops.detclip, "from_config", lambda *_, **__: Towers())
     whole_of_step = of_step()
-    whole, texts = formula(), flops.TRAINING * 2 * 400 * flops.formula_text(config.model)
+    whole, texts = formula(), flops.TRAINING * 2 * 400 * flops.formula_text(config.model, 16)
     assert texts > 0.05 * whole
     config.optimizer.text_once = True
     assert whole - formula() == pytest.approx(texts)
@@ -158,7 +174,7 @@ def test_traced_programs_agree_with_xla():
         traced = flops.of(function, params)
         xla = jax.jit(function).lower(params).cost_analysis()["flops"]
         assert traced <= xla <= 1.05 * traced
-        assert traced == pytest.approx(times * 512 * 2 * flops.formula_text(_text_config(model)), rel=0.05)
+        assert traced == pytest.approx(times * 512 * 2 * flops.formula_text(_text_config(model), 16), rel=0.05)
 
 
 def _text_config(model):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from detclipv2_jax.models import repeat
-from detclipv2_jax.models.swin import Swin
+from detclipv2_jax.models.swin import ATTENTION, Swin
 from detclipv2_jax.models.text_encoder import TextEncoder
 
 TOKENS = np.arange(1, 49, dtype=np.int32).reshape(3, 16)
@@ -45,6 +45,11 @@ def test_blocks_take_turns_and_whole_turns_alone_are_a_loop(num, loops):
 MODELS = {
     "text": (TextEncoder(16, 4, 2, context_length=16, embed_dim=8), (TOKENS,), {}),
     "swin": (Swin(8, (1, 1, 6, 1), (1, 1, 2, 2), 4, drop_path_rate=0.5), (IMAGE,), {"train": True}),
+    "swin, attention kept": (
+        Swin(8, (1, 1, 6, 1), (1, 1, 2, 2), 4, drop_path_rate=0.5, kept=(ATTENTION,)),
+        (IMAGE,),
+        {"train": True},
+    ),
 }
 
 

@@ -149,6 +149,16 @@ def test_what_one_branch_sends_counts_though_the_other_moves_more_memory():
     assert traffic.network == {"all-gather": 80 * 4}
 
 
+def test_of_what_runs_rarely_the_branch_that_moves_less_counts():
+    """Forward, and on the way back."""
+    for place in ("jit(step)/jvp(rarely)/cond", "jit(step)/transpose(jvp(rarely))/cond", "jit(step)/rarely/cond"):
+        rarely = BRANCHES.replace("=%stay\n", f'=%stay, metadata={{op_name="{place}"}}\n')
+        assert hlo.traffic(rarely).network == {}
+        assert [row.instruction for row in hlo.traffic(rarely).rows] == ["s"]
+    other = BRANCHES.replace("=%stay\n", '=%stay, metadata={op_name="jit(step)/rarely_seen/cond"}\n')
+    assert hlo.traffic(other) == hlo.traffic(BRANCHES)
+
+
 ROW = """HloModule m
 
 ENTRY %main (a: f32[10,128], u: f32[1,128], i: s32[], m: pred[10]) -> f32[10,128] {

@@ -209,8 +209,8 @@ def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
     report, well, _ = run(monkeypatch, tmp_path, lambda step, config: error, only=["pred"], change=change)
     assert not well
     assert "exit status -9" in report
-    # the FLOPs of steps that were not compiled are those of the formula: about 214, 360 and 1,331 TFLOP
-    hours = 12 * (5156 * 214.2e12 + 6016 * 359.6e12 + 2116 * 1331.3e12) / 197e12 / 3600
+    # the FLOPs of steps that were not compiled are those of the formula: about 214, 339 and 1,203 TFLOP
+    hours = 12 * (5156 * 214.2e12 + 6016 * 339.2e12 + 2116 * 1202.8e12) / 197e12 / 3600
     assert "where not compiled, by FLOPs beside its kind's largest, or by compute alone" in report
     assert float(re.search(r"(\d+) chip-hours", report)[1]) == pytest.approx(hours, rel=0.05)
 

@@ -130,4 +130,16 @@ FAULTS = [
         ("(image * (height + 1) + y + 1 - down)", "(image * (height + 1) + y + down)"),
         ("add_run(1, add_run(0, totals))", "add_run(0, totals)"),
     ),
+    *plant(
+        "models/by_length.py", "models/test_by_length.py",
+        ("missed = lengths > limit[None]", "missed = lengths >= limit[None]"),
+        ("missed = lengths > limit[None]", "missed = (lengths > limit[None]) & (limit[None] > 0)"),
+        ("jnp.argsort(-lengths, axis=1)", "jnp.argsort(lengths, axis=1)"),
+        ("jnp.argsort(order, axis=1)[..., None]", "order[..., None]"),
+        ("jnp.argmax(tokens, axis=2) + 1, 0)", "jnp.argmax(tokens, axis=2), 0)"),
+        ("jnp.where(used, jnp.argmax", "jnp.where(True, jnp.argmax"),
+        ("is_full = jnp.any(missed)", "is_full = missed[0, -1]"),
+        ("math.ceil(share * rows)", "int(share * rows)"),
+        ("start += num", "start = num"),
+    ),
 ]  # fmt: skip

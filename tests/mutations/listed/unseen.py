@@ -185,6 +185,9 @@ FAULTS = [
     *plant(
         "losses/matching.py", "losses/test_matching.py",
         ("chosen = jax.lax.dynamic_update_slice_in_dim(chosen, index.T.astype(jnp.int16)", "chosen = jax.lax.dynamic_update_slice_in_dim(chosen, index.T.astype(jnp.int8).astype(jnp.int16)", "::test_scores_choices_and_votes_equal_loops"),
+        ("(value == other) & (index < other_index)", "(value == other) & (index > other_index)", "::test_one_pass_finds_the_same_maximum_and_index_as_two"),
+        (" | (value != value)", "", "::test_one_pass_finds_the_same_maximum_and_index_as_two"),
+        ("[None, :, None], k - 1), axis=1)", "[None, :, None], 0), axis=1)", "::test_one_pass_finds_the_same_maximum_and_index_as_two"),
     ),
     *plant(
         "data/spans.py", "data/test_spans.py",
