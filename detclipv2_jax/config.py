@@ -342,10 +342,11 @@ def pretraining(c: ConfigDict, variant: str = "") -> None:
     c.optimizer.text_lengths.image_text = ((16, 0.16), (6, 0.54))
     c.optimizer.text_lengths.grounding = ((16, 0.125), (8, 0.875))
     c.loss.selection_scope = "device"  # the paper chooses proposals by the texts of the local batch
-    # each chunk reads all regions of its 16 images: without the kernels 802 GB a step of grounding instead of 1,423
-    kept = ("optimizer.remat.detection", "none"), ("optimizer.remat.grounding", "none")  # 80 GB hold it
-    kept += (("optimizer.remat.image_text", "blocks_but_attention"),)
-    c.chips.h100 = c.chips.h200 = c.chips.b200 = (("loss.chunk_bytes", 1 << 30), *kept)
+    # 80 GB hold it; each chunk reads all regions of its 16 images: without the kernels 802 GB of grounding, not 1,423
+    c.chips.h100 = c.chips.h200 = c.chips.b200 = (
+        *(("loss.chunk_bytes", 1 << 30), ("optimizer.remat.detection", "none"), ("optimizer.remat.grounding", "none")),
+        ("optimizer.remat.image_text", "blocks_but_attention"),
+    )
     lvis(c.eval)
 
 
@@ -374,8 +375,7 @@ def base() -> ConfigDict:
     c.forgetting = forgetting()
     c.closing = ""  # what is printed after the scores; "{APr:.1f}" stands for a score in %
     c.nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does; such a step is never applied
-    # services that get the scalars as well: mlflow, wandb. They find their server and key by their own variables
-    c.trackers = ()
+    c.trackers = ()  # services that get the scalars, too: mlflow, wandb, which find server and key by their variables
     c.log_every_steps = 50  # every n-th step of a kind is logged: detection, grounding, image-text
     # a stream's first batch is drawn and every n-th after it, pairs with each phrase's best region; 0: only the first
     c.pictures_every_steps = 1000

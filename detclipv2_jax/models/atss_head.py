@@ -12,6 +12,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float
 
+from detclipv2_jax.models.convolution import conv_general_dilated
 from detclipv2_jax.models.deform_conv import deform_conv2d
 
 OBJECTNESS = ("none", "classification", "iou")  # an extra output
@@ -19,6 +20,9 @@ TAPS = 9  # of a 3x3 kernel
 GROUP_NORM_EPSILON = 1e-5
 
 _normal_init = nn.initializers.normal(0.01)
+_conv = functools.partial(
+    nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=_normal_init, conv_general_dilated=conv_general_dilated
+)
 
 
 @struct.dataclass
@@ -56,7 +60,7 @@ class AtssHead(nn.Module):
     def __call__(self, feature: Float[Array, "b h w c"], level: int) -> LevelOutput:
         # `level` is positional because nn.remat cannot mark a keyword static
         tower = functools.partial(Tower, self.channels, self.num_convs, self.num_groups, self.dtype)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype, kernel_init=_normal_init)
+        conv = functools.partial(_conv, dtype=self.dtype)
         box_feature = tower(name="box_tower")(feature)
         class_feature = feature
         if self.deformable:
@@ -90,15 +94,7 @@ class Tower(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         for i in range(self.num_convs):
-            x = nn.Conv(
-                self.channels,
-                (3, 3),
-                padding=1,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=_normal_init,
-                name=f"conv{i}",
-            )(x)
+            x = _conv(self.channels, use_bias=False, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.relu(_group_norm(self.num_groups, self.dtype, f"norm{i}")(x))
         return x
 
@@ -118,7 +114,7 @@ class DeformableLayer(nn.Module):
     def __call__(self, feature: Float[Array, "b h w c"], guide: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = feature.shape
         zeros = nn.initializers.zeros
-        steering = nn.Conv(3 * TAPS, (3, 3), padding=1, dtype=self.dtype, kernel_init=zeros, name="steering")(guide)
+        steering = _conv(3 * TAPS, dtype=self.dtype, kernel_init=zeros, name="steering")(guide)
         steering = steering.astype(jnp.float32)  # positions need more than bfloat16's 8 bits
         offsets = steering[..., : 2 * TAPS].reshape(b, h, w, TAPS, 2)
         mask = jax.nn.sigmoid(steering[..., 2 * TAPS :])

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from detclipv2_jax.models.convolution import conv_general_dilated
+
 _uniform_init = nn.initializers.xavier_uniform()
 
 
@@ -22,7 +24,13 @@ class FPN(nn.Module):
     @nn.compact
     def __call__(self, features: list[Float[Array, "b h w c"]]) -> list[Float[Array, "b h w c"]]:
         """Returns five maps, finest first; each has half the cells of the one before, rounded up."""
-        conv = functools.partial(nn.Conv, self.channels, dtype=self.dtype, kernel_init=_uniform_init)
+        conv = functools.partial(
+            nn.Conv,
+            self.channels,
+            dtype=self.dtype,
+            kernel_init=_uniform_init,
+            conv_general_dilated=conv_general_dilated,
+        )
         levels = [conv((1, 1), name=f"lateral{level}")(x) for level, x in enumerate(features, start=3)]
         for i in reversed(range(len(levels) - 1)):
             levels[i] = levels[i] + _upsample(levels[i + 1], levels[i].shape[1:3])

@@ -31,12 +31,17 @@ def by_rows(function: Callable[..., Any], rows: tuple[Array, ...], whole: tuple[
     return jax.shard_map(function, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)(rows, whole)
 
 
+def on_cpus() -> bool:
+    """Returns whether the devices of `jax.set_mesh` are CPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
+
+
 def by_platform(*arguments: Any, default: Callable[..., Any], **others: Callable[..., Any]) -> Any:
     """Returns what `jax.lax.platform_dependent` does; forms of others are not traced where the mesh is of CPUs."""
     if _PLAIN.get():
         return default(*arguments)
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "cpu":
+    if on_cpus():
         return others.get("cpu", default)(*arguments)
     return jax.lax.platform_dependent(*arguments, default=default, **others)
 

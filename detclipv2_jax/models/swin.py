@@ -92,8 +92,8 @@ class Swin(nn.Module):
             ]
             names = [f"stage{stage}_block{block}" for block in range(depth)]
             with jax.named_scope(f"stage{stage}"):
-                options = {"static": (train,), "remat": self.remat, "kept": self.kept}
-                x = repeat(self, blocks, names, x, [rates[stage - 1]], **options)
+                repeated = functools.partial(repeat, remat=self.remat, kept=self.kept, static=(train,))
+                x = repeated(self, blocks, names, x, [rates[stage - 1]])
             if stage > 1:
                 features.append(_layer_norm(self.dtype, f"norm{stage}")(x))
         return features

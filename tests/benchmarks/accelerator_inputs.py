@@ -12,7 +12,8 @@ import numpy as np
 from detclipv2_jax.data.schema import Batch, Kind
 
 SOS, EOS = 49_406, 49_407  # of CLIP's vocabulary
-MEAN_TOKENS = {Kind.DETECTION: 11, Kind.GROUNDING: 5, Kind.IMAGE_TEXT: 6}  # a concept, [SOS] and [EOS] included
+MEAN_TOKENS = {Kind.DETECTION: 11, Kind.GROUNDING: 5, Kind.IMAGE_TEXT: 4.25}  # a concept, [SOS] and [EOS] included
+MEAN_CAPTION_TOKENS = 13
 MEAN_BOXES = 20  # an image
 MEAN_CAPTION_ROWS = 5.3  # of captions and their phrases, in Conceptual Captions
 MIN_EXTENT = 0.6  # of a canvas's side; photos cover 0.5 to 0.6 of its area
@@ -49,10 +50,10 @@ def made(leaf: Any) -> Any:
     return jax.device_put(leaf.make() if isinstance(leaf, Normal) else leaf) if hasattr(leaf, "shape") else leaf
 
 
-def tokens(num_rows: int, length: int, *, mean: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns rows of tokens as the tokenizer makes them: [SOS], words, [EOS], zeros."""
-    used = np.clip(rng.poisson(mean - 3, num_rows) + 3, 3, length)
-    rows = rng.integers(1, SOS, (num_rows, length), np.int32)
+def tokens(means: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns rows of tokens as the tokenizer makes them: [SOS], words, [EOS], zeros; so many on average."""
+    used = np.clip(rng.poisson(means - 3) + 3, 3, length)
+    rows = rng.integers(1, SOS, (len(means), length), np.int32)
     place = np.arange(length)[None]
     rows[:, 0] = SOS
     return np.where(place < used[:, None] - 1, rows, np.where(place == used[:, None] - 1, EOS, 0)).astype(np.int32)
@@ -94,6 +95,8 @@ def batch(config: Any, kind: Kind, canvas: tuple[int, int], *, num_names: int = 
     caption_mask = np.arange(m)[None] < np.clip(rng.poisson(MEAN_CAPTION_ROWS - 1, (b, 1)) + 1, 1, max(m, 1))
     used = int(caption_mask.sum()) if pairs else num_names or t
     caption_concepts = np.where(caption_mask, caption_mask.cumsum().reshape(b, m) - 1, 0)
+    means = np.full(t, MEAN_TOKENS[kind])
+    means[caption_concepts[:, :1]] = MEAN_CAPTION_TOKENS  # an image's first
     names = np.arange(t) if num_names else np.where(rng.uniform(size=t) < REPEATED, rng.integers(0, t, t), np.arange(t))
     pixels = rng.integers(0, 256, (b, *canvas, 3), np.uint8)
     return Batch(
@@ -106,7 +109,7 @@ def batch(config: Any, kind: Kind, canvas: tuple[int, int], *, num_names: int = 
         boxes=boxes(b, n, extent, rng) * box_mask[..., None],
         box_mask=box_mask,
         box_concepts=rng.integers(0, used, (b, n), np.int32),
-        concept_tokens=tokens(t, config.model.text.context_length, mean=MEAN_TOKENS[kind], rng=rng),
+        concept_tokens=tokens(means, config.model.text.context_length, rng),
         concept_mask=np.arange(t) < used,
         concept_ids=np.stack([names, names], axis=1).astype(np.uint32),
         caption_concepts=caption_concepts.astype(np.int32),

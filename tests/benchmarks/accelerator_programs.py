@@ -259,7 +259,7 @@ def towers(setting: Setting) -> Iterator[Program]:
             yield from both_passes(f"{name} {size}", on(part), arguments, num_images=num_images, counted=counted)
 
     num_rows, length = inputs.table_rows(config, Kind.IMAGE_TEXT, 0), config.model.text.context_length
-    tokens = inputs.tokens(num_rows, length, mean=6, rng=np.random.default_rng(0))
+    tokens = inputs.tokens(np.full(num_rows, 6.0), length, np.random.default_rng(0))
     yield from both_passes(
         f"text tower {num_rows:,} rows",
         on(lambda module, x: module.encode_text(x)),

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -24,28 +25,39 @@ def main(ours, reference) -> None:
     """Runs one side (`--side`) or both and prints a table: minimum and median of `REPEATS` runs, and the ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--torch", default=sys.executable, help="Python with torch and the reference libraries")
+    parser.add_argument("--only", default="", help="rows in whose name this stands")
     parser.add_argument("--side", choices=("both", "ours", "reference"), default="both")
     arguments = parser.parse_args()
     if arguments.side != "both":
         # before a framework starts its threads, which inherit it; flags alone do not keep XLA's to one
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        if arguments.side == "ours":
+            from detclipv2_jax import main as training
+
+            training.keep_memory()  # as the command does
         for name, run in {"ours": ours, "reference": reference}[arguments.side]():
-            print(json.dumps({"name": name, **_measure(run)}), flush=True)
+            if arguments.only in name:
+                print(json.dumps({"name": name, **_measure(run)}), flush=True)
         return
     results = {}
     for side, python in (("reference", arguments.torch), ("ours", sys.executable)):
         lines = subprocess.run(
-            [python, sys.argv[0], f"--side={side}"], env=_one_thread(), check=True, text=True, stdout=subprocess.PIPE
+            [python, sys.argv[0], f"--side={side}", f"--only={arguments.only}"],
+            env=_one_thread(),
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
         ).stdout.splitlines()
         results[side] = {row.pop("name"): row for row in map(json.loads, lines)}
-    print(f"{'':36}{'ours, CPU s':>20}{'reference, CPU s':>20}{'ratio':>8}   wall s    first call s")
+    print(f"{'':36}{'ours, CPU s':>20}{'reference, CPU s':>20}{'ratio':>8}   wall s    first call s   peak GB")
     for name, row in results["ours"].items():
         other = results["reference"].get(name)
         ratio = f"{other['cpu_min'] / row['cpu_min']:8.2f}" if other else f"{'':8}"
         other_text = f"{other['cpu_min']:.4f} / {other['cpu_median']:.4f}" if other else ""
         print(
             f"{name:36}{row['cpu_min']:>11.4f} / {row['cpu_median']:.4f}{other_text:>20}{ratio}"
-            f"{row['wall_min']:9.4f}{row['first']:12.1f}"
+            f"{row['wall_min']:9.4f}{row['first']:12.1f}     {row['peak_gb']:.1f}"
+            + (f", {other['peak_gb']:.1f}" if other else "")
         )
 
 
@@ -68,4 +80,11 @@ def _measure(run) -> dict[str, float]:
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - cpu_start)
     middle = REPEATS // 2
-    return {"first": first, "wall_min": min(wall), "cpu_min": min(cpu), "cpu_median": sorted(cpu)[middle]}
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # of the process until now
+    return {
+        "first": first,
+        "wall_min": min(wall),
+        "cpu_min": min(cpu),
+        "cpu_median": sorted(cpu)[middle],
+        "peak_gb": peak_gb,
+    }

@@ -19,7 +19,9 @@ def test_forms_of_other_devices_are_traced_only_where_the_device_is_not_known(ow
 
     forms = {"tpu": form("tpu")} | ({"cpu": form("host")} if own else {})
     step = jax.jit(lambda x: split.by_platform(x, default=form("default"), **forms))
+    assert not split.on_cpus()  # nothing says what it is for
     with jax.set_mesh(sharding.make_mesh(fsdp=1)):
+        assert split.on_cpus()
         known = step(jnp.float32(1.0))
     assert traced == (["host"] if own else ["default"])
     traced.clear()

@@ -131,6 +131,15 @@ FAULTS = [
         ("add_run(1, add_run(0, totals))", "add_run(0, totals)"),
     ),
     *plant(
+        "models/convolution.py", "models/test_convolution.py",
+        ("(i, 2 - i)", "(2 - i, i)"),
+        ("transpose(2, 0, 1, 3)", "transpose(0, 2, 1, 3)"),
+        ("padded[:, :, j : j + width]", "padded[:, :, 1 : 1 + width]"),
+        (" and split.on_cpus()", ""),
+        ("min(kernel.shape[2:]) >= MIN_CHANNELS", "max(kernel.shape[2:]) >= MIN_CHANNELS"),
+        ("tuple(strides), tuple(map(tuple, padding))) == (STRIDES", "STRIDES, tuple(map(tuple, padding))) == (STRIDES"),
+    ),
+    *plant(
         "models/by_length.py", "models/test_by_length.py",
         ("missed = lengths > limit[None]", "missed = lengths >= limit[None]"),
         ("missed = lengths > limit[None]", "missed = (lengths > limit[None]) & (limit[None] > 0)"),
