@@ -193,7 +193,8 @@ def test_files_are_read_as_real_data(folder):
     with Image.open(folder / "images/detection/000000.jpg") as stored, Image.open(like) as expected:
         assert (stored.quantization, stored.layer) == (expected.quantization, expected.layer)
     coco = COCO(str(folder / "eval.json"))
-    assert len(coco.getImgIds()) == 40
+    assert sorted(coco.getImgIds()) == list(range(1, 41))
+    assert sorted(coco.getAnnIds()) == list(range(1, len(coco.getAnnIds()) + 1))
     assert len(coco.getCatIds()) == 240
 
 
