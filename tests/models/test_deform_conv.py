@@ -80,7 +80,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(deform_pallas, name, functools.partial(getattr(deform_pallas, name), interpret=True))
 
 
-@pytest.mark.parametrize("size", [(13, 18), (3, 2)], ids=str)
+@pytest.mark.parametrize("size", [(13, 18), (3, 2), (1, 1)], ids=str)
 def test_kernels_equal_the_gather_form(interpreted, size, monkeypatch):
     monkeypatch.setattr(deform_pallas, "SAMPLES", 1)  # images one after the other
     pallas, gather = evaluate("pallas"), evaluate("gather")
