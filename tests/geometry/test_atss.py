@@ -56,7 +56,7 @@ def assert_searched_everywhere(anchor_boxes, levels, boxes):
     np.testing.assert_array_equal(of_constants.box_index, of_arrays.box_index)
 
 
-@pytest.mark.parametrize("moved", [(24, 0), (0, 40)])
+@pytest.mark.parametrize("moved", [(120, 0), (0, 80)])
 def test_a_grid_may_begin_anywhere(moved):
     moved = np.float32([*moved, *moved])
     boxes = random_boxes(np.random.default_rng(0), 20, (128, 192), 90)
