@@ -25,7 +25,7 @@ _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "ma
 _EITHER_WAY = {
     *_NAMES, "isinstance", "gcd", "lcm", "hypot", "fmin", "fmax", "equal", "not_equal", "array_equal", "logical_and",
     "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "logaddexp", "union1d", "intersect1d",
-    "swapaxes",
+    "swapaxes", "iou",
 }  # fmt: skip  # functions of two arguments in any order, and isinstance, which refuses the other one
 _SAID = {"info", "warning", "error", "print", "debug", "update", "set_description"}  # what people read
 
