@@ -330,6 +330,8 @@ def test_an_evaluation_or_a_replay_needs_a_run(micro, prepared, tmp_path):
         prepared(training=True, replayed=5)
     work, asked = prepared(training=False)
     assert [entry[-1]["what"] for entry in asked if entry[0] == "check_same"] == ["configuration"]
+    ((config, workdir),) = (entry for entry in asked if len(entry) == 2)
+    assert (config.eval.every_steps, workdir) == (7, tmp_path / "run")
     work()
     assert not (tmp_path / "run" / "data.json").exists()
     (tmp_path / "run" / "config.json").write_text(config_json.to_json(micro))
@@ -339,6 +341,21 @@ def test_an_evaluation_or_a_replay_needs_a_run(micro, prepared, tmp_path):
     assert (config.epochs, workdir) == (3, tmp_path / "run")
     work()
     assert asked[-1] == ("replay_step", (5,))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_files_of_buckets_are_read_from_their_copies(micro, prepared, monkeypatch, training):
+    micro.init_from.checkpoint = "gs://bucket/run"
+
+    def localized(config):
+        config = config.copy_and_resolve_references()
+        config.init_from.checkpoint = "copy/run"
+        return config
+
+    monkeypatch.setattr(session.buckets, "localized", localized)
+    _, asked = prepared(training=training)
+    ((config, _),) = (entry for entry in asked if len(entry) == 2)
+    assert config.init_from.checkpoint == "copy/run"
 
 
 def test_a_run_goes_on_with_other_data_only_if_it_may(prepared, tmp_path):
