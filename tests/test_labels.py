@@ -41,6 +41,8 @@ def test_a_place_is_drawn_once_and_the_best_few_where_nothing_scores_enough():
     assert chosen(max_drawn=2) == [0, 2]
     assert chosen(min_score=0.95) == [0, 2, 3]  # the best three
     assert chosen(min_score=0.95, max_drawn=1) == [0]
+    apart = np.array([[0, 0, 9, 0.4], [20, 8, 20.25, 17], [50, 50, 50.5, 50.5], [9, 0.4, 18, 0.8]])  # thin or tiny
+    assert labels.best_places(apart, scores[:4], min_score=0.0, max_drawn=9, max_iou=0.0).tolist() == [0, 1, 2, 3]
     assert labels.best_places(boxes[:0], scores[:0], min_score=0.5, max_drawn=9).tolist() == []
 
 

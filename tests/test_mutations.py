@@ -54,6 +54,15 @@ def test_drawn_faults_apply_are_those_of_their_seed_and_leave_out_what_people_re
     }  # fmt: skip
 
 
+def test_arguments_are_swapped_only_where_their_order_can_matter():
+    def swapped(text):
+        return [new for start, end, new in drawn._changes(text) if text[start:end] == "a, b"]
+
+    assert swapped("jnp.subtract(a, b)") == swapped("f(a, b)") == swapped("x[0](a, b)") == ["b, a"]
+    for text in ("jnp.minimum(a, b)", "np.maximum(a, b)", "jnp.logical_and(a, b)", "math.gcd(a, b)", "max(a, b)"):
+        assert not swapped(text)
+
+
 PROGRAM = """
 import json, pathlib, sys
 from tests.mutations import server

@@ -61,7 +61,12 @@ def test_everything_is_written(photos, capsys):
         _run(photos, batch_size=5, tile=400)
     assert sizes == [3, 5]
     capsys.readouterr()
-    _run(photos, batch_size=2)
+    assert not (output / "coco.json").exists()
+    _run(photos, batch_size=2, formats=("coco", "yolo"))
+    labels = json.loads((output / "coco.json").read_text())
+    assert [row["name"] for row in labels["categories"]] == ["red", "blue"]
+    assert [row["bbox"] for row in labels["annotations"]] == [row["bbox"] for row in rows]
+    assert (output / "yolo").is_dir()
     summary = capsys.readouterr().out.splitlines()[-1]
     assert (
         summary == f"3 of 3 images, {len(rows)} boxes: {output / 'detections.json'}, pictures in {output / 'pictures'}"

@@ -197,7 +197,7 @@ def told(micro, tmp_path, monkeypatch):
         monkeypatch.setattr(session.commands, "leave", leave)
         monkeypatch.setattr(session, "is_compiling", lambda: compiling)
         monkeypatch.setattr(session.jax, "process_index", lambda: process)
-        clock = itertools.count(0, 120)
+        clock = itertools.count(0, 7200)
         monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
         try:
             ended = session.run(
@@ -229,7 +229,7 @@ def test_a_run_that_is_done_says_so_and_gives_its_workdir_back(told, capsys, mic
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert "scores in %: AP 50.0\n" in printed
-    assert "done in 2.0 minutes" in printed
+    assert "done in 120.0 minutes" in printed
     assert printed.endswith("AP 50\n")
     for options in ({"replayed": 3}, {"process": 1}):
         assert told(lambda: {"AP": 0.5}, **options)[0] == 0
@@ -315,6 +315,15 @@ def test_all_is_checked_with_the_values_of_the_chip_before_a_workdir_is_taken(mi
         prepared(training=True)
 
 
+@pytest.mark.parametrize(("chip", "named"), [("v5e", True), ("v6e", False), (None, False)])
+def test_values_of_the_chip_are_named_where_there_are_any(prepared, monkeypatch, caplog, chip, named):
+    monkeypatch.setattr(session, "chip_of", lambda kind: chips.CHIPS.get(chip))
+    with caplog.at_level("INFO", logger="absl"):
+        prepared(training=True)
+    assert ("'eval.every_steps': 7" in caplog.text) == named
+    assert ("config.chips." in caplog.text) == named
+
+
 def test_an_evaluation_or_a_replay_needs_a_run(micro, prepared, tmp_path):
     for options in ({"training": False}, {"training": True, "replayed": 5}):
         with pytest.raises(ValueError, match="there is no run to evaluate or replay"):
@@ -324,13 +333,32 @@ def test_an_evaluation_or_a_replay_needs_a_run(micro, prepared, tmp_path):
         prepared(training=True, replayed=5)
     work, asked = prepared(training=False)
     assert [entry[-1]["what"] for entry in asked if entry[0] == "check_same"] == ["configuration"]
+    ((config, workdir),) = (entry for entry in asked if len(entry) == 2)
+    assert (config.eval.every_steps, workdir) == (7, tmp_path / "run")
     work()
     assert not (tmp_path / "run" / "data.json").exists()
     (tmp_path / "run" / "config.json").write_text(config_json.to_json(micro))
     work, asked = prepared(training=True, replayed=5)
     assert ("barrier", ("all is checked",), {"timeout_s": micro.timeout_s}) not in asked
+    config, workdir = asked[-1]
+    assert (config.epochs, workdir) == (3, tmp_path / "run")
     work()
     assert asked[-1] == ("replay_step", (5,))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_files_of_buckets_are_read_from_their_copies(micro, prepared, monkeypatch, training):
+    micro.init_from.checkpoint = "gs://bucket/run"
+
+    def localized(config):
+        config = config.copy_and_resolve_references()
+        config.init_from.checkpoint = "copy/run"
+        return config
+
+    monkeypatch.setattr(session.buckets, "localized", localized)
+    _, asked = prepared(training=training)
+    ((config, _),) = (entry for entry in asked if len(entry) == 2)
+    assert config.init_from.checkpoint == "copy/run"
 
 
 def test_a_run_goes_on_with_other_data_only_if_it_may(prepared, tmp_path):

@@ -220,4 +220,6 @@ def test_a_run_that_is_stopped_is_told_so(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             transfer._call([transfer.sys.executable, "-c", code], log)
     assert log.read_text().split() == ["ready", "saved"]
-    assert transfer._call([transfer.sys.executable, "-c", "raise SystemExit(7)"], log) == 7
+    code = "import os; print(os.getsid(0) == os.getpid()); raise SystemExit(7)"
+    assert transfer._call([transfer.sys.executable, "-c", code], log) == 7
+    assert log.read_text().split()[2:] == ["True"]  # Ctrl-C is for the command alone, which tells it

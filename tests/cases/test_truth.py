@@ -241,6 +241,7 @@ def test_an_annotation_listed_twice_is_one_and_an_equal_box_is_counted(with_ids)
     num_odd = 4 if with_ids else 10
     assert scored(content, rows) == (pytest.approx(1.0), {IDS: num_odd, "annotation listed twice": 4})
     assert len(truth.read(content).boxes) == 6
+    assert len(truth.read(content | {"annotations": [content["annotations"][0]] * 2}).boxes) == 1
     content["annotations"].append(content["annotations"][5] | {"id": 99})
     said = "box equal to another of its image and category, which has to be found twice"
     counts = {IDS: num_odd, "annotation listed twice": 4, said: 1}

@@ -6,6 +6,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+import types
 
 import building
 import numpy as np
@@ -18,7 +19,7 @@ from detclipv2_jax.data import built
 from detclipv2_jax.data.built import read_built
 from detclipv2_jax.data.catalog import DATASETS, command_of, dictionary_command
 from detclipv2_jax.data.concepts import Vocabulary
-from detclipv2_jax.data.schema import Batch, Kind, Record
+from detclipv2_jax.data.schema import Batch, Kind, Record, UnusableError
 from detclipv2_jax.data.sources import open_sources
 from detclipv2_jax.data.streams import train_streams
 from detclipv2_jax.prepare import __main__ as prepare
@@ -279,6 +280,27 @@ def test_part_of_a_folder_with_definitions_and_without_categories(world, caplog)
         read_built(folder, Kind.DETECTION)
     phrases = read_built(build(world, "grounding"), Kind.GROUNDING, dictionary=dictionary)
     assert set(phrases.vocabulary.definitions) == {""}  # a definition is no part of a phrase
+
+
+@pytest.mark.parametrize(("num", "looked_at"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (10, [0, 4, 9])])
+def test_examples_from_the_first_to_the_last_are_asked_for_absent_names(num, looked_at, monkeypatch):
+    monkeypatch.setattr(built, "_NUM_LOOKED_AT", 3)
+    source = object.__new__(built.BuiltSource)  # without files
+    source.sizes, asked = np.zeros((num, 2)), []
+
+    def record(index, **lists):
+        asked.append(index)
+        if index == 0 and num > 1:
+            raise UnusableError("damaged")
+        return types.SimpleNamespace(**{"negatives": (), "not_negatives": ()} | lists)
+
+    monkeypatch.setattr(source, "_record", record)
+    assert not source._lists_absent()
+    assert asked == looked_at
+    for name in ("negatives", "not_negatives"):
+        lists = {name: ("cat",)}
+        monkeypatch.setattr(source, "_record", lambda i, lists=lists: record(i, **lists if i == num - 1 else {}))
+        assert source._lists_absent()
 
 
 def test_folders_that_are_not_built_are_listed_with_the_command(tmp_path):

@@ -1,4 +1,5 @@
 import collections
+import io
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import building
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from detclipv2_jax.data import box_json, scene_drawing, scenes, shapes, sources, spans, workers
@@ -187,8 +189,12 @@ def test_files_are_read_as_real_data(folder):
         assert source.counters == {}
         for record in source:
             assert cv2.imread(record.image).shape == (96, 96, 3)
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(like := io.BytesIO(), "JPEG", quality=95, subsampling="4:4:4")
+    with Image.open(folder / "images/detection/000000.jpg") as stored, Image.open(like) as expected:
+        assert (stored.quantization, stored.layer) == (expected.quantization, expected.layer)
     coco = COCO(str(folder / "eval.json"))
-    assert len(coco.getImgIds()) == 40
+    assert sorted(coco.getImgIds()) == list(range(1, 41))
+    assert sorted(coco.getAnnIds()) == list(range(1, len(coco.getAnnIds()) + 1))
     assert len(coco.getCatIds()) == 240
 
 

@@ -712,6 +712,12 @@ def test_a_reader_that_hangs_is_named_when_its_time_is_over(config):
     said = rf"^image_text/64x64: no batch 0 within 0\.2 s .*; {source.file(hanging)} does not answer"
     with pytest.raises(StalledError, match=said):
         next(stream.iterate())
+    before = set(threading.enumerate())
+    with pytest.raises(StalledError, match=said):  # of a reader of its own
+        stream._next((stream.sources[0][i] for i in [hanging]), 0)
+    hang = set(threading.enumerate()) - before
+    assert len(hang) == 2  # that one, and the one that found out what hangs
+    assert all(thread.daemon for thread in hang)  # they keep no process from ending
     answers.set()
     assert stream._waited_for(0) == "everything can be read now"
 

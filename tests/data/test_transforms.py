@@ -157,6 +157,11 @@ def test_jpeg_is_decoded_no_smaller_than_the_target():
         ((10, 15), 32),
     ]:
         assert transforms.decode(data, header, size=target).shape[0] == decoded
+    # nothing is rough where a side keeps its size
+    data = encode(image, "JPEG", quality=95, subsampling=2)
+    exact = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    for target in ((256, 384), (256, 383), (255, 384)):
+        np.testing.assert_array_equal(transforms.decode(data, header, size=target), exact)
     # the reduced picture is the large one, averaged
     small = placed(data, canvas=(64, 96), short_side=64)[0].astype(float)
     expected = image.reshape(64, 4, 96, 4, 3).mean((1, 3))

@@ -82,6 +82,16 @@ def test_the_number_of_a_wrong_row_counts_all_parts(change):
         list(detections.read(iter(parts)))
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("place", range(5))
+def test_true_and_false_among_numbers_are_refused(number, place):
+    numbers = [number] * 5  # NumPy takes true for 1 where others are numbers: nothing else tells this row
+    list(detections.read([row(), row(box=numbers[:4], score=number)]))
+    numbers[place] = bool(number)
+    with pytest.raises(ValueError, match="row 1 is "):
+        list(detections.read([row(), row(box=numbers[:4], score=numbers[4])]))
+
+
 def test_positions_in_the_truth_and_what_was_repaired():
     parts = [[row("3", 2, score=0.1), row("a", "5")], [row(8.0, 5, (9, 8, 7, 6)), row("3")]]
     found = detections.find(iter(parts), TRUTH, EVALUATED)

@@ -221,6 +221,14 @@ def test_batches_from_any_on(dataset, tmp_path):
         assert [batch.example_id.tolist() for batch in evaluate._batches(done)] == batches[done:]
 
 
+def test_photos_of_one_canvas_are_one_stream(dataset, tmp_path):
+    evaluate, _ = _evaluator(dataset, tmp_path, max_examples=1)
+    (stream,) = evaluate._streams
+    assert stream.ground_truth is evaluate._truth
+    assert evaluate._fingerprint(3, [1.0])["batch_size"] == stream.batch_size
+    assert len(list(evaluate._batches(0))) == stream.num_batches == 1
+
+
 def test_first_photos_in_their_pixels_and_numbers_of_parameters():
     batch = types.SimpleNamespace(
         image=np.arange(3 * 4 * 6 * 3).reshape(3, 4, 6, 3), image_mask=np.array([True, False, True]),

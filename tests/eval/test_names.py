@@ -44,6 +44,11 @@ def test_counts_by_hand():
     assert only == {"found": 0.0, "top1": -1.0, "foundr": -1.0, "top1r": -1.0, "foundf": 0.0, "top1f": -1.0}
 
 
+def test_boxes_that_share_nothing_do_not_overlap_however_thin_they_are():
+    boxes = np.array([[0, 0, 9, 0.4], [20, 8, 0.25, 9], [50, 50, 0.5, 0.5]])
+    np.testing.assert_array_equal(names._iou(boxes, boxes), np.eye(3))
+
+
 def test_a_table_has_percents_and_dashes():
     assert names.table({"found": 0.0, "top1": -1.0, "foundr": 0.125}) == "  found   0.0   top1     - foundr  12.5"
 

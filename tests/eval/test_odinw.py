@@ -63,6 +63,13 @@ def test_members_of_roboflow_and_the_parent_of_its_exports(tmp_path):
     groups = odinw.groups("roboflow")
     assert {name: len(group) for name, group in groups.items()} == {"mean_20": 20, "mean_100": 100}
     assert set(groups["mean_20"]) < set(groups["mean_100"])
+    first, *_, last = groups["mean_100"]
+    assert "/" not in first.name + last.name
+    for split in ("train", "valid", "test"):  # as Roboflow exports them
+        path = tmp_path / first.name / split / "_annotations.coco.json"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        assert (first.find(tmp_path, split), last.find(tmp_path, split)) == (path, None)
     categories = [
         {"id": 0, "name": "pets", "supercategory": "none"},
         {"id": 1, "name": "cat", "supercategory": "pets"},

@@ -205,6 +205,10 @@ def listed(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def embed(folder, embeddings):
+    save_file({"embeddings": embeddings}, folder / "vocabulary.safetensors")
+
+
 AGAIN = "damaged or half downloaded; download or export it again"
 DAMAGES = {
     "cut weights": (lambda f: cut(f / "weights.safetensors"), rf"weights\.safetensors cannot be read .*{AGAIN}"),
@@ -231,7 +235,7 @@ DAMAGES = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json must be an object of sections"),
     "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), r"config\.json is no valid json"),
     "sizes": (lambda f: configure(f, embed_dim=1 << 40), r"config\.model\.embed_dim is 1099511627776"),
-    "no model": (lambda f: configure(f, dtype="float7"), r"config\.json: no model has the values of config\.model"),
+    "no model": (lambda f: configure(f, dtype="float7"), r"no model has the values of config\.model \(.+\)"),
     "another model": (
         lambda f: configure(f, embed_dim=32), r"(?s)does not fit the model .*reshaped .*\(16, 16\) -> \(16, 32\)",
     ),
@@ -252,15 +256,15 @@ DAMAGES = {
     "numbers for words": (lambda f: listed(f, words=[1, 2, 3]), r"vocabulary\.json is no vocabulary"),
     "half a vocabulary": (lambda f: (f / "vocabulary.json").unlink(), rf"vocabulary\.json is no vocabulary .*{AGAIN}"),
     "other embeddings": (
-        lambda f: save_file({"embeddings": np.zeros((3, 4), np.float32)}, f / "vocabulary.safetensors"),
+        lambda f: embed(f, np.zeros((3, 4), np.float32)),
         r"vocabulary\.safetensors holds float32\[3, 4\], not finite numbers float32\[3, 16\]",
     ),
     "double embeddings": (
-        lambda f: save_file({"embeddings": np.zeros((3, 16))}, f / "vocabulary.safetensors"),
+        lambda f: embed(f, np.zeros((3, 16))),
         r"vocabulary\.safetensors holds float64\[3, 16\], not finite numbers float32\[3, 16\]",
     ),
     "infinite embeddings": (
-        lambda f: save_file({"embeddings": np.full((3, 16), np.inf, np.float32)}, f / "vocabulary.safetensors"),
+        lambda f: embed(f, np.where(np.eye(3, 16, k=7), np.inf, 1).astype(np.float32)),
         "not finite numbers",
     ),
 }  # fmt: skip

@@ -56,6 +56,13 @@ def assert_searched_everywhere(anchor_boxes, levels, boxes):
     np.testing.assert_array_equal(of_constants.box_index, of_arrays.box_index)
 
 
+@pytest.mark.parametrize("moved", [(120, 0), (0, 80)])
+def test_a_grid_may_begin_anywhere(moved):
+    moved = np.float32([*moved, *moved])
+    boxes = random_boxes(np.random.default_rng(0), 20, (128, 192), 90)
+    assert_searched_everywhere(anchors.grid((128, 192)).boxes[: 16 * 24] + moved, (16 * 24,), boxes + moved)
+
+
 def test_anchors_that_are_no_grid_are_all_searched():
     anchor_boxes = anchors.grid((128, 96)).boxes[:192].copy()
     anchor_boxes[-1] = anchor_boxes[0] + 1  # the last one is as near to what the first one is near to

@@ -135,6 +135,8 @@ def test_scale_clip_and_contains():
     np.testing.assert_array_equal(inside, [False, True, False, False])
     assert not boxes.contains(box, np.float32([[11, 30]]), margin=1.0)  # the margin itself is not inside
     np.testing.assert_array_equal(boxes.clip(np.float32([[-5, -3, 0.5, 50]]), np.int32([40, 25])), [[0, 0, 0.5, 40]])
+    beyond = np.float32([[30, 10, 60, 30], [10, 45, 20, 70]])  # at the right, below
+    np.testing.assert_array_equal(boxes.clip(beyond, np.int32([40, 25])), [[25, 10, 25, 30], [10, 40, 20, 40]])
 
 
 @pytest.mark.parametrize("canvas", [(800, 1344), (320, 320), (333, 500), (1, 1)])

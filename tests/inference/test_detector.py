@@ -14,15 +14,32 @@ from detclipv2_jax.inference import Detector, Limits, Photos, detector, vocabula
 from detclipv2_jax.runs import sharding
 
 
-def test_one_device_equals_eight():
-    config, model, params = planted.make()
+def photos_of(num):
+    """Returns photos with a red and a blue thing each."""
     rng = np.random.default_rng(0)
     images = []
-    for _ in range(8):
+    for _ in range(num):
         x, y = rng.integers(0, 40, 2)
         images.append(planted.paint((64, 128), {"red": (x, y, x + 24, y + 20), "blue": (x + 50, y, x + 80, y + 24)}))
-    sizes = np.full((8, 2), (64, 128), np.int32)
-    photos = Photos(np.stack(images), sizes, np.ones((8, 2), np.float32), sizes)
+    sizes = np.full((num, 2), (64, 128), np.int32)
+    return Photos(np.stack(images), sizes, np.ones((num, 2), np.float32), sizes)
+
+
+def test_each_phrase_is_found_as_if_it_were_the_only_word():
+    config, model, params = planted.make()
+    limits, photos = Limits.from_config(config.eval, max_detections=7), photos_of(1)
+    compute = Detector(model)
+    phrases = np.float32([[0, 1], [1, 0], [0.6, 0.8]])
+    found = compute.ground(params, photos, phrases, limits)
+    assert found.mask.any(axis=1).all()
+    for i, phrase in enumerate(phrases):
+        alone = compute.predict(params, photos, *vocabulary.pad(phrase[None], multiple=128), limits)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b[0], rtol=1e-6), found, alone)
+
+
+def test_one_device_equals_eight():
+    config, model, params = planted.make()
+    photos = photos_of(8)
     limits = Limits.from_config(config.eval)
     one, mesh = Detector(model), sharding.make_mesh(fsdp=2)
     eight = Detector(model, mesh=mesh)

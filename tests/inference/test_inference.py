@@ -107,16 +107,21 @@ def test_detect_equals_brute_force(ties, class_agnostic):
             assert not array[i][len(rows) :].any()
 
 
-@pytest.mark.parametrize("score", ["centerness", "objectness", "centerness_objectness"])
-def test_proposals_are_scored_without_words_and_called_by_the_best_one(score):
+@pytest.mark.parametrize(
+    ("score", "pre_nms"), [("centerness", 20), ("objectness", 60), ("centerness_objectness", 500)]
+)  # fewer candidates than boxes that may be found, some of the anchors, more than there are
+def test_proposals_are_scored_without_words_and_called_by_the_best_one(score, pre_nms):
     regions, text, photos = _case(ties=False)
     objectness = jnp.asarray(np.random.default_rng(1).normal(size=regions.centerness.shape), jnp.float32)
     regions = regions.replace(objectness=objectness)
     text_mask = jnp.arange(12) < 10
-    found = _detect(regions, text, text_mask, photos, word_chunk=4, class_agnostic=True, score=score, **OPTIONS)
+    options = OPTIONS | {"pre_nms": pre_nms, "nms_iou": 0.7}
+    found = _detect(regions, text, text_mask, photos, word_chunk=4, class_agnostic=True, score=score, **options)
     heads = {"centerness": jax.nn.sigmoid(regions.centerness), "objectness": jax.nn.sigmoid(objectness)}
     own = np.prod([heads[name] for name in score.split("_")], axis=0) ** (1 / len(score.split("_")))
-    expected = list(_oracle(regions, text, text_mask, photos, class_agnostic=True, own=own, **OPTIONS))
+    expected = list(_oracle(regions, text, text_mask, photos, class_agnostic=True, own=own, **options))
+    every = _oracle(regions, text, text_mask, photos, class_agnostic=True, own=own, **options | {"pre_nms": 500})
+    assert (sum(map(len, expected)) < sum(map(len, every))) == (pre_nms == 20)
     for i, rows in enumerate(expected):
         boxes, scores, _ = map(np.array, zip(*rows, strict=True))
         assert found.mask[i].sum() == len(rows) > 1
@@ -275,6 +280,7 @@ def test_every_image_is_found_once_in_batches_of_one_size(predictor, monkeypatch
 def test_what_was_found_is_written_and_drawn(monkeypatch):
     boxes = np.array([[2.3333, 4, 20, 18.66666], [20, 10, 40, 30]], np.float32)
     found = Found(boxes, np.array([0.9, 0.3], np.float32), np.array([1, 0]), ("cat", "dog"), (60, 80))
+    assert [line.split()[:2] for line in str(found).splitlines()[1:]] == [["0.90", "dog"], ["0.30", "cat"]]
     assert found.to_coco(image_id=3) == [
         {"image_id": 3, "category_id": 2, "bbox": [2.333, 4.0, 17.667, 14.667], "score": 0.9, "name": "dog"},
         {"image_id": 3, "category_id": 1, "bbox": [20.0, 10.0, 20.0, 20.0], "score": 0.3, "name": "cat"},

@@ -96,6 +96,9 @@ def test_parts_of_an_object_go_into_the_whole_one():
     assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 2, 3]
     boxes[2] = [74, 0, 124, 50]
     assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 3]
+    for apart in ([200, 150, 230, 170], [0, 50.5, 60, 51.5], [101, 0, 102, 50]):  # diagonally, a line below, one beside
+        boxes[2] = apart
+        assert tiles.merge(boxes, scores, labels, is_cut, limits=limits())[0].tolist() == [0, 4, 2, 3]
     # of two that hold it the better one takes its score
     twice = np.array([[0, 0, 60, 50], [0, 0, 100, 50], [0, 0, 109, 90], [0, 0, 140, 140]], np.float32)
     given = np.array([0.9, 0.3, 0.5, 0.4], np.float32)

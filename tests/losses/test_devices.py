@@ -20,7 +20,14 @@ def test_sizes_of_chunks(num_rows, row_bytes, budget, size):
     assert devices.chunk_size(num_rows, row_bytes, budget) == size
 
 
+@pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
+def test_the_first_concepts_are_taken_in_as_many_chunks_as_they_fill(count, chunks):
+    met = devices.in_chunks(jnp.int32(count), 3, lambda n, met: met.at[n].add(1), jnp.zeros(5, jnp.int32))
+    assert met.tolist() == [1] * chunks + [0] * (5 - chunks)
+
+
 def test_without_a_mesh_a_function_is_called_as_it_is():
+    assert devices.num_devices() == 1
     axes, per_device = devices.on_each_device(7)
     assert axes == ()
 
@@ -34,6 +41,7 @@ def test_without_a_mesh_a_function_is_called_as_it_is():
 
 def test_rows_are_split_in_order_and_sums_are_shared():
     with jax.set_mesh(sharding.make_mesh(fsdp=2)):
+        assert devices.num_devices() == 8
         axes, per_device = devices.on_each_device(16, 8)
         assert axes == ("data", "fsdp")
 

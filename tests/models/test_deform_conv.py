@@ -80,7 +80,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(deform_pallas, name, functools.partial(getattr(deform_pallas, name), interpret=True))
 
 
-@pytest.mark.parametrize("size", [(13, 18), (3, 2)], ids=str)
+@pytest.mark.parametrize("size", [(13, 18), (3, 2), (1, 1)], ids=str)
 def test_kernels_equal_the_gather_form(interpreted, size, monkeypatch):
     monkeypatch.setattr(deform_pallas, "SAMPLES", 1)  # images one after the other
     pallas, gather = evaluate("pallas"), evaluate("gather")
@@ -90,6 +90,23 @@ def test_kernels_equal_the_gather_form(interpreted, size, monkeypatch):
         for name, value, expected in results:
             atol = 1e-5 * max(np.abs(expected).max(), 1)
             np.testing.assert_allclose(value, expected, atol=atol, err_msg=f"{kind} {name}")
+
+
+def test_every_place_has_its_samples_in_order_and_those_off_the_map_come_last():
+    rng, num_images, height, width = np.random.default_rng(0), 11, 1, 3  # more images than taps
+    places = (height + 1) * (width + 1)
+    weights = rng.integers(0, 2, (num_images, 9, height * width, 4)) * rng.random((num_images, 9, height * width, 1))
+    weights *= rng.random((num_images, 9, height * width, 1)) < 0.5
+    index = rng.integers(0, places, (num_images, 9, height * width))
+    given = jnp.asarray(weights, jnp.float32), jnp.asarray(index, jnp.int32)
+    order, first = (np.asarray(x).tolist() for x in deform_pallas._by_place(*given, height=height, width=width))
+    expected = [[] for _ in range(num_images * places + 1)]
+    for image, cell, tap in np.ndindex(num_images, height * width, 9):
+        on_map = weights[image, tap, cell].any()
+        place = image * places + index[image, tap, cell] if on_map else num_images * places
+        expected[place].append((image * height * width + cell) * 9 + tap)
+    assert [order[start:end] for start, end in zip(first, [*first[1:], None], strict=True)] == expected
+    assert expected[-1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -129,6 +129,8 @@ def test_drop_path_needs_a_key():
     model, variables = build("narrow", drop_path_rate=0.4)
     with pytest.raises(Exception, match="dropout"):
         model.apply(variables, seeded.uniform("image", (1, 32, 32, 3)), train=True)
+    model, variables = build("narrow", drop_path_rate=0.0)
+    jax.eval_shape(lambda: model.apply(variables, jnp.zeros((1, 32, 32, 3)), train=True))  # there is nothing to draw
 
 
 def test_bfloat16_is_near_float32():

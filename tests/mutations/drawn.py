@@ -22,6 +22,11 @@ _COMPUTED = {
 }  # fmt: skip
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum",
           "floor": "ceil", "ceil": "floor", "argmax": "argmin", "zeros_like": "ones_like"}  # fmt: skip
+_EITHER_WAY = {
+    *_NAMES, "isinstance", "gcd", "lcm", "hypot", "fmin", "fmax", "equal", "not_equal", "array_equal", "logical_and",
+    "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "logaddexp", "union1d", "intersect1d",
+    "swapaxes", "iou",
+}  # fmt: skip  # functions of two arguments in any order, and isinstance, which refuses the other one
 _SAID = {"info", "warning", "error", "print", "debug", "update", "set_description"}  # what people read
 
 
@@ -82,7 +87,7 @@ def _changes(text: str) -> Iterator[tuple[int, int, str]]:
         if (
             isinstance(node, ast.Raise | ast.JoinedStr | ast.arg | ast.Import | ast.ImportFrom | ast.Assert)
             or (isinstance(node, ast.keyword) and node.arg in ("strict", "indent"))
-            or (isinstance(node, ast.Call) and getattr(called, "attr", getattr(called, "id", "")) in _SAID)
+            or (isinstance(node, ast.Call) and _name(called) in _SAID)
             or (isinstance(node, ast.If) and ast.unparse(node.test).startswith(("TYPE_CHECKING", "__name__ ==")))
         ):
             continue
@@ -110,21 +115,21 @@ def _changes(text: str) -> Iterator[tuple[int, int, str]]:
                 yield (*span(node), repr(1.25 * value if value else 0.5))
             case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
                 yield (*span(test), f"(not ({source(test)}))")
-            case ast.Call(func=called, args=[first, second]) if getattr(called, "id", "") not in (
-                *_NAMES,
-                "isinstance",
-            ):
+            case ast.Call(func=called, args=[first, second]) if _name(called) not in _EITHER_WAY:
                 yield span(first)[0], span(second)[1], f"{source(second)}, {source(first)}"
             case ast.Name(id=name) if name in _NAMES:
                 yield (*span(node), _NAMES[name])
             case ast.Attribute(value=value, attr=name) if name in _NAMES:
                 yield (*span(node), f"{source(value)}.{_NAMES[name]}")
-            case ast.Expr(value=ast.Call(func=called)) if (
-                getattr(called, "attr", getattr(called, "id", "")) not in _SAID
-            ):
+            case ast.Expr(value=ast.Call(func=called)) if _name(called) not in _SAID:
                 yield (*span(node), "pass")
             case ast.AugAssign() | ast.Continue() | ast.Break():
                 yield (*span(node), "pass")
+
+
+def _name(function: ast.expr | None) -> str:
+    """Returns the last name of a function: "maximum" of `maximum` and of `jnp.maximum`; "" of what has none."""
+    return getattr(function, "attr", getattr(function, "id", ""))
 
 
 def _fault(file: pathlib.Path, text: str, start: int, end: int, new: str, tests: tuple[str, ...]) -> Fault:

@@ -285,6 +285,17 @@ def test_of_equally_frequent_phrases_the_first_letters_count(tmp_path):
     assert [*rows] == ["a cup", "a", "b"]
 
 
+def test_definitions_of_a_built_folder_are_called_by_its_name(tmp_path):
+    (tmp_path / "built").mkdir()
+    vocabulary = {"category_ids": [1, 2], "names": ["cat", "gadget"], "definitions": ["a pet", ""]}
+    (tmp_path / "built" / "vocabulary.json").write_text(json.dumps(vocabulary))
+    assert dictionary.make([str(tmp_path / "built")], str(tmp_path / "out.tsv")) == {"built": 1, "none": 1}
+    rows = review(tmp_path / "out.review.tsv")
+    assert {name: (row["definition"], row["origin"]) for name, row in rows.items()} == {
+        "cat": ("a pet", "built"), "gadget": ("", "")
+    }  # fmt: skip
+
+
 def test_what_category_files_say_of_a_name(tmp_path):
     categories = [
         {"name": "puss", "synset": "cat.n.01"},

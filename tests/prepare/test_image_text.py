@@ -92,6 +92,20 @@ def test_lines_of_a_tsv_are_cut_into_shards_and_phrases_into_as_many_as_are_want
     assert found == [expected[:2], expected[2:4], expected[4:]]
 
 
+def test_a_photo_that_a_link_puts_outside_goes_with_its_line(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("images/0.jpg", "outside.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    (tmp_path / "images" / "1.jpg").symlink_to(tmp_path / "outside.jpg")
+    (tmp_path / "pairs.tsv").write_text("0.jpg\tfirst\n1.jpg\tlinked\n0.jpg\tlast\n")
+    for follow_links, expected in ((False, ["first", "last"]), (True, ["first", "linked", "last"])):
+        options = {"shard_size": 9, "pipeline": "", "max_phrases": 0, "follow_links": follow_links}
+        reader = image_text.open_reader(str(tmp_path / "pairs.tsv"), str(tmp_path / "images"), **options)
+        tally = Tally()
+        assert [record.caption for _, record in reader.read(0, tally)] == expected
+        assert (tally.seen, sum(tally.dropped.values())) == (3, 3 - len(expected))
+
+
 def read_tar(path, **files):
     """Returns captions and photos of a tar, and what was counted."""
     write_tar(path, files)

@@ -299,6 +299,8 @@ def test_machines_that_share_a_build_write_what_one_writes(tmp_path, capsys):
     output, shared = tmp_path / "shared", {**options, "output": str(tmp_path / "shared"), "count": 3}
     with pytest.raises(ValueError, match=r"these have not written their part: --index=0, 1, 2"):
         building.build("coco_json", **shared)
+    with pytest.raises(ValueError, match=r"these have not written their part: --index=0, 1$"):
+        building.build("coco_json", **shared | {"output": str(tmp_path / "by two"), "count": 2})
     assert building.build("coco_json", **shared, index=2) is None
     assert "part 2 of 3 is written" in capsys.readouterr().out
     assert sorted(path.name for path in (output / "building").glob("*.array_record")) == [

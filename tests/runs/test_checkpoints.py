@@ -104,6 +104,9 @@ def test_what_was_saved_comes_back_and_damage_is_told(tmp_path, monkeypatch, cap
             restored = ours.restore(jax.eval_shape(lambda: state(0)), step=step)
             jax.tree.map(np.testing.assert_array_equal, restored, state(step))
         assert ours.restore(jax.eval_shape(lambda: state(0, ema=False)), step=3).ema is None
+        other = jax.eval_shape(lambda: state(0)).replace(params={"b": jax.ShapeDtypeStruct((2, 3), np.float32)})
+        with pytest.raises(ValueError, match=r"(?s)checkpoint of step 3 .*missing \(1\): b.*unexpected \(1\): a/kern"):
+            ours.restore(other, step=3)
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
         for_all = ours._restore_for_all(placed, step=3)
         jax.tree.map(np.testing.assert_array_equal, for_all, state(3))
@@ -220,6 +223,26 @@ def test_the_state_before_the_first_step_is_a_checkpoint_too(tmp_path):
         change(tmp_path / "checkpoints" / "3", item="params")
         assert ours.intact_step(["params"], set_aside=True) == 0
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_one_of_several_processes_is_alone_with_a_workdir_in_a_bucket(tmp_path, monkeypatch, in_bucket, num_processes):
+    asked = []
+    monkeypatch.setattr(checkpoints.ocp, "CheckpointManager", lambda folder, **given: asked.append(given["options"]))
+    monkeypatch.setattr(checkpoints.buckets, "is_workdir", lambda folder: in_bucket)
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+    monkeypatch.setattr(jax, "process_index", lambda: num_processes - 1)
+    for _ in range(2):  # the second finds the folder of the first
+        ours = checkpoints.Checkpoints(tmp_path / "new" / "run", keep=3)
+    alone = in_bucket and num_processes > 1
+    assert ours._is_alone == alone
+    assert (tmp_path / "new" / "run" / "checkpoints").is_dir() == alone  # orbax makes it where all are together
+    for options in asked:
+        assert options.create != alone
+        processes = options.multiprocessing_options
+        assert processes.active_processes == ({1} if alone else None)
+        assert (processes.primary_host, processes.barrier_sync_key_prefix) == ((1, "process1") if alone else (0, None))
 
 
 def test_where_one_process_has_the_files_it_writes_and_reads_for_all(tmp_path, monkeypatch):
