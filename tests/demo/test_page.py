@@ -311,6 +311,8 @@ WRONG = [
     ("find", {"photo": "p0", "words": "x" * 5001}, "5001 characters are too many; there may be 5000"),
     ("find", {"photo": "p0", "vocabulary": "imagenet"}, "there is no list of names 'imagenet'; there are lvis, coco"),
     ("find", {"photo": "p0", "examples": {"name": "a"}}, "an example must be a name, a photo and a box"),
+    ("find", {"photo": "p0", "examples": ["a"]}, "an example must be a name, a photo and a box"),
+    ("find", {"photo": "p0", "examples": 3}, "an example must be a name, a photo and a box"),
     ("find", {"photo": "p0", "examples": [{"name": "a", "photo": "p0", "box": [1, 2, 3]}]}, "an example must be"),
     ("find", {"photo": "p0", "examples": [{"name": "", "photo": "p0", "box": list(RED)}]}, "an example must be"),
     ("find", {"photo": "p0", "examples": [{"name": "a", "photo": "p0", "box": [0, 0, True, 9]}]}, "an example must be"),
