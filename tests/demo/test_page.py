@@ -314,6 +314,7 @@ WRONG = [
     ("find", {"photo": "p0", "examples": ["a"]}, "an example must be a name, a photo and a box"),
     ("find", {"photo": "p0", "examples": 3}, "an example must be a name, a photo and a box"),
     ("find", {"photo": "p0", "examples": [{"name": "a", "photo": "p0", "box": [1, 2, 3]}]}, "an example must be"),
+    ("find", {"photo": "p0", "examples": [{"name": "a", "photo": "p0", "box": [*RED, 9]}]}, "an example must be"),
     ("find", {"photo": "p0", "examples": [{"name": "", "photo": "p0", "box": list(RED)}]}, "an example must be"),
     ("find", {"photo": "p0", "examples": [{"name": "a", "photo": "p0", "box": [0, 0, True, 9]}]}, "an example must be"),
     ("find", {"photo": "p0", "examples": [{"name": "a", "photo": "p0", "box": [0, 0, float("inf"), 9]}]}, "an example"),
