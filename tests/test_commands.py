@@ -382,6 +382,15 @@ def test_the_process_that_others_need_ends_after_them(monkeypatch, capfd):
     assert capfd.readouterr().err == "over\nover\n"
 
 
+def test_a_process_that_leaves_has_said_all_and_waits_for_no_thread():
+    code = "import threading, time\nfrom detclipv2_jax import commands\n"
+    code += "threading.Thread(target=lambda: (time.sleep(5), print('late'))).start()\n"
+    code += "print('said', end='')\ncommands.leave(7)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "said")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_cuda_that_cannot_start_is_no_error_without_a_gpu(there, tmp_path):
     plugin = tmp_path / "jax_plugins" / "xla_cuda99"

@@ -174,7 +174,7 @@ def test_what_a_workdir_predicts_with(tmp_path, ema_decay):
         for step in (1, 2, 3):
             ours.save(step, state(step, ema=ema_decay > 0))
         ours.mark_best(2, score="AP", value=0.5)
-    being_written = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp" / "params"
+    being_written = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp" / "params"
     being_written.mkdir(parents=True)
     for step in (2, 3):  # the best one, or where it is damaged the newest
         found, params, number = checkpoints.load_for_inference(tmp_path)
@@ -183,7 +183,7 @@ def test_what_a_workdir_predicts_with(tmp_path, ema_decay):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
         change(tmp_path / "checkpoints" / "2", item="ema" if ema_decay else "params")
     assert being_written.is_dir()  # a reader leaves it to the run
-    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=1)) as ours:
         ours.save(4, state(4, ema=ema_decay > 0))
     assert not being_written.exists()
 
@@ -257,3 +257,35 @@ def test_where_one_process_has_the_files_it_writes_and_reads_for_all(tmp_path, m
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
         assert checkpoints.read_best(tmp_path / "best.json")["step"] == 5
         jax.tree.map(np.testing.assert_array_equal, ours.restore(placed, step=5), state(5))
+
+
+def test_what_the_first_process_finds_intact_or_saved_counts_for_all(tmp_path, monkeypatch):
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3)) as ours:
+        for step in (3, 4):
+            ours.save(step, state(step))
+        ours.wait()
+        told, sent = [], []
+        monkeypatch.setattr(
+            checkpoints.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(int(x)) or np.asarray(told[0])
+        )
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        monkeypatch.setattr(ours, "damage", None)  # the others read no file
+        for found, step in ((3, 3), (4, 4), (-2, None)):
+            told[:] = [found]
+            assert ours.intact_step(["params"]) == step
+        told[:] = [-1]
+        with pytest.raises(checkpoints.DamagedError, match="no checkpoint is intact"):
+            ours.intact_step(["params"])
+        monkeypatch.setattr(ours, "_is_alone", True)
+        monkeypatch.setattr(checkpoints, "_whole", None)  # nothing is gathered
+        told[:], sent[:] = [True], []
+        ours.save(9, state(9))  # the first process has it
+        assert sent == [0]
+
+
+def test_arrays_that_are_split_over_devices_are_saved_whole():
+    mesh, array = sharding.make_mesh(), np.arange(24.0).reshape(8, 3)
+    for spec in (sharding.REPLICATED, sharding.BATCH):
+        placed = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(checkpoints._whole(placed), array)
