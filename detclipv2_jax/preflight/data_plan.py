@@ -22,6 +22,7 @@ from detclipv2_jax.data.schema import Kind
 from detclipv2_jax.data.sources import PairSource
 from detclipv2_jax.data.streams import Stream, eval_streams, train_streams
 from detclipv2_jax.inference import vocabulary
+from detclipv2_jax.models.by_length import num_rows
 from detclipv2_jax.runs import pretrained
 from detclipv2_jax.runs.optimizer import learning_rate, named_shapes
 from detclipv2_jax.runs.order import mixed
@@ -74,7 +75,7 @@ def expected(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
             section, kind, num_images=section.batch_size // num_hosts, table_multiple=num_devices // num_hosts,
             num_known=num_names,
         )  # fmt: skip
-        _set_table(plan, kind, rows * num_hosts, num_names)
+        _set_table(plan, config, kind, rows * num_hosts, num_names)
         plan.notes.append(
             f"{kind}: {num_examples:,} examples as published, evenly on its canvases; the files were not looked at"
         )
@@ -106,9 +107,11 @@ def _add_steps(plan: Plan, kind: Kind, sizes: Sequence[canvases.Canvas], num_ste
         plan.num_steps[name] = plan.num_steps.get(name, 0) + num_steps / len(sizes)
 
 
-def _set_table(plan: Plan, kind: Kind, rows: int, num_names: int) -> None:
+def _set_table(plan: Plan, config: ConfigDict, kind: Kind, rows: int, num_names: int) -> None:
     if rows > plan.table_rows.get(kind, 0):  # the larger of streams' tables, whose step is the larger one
-        plan.table_rows[kind], plan.num_concepts[kind] = rows, min(rows, num_names or rows)
+        groups = config.optimizer.text_lengths[kind]
+        held = sum(num for _, num in num_rows(groups, rows)) if groups else rows  # without a second pass
+        plan.table_rows[kind], plan.num_concepts[kind] = rows, min(held, num_names or held)
 
 
 def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
@@ -138,7 +141,7 @@ def check(config: ConfigDict, *, num_hosts: int, num_devices: int) -> Plan:
     for stream, num_steps in zip(streams, positions, strict=True):
         _add_steps(plan, stream.kind, stream.canvases, num_steps)
         names = {id(source): len(source.vocabulary) for source in stream.sources if stream.kind is Kind.DETECTION}
-        _set_table(plan, stream.kind, stream.capacities["table"] * num_hosts, sum(names.values()))
+        _set_table(plan, config, stream.kind, stream.capacities["table"] * num_hosts, sum(names.values()))
         passes = num_steps * stream.batch_size / stream.num_examples
         plan.notes.append(
             f"{stream.name}: {stream.num_examples:,} images, {stream.num_batches:,} batches an epoch, {num_steps:,} "
