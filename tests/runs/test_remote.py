@@ -235,6 +235,9 @@ def test_what_names_others_comes_last_and_goes_first(bucket):
     bucket.done.clear()
     workdir.push()
     assert bucket.done == []
+    (step / "params" / "b").write_text("again")  # what was removed may be written anew
+    workdir.push()
+    assert bucket.done == [("checkpoints/2/params/b", b"again")]
 
 
 def test_half_a_first_line_is_not_brought_there(bucket):
@@ -366,6 +369,21 @@ def test_a_lock_is_asked_for_again_before_it_may_be_another_s(bucket, clock):
     held.take(own="")
     held.release()
     assert "lock" not in bucket.objects
+
+
+def test_a_lock_is_held_from_when_its_writing_began(bucket, clock, monkeypatch):
+    def slowly(*where, **options):
+        version = bucket.write(*where, **options)
+        clock[0] += remote.LEASE_S / 2
+        return version
+
+    held = lease("a")
+    monkeypatch.setattr(bucket_store, "write", slowly)
+    held.take(own="")
+    monkeypatch.setattr(bucket_store, "write", bucket.write)
+    version = bucket.objects["lock"]
+    assert held.held()
+    assert bucket.objects["lock"] != version  # the answer came so late that it was asked for again
 
 
 def test_a_run_that_lost_its_lock_writes_nothing(bucket, clock):
