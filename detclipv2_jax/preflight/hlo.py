@@ -198,12 +198,32 @@ def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[
                 continue
             same, users = _views(x.name, body)
             position = int(x.operands[0])
-            if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-                reads[position] = min(reads[position], sum(_bytes(user.type) for user in users))
+            if (taken := _taken(x.name, body, computations)) is not None:
+                reads[position] = min(reads[position], taken)
             elif any(user.opcode == "dynamic-update-slice" and user.operands[0] in same for user in users):
                 updates = [inner[user.operands[1]].type for user in users if user.opcode == "dynamic-update-slice"]
                 reads[position], result = 0.0, max(0.0, result - reads[position]) + sum(map(_bytes, updates))
     return result + sum(reads)
+
+
+def _taken(name: str, body: list[_Instruction], computations: dict[str, list[_Instruction]]) -> float | None:
+    """Returns the bytes of the slices taken from an array, in fusions within fusions, too; None: all of it is read."""
+    same, users = _views(name, body)
+    total = 0.0
+    for user in users:
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += _bytes(user.type)
+            continue
+        called = _CALLED.search(user.attributes)
+        if user.opcode != "fusion" or not called:
+            return None
+        inner = computations[called[1]]
+        for x in inner:
+            if x.opcode == "parameter" and user.operands[int(x.operands[0])] in same:
+                if (part := _taken(x.name, inner, computations)) is None:
+                    return None
+                total += part
+    return total if users else None
 
 
 def _views(name: str, body: list[_Instruction]) -> tuple[set[str], list[_Instruction]]:

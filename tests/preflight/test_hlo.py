@@ -159,6 +159,45 @@ def test_of_what_runs_rarely_the_branch_that_moves_less_counts():
     assert hlo.traffic(other) == hlo.traffic(BRANCHES)
 
 
+NESTED = """HloModule m
+
+%slice (p: bf16[96,8,16], i: s32[]) -> bf16[1,8,16] {
+  %p = bf16[96,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %d = bf16[1,8,16]{2,1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,16}
+}
+
+%all (q: bf16[4,16]) -> bf16[4,16] {
+  %q = bf16[4,16]{1,0} parameter(0)
+  ROOT %n = bf16[4,16]{1,0} negate(%q)
+}
+
+%product (a: bf16[4,16], b: bf16[96,8,16], j: s32[]) -> f32[8,4] {
+  %b = bf16[96,8,16]{2,1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %f = bf16[1,8,16]{2,1,0} fusion(%b, %j), kind=kLoop, calls=%slice
+  %v = bf16[8,16]{1,0} bitcast(%f)
+  %a = bf16[4,16]{1,0} parameter(0)
+  %g = bf16[4,16]{1,0} fusion(%a), kind=kLoop, calls=%all
+  ROOT %c = f32[8,4]{1,0} convolution(%v, %g), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (a: bf16[4,16], b: bf16[96,8,16], i: s32[]) -> f32[8,4] {
+  %a = bf16[4,16]{1,0} parameter(0)
+  %b = bf16[96,8,16]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %r = f32[8,4]{1,0} fusion(%a, %b, %i), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_of_an_array_that_a_fusion_within_a_fusion_slices_the_slice_counts():
+    """As TPU programs take one image of a batch for a product."""
+    assert hlo.traffic(NESTED).memory == 2 * (4 * 16 + 8 * 16) + 4 + 4 * 8 * 4
+    whole = NESTED.replace("ROOT %c = f32[8,4]{1,0} convolution(%v, %g)", "ROOT %c = f32[8,4]{1,0} convolution(%b, %g)")
+    assert hlo.traffic(whole).memory == 2 * (4 * 16 + 96 * 8 * 16) + 4 + 4 * 8 * 4
+
+
 ROW = """HloModule m
 
 ENTRY %main (a: f32[10,128], u: f32[1,128], i: s32[], m: pred[10]) -> f32[10,128] {

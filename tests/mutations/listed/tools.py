@@ -66,7 +66,9 @@ FAULTS = [
         ("choose(branch.network.get(kind, 0.0) for branch in branches)", "branches[0].network.get(kind, 0.0)"),
         ("choose(branches, key=lambda branch: branch.memory)", "branches[0]"),
         ("return 2 * reads[1]", "return result + sum(reads)"),
-        ("reads[position] = min(reads[position], sum(_bytes(user.type) for user in users))", "pass"),
+        ("reads[position] = min(reads[position], taken)", "pass"),
+        ("if (part := _taken(x.name, inner, computations)) is None:", "if (part := _taken(x.name, inner, computations) or 0.0) is None:"),
+        ("if user.opcode != \"fusion\" or not called:", "if not called:\n            continue\n        if user.opcode != \"fusion\":"),
         ("1.0 if kind == \"pred\" else int(bits or 0) / 8", "int(bits or 0) / 8"),
     ),
     *plant(
