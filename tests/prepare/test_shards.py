@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import types
 from collections import Counter
 
@@ -16,6 +18,8 @@ from detclipv2_jax.data.schema import Kind, Record, UnusableError
 from detclipv2_jax.prepare import __main__ as prepare
 from detclipv2_jax.prepare import box_json, record_builder, shards
 from detclipv2_jax.prepare.record_builder import Tally
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def build(source, output, **options):
@@ -46,6 +50,21 @@ def test_a_build_is_read_by_tfds_alone(tmp_path):
     np.testing.assert_array_equal(example["box_concepts"], [0, 1])
     np.testing.assert_array_equal(example["size"], [24, 32])
     assert example["name"] == b"000000000001.jpg"
+
+
+def test_writing_shards_needs_neither_tensorflow_nor_jax(tmp_path):
+    source, output = write_coco(tmp_path / "raw"), tmp_path / "out"
+    code = (
+        "import sys, building; building.build('coco_json', input=sys.argv[1], output=sys.argv[2], shard_size=2); "
+        "print(sorted({'tensorflow', 'jax', 'flax', 'torch', 'spacy'} & set(sys.modules)))"
+    )
+    paths = os.pathsep.join(str(path) for path in (ROOT / "tests", ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(output)],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (output / "dataset_info.json").exists()
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_builder_is_an_ordinary_tfds_builder(tmp_path):
