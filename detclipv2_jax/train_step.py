@@ -119,11 +119,6 @@ class Program:
     def num_chunks(self) -> int:
         return self.config.optimizer.accumulate[self.kind.value]
 
-    @property
-    def text_lengths(self) -> tuple[tuple[int, float], ...]:
-        """Returns the groups of texts by length; a closed vocabulary has no tower that reads them."""
-        return () if self.config.model.text.classes else self.config.optimizer.text_lengths[self.kind.value]
-
     def encode_concepts(
         self, params: Any, table: Batch, *, every_token: bool = False
     ) -> tuple[Concepts, dict[str, Bool[Array, ""]]]:
@@ -134,8 +129,11 @@ class Program:
             return self.model.apply({"params": params}, tokens, method=method)
 
         text, tokens, metrics = table.concept_text, table.concept_tokens, {}
-        if text is None and self.text_lengths and not every_token:
-            text, is_full = encode_by_length(encode, params, tokens, table.concept_mask, self.text_lengths)
+        # names of classes fill their table, and a closed vocabulary has no tower that reads them
+        whole = every_token or table.class_names is not None or self.config.model.text.classes
+        groups = () if whole else self.config.optimizer.text_lengths[self.kind.value]
+        if text is None and groups:
+            text, is_full = encode_by_length(encode, params, tokens, table.concept_mask, groups)
             metrics["text_overflow"] = is_full
         elif text is None:
             text = encode(params, tokens)

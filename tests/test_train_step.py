@@ -168,9 +168,9 @@ def test_towers_are_asked_for_what_a_step_needs(micro):
             return (2.0, -4.0) if method == "logit_parameters" else "encoded"
 
     program = train_step.Program(Kind.DETECTION, Model(), micro, (8, 8), None)
-    table = types.SimpleNamespace(concept_tokens="tokens", concept_text=None)
+    table = types.SimpleNamespace(concept_tokens="tokens", concept_text=None, class_names=None)
     assert program.encode_concepts("params", table) == (("encoded", 2.0, -4.0), {})
-    known = types.SimpleNamespace(concept_tokens="tokens", concept_text="known")
+    known = types.SimpleNamespace(concept_tokens="tokens", concept_text="known", class_names=None)
     assert program.encode_concepts("params", known) == (("known", 2.0, -4.0), {})
     batch = types.SimpleNamespace(image="image", extent="extent")
     assert program.encode_images("params", batch, "key") == "encoded"
@@ -181,3 +181,24 @@ def test_towers_are_asked_for_what_a_step_needs(micro):
         ({"params": "params"}, ("image", "extent"), "encode_image", {"train": True, "rngs": {"dropout": "key"}}),
     ]
     assert program.num_chunks == micro.optimizer.accumulate.detection
+
+
+@pytest.mark.parametrize("what", ["class names", "closed vocabulary", "tokens", "known texts"])
+def test_what_has_no_lengths_is_encoded_whole(micro, what):
+    class Model:
+        def apply(self, variables, *arguments, method, **options):
+            return (2.0, -4.0) if method == "logit_parameters" else np.full((3, 5), len(method))
+
+    micro.optimizer.text_lengths.image_text = ((8, 0.5),)
+    if what == "closed vocabulary":
+        micro.model.text.classes = ("a", "b")
+    program = train_step.Program(Kind.IMAGE_TEXT, Model(), micro, (8, 8), None)
+    names, known = np.ones(3, bool) if what == "class names" else None, np.zeros((3, 5))
+    table = types.SimpleNamespace(
+        concept_tokens=np.zeros((4, 16), np.int32), concept_text=known if what == "known texts" else None,
+        class_names=names,
+    )  # fmt: skip
+    concepts, metrics = program.encode_concepts("params", table, every_token=what == "tokens")
+    assert metrics == {}
+    expected = {"tokens": len("encode_tokens"), "known texts": 0}.get(what, len("encode_text"))
+    np.testing.assert_array_equal(concepts.text, np.full((3, 5), expected))
