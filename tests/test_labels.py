@@ -128,21 +128,27 @@ def test_lines_of_boxes_have_a_rim_and_the_first_lie_on_top(size, line):
 
 def test_a_label_is_written_in_its_field_and_led_to_its_box_from_afar(monkeypatch):
     font, color = labels.AsciiFont(12), (0, 90, 0)
-    box, places = np.array([[100.0, 100, 150, 140]]), []
+    box, places = np.array([[100.0, 70, 150, 110]]), []
     monkeypatch.setattr(labels, "place_label", lambda *_: places[-1])
-    for at, led in (
-        ((100, 80, 160, 99), False),
-        ((110, 141, 170, 160), False),
-        ((151, 110, 211, 130), False),
-        ((170, 110, 230, 130), True),
+    for at, led_from in (
+        ((100, 50, 160, 69), None),  # at each side, just beside the box
+        ((110, 111, 170, 130), None),
+        ((39, 80, 99, 100), None),
+        ((151, 80, 211, 100), None),
+        ((100, 48, 160, 68), (130, 70)),  # and away from it
+        ((110, 112, 170, 132), (140, 110)),
+        ((38, 80, 98, 100), (100, 90)),
+        ((152, 80, 212, 100), (150, 90)),
+        ((200, 150, 260, 170), (150, 110)),  # beyond a corner
+        ((10, 20, 70, 40), (100, 70)),
     ):
         places.append(at)
         picture, plain = Image.new("RGB", (300, 200)), Image.new("RGB", (300, 200))
         labels.draw(picture, box, ["a\n b"], [color], font=font)
         labels.draw(plain, box, [""], [color], font=font)
         brush = ImageDraw.Draw(plain)
-        if led:
-            brush.line((150, 120, 200, 120), fill=color, width=2)
+        if led_from:
+            brush.line((*led_from, (at[0] + at[2]) / 2, (at[1] + at[3]) / 2), fill=color, width=2)
         brush.rectangle(at, fill=color, outline=WHITE)
         font.write(brush, (at[0] + 3, at[1] + 1), "a b", fill=WHITE)
         np.testing.assert_array_equal(picture, plain)

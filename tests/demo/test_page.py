@@ -466,6 +466,13 @@ def upload_begun(server):
     return connection
 
 
+def test_no_more_is_read_than_a_client_promised(server, monkeypatch):
+    monkeypatch.setattr(server_lib.Handler, "timeout", 2.0)
+    with upload_begun(server) as connection:
+        connection.sendall(b"x" * 1010)
+        assert connection.recv(12) == b"HTTP/1.0 400"  # at once: it is no photo
+
+
 def test_slow_clients_are_let_go(server, monkeypatch):
     monkeypatch.setattr(server_lib, "MAX_UPLOAD_S", 0.3)
     with upload_begun(server) as connection:
