@@ -72,7 +72,7 @@ def _rsqrt(graph: Graph, equation: Any, x: Value) -> Value:
     return graph.node("Reciprocal", root, shape=x.shape, dtype=x.dtype)
 
 
-@_rule("stop_gradient", repeats=True)
+@_rule("stop_gradient", "name", repeats=True)
 def _identity(graph: Graph, equation: Any, *inputs: Value) -> list[Value]:
     return list(inputs)
 
