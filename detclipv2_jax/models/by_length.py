@@ -12,9 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.models import split
 
-# scope of what only batches of unusually many long texts compute; `preflight.hlo` and `flops` leave it out
-RARELY = "rarely"
-
 
 def num_rows(groups: Sequence[tuple[int, float]], rows: int) -> list[tuple[int, int]]:
     """Returns (length, number of rows) of every group, for the rows of a device's table."""
@@ -64,10 +61,13 @@ def encode_by_length(
     text, limit = jnp.concatenate(texts, axis=1), jnp.concatenate([*limits, jnp.zeros(rest, jnp.int32)])
     missed = lengths > limit[None]
     is_full = jnp.any(missed)
-    with jax.named_scope(RARELY):
-        # what the way back needs is computed again: kept, it would be written as zeros where this does not run
-        again = jax.checkpoint(encoded)
-        second = jax.lax.cond(is_full, again, lambda *_: jnp.zeros_like(text), params, tokens)
+
+    @jax.checkpoint  # what the way back needs, if it were kept, would be written as zeros where this does not run
+    def again(params: Any, rows: Int[Array, "p r l"]) -> Float[Array, "p r d"]:
+        with jax.named_scope(split.RARELY):
+            return encoded(params, rows)
+
+    second = jax.lax.cond(is_full, again, lambda *_: jnp.zeros_like(text), params, tokens)
     text = jnp.where(missed[..., None], second, jnp.where((lengths > 0)[..., None], text, 0.0))
     text = jnp.take_along_axis(text, jnp.argsort(order, axis=1)[..., None], axis=1)
     return text.reshape(-1, text.shape[2]), is_full

@@ -84,8 +84,12 @@ def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
     """Returns what the chosen form computes from the arguments, forward (0) or backward (1)."""
     gather, banded, kernels = (FORMS[name][direction] for name in ("gather", "banded", "pallas"))
 
+    def beyond_band(*arguments: Array) -> Any:
+        with jax.named_scope(split.RARELY):
+            return gather(*arguments)
+
     def within_band(*arguments: Array) -> Any:
-        return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, banded, gather, *arguments)
+        return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, banded, beyond_band, *arguments)
 
     if impl in ("gather", "pallas"):
         return FORMS[impl][direction](*arguments)

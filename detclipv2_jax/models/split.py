@@ -14,6 +14,8 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
+# scope of a branch that few batches take; `preflight.hlo` counts the other one
+RARELY = "rarely"
 _PLAIN = contextvars.ContextVar("plain forms alone", default=False)
 
 

@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once and is missing for GPUs. Here a body counts as often as it runs,
 also where the number of concepts decides, and a conditional as the branch that moves more, which is chosen for memory
-and for each kind of collective; of what runs rarely (`models.by_length`), the branch that moves less.
+and for each kind of collective. A branch that few batches take (`models.split.RARELY`) does not count.
 
 Every instruction knows the place in the model that it was traced from, so that traffic, and the times of a profile
 (`tests/benchmarks/accelerator.py`), can be summed by module.
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from detclipv2_jax.models.by_length import RARELY
+from detclipv2_jax.models.split import RARELY
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"}
@@ -32,9 +32,10 @@ _TRANSFORMED = re.compile(r"(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+")
 # what JAX and Flax write into the name of an operation beside modules and scopes: functions, loops, classes, einsums
 _NO_MODULE = re.compile(
     r"$|[A-Z]|.*[(<.>]|(eval_jaxpr|while|body|cond|branch_\d+_fun|closed_call|checkpoint|remat2?|rematted_computation"
-    r"|shard_map|chunks_of_\d+_concepts)$"
+    rf"|shard_map|{RARELY}|chunks_of_\d+_concepts)$"
 )
 _CHUNKS = re.compile(r'chunks_of_(\d+)_concepts\)*/while"')  # `losses.devices.in_chunks`
+_RARE = re.compile(rf"\b{RARELY}\b")
 MODULE_DEPTH = 3  # parts of a module's path that are told apart
 
 
@@ -136,10 +137,10 @@ def traffic(text: str, *, num_concepts: int = 0) -> Traffic:
             elif opcode == "conditional":
                 names = [part for found in _BRANCHES.findall(instruction.attributes) for part in found if part]
                 branches = [cost(branch) for branch in re.findall(r"[\w.\-]+", " ".join(names))]
-                rarely = re.search(rf"\b{RARELY}\b", instruction.attributes)
-                choose = min if rarely else max
-                most = {kind: choose(branch.network.get(kind, 0.0) for branch in branches) for kind in COLLECTIVES}
-                add(choose(branches, key=lambda branch: branch.memory)._replace(network=most))
+                usual = [branch for branch in branches if not any(_RARE.search(row.place) for row in branch.rows)]
+                branches = usual or branches
+                most = {kind: max(branch.network.get(kind, 0.0) for branch in branches) for kind in COLLECTIVES}
+                add(max(branches, key=lambda branch: branch.memory)._replace(network=most))
             elif opcode in ("call", "async-start"):
                 for called in _CALLED.findall(instruction.attributes):
                     add(cost(called))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.models import flops
+from detclipv2_jax.models import flops, split
 from detclipv2_jax.models.by_length import encode_by_length, num_rows
 from detclipv2_jax.models.text_encoder import TextEncoder
+from detclipv2_jax.preflight import hlo
 from detclipv2_jax.runs import sharding
 
 EOS = 49_407
@@ -95,3 +96,14 @@ def test_arithmetic_is_that_of_the_groups_alone():
     groups = flops.of(encode, params, tokens[:4]) + flops.of(encode, params, tokens[:8, :7])
     assert flops.of(functools.partial(forward, groups=GROUPS), params) - second == groups
     assert groups < 0.5 * second
+
+
+def test_preflight_counts_no_second_pass():
+    mesh, params, function, _ = compiled(1)
+    tokens, mask = texts([16] * ROWS)
+    with jax.set_mesh(mesh):
+        program = function.lower(params, tokens, mask, np.zeros((ROWS, 24), np.float32)).compile().as_text()
+    assert f"{split.RARELY}/" in program
+    rows = hlo.traffic(program).rows
+    assert rows
+    assert not [row for row in rows if f"{split.RARELY}/" in row.place]

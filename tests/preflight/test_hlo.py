@@ -149,14 +149,23 @@ def test_what_one_branch_sends_counts_though_the_other_moves_more_memory():
     assert traffic.network == {"all-gather": 80 * 4}
 
 
-def test_of_what_runs_rarely_the_branch_that_moves_less_counts():
+def test_a_branch_that_few_batches_take_does_not_count():
     """Forward, and on the way back."""
-    for place in ("jit(step)/jvp(rarely)/cond", "jit(step)/transpose(jvp(rarely))/cond", "jit(step)/rarely/cond"):
-        rarely = BRANCHES.replace("=%stay\n", f'=%stay, metadata={{op_name="{place}"}}\n')
-        assert hlo.traffic(rarely).network == {}
-        assert [row.instruction for row in hlo.traffic(rarely).rows] == ["s"]
-    other = BRANCHES.replace("=%stay\n", '=%stay, metadata={op_name="jit(step)/rarely_seen/cond"}\n')
-    assert hlo.traffic(other) == hlo.traffic(BRANCHES)
+
+    def traffic(place):
+        return hlo.traffic(BRANCHES.replace("negate(%q)\n", f'negate(%q), metadata={{op_name="{place}"}}\n'))
+
+    for place in ("jit(step)/jvp(rarely)/neg", "jit(step)/transpose(jvp(DetCLIP))/cond/branch_1_fun/rarely/neg"):
+        assert [row.instruction for row in traffic(place).rows] == ["s"]
+        assert traffic(place).network == {"all-gather": 80 * 4}
+        sent = BRANCHES.replace("slice={[0:10]}\n", f'slice={{[0:10]}}, metadata={{op_name="{place}"}}\n')
+        assert hlo.traffic(sent).network == {}
+        assert [row.instruction for row in hlo.traffic(sent).rows] == ["n", "e", "m"]
+        assert hlo.module_of(place)[0] in ("other", "DetCLIP")
+    assert [row.instruction for row in traffic("jit(step)/rarely_seen/neg").rows] == ["n", "e", "m"]
+    both = BRANCHES.replace("slice={[0:10]}\n", 'slice={[0:10]}, metadata={op_name="rarely/slice"}\n')
+    both = both.replace("negate(%q)\n", 'negate(%q), metadata={op_name="rarely/neg"}\n')
+    assert [row.instruction for row in hlo.traffic(both).rows] == ["n", "e", "m"]  # one of them runs
 
 
 NESTED = """HloModule m

@@ -418,7 +418,7 @@ FAULTS = [
     *plant(
         "preflight/hlo.py", "preflight/test_hlo.py",
         ("network[kind] += times * size", "network[kind] += size", "::test_collectives_in_and_out_of_loops"),
-        ("choose(branches, key=lambda branch: branch.memory)", "min(branches, key=lambda branch: branch.memory)", "::test_what_one_branch_sends_counts_though_the_other_moves_more_memory"),
+        ("max(branches, key=lambda branch: branch.memory)", "min(branches, key=lambda branch: branch.memory)", "::test_what_one_branch_sends_counts_though_the_other_moves_more_memory"),
     ),
     *plant(
         "preflight/report.py", "preflight/test_preflight.py",
