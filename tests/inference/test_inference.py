@@ -1,6 +1,8 @@
 """Fused scores against brute force, boxes in original coordinates, the vocabulary, and the Predictor."""
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -427,3 +429,16 @@ def test_limits_take_the_given_values_only():
     for num in (0, 100_001):
         with pytest.raises(ValueError, match=f"max_detections is {num}; it must lie between 1 and 100,000"):
             Limits.from_config(config, max_detections=num)
+
+
+@pytest.mark.parametrize("num", [3, 0])
+def test_what_was_found_becomes_detections_of_supervision(num, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=types.SimpleNamespace))
+    boxes = np.arange(4.0 * num).reshape(num, 4)
+    found = Found(boxes, np.linspace(0.9, 0.1, num), np.arange(num) % 2, ("a", "b"), (8, 8))
+    detections = found.to_supervision()
+    assert detections.xyxy.shape == (num, 4)
+    np.testing.assert_array_equal(detections.xyxy, boxes)
+    np.testing.assert_array_equal(detections.confidence, np.linspace(0.9, 0.1, num).astype(np.float32))
+    assert detections.class_id.tolist() == [0, 1, 0][:num]
+    assert detections.data["class_name"].tolist() == ["a", "b", "a"][:num]
