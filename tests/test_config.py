@@ -42,6 +42,8 @@ def test_every_config_is_valid_on_one_and_on_many_devices(name, variant):
     of_one = name == "swin_t_one_gpu" or variant.startswith("swin_t_")
     for num_devices in (1,) if of_one else (1, 8 if name in ("coco_json", "demo") else 32):
         validation.validate(config, num_devices=num_devices)
+    for groups in filter(None, config.optimizer.text_lengths.values()):  # or the longest never find room
+        assert groups[0][0] == config.model.text.context_length
 
 
 @pytest.mark.parametrize("variant", ["swin_t_24gb", "swin_t_16gb", "swin_t_frozen_text"])
