@@ -30,6 +30,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.grounding.data += VARIANTS[variant]
     c.image_text.data = ()
     c.model.text.context_length = 48
-    c.optimizer.text_lengths.grounding = ((48, 0.125), (8, 0.875))
+    c.optimizer.text_lengths.update({"grounding": ((48, 0.125), (8, 0.875)), "image_text": ()})
     c.model.head.deformable = False
     return c

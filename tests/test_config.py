@@ -182,6 +182,8 @@ def test_detclip_v1_is_swin_t_without_what_v2_added():
         "image_text.data",
         "model.text.context_length",
         "model.head.deformable",
+        "optimizer.text_lengths.grounding",
+        "optimizer.text_lengths.image_text",
     }
     assert (v1.model.text.context_length, v1.model.head.deformable, v1.image_text.data) == (48, False, ())
     assert v1.grounding.data == (*v2.grounding.data, "data/yfcc1m_boxes")
