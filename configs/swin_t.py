@@ -37,5 +37,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config_lib.pretraining(c, variant)
     # 6,144 pairs at once take 16.5 GiB on each of 32 v5e; on a GPU with 80 GB they fit (37 GiB on an H200 with 768)
     for chip in ("v5e", "v6e"):
-        c.chips[chip] = (("optimizer.accumulate.image_text", 2),)
+        c.chips[chip] = (
+            *(("optimizer.accumulate.image_text", 2), ("loss.chunk_bytes", 1 << 30)),
+            *(
+                ("optimizer.remat.detection", "blocks_but_attention"),
+                ("optimizer.remat.grounding", "blocks_but_attention"),
+            ),
+        )
     return c

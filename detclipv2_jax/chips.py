@@ -55,6 +55,12 @@ CHIPS = {
     )
 }
 
+# How XLA compiles training and prediction, by platform. It would cut maps of fewer than eight images into strips, as
+# images of their own, between convolutions: on v5e a tower of the head then moves eight times as much
+COMPILER_OPTIONS = {
+    "tpu": {"xla_tpu_run_space_to_batch": False, "xla_tpu_run_space_to_batch_on_new_platforms": False},
+}
+
 
 class Gpu(NamedTuple):
     """What XLA asks an NVIDIA GPU for beside what `CHIPS` has, to compile for one that is not there."""

@@ -357,7 +357,8 @@ def jitted_step(run: Run, kind: Kind, canvas: tuple[int, int]) -> train_step.Ste
     """Returns the training step of a stream, compiled when first called; the state passed to it is donated."""
     step = train_step.make_step(kind, model=run.model, tx=run.tx, config=run.config, canvas=canvas, mesh=run.mesh)
     replicated = NamedSharding(run.mesh, sharding.REPLICATED)
-    return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated))
+    options = sharding.compiler_options(run.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, replicated), compiler_options=options)
 
 
 def compile_ahead(run: Run, steps: dict[tuple[Kind, tuple[int, int]], Any], state: TrainState, *, start: int) -> Ahead:

@@ -19,7 +19,7 @@ from detclipv2_jax.geometry import anchors as anchor_lib
 from detclipv2_jax.inference.detect import WORD_CHUNK, Alignment, Detections, Limits, Photos, align, describe, detect
 from detclipv2_jax.models.detclip import DetCLIP, Regions
 from detclipv2_jax.runs import kept
-from detclipv2_jax.runs.sharding import BATCH, REPLICATED
+from detclipv2_jax.runs.sharding import BATCH, REPLICATED, compiler_options
 
 TEXT_BATCH = 256  # texts encoded at once
 
@@ -50,7 +50,7 @@ class Detector:
             encode = self._split(self._encode, REPLICATED, BATCH)
             predict = self._split(self._predict, REPLICATED, BATCH, REPLICATED, REPLICATED, REPLICATED)
             self._compiled_encode = jax.jit(encode, out_shardings=whole)
-            self.predict = jax.jit(predict, out_shardings=whole)
+            self.predict = jax.jit(predict, out_shardings=whole, compiler_options=compiler_options(mesh))
         self.align = jax.jit(self._align, out_shardings=whole)
         self.ground = jax.jit(self._ground, out_shardings=whole)
         self.describe = jax.jit(self._describe, out_shardings=whole)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from detclipv2_jax.losses import alignment_pallas
+from detclipv2_jax.losses import alignment_pallas, alignment_tpu
 from detclipv2_jax.losses.concept_table import Concepts
 from detclipv2_jax.losses.devices import SPLIT, WHOLE, chunk_size, in_chunks, num_devices, on_each_device
 from detclipv2_jax.models import split
@@ -74,8 +74,8 @@ def alignment_loss(
 
     S = scale * embeddings . text^T + bias is computed in chunks of concepts, each with its gradient, and never held
     whole: for grounding it has 4 images x 22,400 anchors x 12,800 concepts a device. Every device goes through the
-    chunks on its own; the gradient of the texts is summed over the devices once, at the end. On NVIDIA GPUs a kernel
-    holds no chunk of S either, see `alignment_pallas`; federated data are left to XLA.
+    chunks on its own; the gradient of the texts is summed over the devices once, at the end. On NVIDIA GPUs and TPUs a
+    kernel holds no chunk of S either, see `alignment_pallas`; federated data are left to XLA.
 
     Rows of `embeddings` are split over the devices of `jax.set_mesh`. `concepts`, de-duplicated ones first, are the
     same on all devices; `concept_mask` is False for rows of its text that are no concept.
@@ -83,10 +83,10 @@ def alignment_loss(
     labels = jnp.where(targets.positive[..., None], targets.rows, -1)
     compared = _Regions(embeddings, concepts.scale, concepts.bias, targets.mask, labels)
     columns = _Columns(concepts.text, concept_mask, jnp.arange(concepts.text.shape[0]), targets.verified)
-    kernel, xla = functools.partial(_with_kernel, settings), functools.partial(_with_xla, settings)
+    gpu, tpu, xla = (functools.partial(form, settings) for form in (_with_gpu_kernel, _with_tpu_kernel, _with_xla))
     if targets.verified is not None or embeddings.shape[2] % alignment_pallas.DEPTH:
         return xla(compared, columns)
-    return split.by_platform(compared, columns, cuda=kernel, default=xla)
+    return split.by_platform(compared, columns, cuda=gpu, tpu=tpu, default=xla)
 
 
 class _Regions(NamedTuple):
@@ -128,14 +128,24 @@ _OfChunk = Callable[[FocalSettings, _Regions, _Columns], tuple[Array, Array, Arr
 def _with_xla(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
     num_rows = columns.text.shape[0]
     size = chunk_size(num_rows, 4 * _num_regions(regions), settings.chunk_bytes)
-    if size == num_rows:
-        return _sum(settings, _similarity(regions.embeddings, columns.text), regions, columns)
     return _in_chunks(settings, _of_chunk, regions, columns.chunks(size))
 
 
-def _with_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+def _with_gpu_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+    tile = (alignment_pallas.REGIONS, alignment_pallas.CONCEPTS)
+    return _with_kernel(settings, _of_chunk_on_gpu, regions, columns, tile=tile)
+
+
+def _with_tpu_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+    tile = (alignment_tpu.REGIONS, alignment_tpu.CONCEPTS)
+    return _with_kernel(settings, _of_chunk_on_tpu, regions, columns, tile=tile)
+
+
+def _with_kernel(
+    settings: FocalSettings, of_chunk: _OfChunk, regions: _Regions, columns: _Columns, *, tile: tuple[int, int]
+) -> Float[Array, ""]:
     embeddings, scale, bias, mask, labels = regions
-    more = -embeddings.shape[1] % alignment_pallas.REGIONS  # padded here, once, and not for each product of each chunk
+    more = -embeddings.shape[1] % tile[0]  # padded here, once, and not for each product of each chunk
     regions = _Regions(
         jnp.pad(embeddings, ((0, 0), (0, more), (0, 0))), scale, bias, jnp.pad(mask, ((0, 0), (0, more))),
         jnp.pad(labels, ((0, 0), (0, more), (0, 0))),
@@ -143,8 +153,7 @@ def _with_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) 
     entry = embeddings.dtype.itemsize
     budget = min(settings.chunk_bytes, alignment_pallas.MAX_ENTRIES * entry)
     size = chunk_size(columns.text.shape[0], entry * _num_regions(regions), budget)
-    tile = alignment_pallas.CONCEPTS
-    return _in_chunks(settings, _of_chunk_in_kernel, regions, columns.chunks(math.ceil(size / tile) * tile))
+    return _in_chunks(settings, of_chunk, regions, columns.chunks(math.ceil(size / tile[1]) * tile[1]))
 
 
 def _num_regions(regions: _Regions) -> int:
@@ -215,7 +224,7 @@ def _of_device(
     # padding and repeated concepts stand last; chunks that hold nothing else are left out
     count = jnp.max(jnp.where(columns.mask, columns.rows + 1, 0))
     zeros = [jnp.zeros(shape, jnp.float32) for shape in ((3,), embeddings.shape, columns.text.shape)]
-    scalars, embeddings_bar, text_bar = in_chunks(count, size, body, tuple(zeros))
+    scalars, embeddings_bar, text_bar = in_chunks(count, size, body, tuple(zeros), most=columns.rows.size)
     text_bar, scalars = jax.lax.psum((text_bar, scalars), axes) if axes else (text_bar, scalars)
     return embeddings_bar.astype(embeddings.dtype), text_bar.astype(columns.text.dtype), scalars
 
@@ -238,11 +247,13 @@ def _of_chunk(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tu
     )
 
 
-def _of_chunk_in_kernel(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
+def _of_chunk_in_kernel(
+    sums_and_gradient: Callable[..., tuple[Array, Array]], settings: FocalSettings, regions: _Regions, chunk: _Columns
+) -> tuple[Array, Array, Array]:
     """The same without similarities in memory."""
     embeddings, scale, bias, mask, labels = regions
     flat = embeddings.reshape(-1, embeddings.shape[-1])
-    scalars, bar = alignment_pallas.sums_and_gradient(
+    scalars, bar = sums_and_gradient(
         flat,
         chunk.text,
         rows=jnp.where(chunk.mask, chunk.rows, -2),
@@ -255,6 +266,14 @@ def _of_chunk_in_kernel(settings: FocalSettings, regions: _Regions, chunk: _Colu
     )
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     return scalars, dot("rc,cd->rd", bar, chunk.text).reshape(embeddings.shape), dot("rc,rd->cd", bar, flat)
+
+
+def _of_chunk_on_gpu(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
+    return _of_chunk_in_kernel(alignment_pallas.sums_and_gradient, settings, regions, chunk)
+
+
+def _of_chunk_on_tpu(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
+    return _of_chunk_in_kernel(alignment_tpu.sums_and_gradient, settings, regions, chunk)
 
 
 def _backward(

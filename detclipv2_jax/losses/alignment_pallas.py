@@ -89,7 +89,7 @@ def _kernel(
         similarity = jax.lax.fori_loop(0, d // size, add, jnp.zeros((REGIONS, CONCEPTS), jnp.float32))
         rows = rows_ref[there]
         hits = functools.reduce(jnp.logical_or, (label[:, None] == rows[None] for label in labels))
-        loss, bar = _focal(scale * similarity + bias, hits, alpha=alpha, gamma=gamma)
+        loss, bar = focal(scale * similarity + bias, hits, alpha=alpha, gamma=gamma)
         counts = counted[:, None] & (rows >= 0)[None]
         loss, bar = jnp.where(counts, loss, 0.0), jnp.where(counts, bar, 0.0)
         bar_ref[here, there] = (scale * bar).astype(bar_ref.dtype)
@@ -100,8 +100,8 @@ def _kernel(
         sums_ref[i, here] = x
 
 
-def _focal(logits: Array, hits: Array, *, alpha: float, gamma: float) -> tuple[Array, Array]:
-    """Returns (focal loss, its gradient), see `alignment.focal_loss`: of one exponential and one logarithm."""
+def focal(logits: Array, hits: Array, *, alpha: float, gamma: float) -> tuple[Array, Array]:
+    """Returns (focal loss, its gradient) within a kernel, see `alignment.focal_loss`: of one exponential and one logarithm."""
     sign = jnp.where(hits, 1.0, -1.0)
     weight = jnp.where(hits, alpha, 1.0 - alpha)
     x = sign * logits  # log-odds of the right answer

@@ -27,12 +27,12 @@ def chunk_size(num_rows: int, row_bytes: int, budget_bytes: int) -> int:
     return min(num_rows, size - size % 128 if size > 128 else size)
 
 
-def in_chunks(count: Array, size: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """Returns the carry after `body(n, carry)` for every chunk n of the first `count` concepts.
+def in_chunks(count: Array, size: int, body: Callable[[Array, Any], Any], carry: Any, *, most: int) -> Any:
+    """Returns the carry after `body(n, carry)` for every chunk n of the first `count` concepts, of at most `most`.
 
     Devices alone know how many there are; by the loop's name preflight can tell how often it turns (`hlo.traffic`).
     """
-    with jax.named_scope(f"chunks_of_{size}_concepts"):
+    with jax.named_scope(f"chunks_of_{size}_of_{most}_concepts"):
         return jax.lax.fori_loop(0, (count + size - 1) // size, body, carry)
 
 

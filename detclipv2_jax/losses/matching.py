@@ -86,7 +86,7 @@ def _forward(settings: Settings, *arguments: Any) -> tuple[tuple[Array, Array, A
         return best, chosen, votes + jnp.sum(vote, axis=2, dtype=jnp.int32)
 
     carry = jnp.zeros((t, b), jnp.float32), jnp.zeros((t, b), jnp.int16), jnp.zeros((b, k), jnp.int32)
-    best, chosen, votes = in_chunks(unique.count, size, body, vary(carry, settings.axes))
+    best, chosen, votes = in_chunks(unique.count, size, body, vary(carry, settings.axes), most=t)
 
     # a loop, because [captions, m, b] at once would be the largest array of the loss
     def add_concept(m: Array, scores: Array) -> Array:
@@ -205,7 +205,7 @@ def _pull(
         return regions_bar, table_bar
 
     carry = tuple(zeros_after(best_bar, x.shape, settings.axes) for x in (regions, table))
-    return in_chunks(unique.count, size, body, carry)
+    return in_chunks(unique.count, size, body, carry, most=table.shape[0])
 
 
 def pull_by_product(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[Array, Array]:
@@ -265,4 +265,4 @@ def pull_by_index(kept: Kept, best_bar: Array, *, settings: Settings) -> tuple[A
         return regions_bar, table_bar.at[rows].add(text_bar, unique_indices=True)
 
     carry = tuple(zeros_after(best_bar, x.shape, settings.axes) for x in (regions, table))
-    return in_chunks(unique.count, size, body, carry)
+    return in_chunks(unique.count, size, body, carry, most=table.shape[0])

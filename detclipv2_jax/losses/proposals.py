@@ -198,7 +198,7 @@ def _max_in_chunks(embeddings: Array, table: Array, rows: Array, count: Array, *
 
         return jnp.maximum(best, jax.lax.map(image, jnp.arange(b)))
 
-    return devices.in_chunks(count, size, body, jnp.full((b, a), LOW, jnp.float32))
+    return devices.in_chunks(count, size, body, jnp.full((b, a), LOW, jnp.float32), most=num_rows)
 
 
 def _top_boxes(

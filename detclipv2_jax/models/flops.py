@@ -99,7 +99,9 @@ def of(function: Callable[..., Any], *arguments: Any) -> float:
     A scan counts as often as it is long, a conditional as its larger branch, a loop of unknown length once: all of
     it, if `loss.chunk_bytes` is so large that the loop has one turn.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    # a jitted one is not traced within another: it may have compiler options
+    trace = getattr(function, "trace", jax.jit(function).trace)
+    return _of_jaxpr(trace(*arguments).jaxpr.jaxpr)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> float:

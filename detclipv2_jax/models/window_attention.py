@@ -1,12 +1,13 @@
-"""Attention within the (shifted) windows of a Swin Transformer, in two exact forms.
+"""Attention within the (shifted) windows of a Swin Transformer, in exact forms.
 
 xla: the map is cut into windows; products, softmax and their gradients as XLA compiles them; logits and probabilities
   pass through memory.
-pallas: one kernel forward and one backward for NVIDIA GPUs (Pallas, Triton). A head of a window, 49 tokens in a tile of
-  64, stays on the chip: the kernel reads query, key and value where the projection wrote them, from the rows of the map
-  that the window covers, and writes the result there; nothing is cut, shifted or copied.
+pallas: one kernel forward and one backward, for NVIDIA GPUs (Pallas, Triton) and for TPUs (`window_attention_tpu`). On a
+  GPU a head of a window, 49 tokens in a tile of 64, stays on the chip: the kernel reads query, key and value where the
+  projection wrote them, from the rows of the map that the window covers, and writes the result there; nothing is cut,
+  shifted or copied. Kernels for TPUs read windows as the xla form cuts them.
 
-Both compute logits and softmax in float32 and recompute them in the backward pass. cuDNN's attention does not fit: of a
+All compute logits and softmax in float32 and recompute them in the backward pass. cuDNN's attention does not fit: of a
 bias with a gradient it wants an even number of tokens.
 """
 
@@ -25,20 +26,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Bool, Float, Float32, Int32
 
-from detclipv2_jax.models import split
+from detclipv2_jax.models import split, window_attention_tpu
 
 IMPLS = ("auto", "xla", "pallas")
 MASKED = -100.0  # added to the logits of pairs that the cyclic shift brought together, as in the reference
 PADDED = -1e30  # logits of the tile's columns that are no token
 TILE = 64  # rows and columns of a kernel's tile, a power of two: windows up to 8 x 8
 PROGRAMS = 2112  # of a kernel at most: 16 for each of an H100's 132 processors; each works on many windows
+Form = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """The windows of a map, and the form that computes attention in them.
 
-    Tokens [b, n, l, c] are the map's cells in the order of the form: window after window in xla, as they lie in pallas.
+    Tokens [b, n, l, c] are the map's cells in the order of the form: as they lie for the kernels of GPUs, else window after
+    window.
     """
 
     rows: int  # of windows
@@ -70,11 +73,23 @@ class Windows:
         """Returns the map of the tokens."""
         return _join(self, tokens)
 
-    def _dispatch(self, kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:
-        """Returns what the form computes; `auto`: the kernel where the program is compiled for NVIDIA GPUs."""
-        if self.impl == "auto":
-            return split.by_platform(*arguments, cuda=kernel, default=xla)
-        return (kernel if self.impl == "pallas" else xla)(*arguments)
+    @property
+    def masks(self) -> Float32[Array, "4 l l"]:
+        """What is added to the logits, by (in the last row, in the last column): 00, 01, 10, 11."""
+        length = self.size**2
+        if self.region is None:
+            return jnp.zeros((4, length, length), jnp.float32)
+        region = self.region.reshape(self.rows, self.columns, length)[jnp.array([0, -1])][:, jnp.array([0, -1])]
+        region = region.reshape(4, length)
+        return jnp.where(region[:, :, None] != region[:, None, :], MASKED, 0.0)
+
+    def _dispatch(self, xla: Form, *arguments: Any, cuda: Form, tpu: Form) -> Any:
+        """Returns what the form computes; `auto`: a kernel where the program is compiled for a GPU or a TPU."""
+        if self.impl == "xla":
+            return xla(*arguments)
+        if self.impl == "pallas":
+            return split.by_platform(*arguments, tpu=tpu, default=cuda)
+        return split.by_platform(*arguments, cuda=cuda, tpu=tpu, default=xla)
 
 
 def windows_of(shape: tuple[int, ...], *, size: int, shift: int, heads: int, impl: str = "auto") -> Windows:
@@ -85,7 +100,7 @@ def windows_of(shape: tuple[int, ...], *, size: int, shift: int, heads: int, imp
       size: of a window's side.
       shift: of the windows, down and right. An axis that one window covers has nothing to shift.
       heads: c / heads channels each.
-      impl: "xla", "pallas", or "auto": the kernel where the program is compiled for NVIDIA GPUs, else xla. Windows of
+      impl: "xla", "pallas", or "auto": kernels where the program is compiled for NVIDIA GPUs or TPUs, else xla. Windows of
         more than 64 tokens are computed by xla whatever it says, and so are heads whose size is no power of two from 16
         on, and batches that cannot be split evenly over the mesh.
     """
@@ -122,7 +137,7 @@ def _split(windows: Windows, x: Array) -> Array:
         x = x.reshape(x.shape[0], windows.rows, windows.size, windows.columns, windows.size, x.shape[3])
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(tokens)
 
-    return windows._dispatch(lambda x: x.reshape(tokens), cut, x)
+    return windows._dispatch(cut, x, cuda=lambda x: x.reshape(tokens), tpu=cut)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,7 +149,7 @@ def _join(windows: Windows, tokens: Array) -> Array:
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(shape)
         return jnp.roll(x, windows.shifts, axis=(1, 2)) if any(windows.shifts) else x
 
-    return windows._dispatch(lambda x: x.reshape(shape), paste, tokens)
+    return windows._dispatch(paste, tokens, cuda=lambda x: x.reshape(shape), tpu=paste)
 
 
 _split.defvjp(lambda windows, x: (_split(windows, x), None), lambda windows, _, gradient: (_join(windows, gradient),))
@@ -143,9 +158,8 @@ _join.defvjp(lambda windows, x: (_join(windows, x), None), lambda windows, _, gr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(windows: Windows, qkv: Array, bias: Array) -> Array:
-    return windows._dispatch(
-        functools.partial(_kernel_forward, windows), functools.partial(_xla_forward, windows), qkv, bias
-    )
+    xla, cuda, tpu = (functools.partial(form, windows) for form in (_xla_forward, _kernel_forward, _tpu_forward))
+    return windows._dispatch(xla, qkv, bias, cuda=cuda, tpu=tpu)
 
 
 def _forward(windows: Windows, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -153,9 +167,8 @@ def _forward(windows: Windows, *arguments: Any) -> tuple[Array, tuple[Any, ...]]
 
 
 def _backward(windows: Windows, arguments: tuple[Any, ...], gradient: Array) -> tuple[Array, ...]:
-    return windows._dispatch(
-        functools.partial(_kernel_backward, windows), functools.partial(_xla_backward, windows), *arguments, gradient
-    )
+    xla, cuda, tpu = (functools.partial(form, windows) for form in (_xla_backward, _kernel_backward, _tpu_backward))
+    return windows._dispatch(xla, *arguments, gradient, cuda=cuda, tpu=tpu)
 
 
 _attention.defvjp(_forward, _backward)
@@ -194,7 +207,29 @@ def _weights(query: Array, key: Array, bias: Array, *, region: Array | None) -> 
     return jax.nn.softmax(logits, axis=-1).astype(query.dtype)
 
 
-# --- kernels
+# --- kernels for TPUs
+
+
+def _tpu_forward(windows: Windows, qkv: Array, bias: Array, *, interpret: bool = False) -> Array:
+    def call(rows: tuple[Array, ...], tables: tuple[Array, Array]) -> Array:
+        return window_attention_tpu.forward(*rows, *tables, columns=windows.columns, interpret=interpret)
+
+    return split.by_rows(call, (qkv,), (bias, windows.masks))
+
+
+def _tpu_backward(
+    windows: Windows, qkv: Array, bias: Array, gradient: Array, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    def call(rows: tuple[Array, ...], tables: tuple[Array, Array]) -> tuple[Array, Array]:
+        qkv, gradient = rows
+        out, total = window_attention_tpu.backward(qkv, *tables, gradient, columns=windows.columns, interpret=interpret)
+        return out, total[None]
+
+    out, bias_gradient = split.by_rows(call, (qkv, gradient), (bias, windows.masks))
+    return out, jnp.sum(bias_gradient, axis=0)
+
+
+# --- kernels for NVIDIA GPUs
 
 
 def _kernel_forward(windows: Windows, qkv: Array, bias: Array, *, interpret: bool = False) -> Array:

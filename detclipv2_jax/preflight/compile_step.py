@@ -37,7 +37,7 @@ from detclipv2_jax.runs.optimizer import make_optimizer
 from detclipv2_jax.runs.order import StepOrder
 
 MAX_CHUNK_BYTES = 1 << 50  # no loss is cut into chunks
-READER = 4  # counts what changed in what is read from a program; results of before are not used
+READER = 5  # counts what changed in what is read from a program; results of before are not used
 DESCRIBED = ("v4", "v5e", "v5p", "v6e", *GPUS)  # of `chips`, those that programs can be compiled for
 
 

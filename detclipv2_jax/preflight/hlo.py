@@ -32,9 +32,9 @@ _TRANSFORMED = re.compile(r"(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+")
 # what JAX and Flax write into the name of an operation beside modules and scopes: functions, loops, classes, einsums
 _NO_MODULE = re.compile(
     r"$|[A-Z]|.*[(<.>]|(eval_jaxpr|while|body|cond|branch_\d+_fun|closed_call|checkpoint|remat2?|rematted_computation"
-    rf"|shard_map|{RARELY}|chunks_of_\d+_concepts)$"
+    rf"|shard_map|{RARELY}|chunks_of_\d+_of_\d+_concepts)$"
 )
-_CHUNKS = re.compile(r'chunks_of_(\d+)_concepts\)*/while"')  # `losses.devices.in_chunks`
+_CHUNKS = re.compile(r'chunks_of_(\d+)_of_(\d+)_concepts\)*/while"')  # `losses.devices.in_chunks`
 _RARE = re.compile(rf"\b{RARELY}\b")
 MODULE_DEPTH = 3  # parts of a module's path that are told apart
 
@@ -165,7 +165,7 @@ def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]], num_
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     if chunks := _CHUNKS.search(loop.attributes):
-        return -(-num_concepts // int(chunks[1]))
+        return -(-min(num_concepts, int(chunks[2])) // int(chunks[1]))
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     instructions = computations[condition[1]] if condition else []
     constants = {
@@ -180,7 +180,10 @@ def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]], num_
 def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:
     """Returns the bytes an instruction reads and writes; of an array it takes a slice from, the slice."""
     result = _bytes(instruction.type)
-    reads = [_bytes(types.get(operand, "")) for operand in instruction.operands]
+    operands = instruction.operands
+    if instruction.opcode == "custom-call":  # a kernel is given an array once for each of the parts that it reads
+        operands = list(dict.fromkeys(operands))
+    reads = [_bytes(types.get(operand, "")) for operand in operands]
     if instruction.opcode == "copy-start":  # (target, source, context)
         return result
     if instruction.opcode in ("slice-start", "dynamic-slice-start"):  # ((whole, …), slice, context)

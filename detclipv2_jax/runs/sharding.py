@@ -5,13 +5,17 @@ Axes ("data", "fsdp"): batch rows and concept-table rows are split over both, pa
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from detclipv2_jax import chips
 from detclipv2_jax.data.schema import Batch, Federated, Kind
 
 if TYPE_CHECKING:
@@ -32,6 +36,23 @@ def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     # Explicit axes (the default) would break the window reshape of Swin and nn.Embed
     return Mesh(np.array(ordered).reshape(-1, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+@functools.cache
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Returns those of `chips.COMPILER_OPTIONS` that the compiler of the mesh knows; a warning names the others."""
+
+    def known(option: str, value: bool) -> bool:
+        scalar = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, REPLICATED))
+        try:
+            jax.jit(jnp.negative, compiler_options={option: value}).trace(scalar).lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            logging.warning("this compiler has no option %s: %s", option, str(error).splitlines()[0])
+            return False
+        return True
+
+    options = chips.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    return {option: value for option, value in options.items() if known(option, value)}
 
 
 def param_spec(shape: tuple[int, ...], *, fsdp: int) -> P:

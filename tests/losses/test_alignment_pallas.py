@@ -1,4 +1,4 @@
-"""The kernel of the focal loss against all concepts: interpreted, and accepted by the GPU's compiler."""
+"""The kernels of the focal loss against all concepts: interpreted, and accepted by the compilers."""
 
 import functools
 import importlib.util
@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from products import bytes_of_products
 
-from detclipv2_jax.losses import alignment, alignment_pallas
+from detclipv2_jax.losses import alignment, alignment_pallas, alignment_tpu
 from detclipv2_jax.losses.concept_table import Concepts
 from detclipv2_jax.models import split
 from detclipv2_jax.preflight import compile_step, hlo
@@ -40,21 +40,26 @@ def plain(similarity, scale, bias, *, rows, labels, mask, **settings):
     return jnp.sum(jnp.where(mask[:, None] & (rows >= 0)[None], loss, 0.0))
 
 
+KERNELS = pytest.mark.parametrize("kernels", [alignment_pallas, alignment_tpu], ids=["gpu", "tpu"])
+
+
+@KERNELS
 @pytest.mark.parametrize(
     ("dtype", "alpha", "gamma", "reach"),
     [("float32", 0.25, 2.0, 1.0), ("float32", 0.6, 1.5, 1.0), ("float32", 0.25, 0.0, 1.0), ("bfloat16", 0.25, 2.0, 1.0),
      ("float32", 0.25, 2.0, 8.0)],
 )  # fmt: skip
-def test_interpreted_kernel_equals_the_plain_loss_and_its_gradient(dtype, alpha, gamma, reach):
+def test_interpreted_kernel_equals_the_plain_loss_and_its_gradient(kernels, dtype, alpha, gamma, reach):
     """Also where logits are so large that probabilities are 0 or 1."""
-    given, settings = example(dtype=dtype, reach=reach), {"alpha": alpha, "gamma": gamma}
+    sizes = {"num_regions": 2 * kernels.REGIONS, "num_concepts": 2 * kernels.CONCEPTS}
+    given, settings = example(dtype=dtype, reach=reach, **sizes), {"alpha": alpha, "gamma": gamma}
     product = functools.partial(jnp.einsum, "rd,cd->rc", precision="highest", preferred_element_type=jnp.float32)
     similarity = product(given["embeddings"], given["text"])
     masks = {name: given[name] for name in ("rows", "labels", "mask")}
     loss, (bar, *scalars) = jax.value_and_grad(functools.partial(plain, **masks, **settings), (0, 1, 2))(
         similarity, given["scale"], given["bias"]
     )
-    sums, found = alignment_pallas.sums_and_gradient(**given, **settings, interpret=True)
+    sums, found = kernels.sums_and_gradient(**given, **settings, interpret=True)
     np.testing.assert_allclose(sums, [loss, *scalars], rtol=4e-6)
     assert found.dtype == dtype
     tolerance = {"rtol": 2e-5 * reach, "atol": 1e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-4}
@@ -63,12 +68,15 @@ def test_interpreted_kernel_equals_the_plain_loss_and_its_gradient(dtype, alpha,
     assert not np.any(found[np.flatnonzero(~given["mask"])])
 
 
+@KERNELS
 @pytest.mark.parametrize("chunk_bytes", [1 << 30, 4 * 2 * 128 * 70])  # one chunk; two, one concept in the last
-def test_the_loss_with_the_kernel_is_that_without(chunk_bytes, monkeypatch):
+def test_the_loss_with_the_kernel_is_that_without(kernels, chunk_bytes, monkeypatch):
     """Anchors and concepts that are no multiples of its tiles are padded; the gradients are those of what was given."""
-    monkeypatch.setattr(split, "by_platform", lambda *arguments, cuda, default: cuda(*arguments))
-    interpreted = functools.partial(alignment_pallas.sums_and_gradient, interpret=True)
-    monkeypatch.setattr(alignment_pallas, "sums_and_gradient", interpreted)
+    platform = "cuda" if kernels is alignment_pallas else "tpu"
+    monkeypatch.setattr(split, "by_platform", lambda *arguments, default, **forms: forms[platform](*arguments))
+    monkeypatch.setattr(kernels, "sums_and_gradient", functools.partial(kernels.sums_and_gradient, interpret=True))
+    monkeypatch.setattr(alignment_tpu, "REGIONS", 128)
+    monkeypatch.setattr(alignment_tpu, "CONCEPTS", 64)
     rng = np.random.default_rng(0)
     embeddings = jnp.asarray(rng.normal(size=(2, 67, 64)), jnp.float32)
     text = jnp.asarray(rng.normal(size=(150, 64)) / 8, jnp.float32)
@@ -104,7 +112,7 @@ def test_a_large_budget_makes_no_gradient_whose_offsets_need_more_than_32_bits(m
         seen.append((embeddings.shape[0], text.shape[0]))
         return jnp.zeros(3), jnp.zeros((embeddings.shape[0], text.shape[0]), embeddings.dtype)
 
-    monkeypatch.setattr(split, "by_platform", lambda *arguments, cuda, default: cuda(*arguments))
+    monkeypatch.setattr(split, "by_platform", lambda *arguments, cuda, tpu, default: cuda(*arguments))
     monkeypatch.setattr(alignment_pallas, "sums_and_gradient", kernel)
     shape = jax.ShapeDtypeStruct
 

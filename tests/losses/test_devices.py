@@ -22,7 +22,7 @@ def test_sizes_of_chunks(num_rows, row_bytes, budget, size):
 
 @pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
 def test_the_first_concepts_are_taken_in_as_many_chunks_as_they_fill(count, chunks):
-    met = devices.in_chunks(jnp.int32(count), 3, lambda n, met: met.at[n].add(1), jnp.zeros(5, jnp.int32))
+    met = devices.in_chunks(jnp.int32(count), 3, lambda n, met: met.at[n].add(1), jnp.zeros(5, jnp.int32), most=15)
     assert met.tolist() == [1] * chunks + [0] * (5 - chunks)
 
 

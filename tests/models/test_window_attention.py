@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from detclipv2_jax.models import split
 from detclipv2_jax.models import window_attention as module
 from detclipv2_jax.models.window_attention import window_attention
 from detclipv2_jax.preflight import compile_step
@@ -70,22 +71,28 @@ def assert_equal_to_the_formula(arrays, settings, *, impl="pallas"):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Makes the kernels run on this machine."""
-    for name in ("_kernel_forward", "_kernel_backward"):
+@pytest.fixture(params=["cuda", "tpu"])
+def interpreted(monkeypatch, request):
+    """Makes the kernels of a platform run on this machine."""
+    for name in ("_kernel_forward", "_kernel_backward", "_tpu_forward", "_tpu_backward"):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    if request.param == "tpu":
+        monkeypatch.setattr(split, "by_platform", lambda *arguments, tpu, default: tpu(*arguments))
 
 
-@pytest.mark.parametrize("impl", ["xla", "pallas"])
-@pytest.mark.parametrize(
-    "kind",
-    [{}, {"shift": 0}, {"size": 8, "shift": 4}, {"size": 2, "shift": 1, "rows": 4, "columns": 1}, {"rows": 1}],
-    ids=str,
-)
-def test_values_and_gradients_are_those_of_the_formula(interpreted, impl, kind):
+KINDS = [{}, {"shift": 0}, {"size": 8, "shift": 4}, {"size": 2, "shift": 1, "rows": 4, "columns": 1}, {"rows": 1}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_xla_form_has_values_and_gradients_of_the_formula(kind):
     arrays, settings = example(**kind)
-    assert_equal_to_the_formula(arrays, settings, impl=impl)
+    assert_equal_to_the_formula(arrays, settings, impl="xla")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_values_and_gradients_are_those_of_the_formula(interpreted, kind):
+    arrays, settings = example(**kind)
+    assert_equal_to_the_formula(arrays, settings)
 
 
 def test_the_kernel_errs_no_more_than_the_xla_form_in_bfloat16(interpreted):
@@ -138,26 +145,38 @@ def test_the_gpu_compiler_accepts_the_kernels(dtype, gpu):
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=compile_step.description(gpu), topology="1x1x1"
     )
-    place = SingleDeviceSharding(topology.devices[0])
-    batch, side, channels, heads, size = 32, 84, 96, 3, 7
-    windows = module.windows_of((batch, side, side, channels), size=size, shift=3, heads=heads)
-    qkv, bias, gradient = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=place)
-        for shape, kind in (
-            ((batch, side, side, 3 * channels), dtype),
-            ((heads, size**2, size**2), "float32"),
-            ((batch, side, side, channels), dtype),
-        )
+    program = compiled("cuda", topology.devices[0], side=84, channels=96, heads=3, dtype=dtype)
+    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jax[tpu]' (no TPU)")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("side", "channels", "heads"), [(84, 96, 3), (14, 768, 24)])  # the first and the last stage
+@pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:2x2"])
+def test_the_tpu_compiler_accepts_the_kernels(monkeypatch, tpu, side, channels, heads, dtype):
+    topology = compile_step.Topology.parse(tpu)
+    for name, value in topology.environment.items():
+        monkeypatch.setenv(name, value)
+    program = compiled("tpu", topology.devices()[0], side=side, channels=channels, heads=heads, dtype=dtype)
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
+def compiled(platform, device, *, side, channels, heads, dtype):
+    """Returns both passes for a described device, which hold no logits."""
+    mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    batch, size = 32, 7
+    qkv, gradient = (
+        jax.ShapeDtypeStruct((batch, side, side, width), dtype, sharding=place) for width in (3 * channels, channels)
     )
+    bias = jax.ShapeDtypeStruct((heads, size**2, size**2), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def both_passes(qkv, bias, gradient):
-        value, vjp = jax.vjp(
-            lambda qkv, bias: windows.join(window_attention(windows.split(qkv), bias, windows)), qkv, bias
-        )
+        value, vjp = jax.vjp(functools.partial(attend, impl="auto", size=size, shift=3, heads=heads), qkv, bias)
         return value, *vjp(gradient)
 
-    program = jax.jit(both_passes).trace(qkv, bias, gradient).lower(lowering_platforms=("cuda",)).compile()
-    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
-    assert (
-        program.memory_analysis().temp_size_in_bytes < batch * side**2 * heads * size**2
-    )  # a quarter of the float32 logits
+    with jax.set_mesh(mesh):
+        program = jax.jit(both_passes).trace(qkv, bias, gradient).lower(lowering_platforms=(platform,)).compile()
+    assert f"[{batch},{(side // size) ** 2},{heads},{size**2},{size**2}]" not in program.as_text()
+    return program

@@ -359,9 +359,12 @@ def test_loops_over_concepts_turn_once_a_chunk():
 
     by_data = jax.jit(step).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
     assert hlo.traffic(by_data).unknown_loops == 2
-    for num_concepts, forward, backward in ((14, 3, 2), (12, 2, 1)):
+    # of the 16 rows of the table there cannot be more
+    for num_concepts, forward, backward in ((14, 3, 2), (12, 2, 1), (100, 3, 2)):
         counted = hlo.traffic(by_data, num_concepts=num_concepts)
-        known = jax.jit(functools.partial(step, jnp.int32(num_concepts))).lower().compile()  # XLA counts by itself
+        known = (
+            jax.jit(functools.partial(step, jnp.int32(min(num_concepts, 16)))).lower().compile()
+        )  # XLA counts by itself
         by_xla = hlo.traffic(known.as_text())
         assert counted.unknown_loops == by_xla.unknown_loops == 0
         assert counted.memory == pytest.approx(by_xla.memory, rel=0.02)
@@ -370,4 +373,16 @@ def test_loops_over_concepts_turn_once_a_chunk():
             assert {forward, backward} <= times
             # additions to rows, a loop of 24 turns or none by the compiler, are within the backward one
             assert all(num % backward == 0 for num in times if num > forward)
-    assert hlo.module_of("jit(f)/jvp(loss)/chunks_of_6_concepts/while/body/add") == ("loss", "forward")
+    assert hlo.module_of("jit(f)/jvp(loss)/chunks_of_6_of_9_concepts/while/body/add") == ("loss", "forward")
+
+
+def test_a_kernel_reads_an_array_once_however_often_it_is_given():
+    """Each of its arguments is a part of the array."""
+    text = """HloModule f
+
+ENTRY %main (a: bf16[8,384]) -> bf16[8,128] {
+  %a = bf16[8,384]{1,0} parameter(0)
+  ROOT %kernel = bf16[8,128]{1,0} custom-call(%a, %a, %a), custom_call_target="tpu_custom_call"
+}
+"""
+    assert hlo.traffic(text).memory == 2 * 8 * (384 + 128)
