@@ -54,7 +54,7 @@ def model(size: str) -> ConfigDict:
     c.swin.num_heads = num_heads  # attention heads of each stage
     c.swin.window_size = window  # side of an attention window in tokens
     c.swin.drop_path_rate = 0.0 if nano else 0.2  # stochastic depth of the last block, linear from 0 (Table 9)
-    c.swin.attention_impl = "auto"  # auto | xla | pallas: how windows are computed; auto: one kernel on NVIDIA GPUs
+    c.swin.attention_impl = "auto"  # auto | xla | pallas: how windows are computed; auto: kernels on GPUs, TPUs
     # FPN (P3-P7) and the ATSS head shared over its levels
     c.head = ConfigDict()
     c.head.channels = 64 if nano else 256  # of the pyramid and of both towers

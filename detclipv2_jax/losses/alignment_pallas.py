@@ -101,7 +101,7 @@ def _kernel(
 
 
 def focal(logits: Array, hits: Array, *, alpha: float, gamma: float) -> tuple[Array, Array]:
-    """Returns (focal loss, its gradient) within a kernel, see `alignment.focal_loss`: of one exponential and one logarithm."""
+    """Returns (`alignment.focal_loss`, its gradient) within a kernel: of one exponential and one logarithm."""
     sign = jnp.where(hits, 1.0, -1.0)
     weight = jnp.where(hits, alpha, 1.0 - alpha)
     x = sign * logits  # log-odds of the right answer

@@ -1,36 +1,28 @@
-"""Modulated deformable 3x3 convolution (DCNv2, Zhu et al. 2019), stride 1, zero padding 1, in three exact forms.
+"""Modulated deformable 3x3 convolution (DCNv2, Zhu et al. 2019), stride 1, zero padding 1, in exact forms.
 
 gather: for each of the nine taps one gather brings the four corners of every sample, packed side by side in one row.
 banded: no gathers, for TPUs, where they are slow. The map is cut into tiles; a sample is a product of two tents
   (bilinear weights) with the tile's neighbourhood, so that all samples of a tile are one matrix product. It holds
   every offset below `BAND_RADIUS`; a level with a larger one is computed by the gather form instead (`lax.cond`).
-pallas: kernels for NVIDIA GPUs (`deform_pallas`); backward the samples and their gradients pass through memory once.
+pallas: kernels for NVIDIA GPUs (`deform_pallas`), where samples and their gradients pass through memory once on the way
+  back, and for TPUs (`deform_tpu`), where they never do; those compute the banded form.
 
 All recompute the samples in the backward pass instead of keeping them (9 x the feature map).
-
-P3 of an 800 x 1344 image (100 x 168, 256 -> 256 channels, bfloat16; the five levels together are 4/3 of it), from
-programs compiled for one TPU v5e by tests/benchmarks/deform_conv_cost.py; not run on one:
-
-| form   | pass     | GFLOP | GB moved |
-|--------|----------|-------|----------|
-| gather | forward  |  21.9 |      7.4 |
-| gather | backward |  42.6 |     19.6 |
-| banded | forward  |  47.8 |      5.1 |
-| banded | backward | 125.8 |      9.7 |
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
-from detclipv2_jax.models import deform_pallas, split
+from detclipv2_jax.models import deform_pallas, deform_tpu, split
 
 TAPS = np.stack(np.meshgrid((-1, 0, 1), (-1, 0, 1), indexing="ij"), axis=-1).reshape(9, 2)  # (dy, dx), row-major
 BAND_RADIUS = 4  # cells; the cost of the banded form grows with (TILE + 2 * BAND_RADIUS + 2)^2
@@ -54,7 +46,7 @@ def deform_conv2d(
     `kernel` may be bfloat16; sums are float32.
 
     impl: "gather", "banded", "pallas"; "xla": banded where the program is compiled for TPU, else gather; "auto": pallas
-      where it is compiled for NVIDIA GPUs, else xla. What the kernels cannot hold (see `deform_pallas.fits`), and a
+      where it is compiled for NVIDIA GPUs or TPUs, else xla. What the kernels cannot hold (see `fits` of both), and a
       batch that is not split evenly over the mesh, xla computes.
     """
     if impl not in IMPLS:
@@ -82,21 +74,46 @@ _deform_conv2d.defvjp(_forward, _backward)
 
 def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
     """Returns what the chosen form computes from the arguments, forward (0) or backward (1)."""
-    gather, banded, kernels = (FORMS[name][direction] for name in ("gather", "banded", "pallas"))
+    gather, banded, gpu, tpu = (FORMS[name][direction] for name in ("gather", "banded", "pallas", "tpu"))
+    if not deform_tpu.fits(arguments[0].shape, arguments[3].shape[3]):
+        tpu = banded
 
     def beyond_band(*arguments: Array) -> Any:
         with jax.named_scope(split.RARELY):
-            return gather(*arguments)
+            return _image_by_image(gather, *arguments)
 
-    def within_band(*arguments: Array) -> Any:
-        return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, banded, beyond_band, *arguments)
+    def within(form: Callable[..., Any], *arguments: Array) -> Any:
+        return jax.lax.cond(jnp.max(jnp.abs(arguments[1])) < BAND_RADIUS, form, beyond_band, *arguments)
 
-    if impl in ("gather", "pallas"):
-        return FORMS[impl][direction](*arguments)
+    if impl == "gather":
+        return gather(*arguments)
     if impl == "banded":
-        return within_band(*arguments)
-    others = {"cuda": kernels} if impl == "auto" else {}
-    return split.by_platform(*arguments, tpu=within_band, default=gather, **others)
+        return within(banded, *arguments)
+    if impl == "pallas":
+        return split.by_platform(*arguments, tpu=functools.partial(within, tpu), default=gpu)
+    others = {"cuda": gpu} if impl == "auto" else {}
+    on_tpus = functools.partial(within, tpu if impl == "auto" else banded)
+    return split.by_platform(*arguments, tpu=on_tpus, default=gather, **others)
+
+
+def _image_by_image(form: Callable[..., Any], features: Array, offsets: Array, mask: Array, *rest: Array) -> Any:
+    """Returns what a form does in the memory of one image: what runs rarely shall not decide how much a step needs."""
+    kernel, *gradient = rest
+
+    def local(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> Any:
+        def add_image(of_kernel: Array, row: tuple[Array, ...]) -> tuple[Array, Any]:
+            features, offsets, mask, *gradient = (x[None] for x in row)
+            results = form(features, offsets, mask, *whole, *gradient)
+            if not gradient:
+                return of_kernel, results[0]
+            *of_image, more = results
+            return of_kernel + more, tuple(x[0] for x in of_image)
+
+        of_kernel, results = jax.lax.scan(add_image, jnp.zeros(kernel.shape, jnp.float32), rows)
+        return (*results, of_kernel[None]) if gradient else results
+
+    results = split.by_rows(local, (features, offsets, mask, *gradient), (kernel,))
+    return (*results[:-1], jnp.sum(results[-1], axis=0).astype(kernel.dtype)) if gradient else results
 
 
 # --- gather form
@@ -245,7 +262,7 @@ def _tent(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where((distance >= -1.0) & (distance < 1.0), weight, 0.0)
 
 
-# --- kernels
+# --- kernels for NVIDIA GPUs
 
 
 def _kernels_forward(features: Array, offsets: Array, mask: Array, kernel: Array) -> Array:
@@ -261,8 +278,36 @@ def _kernels_backward(features: Array, offsets: Array, mask: Array, kernel: Arra
     return feature_gradient, *weights_vjp(weight_gradient.swapaxes(0, 1)), kernel_gradient.astype(kernel.dtype)
 
 
+# --- kernels for TPUs
+
+
+def _positions(offsets: Float[Array, "b h w 9 2"], mask: Float[Array, "b h w 9"]) -> Float32[Array, "b r t 3 s"]:
+    """Returns what `deform_tpu.forward` is told of the samples."""
+    b, h, w, _, _ = offsets.shape
+    rows, columns = -(-h // TILE), -(-w // TILE)
+    inner = np.stack(np.meshgrid(np.arange(TILE), np.arange(TILE), indexing="ij"), axis=-1)[:, :, None] + TAPS
+    inner = jnp.asarray(inner + BAND_RADIUS + 1, jnp.float32)
+    x = jnp.concatenate([offsets.astype(jnp.float32), mask.astype(jnp.float32)[..., None]], axis=-1)
+    x = jnp.pad(x, ((0, 0), (0, rows * TILE - h), (0, columns * TILE - w), (0, 0), (0, 0)))
+    x = x.reshape(b, rows, TILE, columns, TILE, 9, 3)
+    x = x + jnp.pad(inner, ((0, 0), (0, 0), (0, 0), (0, 1)))[None, None, :, None]
+    return x.transpose(0, 1, 3, 6, 5, 2, 4).reshape(b, rows, columns, 3, -1)
+
+
+def _tpu_forward(features: Array, offsets: Array, mask: Array, kernel: Array) -> Array:
+    return deform_tpu.forward(features, _positions(offsets, mask), kernel.reshape(9, *kernel.shape[2:]))
+
+
+def _tpu_backward(features: Array, offsets: Array, mask: Array, kernel: Array, gradient: Array) -> Any:
+    positions, pull = jax.vjp(_positions, offsets, mask)
+    by_tap = kernel.reshape(9, *kernel.shape[2:])
+    of_features, of_positions, of_kernel = deform_tpu.backward(features, positions, by_tap, gradient)
+    return of_features, *pull(of_positions), of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
 FORMS = {
     "gather": (_gather_forward, _gather_backward),
     "banded": (_banded_forward, _banded_backward),
     "pallas": (_kernels_forward, _kernels_backward),
+    "tpu": (_tpu_forward, _tpu_backward),
 }

@@ -33,6 +33,12 @@ def by_rows(function: Callable[..., Any], rows: tuple[Array, ...], whole: tuple[
     return jax.shard_map(function, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)(rows, whole)
 
 
+def device_kind() -> str:
+    """Returns what JAX calls the devices of `jax.set_mesh`, of which some may not be there, or else its own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def on_cpus() -> bool:
     """Returns whether the devices of `jax.set_mesh` are CPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device

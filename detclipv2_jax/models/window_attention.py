@@ -2,7 +2,7 @@
 
 xla: the map is cut into windows; products, softmax and their gradients as XLA compiles them; logits and probabilities
   pass through memory.
-pallas: one kernel forward and one backward, for NVIDIA GPUs (Pallas, Triton) and for TPUs (`window_attention_tpu`). On a
+pallas: one kernel forward and one backward, for NVIDIA GPUs (Pallas, Triton) and TPUs (`window_attention_tpu`). On a
   GPU a head of a window, 49 tokens in a tile of 64, stays on the chip: the kernel reads query, key and value where the
   projection wrote them, from the rows of the map that the window covers, and writes the result there; nothing is cut,
   shifted or copied. Kernels for TPUs read windows as the xla form cuts them.
@@ -40,7 +40,7 @@ Form = Callable[..., Any]
 class Windows:
     """The windows of a map, and the form that computes attention in them.
 
-    Tokens [b, n, l, c] are the map's cells in the order of the form: as they lie for the kernels of GPUs, else window after
+    Tokens [b, n, l, c] are the map's cells in the order of the form: as they lie for kernels of GPUs, else window after
     window.
     """
 
@@ -100,9 +100,9 @@ def windows_of(shape: tuple[int, ...], *, size: int, shift: int, heads: int, imp
       size: of a window's side.
       shift: of the windows, down and right. An axis that one window covers has nothing to shift.
       heads: c / heads channels each.
-      impl: "xla", "pallas", or "auto": kernels where the program is compiled for NVIDIA GPUs or TPUs, else xla. Windows of
-        more than 64 tokens are computed by xla whatever it says, and so are heads whose size is no power of two from 16
-        on, and batches that cannot be split evenly over the mesh.
+      impl: "xla", "pallas", or "auto": kernels where the program is compiled for NVIDIA GPUs or TPUs, else xla. Windows
+        of more than 64 tokens are computed by xla whatever it says, and so are heads whose size is no power of two from
+        16 on, and batches that cannot be split evenly over the mesh.
     """
     if impl not in IMPLS:
         raise ValueError(f"window attention has no form {impl!r}; allowed are {', '.join(IMPLS)}")
@@ -211,20 +211,18 @@ def _weights(query: Array, key: Array, bias: Array, *, region: Array | None) -> 
 
 
 def _tpu_forward(windows: Windows, qkv: Array, bias: Array, *, interpret: bool = False) -> Array:
-    def call(rows: tuple[Array, ...], tables: tuple[Array, Array]) -> Array:
-        return window_attention_tpu.forward(*rows, *tables, columns=windows.columns, interpret=interpret)
-
-    return split.by_rows(call, (qkv,), (bias, windows.masks))
+    if not window_attention_tpu.fits(qkv):
+        return _xla_forward(windows, qkv, bias)
+    call = functools.partial(window_attention_tpu.call, columns=windows.columns, interpret=interpret)
+    return split.by_rows(call, (qkv,), (bias, windows.masks))[0]
 
 
 def _tpu_backward(
     windows: Windows, qkv: Array, bias: Array, gradient: Array, *, interpret: bool = False
 ) -> tuple[Array, Array]:
-    def call(rows: tuple[Array, ...], tables: tuple[Array, Array]) -> tuple[Array, Array]:
-        qkv, gradient = rows
-        out, total = window_attention_tpu.backward(qkv, *tables, gradient, columns=windows.columns, interpret=interpret)
-        return out, total[None]
-
+    if not window_attention_tpu.fits(qkv):
+        return _xla_backward(windows, qkv, bias, gradient)
+    call = functools.partial(window_attention_tpu.call, columns=windows.columns, interpret=interpret)
     out, bias_gradient = split.by_rows(call, (qkv, gradient), (bias, windows.masks))
     return out, jnp.sum(bias_gradient, axis=0)
 

@@ -1,9 +1,9 @@
 """Kernels of `window_attention` for TPUs (Pallas, Mosaic), forward and backward: logits never leave the chip.
 
-A program holds a few windows and the channels of a few heads, at most one register's 128 lanes where the channels can be
-cut so. Heads are not cut out of them: the other heads' lanes are set to zero in one factor of every product, which takes
-128 lanes whatever they hold. Rows are the tokens one window after the other, as the projections before and after read
-and write them; a window is a tile of its own only within the program.
+A program holds a few windows and the channels of a few heads, those of a register's 128 lanes where 128 divides all
+channels. Heads are not cut out of them: the other heads' lanes are set to zero in one factor of every product, which
+takes 128 lanes whatever they hold. Rows are the tokens one window after the other, as the projections before and after
+read and write them; a window is a tile of its own only within the program.
 
 Compiled for v4, v5e, v5p and v6e; never run on one.
 """
@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 LANES = 128
 SUBLANES = 8  # a block has a multiple of as many windows, so that its rows fill whole tiles
-BLOCK_BYTES = 1 << 20  # of query, key and value of a program's windows, at most if not the least number of windows
+BLOCK_BYTES = 1 << 20  # of query, key and value of a program's windows, if the least number of windows has less
+MAX_BLOCK_BYTES = 5 << 20  # a program has 16 MiB in all, and holds what it writes twice
 
 
 class _Blocks(NamedTuple):
@@ -44,53 +45,31 @@ class _Blocks(NamedTuple):
         return 2 * (row == self.rows - 1).astype(jnp.int32) + (column == self.columns - 1)
 
 
-def forward(
-    qkv: Float[Array, "b n l 3c"],
-    bias: Float32[Array, "h l l"],
-    masks: Float32[Array, "4 l l"],
+def fits(qkv: Array) -> bool:
+    """Returns whether a program can hold the least number of windows, of which it writes all channels at once."""
+    return SUBLANES * qkv.shape[2] * qkv.shape[3] * qkv.dtype.itemsize <= MAX_BLOCK_BYTES
+
+
+def call(
+    arrays: tuple[Array, ...],
+    tables: tuple[Float32[Array, "h l l"], Float32[Array, "4 l l"]],
     *,
     columns: int,
     interpret: bool = False,
-) -> Float[Array, "b n l c"]:
-    """Returns the result of `window_attention`.
+) -> tuple[Array, ...]:
+    """Returns (result [b, n, l, c],) of `window_attention`, or its gradients to qkv and, as [1, h, l, l], to the bias.
 
     Args:
-      qkv: query, key and value of the windows, n / columns rows of them an image.
-      bias: of the logits.
-      masks: added to the logits, too: of windows that are neither in the last row nor in the last column, that are in the
-        last column, in the last row, in both.
+      arrays: qkv [b, n, l, 3c] of n windows in rows of `columns`; for gradients also that of the result [b, n, l, c].
+      tables: bias of the logits, and masks that are added to them, too: those of windows that are neither in the last
+        row nor in the last column, that are in the last column, in the last row, in both.
       columns: of windows.
       interpret: run without a TPU.
     """
-    return _call(_forward_kernel, (qkv,), bias, masks, columns=columns, interpret=interpret)[0]
-
-
-def backward(
-    qkv: Float[Array, "b n l 3c"],
-    bias: Float32[Array, "h l l"],
-    masks: Float32[Array, "4 l l"],
-    gradient: Float[Array, "b n l c"],
-    *,
-    columns: int,
-    interpret: bool = False,
-) -> tuple[Float[Array, "b n l 3c"], Float32[Array, "h l l"]]:
-    """Returns the gradients to `qkv` and to the bias."""
-    out, bias_gradient = _call(_backward_kernel, (qkv, gradient), bias, masks, columns=columns, interpret=interpret)
-    return out, bias_gradient
-
-
-def _call(
-    kernel: Callable[..., None],
-    arrays: tuple[Array, ...],
-    bias: Array,
-    masks: Array,
-    *,
-    columns: int,
-    interpret: bool,
-) -> Sequence[Array]:
+    bias, masks = tables
     b, n, length, _ = arrays[0].shape
     channels, dtype = arrays[0].shape[3] // 3, arrays[0].dtype
-    heads, both_ways = bias.shape[0], len(arrays) > 1
+    heads, backward = bias.shape[0], len(arrays) > 1
     size = SUBLANES * max(1, BLOCK_BYTES // (SUBLANES * length * 3 * channels * dtype.itemsize))
     width = LANES if channels % LANES == 0 and LANES % (channels // heads) == 0 else channels
     blocks = _Blocks(size, length, channels, width, channels // heads, b * n, n // columns, columns)
@@ -107,20 +86,19 @@ def _call(
 
     matrix, *gradients = (x.reshape(-1, x.shape[3]) for x in arrays)
     qkv, specs = ([matrix] * 3, [part(i) for i in range(3)]) if groups > 1 else ([matrix], [whole(3 * channels)])
-    out_channels = 3 * channels if both_ways else channels
-    results = [(whole(out_channels), (matrix.shape[0], out_channels), dtype)]
-    results += [(table(heads), bias.shape, jnp.float32)] * both_ways
+    out_channels = 3 * channels if backward else channels
+    out_shapes = [((matrix.shape[0], out_channels), dtype), (bias.shape, jnp.float32)]
     out = pl.pallas_call(
-        functools.partial(kernel, blocks=blocks),
+        functools.partial(_backward_kernel if backward else _forward_kernel, blocks=blocks),
         grid=(pl.cdiv(b * n, size), groups),
         in_specs=[table(heads), table(4), *specs, *(part(0) for _ in gradients)],
-        out_specs=[spec for spec, *_ in results],
-        out_shape=[jax.ShapeDtypeStruct(shape, kind) for _, shape, kind in results],
-        scratch_shapes=[pltpu.VMEM((size, length, width), dtype)] * (7 if both_ways else 4),
+        out_specs=[whole(out_channels), table(heads)][: 1 + backward],
+        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in out_shapes[: 1 + backward]],
+        scratch_shapes=[pltpu.VMEM((size, length, width), dtype)] * (7 if backward else 4),
         interpret=interpret,
-        name="window_attention_gradient" if both_ways else "window_attention",
+        name="window_attention_gradient" if backward else "window_attention",
     )(bias, masks, *qkv, *gradients)
-    return out[0].reshape(b, n, length, -1), *out[1:]
+    return out[0].reshape(b, n, length, -1), *(x[None] for x in out[1:])
 
 
 def _forward_kernel(bias_ref: Any, masks_ref: Any, *refs: Any, blocks: _Blocks) -> None:
@@ -189,7 +167,7 @@ def _load(refs: Sequence[Any], into: Sequence[Any], blocks: _Blocks) -> None:
 def _store(out_ref: Any, part: int, windows_ref: Any, blocks: _Blocks) -> None:
     """Writes windows as rows, into the columns of the program's heads within a part of the matrix."""
     rows = windows_ref[...].reshape(-1, blocks.width)
-    first = part * blocks.channels
+    first: Any = part * blocks.channels
     if blocks.width < blocks.channels:
         first = pl.multiple_of(first + pl.program_id(1) * blocks.width, LANES)
     out_ref[:, pl.ds(first, blocks.width)] = rows

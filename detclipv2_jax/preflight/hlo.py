@@ -137,7 +137,7 @@ def traffic(text: str, *, num_concepts: int = 0) -> Traffic:
             elif opcode == "conditional":
                 names = [part for found in _BRANCHES.findall(instruction.attributes) for part in found if part]
                 branches = [cost(branch) for branch in re.findall(r"[\w.\-]+", " ".join(names))]
-                usual = [branch for branch in branches if not any(_RARE.search(row.place) for row in branch.rows)]
+                usual = [branch for branch in branches if not _is_rare(branch)]
                 branches = usual or branches
                 most = {kind: max(branch.network.get(kind, 0.0) for branch in branches) for kind in COLLECTIVES}
                 add(max(branches, key=lambda branch: branch.memory)._replace(network=most))
@@ -158,6 +158,12 @@ def traffic(text: str, *, num_concepts: int = 0) -> Traffic:
         return Traffic(rows, {kind: size for kind, size in network.items() if size}, unknown)
 
     return cost(entry)
+
+
+def _is_rare(branch: Traffic) -> bool:
+    """Returns whether most of what has a name is named so; what two branches share has the name of one of them."""
+    named = [row.place for row in branch.rows if row.place]
+    return 2 * sum(bool(_RARE.search(place)) for place in named) > len(named)
 
 
 def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]], num_concepts: int) -> int:

@@ -2,13 +2,14 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from products import bytes_of_products
 
 from detclipv2_jax.losses import alignment, alignment_pallas, alignment_tpu
@@ -149,15 +150,34 @@ def test_the_gpu_compiler_accepts_the_kernel_and_no_similarities_are_held(gpu, d
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=compile_step.description(gpu), topology="1x1x1"
     )
-    place = SingleDeviceSharding(topology.devices[0])
+    text = compiled("cuda", topology.devices[0], dtype=dtype, gamma=gamma)
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jax[tpu]' (no TPU)")
+@pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize(("dtype", "gamma"), [("bfloat16", 2.0), ("float32", 1.5)])
+def test_the_tpu_compiler_accepts_the_kernel_and_no_similarities_are_held(monkeypatch, tpu, dtype, gamma):
+    topology = compile_step.Topology.parse(tpu)
+    for name, value in topology.environment.items():
+        monkeypatch.setenv(name, value)
+    text = compiled("tpu", topology.devices()[0], dtype=dtype, gamma=gamma)
+    assert re.search(r"%alignment_loss[.\d]* = .* custom-call", text)
+
+
+def compiled(platform, device, *, dtype, gamma):
+    """Returns the text of the loss and its gradients for a described device."""
+    mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     shapes = [
-        ((4, 20251, 512), dtype),
-        ((2560, 512), dtype),
-        ((), "float32"),
-        ((), "float32"),
-        ((4, 20251, 2), "int32"),
+        ((4, 20251, 512), dtype, rows),
+        ((2560, 512), dtype, whole),
+        ((), "float32", whole),
+        ((), "float32", whole),
+        ((4, 20251, 2), "int32", rows),
     ]
-    arguments = [jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes]
+    arguments = [jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind, place in shapes]
 
     def loss(embeddings, text, scale, bias, rows):
         return alignment.alignment_loss(
@@ -168,8 +188,9 @@ def test_the_gpu_compiler_accepts_the_kernel_and_no_similarities_are_held(gpu, d
             settings=alignment.FocalSettings(alpha=0.25, gamma=gamma, chunk_bytes=512 << 20),
         )
 
-    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).trace(*arguments)
-    text = step.lower(lowering_platforms=("cuda",)).compile().as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).trace(*arguments)
+        text = step.lower(lowering_platforms=(platform,)).compile().as_text()
     similarities = 4 * 20251 * 2560 * jnp.dtype(dtype).itemsize
-    assert sum(row.memory for row in hlo.traffic(text, num_concepts=2560).rows) < 7 * similarities
+    assert hlo.traffic(text, num_concepts=2560).memory < 8 * similarities
+    return text

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from products import bytes_of_products
 
-from detclipv2_jax.models import deform_conv, deform_pallas
-from detclipv2_jax.preflight import compile_step
+from detclipv2_jax.models import deform_conv, deform_pallas, deform_tpu, split
+from detclipv2_jax.preflight import compile_step, hlo
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -92,6 +92,53 @@ def test_kernels_equal_the_gather_form(interpreted, size, monkeypatch):
             np.testing.assert_allclose(value, expected, atol=atol, err_msg=f"{kind} {name}")
 
 
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    """Makes the kernels for TPUs run on this machine."""
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(deform_tpu, name, functools.partial(getattr(deform_tpu, name), interpret=True))
+    monkeypatch.setattr(split, "by_platform", lambda *arguments, tpu, default: tpu(*arguments))
+    monkeypatch.setitem(deform_conv.FORMS, "banded", (None, None))
+    jax.clear_caches()  # of what was traced for another platform
+    yield
+    jax.clear_caches()
+
+
+def test_kernels_for_tpus_are_split_over_a_mesh(on_a_tpu):
+    case = cases.deform_case((8, 9), "small", batch=8, **KERNEL_CHANNELS)
+    expected = evaluate("gather")(case[:4], case.gradient)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto,) * 2)):
+        found = evaluate("pallas")(case[:4], case.gradient)
+    for name, value, exact in zip(NAMES, found, expected, strict=True):
+        np.testing.assert_allclose(value, exact, atol=1e-5 * max(np.abs(exact).max(), 1), err_msg=name)
+
+
+def test_what_does_not_fit_a_tpu_is_left_to_the_banded_form(on_a_tpu, monkeypatch):
+    monkeypatch.setattr(deform_tpu, "forward", None)
+    monkeypatch.setattr(deform_tpu, "MEMORY", 1 << 20)
+    monkeypatch.setitem(deform_conv.FORMS, "banded", (deform_conv._banded_forward, None))
+    case = cases.deform_case((3, 2), "small", **KERNEL_CHANNELS)
+    found = deform_conv.deform_conv2d(*case[:4], impl="pallas")
+    np.testing.assert_allclose(found, deform_conv.deform_conv2d(*case[:4], impl="gather"), atol=1e-5)
+    assert deform_tpu.fits((4, 100, 168, 256), 256) is False
+    monkeypatch.undo()
+    assert deform_tpu.fits((4, 100, 168, 256), 256)  # the largest level of the paper's canvases
+    assert not deform_tpu.fits((4, 200, 336, 256), 256)
+    monkeypatch.setattr(split, "device_kind", lambda: "TPU v4")
+    assert not deform_tpu.fits((4, 100, 168, 256), 256)
+
+
+@pytest.mark.parametrize("size", [(13, 18), (3, 2), (17, 8)], ids=str)
+def test_kernels_for_tpus_equal_the_gather_form(on_a_tpu, size):
+    kernels, gather = evaluate("pallas"), evaluate("gather")
+    for kind in cases.DEFORM_OFFSETS:
+        case = cases.deform_case(size, kind, **KERNEL_CHANNELS)
+        results = zip(NAMES, *(run(case[:4], case.gradient) for run in (kernels, gather)), strict=True)
+        for name, value, expected in results:
+            atol = 1e-5 * max(np.abs(expected).max(), 1)
+            np.testing.assert_allclose(value, expected, atol=atol, err_msg=f"{kind} {name}")
+
+
 def test_every_place_has_its_samples_in_order_and_those_off_the_map_come_last():
     rng, num_images, height, width = np.random.default_rng(0), 11, 1, 3  # more images than taps
     places = (height + 1) * (width + 1)
@@ -160,9 +207,45 @@ def test_the_gpu_compiler_accepts_the_kernels(dtype, gpu):
     assert program.memory_analysis().temp_size_in_bytes < 32 * 40 * 40 * (2 * 36 + 9) * 4  # weights and indices
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jax[tpu]' (no TPU)")
+@pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_tpu_compiler_accepts_the_kernels(monkeypatch, dtype, tpu):
+    """For a described TPU, the largest level of the paper's runs; no samples in memory."""
+    topology = compile_step.Topology.parse(tpu)
+    for name, value in topology.environment.items():
+        monkeypatch.setenv(name, value)
+    mesh = Mesh(np.array(topology.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    shape = (4, 100, 168, 256)
+    shapes = ((shape, dtype), ((*shape[:3], 9, 2), jnp.float32), ((*shape[:3], 9), jnp.float32))
+    arguments = [
+        *(jax.ShapeDtypeStruct(*array, sharding=NamedSharding(mesh, PartitionSpec("data"))) for array in shapes),
+        jax.ShapeDtypeStruct((3, 3, 256, 256), dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+    ]
+
+    def both_passes(*arguments):
+        value, vjp = jax.vjp(deform_conv.deform_conv2d, *arguments)
+        return value, *vjp(value)
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(both_passes).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    samples = 9 * np.prod(shape) * jnp.dtype(dtype).itemsize
+    assert hlo.traffic(program.as_text()).memory < 4 * samples
+
+
 @pytest.mark.parametrize("impl", ["gather", "banded"])
 def test_bfloat16_is_near_float32(impl):
-    case = cases.deform_case((8, 9), "small")
+    assert_low_precision_is_near(impl)
+
+
+def test_kernels_for_tpus_in_bfloat16_are_near_float32(on_a_tpu):
+    assert_low_precision_is_near("pallas", **KERNEL_CHANNELS)
+
+
+def assert_low_precision_is_near(impl, **channels):
+    case = cases.deform_case((8, 9), "small", **channels)
     exact = evaluate("gather")(case[:4], case.gradient)
     low = [jnp.asarray(x, jnp.bfloat16) for x in (case.features, case.kernel, case.gradient)]
     rounded = evaluate(impl)((low[0], case.offsets, case.mask, low[1]), low[2])

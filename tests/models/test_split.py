@@ -5,6 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from detclipv2_jax.models import split
 from detclipv2_jax.runs import sharding
@@ -32,3 +33,14 @@ def test_forms_of_other_devices_are_traced_only_where_the_device_is_not_known(ow
         with split.plain_forms() if plain else contextlib.nullcontext():
             jax.jit(lambda x: split.by_platform(x, default=form("default"), tpu=form("tpu")))(jnp.float32(1.0))
         assert ("tpu" in traced) is not plain
+
+
+def test_the_kind_of_device_is_that_of_the_mesh():
+    assert split.device_kind() == jax.devices()[0].device_kind
+    with jax.set_mesh(sharding.make_mesh(fsdp=1)):
+        assert split.device_kind() == jax.devices()[0].device_kind
+    described = AbstractMesh(
+        (1,), ("data",), abstract_device=AbstractDevice(device_kind="TPU v4", num_cores=None, platform="tpu")
+    )
+    with jax.sharding.use_abstract_mesh(described):
+        assert split.device_kind() == "TPU v4"

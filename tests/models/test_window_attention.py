@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from detclipv2_jax.models import split
+from detclipv2_jax.models import split, window_attention_tpu
 from detclipv2_jax.models import window_attention as module
 from detclipv2_jax.models.window_attention import window_attention
 from detclipv2_jax.preflight import compile_step
@@ -78,6 +78,9 @@ def interpreted(monkeypatch, request):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     if request.param == "tpu":
         monkeypatch.setattr(split, "by_platform", lambda *arguments, tpu, default: tpu(*arguments))
+    jax.clear_caches()  # of what was traced for another platform
+    yield
+    jax.clear_caches()
 
 
 KINDS = [{}, {"shift": 0}, {"size": 8, "shift": 4}, {"size": 2, "shift": 1, "rows": 4, "columns": 1}, {"rows": 1}]
@@ -129,6 +132,25 @@ def test_what_the_kernel_cannot_hold_is_left_to_xla(shape, size, heads):
             assert module.windows_of(shape, size=size, shift=0, heads=heads, impl=impl).impl == "xla"
         fits = module.windows_of((2, 16, 8, 32), size=8, shift=4, heads=2, impl="pallas")
     assert fits == module.Windows(2, 1, 8, (4, 0), "pallas")
+
+
+def test_what_does_not_fit_a_tpu_is_left_to_xla(monkeypatch):
+    monkeypatch.setattr(split, "by_platform", lambda *arguments, tpu, default: tpu(*arguments))
+    monkeypatch.setattr(window_attention_tpu, "call", None)
+    arrays, settings = example()
+    monkeypatch.setattr(window_attention_tpu, "MAX_BLOCK_BYTES", 8 * 49 * 3 * HEADS * HEAD_SIZE * 4 - 1)
+    assert_equal_to_the_formula(arrays, settings)
+    monkeypatch.setattr(window_attention_tpu, "MAX_BLOCK_BYTES", 8 * 49 * 3 * HEADS * HEAD_SIZE * 4)
+    assert window_attention_tpu.fits(jnp.zeros((2, 6, 49, 3 * HEADS * HEAD_SIZE)))
+
+
+def test_channels_of_a_tpu_s_program_are_those_of_whole_registers(interpreted):
+    """256 channels are two programs; so are windows that are no multiple of what one holds, here of 8."""
+    rng = np.random.default_rng(0)
+    qkv, bias, gradient = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 6, 15, 768), (4, 9, 9), (1, 6, 15, 256))
+    )
+    assert_equal_to_the_formula((qkv, bias, gradient), {"size": 3, "shift": 1, "heads": 4})
 
 
 def test_unknown_forms_are_named():

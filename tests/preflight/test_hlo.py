@@ -152,20 +152,28 @@ def test_what_one_branch_sends_counts_though_the_other_moves_more_memory():
 def test_a_branch_that_few_batches_take_does_not_count():
     """Forward, and on the way back."""
 
+    def named(*operations, place):
+        text = BRANCHES
+        for operation in operations:
+            text = text.replace(f"{operation}\n", f'{operation}, metadata={{op_name="{place}"}}\n')
+        return text
+
     def traffic(place):
-        return hlo.traffic(BRANCHES.replace("negate(%q)\n", f'negate(%q), metadata={{op_name="{place}"}}\n'))
+        return hlo.traffic(named("negate(%q)", "exponential(%n)", place=place))
 
     for place in ("jit(step)/jvp(rarely)/neg", "jit(step)/transpose(jvp(DetCLIP))/cond/branch_1_fun/rarely/neg"):
         assert [row.instruction for row in traffic(place).rows] == ["s"]
         assert traffic(place).network == {"all-gather": 80 * 4}
-        sent = BRANCHES.replace("slice={[0:10]}\n", f'slice={{[0:10]}}, metadata={{op_name="{place}"}}\n')
-        assert hlo.traffic(sent).network == {}
-        assert [row.instruction for row in hlo.traffic(sent).rows] == ["n", "e", "m"]
+        sent = hlo.traffic(named("slice={[0:10]}", place=place))
+        assert sent.network == {}
+        assert [row.instruction for row in sent.rows] == ["n", "e", "m"]
+        # what both branches have in common is named after one of them
+        common = named("negate(%q)", place=place).replace("(%n)\n", '(%n), metadata={op_name="jit(step)/exp"}\n')
+        assert [row.instruction for row in hlo.traffic(common).rows] == ["n", "e", "m"]
         assert hlo.module_of(place)[0] in ("other", "DetCLIP")
     assert [row.instruction for row in traffic("jit(step)/rarely_seen/neg").rows] == ["n", "e", "m"]
-    both = BRANCHES.replace("slice={[0:10]}\n", 'slice={[0:10]}, metadata={op_name="rarely/slice"}\n')
-    both = both.replace("negate(%q)\n", 'negate(%q), metadata={op_name="rarely/neg"}\n')
-    assert [row.instruction for row in hlo.traffic(both).rows] == ["n", "e", "m"]  # one of them runs
+    both = hlo.traffic(named("slice={[0:10]}", "negate(%q)", "exponential(%n)", place="rarely/neg"))
+    assert [row.instruction for row in both.rows] == ["n", "e", "m"]  # one of them runs
 
 
 NESTED = """HloModule m

@@ -36,7 +36,7 @@ FAULTS = [
         ("indexing=\"ij\"), axis=-1).reshape(9, 2)", "indexing=\"xy\"), axis=-1).reshape(9, 2)"),
         ("weights * tile_mask[..., None]", "weights"),
         ("y = tiles(offsets[..., 0])", "y = tiles(offsets[..., 1])"),
-        ("< BAND_RADIUS, banded, beyond_band", "< BAND_RADIUS + 1, banded, beyond_band"),
+        ("< BAND_RADIUS, form, beyond_band", "< BAND_RADIUS + 1, form, beyond_band"),
         ("1.0 - distance, 1.0 + distance)", "1.0 - distance, 1.0 - distance)"),
         ("(distance >= -1.0) & (distance < 1.0)", "(distance > -1.0) & (distance <= 1.0)"),
         slow=True,
