@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from detclipv2_jax.losses.alignment_pallas import focal
+from detclipv2_jax.models.kernels_tpu import dot
 
 REGIONS, CONCEPTS = 512, 512  # of a program
 
@@ -65,14 +66,7 @@ def _kernel(
     bar_ref: Any, *, alpha: float, gamma: float,
 ) -> None:  # fmt: skip
     scale, bias = logit_ref[0], logit_ref[1]
-    precision = jax.lax.Precision.HIGHEST if regions_ref.dtype == jnp.float32 else None
-    similarity = jax.lax.dot_general(
-        regions_ref[...],
-        text_ref[...],
-        (((1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    similarity = dot(regions_ref[...], text_ref[...], 1, 1)
     rows, labels = rows_ref[...], labels_ref[...]
     hits = functools.reduce(jnp.logical_or, (labels[:, k : k + 1] == rows for k in range(labels.shape[1])))
     loss, bar = focal(scale * similarity + bias, hits, alpha=alpha, gamma=gamma)

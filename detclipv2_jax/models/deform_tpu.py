@@ -11,7 +11,6 @@ Compiled for v5e, v5p and v6e; never run on one. Older TPUs have too little memo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Float32
 
 from detclipv2_jax.models import split
+from detclipv2_jax.models.kernels_tpu import dot
 
 TILE = 8  # cells; a strip is a row of tiles
 CELLS = TILE * TILE
@@ -63,7 +63,7 @@ def forward(
     """
 
     def local(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> Array:
-        return _call(_forward_kernel, *rows, *whole, interpret=interpret)[0]
+        return _call(*rows, *whole, interpret=interpret)[0]
 
     _, h, w, _ = features.shape
     return split.by_rows(local, (features, positions), (kernel,))[:, :h, :w]
@@ -81,9 +81,7 @@ def backward(
 
     def local(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         features, positions, gradient = rows
-        of_features, of_positions, of_kernel = _call(
-            _backward_kernel, features, positions, *whole, gradient, interpret=interpret
-        )
+        of_features, of_positions, of_kernel = _call(features, positions, *whole, gradient, interpret=interpret)
         return of_features, of_positions, of_kernel[None]
 
     _, h, w, _ = features.shape
@@ -92,14 +90,7 @@ def backward(
     return of_features[:, halo : halo + h, halo : halo + w], of_positions, jnp.sum(of_kernel, axis=0)
 
 
-def _call(
-    kernel_function: Callable[..., None],
-    features: Array,
-    positions: Array,
-    kernel: Array,
-    *gradient: Array,
-    interpret: bool,
-) -> tuple[Array, ...]:
+def _call(features: Array, positions: Array, kernel: Array, *gradient: Array, interpret: bool) -> tuple[Array, ...]:
     (b, h, w, c), (_, strips, tiles, _, samples), outputs = features.shape, positions.shape, kernel.shape[2]
     halo, height, width = (ROWS - TILE) // 2, TILE * strips, TILE * tiles
     row = width + COLUMNS - TILE  # cells of a padded row
@@ -125,7 +116,7 @@ def _call(
         out_specs, out_shape, scratch = [of_cells], [((b, height, width, outputs), features.dtype)], [ring, cells]
     return tuple(
         pl.pallas_call(
-            functools.partial(kernel_function, strips=strips),
+            functools.partial(_backward_kernel, strips=strips) if gradient else _forward_kernel,
             grid=(b, strips + 2 + len(gradient)),
             in_specs=[padded, of_tiles, whole] + [of_cells] * len(gradient),
             out_specs=out_specs,
@@ -139,7 +130,7 @@ def _call(
 
 
 def _forward_kernel(
-    rows_ref: Any, positions_ref: Any, kernel_ref: Any, out_ref: Any, ring_ref: Any, cells_ref: Any, *, strips: int
+    rows_ref: Any, positions_ref: Any, kernel_ref: Any, out_ref: Any, ring_ref: Any, cells_ref: Any
 ) -> None:
     step = pl.program_id(1)
     _bring(rows_ref, ring_ref)
@@ -149,7 +140,7 @@ def _forward_kernel(
         def tile(j: Array, _: None) -> None:
             samples = _sampled(positions_ref[0, 0, j], _neighbourhood(ring_ref, j, kernel_ref.dtype))[0]
             parts = jnp.split(samples, TAPS)
-            out = sum((_dot(part, kernel_ref[tap], 1, 0) for tap, part in enumerate(parts)), start=jnp.float32(0.0))
+            out = sum((dot(part, kernel_ref[tap], 1, 0) for tap, part in enumerate(parts)), start=jnp.float32(0.0))
             cells_ref[:, _columns(j, TILE), :] = out.reshape(TILE, TILE, -1)
 
         jax.lax.fori_loop(0, positions_ref.shape[2], tile, None)
@@ -180,14 +171,14 @@ def _backward_kernel(
             samples, weights, slopes = _sampled(positions_ref[0, 0, j], neighbourhood)
             gradient = cells_ref[:, _columns(j, TILE), :].reshape(CELLS, -1).astype(kernel_ref.dtype)
             for tap, part in enumerate(jnp.split(samples, TAPS)):
-                of_kernel_ref[tap] += _dot(part, gradient, 0, 0)
+                of_kernel_ref[tap] += dot(part, gradient, 0, 0)
             of_samples = jnp.concatenate(
-                [_dot(gradient, kernel_ref[tap], 1, 1).astype(kernel_ref.dtype) for tap in range(TAPS)]
+                [dot(gradient, kernel_ref[tap], 1, 1).astype(kernel_ref.dtype) for tap in range(TAPS)]
             )
-            of_weights = _dot(neighbourhood, of_samples, 1, 1)
+            of_weights = dot(neighbourhood, of_samples, 1, 1)
             for i, slope in enumerate(slopes):
                 of_positions_ref[0, 0, j, i : i + 1, :] = jnp.sum(of_weights * slope, axis=0, keepdims=True)
-            of_neighbourhood = _dot(weights, of_samples, 1, 0).reshape(ROWS, COLUMNS, -1)
+            of_neighbourhood = dot(weights, of_samples, 1, 0).reshape(ROWS, COLUMNS, -1)
             of_ring_ref[:ROWS, _columns(j, COLUMNS), :] += of_neighbourhood
 
         jax.lax.fori_loop(0, positions_ref.shape[2], tile, None)
@@ -231,7 +222,7 @@ def _sampled(
     mask = positions[2:3]
     product = vertical * horizontal
     weights = (product * mask).astype(neighbourhood.dtype)
-    samples = _dot(weights, neighbourhood, 0, 0).astype(neighbourhood.dtype)
+    samples = dot(weights, neighbourhood, 0, 0).astype(neighbourhood.dtype)
     return samples, weights, (of_vertical * horizontal * mask, vertical * of_horizontal * mask, product)
 
 
@@ -240,10 +231,3 @@ def _tent(distance: Float32[Array, "k s"]) -> tuple[Float32[Array, "k s"], Float
     inside = (distance >= -1.0) & (distance < 1.0)
     slope = jnp.where(inside, jnp.where(distance >= 0.0, -1.0, 1.0), 0.0)
     return jnp.where(inside, 1.0, 0.0) + slope * distance, slope
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Float32[Array, "m n"]:
-    """Returns the float32 product, summed over an axis of each; of float32 factors without rounding them."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)

@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float32
 
+from detclipv2_jax.models.kernels_tpu import dot
+
 LANES = 128
 SUBLANES = 8  # a block has a multiple of as many windows, so that its rows fill whole tiles
 BLOCK_BYTES = 1 << 20  # of query, key and value of a program's windows, if the least number of windows has less
@@ -111,7 +113,7 @@ def _forward_kernel(bias_ref: Any, masks_ref: Any, *refs: Any, blocks: _Blocks) 
         result = jnp.zeros(value.shape, jnp.float32)
         for head, alone in heads:
             weights = _weights(alone(query), key, bias_ref[head] + mask)
-            result += _dot(weights.astype(value.dtype), alone(value), 1, 0)
+            result += dot(weights.astype(value.dtype), alone(value), 1, 0)
         result_ref[place] = result.astype(result_ref.dtype)
 
     _for_windows(one_window, masks_ref, blocks)
@@ -134,15 +136,15 @@ def _backward_kernel(bias_ref: Any, masks_ref: Any, *refs: Any, blocks: _Blocks)
         gradients = [jnp.zeros(query.shape, jnp.float32)] * 3
         for head, alone in heads:
             weights = _weights(alone(query), key, bias_ref[head] + mask)
-            weights_gradient = _dot(alone(gradient), value, 1, 1)
+            weights_gradient = dot(alone(gradient), value, 1, 1)
             mean = jnp.sum(weights * weights_gradient, axis=1, keepdims=True)
             logits_gradient = weights * (weights_gradient - mean)
             bias_gradient_ref[head] += logits_gradient
             rounded = logits_gradient.astype(key.dtype)
             of_head = (
-                _dot(rounded, alone(key), 1, 0) * blocks.head_size**-0.5,
-                _dot(rounded, alone(query), 0, 0),
-                _dot(weights.astype(value.dtype), alone(gradient), 0, 0),
+                dot(rounded, alone(key), 1, 0) * blocks.head_size**-0.5,
+                dot(rounded, alone(query), 0, 0),
+                dot(weights.astype(value.dtype), alone(gradient), 0, 0),
             )
             gradients = [total + x for total, x in zip(gradients, of_head, strict=True)]
         for ref, x in zip(gradient_refs, gradients, strict=True):
@@ -200,13 +202,6 @@ def _scaled(query: Array, blocks: _Blocks) -> Array:
 
 
 def _weights(query: Array, key: Array, bias: Array) -> Float32[Array, "l l"]:
-    logits = _dot(query, key, 1, 1) + bias
+    logits = dot(query, key, 1, 1) + bias
     exponentials = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
     return exponentials / jnp.sum(exponentials, axis=1, keepdims=True)
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Float32[Array, "m n"]:
-    """Returns the float32 product, summed over an axis of each; of float32 factors without rounding them."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
