@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,8 +47,11 @@ def on_cpus() -> bool:
 
 
 def by_platform(*arguments: Any, default: Callable[..., Any], **others: Callable[..., Any]) -> Any:
-    """Returns what `jax.lax.platform_dependent` does; forms of others are not traced where the mesh is of CPUs."""
-    if _PLAIN.get():
+    """Returns what `jax.lax.platform_dependent` does; forms of others are not traced where the mesh is of CPUs.
+
+    With DETCLIP_KERNELS=off in the environment it is what `default` returns, on whatever device.
+    """
+    if _PLAIN.get() or os.environ.get("DETCLIP_KERNELS") == "off":
         return default(*arguments)
     if on_cpus():
         return others.get("cpu", default)(*arguments)

@@ -35,6 +35,12 @@ def test_forms_of_other_devices_are_traced_only_where_the_device_is_not_known(ow
         assert ("tpu" in traced) is not plain
 
 
+def test_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("DETCLIP_KERNELS", "off")
+    with jax.set_mesh(sharding.make_mesh(fsdp=1)):
+        assert jax.jit(lambda x: split.by_platform(x, default=lambda x: x, cpu=lambda x: x + 1))(1) == 1
+
+
 def test_the_kind_of_device_is_that_of_the_mesh():
     assert split.device_kind() == jax.devices()[0].device_kind
     with jax.set_mesh(sharding.make_mesh(fsdp=1)):
