@@ -25,6 +25,7 @@ from detclipv2_jax.models.kernels_tpu import dot
 
 TILE = 8  # cells; a strip is a row of tiles
 CELLS = TILE * TILE
+LANES = 128
 TAPS = 9
 ROWS, COLUMNS = (
     18,
@@ -37,7 +38,8 @@ TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # they have 16 MiB
 def fits(shape: tuple[int, ...], outputs: int) -> bool:
     """Returns whether a program can hold what it needs of maps [b, h, w, c] on the devices of the mesh."""
     columns = -(-shape[2] // TILE)
-    row, channels = TILE * (columns + 2), shape[3]
+    row = TILE * (columns + 2)
+    channels, outputs = (LANES * -(-x // LANES) for x in (shape[3], outputs))  # in whole registers
     rings = 2 * 3 * TILE * row * channels * 4
     blocks = TILE * row * (4 * channels + 5 * outputs) * 4
     kernels = TAPS * channels * outputs * 4 * 4

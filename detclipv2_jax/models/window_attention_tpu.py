@@ -11,6 +11,7 @@ Compiled for v4, v5e, v5p and v6e; never run on one.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class _Blocks(NamedTuple):
 
 def fits(qkv: Array) -> bool:
     """Returns whether a program can hold the least number of windows, of which it writes all channels at once."""
-    return SUBLANES * qkv.shape[2] * qkv.shape[3] * qkv.dtype.itemsize <= MAX_BLOCK_BYTES
+    return SUBLANES * _window_bytes(qkv) <= MAX_BLOCK_BYTES
 
 
 def call(
@@ -72,7 +73,7 @@ def call(
     b, n, length, _ = arrays[0].shape
     channels, dtype = arrays[0].shape[3] // 3, arrays[0].dtype
     heads, backward = bias.shape[0], len(arrays) > 1
-    size = SUBLANES * max(1, BLOCK_BYTES // (SUBLANES * length * 3 * channels * dtype.itemsize))
+    size = SUBLANES * max(1, BLOCK_BYTES // (SUBLANES * _window_bytes(arrays[0])))
     width = LANES if channels % LANES == 0 and LANES % (channels // heads) == 0 else channels
     blocks = _Blocks(size, length, channels, width, channels // heads, b * n, n // columns, columns)
     groups = channels // width
@@ -101,6 +102,13 @@ def call(
         name="window_attention_gradient" if backward else "window_attention",
     )(bias, masks, *qkv, *gradients)
     return out[0].reshape(b, n, length, -1), *(x[None] for x in out[1:])
+
+
+def _window_bytes(qkv: Array) -> int:
+    """Returns what query, key and value of a window take on the chip, in whole registers."""
+    _, _, length, channels = qkv.shape
+    registers = math.ceil(length / SUBLANES) * 3 * math.ceil(channels / (3 * LANES))
+    return registers * SUBLANES * LANES * qkv.dtype.itemsize
 
 
 def _forward_kernel(bias_ref: Any, masks_ref: Any, *refs: Any, blocks: _Blocks) -> None:

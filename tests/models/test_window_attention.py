@@ -138,9 +138,10 @@ def test_what_does_not_fit_a_tpu_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(split, "by_platform", lambda *arguments, tpu, default: tpu(*arguments))
     monkeypatch.setattr(window_attention_tpu, "call", None)
     arrays, settings = example()
-    monkeypatch.setattr(window_attention_tpu, "MAX_BLOCK_BYTES", 8 * 49 * 3 * HEADS * HEAD_SIZE * 4 - 1)
+    window = 56 * 3 * 128 * 4  # 49 tokens and 32 channels in whole registers
+    monkeypatch.setattr(window_attention_tpu, "MAX_BLOCK_BYTES", 8 * window - 1)
     assert_equal_to_the_formula(arrays, settings)
-    monkeypatch.setattr(window_attention_tpu, "MAX_BLOCK_BYTES", 8 * 49 * 3 * HEADS * HEAD_SIZE * 4)
+    monkeypatch.setattr(window_attention_tpu, "MAX_BLOCK_BYTES", 8 * window)
     assert window_attention_tpu.fits(jnp.zeros((2, 6, 49, 3 * HEADS * HEAD_SIZE)))
 
 
