@@ -145,8 +145,9 @@ def test_what_does_not_fit_a_tpu_is_left_to_xla(monkeypatch):
     assert window_attention_tpu.fits(jnp.zeros((2, 6, 49, 3 * HEADS * HEAD_SIZE)))
 
 
-def test_channels_of_a_tpu_s_program_are_those_of_whole_registers(interpreted):
-    """256 channels are two programs; so are windows that are no multiple of what one holds, here of 8."""
+def test_channels_of_a_tpu_s_program_are_those_of_whole_registers(interpreted, monkeypatch):
+    """256 channels are two programs, and so are ten windows, of which one holds eight."""
+    monkeypatch.setattr(window_attention_tpu, "BLOCK_BYTES", 1)
     rng = np.random.default_rng(0)
     qkv, bias, gradient = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 6, 15, 768), (4, 9, 9), (1, 6, 15, 256))
