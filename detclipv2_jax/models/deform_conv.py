@@ -80,6 +80,8 @@ def _dispatch(impl: str, direction: int, *arguments: Array) -> Any:
 
     def beyond_band(*arguments: Array) -> Any:
         with jax.named_scope(split.RARELY):
+            if arguments[0].shape[0] % split.num_parts():
+                return gather(*arguments)
             return _image_by_image(gather, *arguments)
 
     def within(form: Callable[..., Any], *arguments: Array) -> Any:

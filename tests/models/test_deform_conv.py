@@ -61,6 +61,16 @@ def test_the_band_is_left_only_for_larger_offsets():
         assert np.array_equal(gather, banded) != in_band
 
 
+@pytest.mark.parametrize("batch", [2, 3])  # also what two devices cannot share
+def test_what_is_beyond_the_band_is_the_gather_form_on_several_devices(batch):
+    case = cases.deform_case((3, 2), "large", batch=batch)
+    expected = evaluate("gather")(case[:4], case.gradient)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), (AxisType.Auto,))):
+        found = evaluate("banded")(case[:4], case.gradient)
+    for name, value, exact in zip(NAMES, found, expected, strict=True):
+        np.testing.assert_allclose(value, exact, atol=1e-5 * max(np.abs(exact).max(), 1), err_msg=name)
+
+
 def test_zero_offsets_and_full_masks_are_a_convolution():
     case = cases.deform_case((8, 9), "zero")
     value = deform_conv.deform_conv2d(case.features, case.offsets, np.ones_like(case.mask), case.kernel)
