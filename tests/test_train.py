@@ -12,14 +12,32 @@ import numpy as np
 import optax
 import pytest
 
+from detclipv2_jax import chips, session, train
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import session, train
 from detclipv2_jax.data.schema import Kind
+from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
 from detclipv2_jax.runs.order import Draw, StepOrder
 from detclipv2_jax.runs.state import TrainState
 from detclipv2_jax.visualize import charts
+
+
+def test_steps_and_prediction_are_compiled_with_options_of_the_platform(monkeypatch):
+    monkeypatch.setitem(chips.COMPILER_OPTIONS, "cpu", {"xla_cpu_enable_fast_math": False})
+    sharding.compiler_options.cache_clear()
+    mesh = sharding.make_mesh()
+    assert sharding.compiler_options(mesh)
+    seen = {}
+    monkeypatch.setattr(jax, "jit", lambda function, **settings: seen.setdefault(function.__name__, settings))
+    monkeypatch.setattr(train.train_step, "make_step", lambda *_, **__: lambda state, batch: state)
+    nothing = dict.fromkeys(("model", "tx", "config", "shardings"))
+    train.jitted_step(types.SimpleNamespace(**nothing, mesh=mesh), None, ())
+    Detector(None, mesh=mesh)
+    sharding.compiler_options.cache_clear()
+    assert [seen[name]["compiler_options"] for name in ("<lambda>", "_predict")] == [
+        {"xla_cpu_enable_fast_math": False}
+    ] * 2
 
 
 def test_what_is_due():

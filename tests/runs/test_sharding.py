@@ -1,7 +1,5 @@
 """Who holds what on the mesh."""
 
-import types
-
 import jax
 import numpy as np
 import optax
@@ -9,9 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from oracle.towers import make_batch
 
-from detclipv2_jax import chips, train
+from detclipv2_jax import chips
 from detclipv2_jax.data.schema import Kind
-from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.models import detclip
 from detclipv2_jax.runs import sharding
 from detclipv2_jax.runs import state as train_state
@@ -44,33 +41,14 @@ def test_mesh_that_does_not_divide_is_an_error():
     assert [[device.id for device in row] for row in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-@pytest.fixture
-def options_of_cpus(monkeypatch):
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch, caplog):
     options = {"xla_cpu_enable_fast_math": False, "xla_no_such_option": True}
     monkeypatch.setitem(chips.COMPILER_OPTIONS, "cpu", options)
     sharding.compiler_options.cache_clear()
-    yield {"xla_cpu_enable_fast_math": False}
+    assert sharding.compiler_options(sharding.make_mesh()) == {"xla_cpu_enable_fast_math": False}
     sharding.compiler_options.cache_clear()
-
-
-def test_options_that_the_compiler_does_not_know_are_left_out(options_of_cpus, caplog):
-    mesh = sharding.make_mesh()
-    assert sharding.compiler_options(mesh) == options_of_cpus
     assert "this compiler has no option xla_no_such_option: " in caplog.text
     assert "fast_math" not in caplog.text
-
-
-def test_steps_and_prediction_are_compiled_with_the_options(options_of_cpus, monkeypatch):
-    mesh = sharding.make_mesh()
-    assert sharding.compiler_options(mesh) == options_of_cpus
-    seen = {}
-    monkeypatch.setattr(jax, "jit", lambda function, **settings: seen.setdefault(function.__name__, settings))
-    monkeypatch.setattr(train.train_step, "make_step", lambda *_, **__: lambda state, batch: state)
-    train.jitted_step(
-        types.SimpleNamespace(**dict.fromkeys(("model", "tx", "config", "shardings")), mesh=mesh), None, ()
-    )
-    Detector(None, mesh=mesh)
-    assert seen["<lambda>"]["compiler_options"] == seen["_predict"]["compiler_options"] == options_of_cpus
 
 
 def test_parameters_and_moments_shrink_with_fsdp(micro):

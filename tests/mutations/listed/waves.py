@@ -429,8 +429,8 @@ FAULTS = [
         ("return {option: value for option, value in options.items() if known(option, value)}", "return options", "::test_options_that_the_compiler_does_not_know_are_left_out"),
     ),
     *plant(
-        "train.py", "runs/test_sharding.py",
-        ("compiler_options=options)", "compiler_options={})", "::test_steps_and_prediction_are_compiled_with_the_options"),
+        "train.py", "test_train.py",
+        ("compiler_options=options)", "compiler_options={})", "::test_steps_and_prediction_are_compiled_with_options_of_the_platform"),
     ),
     *plant(
         "preflight/hlo.py", "preflight/test_hlo.py",
