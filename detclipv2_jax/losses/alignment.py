@@ -83,7 +83,8 @@ def alignment_loss(
     labels = jnp.where(targets.positive[..., None], targets.rows, -1)
     compared = _Regions(embeddings, concepts.scale, concepts.bias, targets.mask, labels)
     columns = _Columns(concepts.text, concept_mask, jnp.arange(concepts.text.shape[0]), targets.verified)
-    gpu, tpu, xla = (functools.partial(form, settings) for form in (_with_gpu_kernel, _with_tpu_kernel, _with_xla))
+    gpu, tpu = (functools.partial(_with_kernel, kernels, settings) for kernels in (alignment_pallas, alignment_tpu))
+    xla = functools.partial(_with_xla, settings)
     if targets.verified is not None or embeddings.shape[2] % alignment_pallas.DEPTH:
         return xla(compared, columns)
     return split.by_platform(compared, columns, cuda=gpu, tpu=tpu, default=xla)
@@ -133,21 +134,10 @@ def _with_xla(settings: FocalSettings, regions: _Regions, columns: _Columns) -> 
     return _in_chunks(settings, _of_chunk, regions, columns.chunks(size))
 
 
-def _with_gpu_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
-    tile = (alignment_pallas.REGIONS, alignment_pallas.CONCEPTS)
-    return _with_kernel(settings, _of_chunk_on_gpu, regions, columns, tile=tile)
-
-
-def _with_tpu_kernel(settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
-    tile = (alignment_tpu.REGIONS, alignment_tpu.CONCEPTS)
-    return _with_kernel(settings, _of_chunk_on_tpu, regions, columns, tile=tile)
-
-
-def _with_kernel(
-    settings: FocalSettings, of_chunk: _OfChunk, regions: _Regions, columns: _Columns, *, tile: tuple[int, int]
-) -> Float[Array, ""]:
+def _with_kernel(kernels: Any, settings: FocalSettings, regions: _Regions, columns: _Columns) -> Float[Array, ""]:
+    """`kernels`: `alignment_pallas` or `alignment_tpu`."""
     embeddings, scale, bias, mask, labels = regions
-    more = -embeddings.shape[1] % tile[0]  # padded here, once, and not for each product of each chunk
+    more = -embeddings.shape[1] % kernels.REGIONS  # padded here, once, and not for each product of each chunk
     regions = _Regions(
         jnp.pad(embeddings, ((0, 0), (0, more), (0, 0))), scale, bias, jnp.pad(mask, ((0, 0), (0, more))),
         jnp.pad(labels, ((0, 0), (0, more), (0, 0))),
@@ -155,7 +145,8 @@ def _with_kernel(
     entry = embeddings.dtype.itemsize
     budget = min(settings.chunk_bytes, alignment_pallas.MAX_ENTRIES * entry)
     size = chunk_size(columns.text.shape[0], entry * _num_regions(regions), budget)
-    return _in_chunks(settings, of_chunk, regions, columns.chunks(math.ceil(size / tile[1]) * tile[1]))
+    of_chunk, tile = functools.partial(_of_chunk_in_kernel, kernels), kernels.CONCEPTS
+    return _in_chunks(settings, of_chunk, regions, columns.chunks(math.ceil(size / tile) * tile))
 
 
 def _num_regions(regions: _Regions) -> int:
@@ -250,12 +241,12 @@ def _of_chunk(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tu
 
 
 def _of_chunk_in_kernel(
-    sums_and_gradient: Callable[..., tuple[Array, Array]], settings: FocalSettings, regions: _Regions, chunk: _Columns
+    kernels: Any, settings: FocalSettings, regions: _Regions, chunk: _Columns
 ) -> tuple[Array, Array, Array]:
     """The same without similarities in memory."""
     embeddings, scale, bias, mask, labels = regions
     flat = embeddings.reshape(-1, embeddings.shape[-1])
-    scalars, bar = sums_and_gradient(
+    scalars, bar = kernels.sums_and_gradient(
         flat,
         chunk.text,
         rows=jnp.where(chunk.mask, chunk.rows, -2),
@@ -268,14 +259,6 @@ def _of_chunk_in_kernel(
     )
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     return scalars, dot("rc,cd->rd", bar, chunk.text).reshape(embeddings.shape), dot("rc,rd->cd", bar, flat)
-
-
-def _of_chunk_on_gpu(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
-    return _of_chunk_in_kernel(alignment_pallas.sums_and_gradient, settings, regions, chunk)
-
-
-def _of_chunk_on_tpu(settings: FocalSettings, regions: _Regions, chunk: _Columns) -> tuple[Array, Array, Array]:
-    return _of_chunk_in_kernel(alignment_tpu.sums_and_gradient, settings, regions, chunk)
 
 
 def _backward(
