@@ -49,9 +49,13 @@ def on_cpus() -> bool:
 def by_platform(*arguments: Any, default: Callable[..., Any], **others: Callable[..., Any]) -> Any:
     """Returns what `jax.lax.platform_dependent` does; forms of others are not traced where the mesh is of CPUs.
 
-    With DETCLIP_KERNELS=off in the environment it is what `default` returns, on whatever device.
+    With DETCLIP_KERNELS=off in the environment it is what `default` returns, on whatever device; ValueError for other
+    values than "on" and "off".
     """
-    if _PLAIN.get() or os.environ.get("DETCLIP_KERNELS") == "off":
+    kernels = os.environ.get("DETCLIP_KERNELS", "on")
+    if kernels not in ("on", "off"):
+        raise ValueError(f"DETCLIP_KERNELS={kernels} is unknown; allowed are on (the default) and off")
+    if _PLAIN.get() or kernels == "off":
         return default(*arguments)
     if on_cpus():
         return others.get("cpu", default)(*arguments)

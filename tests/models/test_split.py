@@ -39,6 +39,9 @@ def test_kernels_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("DETCLIP_KERNELS", "off")
     with jax.set_mesh(sharding.make_mesh(fsdp=1)):
         assert jax.jit(lambda x: split.by_platform(x, default=lambda x: x, cpu=lambda x: x + 1))(1) == 1
+    monkeypatch.setenv("DETCLIP_KERNELS", "0")
+    with pytest.raises(ValueError, match="DETCLIP_KERNELS=0 is unknown; allowed are on"):
+        split.by_platform(1, default=lambda x: x)
 
 
 def test_the_kind_of_device_is_that_of_the_mesh():
