@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from typing import Literal
@@ -19,6 +20,7 @@ from detclipv2_jax.chips import has_device
 
 # of malloc.h: arenas (threads that allocate by turns use one memory), mappings, and free bytes that are given back
 M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event of a program compiled, or loaded from the cache
 
 
 def main(
@@ -52,6 +54,7 @@ def main(
     logging.set_stderrthreshold(logging.INFO)
     from detclipv2_jax import session
 
+    give_back_after_compiling()
     return session.run(
         config,
         workdir or f"runs/{config.name}",
@@ -84,6 +87,22 @@ def keep_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another system, another library
         for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             ctypes.CDLL(None).mallopt(parameter, value)
+
+
+@functools.cache  # once a process
+def give_back_after_compiling() -> None:
+    """Lets the C library give the kernel what is free once a program is compiled.
+
+    Compiling a step takes GB in small pieces, among which the step's own arrays find no room.
+    """
+    import jax
+
+    def after(event: str, seconds: float, **_: object) -> None:
+        if event == COMPILED and seconds > 0.1:
+            with contextlib.suppress(OSError, AttributeError):  # another system, another library
+                ctypes.CDLL(None).malloc_trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(after)
 
 
 def cli() -> int:

@@ -321,6 +321,33 @@ print([faults() for _ in range(3)][-1])
     assert (int(done.stdout) < 100) == kept  # pages of 4 KiB, of which an array has 16,384
 
 
+def test_what_compiling_took_is_given_back():
+    program = """
+import os, pathlib, jax
+from detclipv2_jax import main
+main.keep_memory()
+main.give_back_after_compiling()
+events = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
+jax.jit(lambda x: x + 1)(1)
+assert main.COMPILED in events
+def megabytes():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+pieces = [bytes(100_000) for _ in range(2_000)]
+pieces[:-1] = []  # the last is at the heap's end
+before = megabytes()
+for event, seconds in ((main.COMPILED, 0.01), ("/another", 9.0), (main.COMPILED, 9.0)):
+    jax.monitoring.record_event_duration_secs(event, seconds)
+    print(round((before - megabytes()) / 200, 1))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    short, another, third = map(float, done.stdout.split())
+    assert short == another == 0
+    assert third > 0.5
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """What `main` asks of the session; the log is as before afterwards."""
@@ -335,7 +362,9 @@ def asked(monkeypatch):
 
 
 def test_options_of_the_command_are_those_of_the_session(asked, micro):
+    main.give_back_after_compiling.cache_clear()
     assert main.main(config=micro) == 75
+    assert main.give_back_after_compiling.cache_info().currsize == 1
     assert asked[:2] == [main.logging.INFO] * 2
     options = {
         "training": True, "distributed": "auto", "replayed": None, "changed_data": False, "preempted_status": 0,

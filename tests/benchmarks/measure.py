@@ -35,6 +35,7 @@ def main(ours, reference) -> None:
             from detclipv2_jax import main as training
 
             training.keep_memory()  # as the command does
+            training.give_back_after_compiling()
         for name, run in {"ours": ours, "reference": reference}[arguments.side]():
             if arguments.only in name:
                 print(json.dumps({"name": name, **_measure(run)}), flush=True)

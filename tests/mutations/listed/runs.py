@@ -54,6 +54,15 @@ FAULTS = [
         ("(M_ARENA_MAX, 1), ", ""),
     ),
     *plant(
+        "main.py", "test_main.py::test_what_compiling_took_is_given_back",
+        ("if event == COMPILED and seconds > 0.1:", "if event == COMPILED:"),
+        ("if event == COMPILED and seconds > 0.1:", "if seconds > 0.1:"),
+    ),
+    *plant(
+        "main.py", "test_main.py::test_options_of_the_command_are_those_of_the_session",
+        ("    give_back_after_compiling()\n    return", "    return"),
+    ),
+    *plant(
         "__init__.py", "cases/test_interrupts.py::test_sigterm_ends_a_command_that_is_the_first_process_of_a_container",
         ("os._exit(128 + signal.SIGTERM)", "os._exit(128 + signal.SIGINT)"),
         ("_is_command() and os.getpid() == 1", "os.getpid() == 1"),
