@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from detclipv2_jax import bucket_store, files
 from detclipv2_jax.config import KINDS, base, flat, for_chip
+from detclipv2_jax.data import canvases
 from detclipv2_jax.data.concepts import class_tokens
 from detclipv2_jax.eval import result
 from detclipv2_jax.inference import detect
@@ -272,11 +273,19 @@ def _of_sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
                 f"{name} = {parts}; the nearest that is: {max(1, round(section.batch_size / parts)) * parts}"
             )
         short = section.short_side if kind != "eval" else (section.short_side,) * 2
+        scales = 0 if kind == "eval" else max(section.num_scales, 0)
         if not _numbers(short, 2) or not 0 < short[0] <= short[1]:
             yield f"config.{kind}.short_side is {short}; allowed: (smallest, largest) in px"
+            scales = 0
         for canvas in section.canvases:
             if not _numbers(canvas, 2) or min(canvas) < 1 or any(side % 32 for side in canvas):
                 yield (
                     f"config.{kind}.canvases has {canvas}; allowed: (height, width) in multiples of 32, "
                     "the stride of the backbone"
+                )
+            elif len(found := canvases.sizes(canvas, short_side=short, num_scales=scales)) > len(set(found)):
+                yield (
+                    f"config.{kind}.num_scales is {scales}, but in multiples of 32 that makes {canvas} to "
+                    f"{', '.join(map(str, found))}; allowed: 0, fewer, or a wider range of config.{kind}.short_side, "
+                    f"now {tuple(short)}"
                 )

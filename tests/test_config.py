@@ -450,7 +450,7 @@ EDGES = [
     ("detection.short_side", [(64, 64), (32, 64)], [(64, 32), (0, 64), (64,), 64, ("a", "b")]),
     ("eval.short_side", [1, 64], [0, -1]),
     ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 112),), ((0, 32),), ((32,),)]),
-    ("detection.num_scales image_text.num_scales", [0, 3], [-1]),
+    ("detection.num_scales image_text.num_scales", [0, 1], [-1, 9]),
     ("detection.images eval.annotations", ["a", "/a", "gs://bucket/b"], ["hf://a", "https://b"]),
     ("scenes.folder", ["", "a"], ["gs://bucket/b", "hf://a"]),
     ("name closing", ["hf://a"], []),
@@ -545,6 +545,17 @@ def test_heads_of_the_selection_and_the_nearest_batch(micro):
     with pytest.raises(ValueError, match=r"optimizer\.stop_patience need scores") as error:
         validation.validate(micro, num_devices=8)
     assert "= 8; the nearest that is: 24" in str(error.value)
+
+
+def test_the_sizes_of_a_canvas_differ(micro):
+    micro.grounding.canvases, micro.grounding.short_side = ((96, 96),), (58, 96)
+    micro.grounding.num_scales = 2
+    validation.validate(micro, num_devices=8)
+    micro.grounding.num_scales = 3
+    with pytest.raises(ValueError, match=r"^1 problem.*\n.*grounding.num_scales is 3, but in multiples of 32") as error:
+        validation.validate(micro, num_devices=8)
+    assert "makes (96, 96) to (96, 96), (64, 64), (64, 64); allowed: 0, fewer, or a wider range" in str(error.value)
+    assert str(error.value).endswith("config.grounding.short_side, now (58, 96)")
 
 
 def test_the_largest_box_has_no_token(micro):

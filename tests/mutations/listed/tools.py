@@ -26,6 +26,8 @@ FAULTS = [
     ),
     *plant(
         "validation.py", "test_config.py",
+        ("num_scales=scales)) > len(set(found))", "num_scales=scales)) < len(set(found))"),
+        ("else max(section.num_scales, 0)", "else section.num_scales"),
         ("if values[size] % max(values[parts], 1):", "if False:"),
         ("section.batch_size % (num_devices * chunks):", "section.batch_size % num_devices:", "::test_batches_must_divide_over_devices_and_chunks"),
         ("any(side % 32 for side in canvas)", "any(side % 2 for side in canvas)"),
