@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,8 +110,18 @@ class Topology:
         try:
             return list(topologies.get_topology_desc(platform=platform, **options).devices)
         except Exception as error:  # of several types, each for a missing package or an unknown shape
-            package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin jax-cuda13-pjrt"}[platform]
+            version = f"=={jax.__version__}"  # each jax has its own compilers
+            cuda = f"jax-cuda13-plugin{version} jax-cuda13-pjrt{version}"
+            package = {"tpu": f"'jax[tpu]{version}'", "cuda": cuda}[platform]
             raise ValueError(f"{self.name}: {str(error).splitlines()[0]} (needs `pip install {package}`)") from error
+
+    def versions(self, devices: Sequence[jax.Device]) -> dict[str, str]:
+        """Returns what compiles for its described devices."""
+        compiler = " ".join(devices[0].client.platform_version.split())
+        if CHIPS[self.chip].platform == "tpu":
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # it may come another way
+                compiler = f"libtpu {importlib.metadata.version('libtpu')}, {compiler}"
+        return {"jax": jax.__version__, "compiler": compiler, **self.environment}
 
 
 def step_names(config: ConfigDict) -> list[str]:
@@ -255,7 +266,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         start = time.process_time()
         lowered = step.jitted.trace(*step.arguments).lower(lowering_platforms=(platform,))
         lowering_s = time.process_time() - start
-    versions = {"jax": jax.__version__, "compiler": devices[0].client.platform_version, **topology.environment}
+    versions = topology.versions(devices)
     known = json.dumps([job["topology"], versions, job["sizes"], READER]) + lowered.as_text()
     path = pathlib.Path(job["cache"]) / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged

@@ -213,7 +213,7 @@ def _topology_report(config: ConfigDict, topology: Topology, rows: Sequence[Row]
     chip = CHIPS[topology.chip]
     measured = [row for row in rows if "error" not in row.result]
     versions = measured[0].result["versions"] if measured else {}
-    made_with = f"jax {versions.get('jax')}, {' '.join(str(versions.get('compiler')).split())}"
+    made_with = f"jax {versions.get('jax')}, {versions.get('compiler')}"
     lines = [
         f"### {topology.name}: {topology.num_devices} × {chip.memory / GIB:.1f} GiB",
         "",
