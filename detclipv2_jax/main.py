@@ -97,8 +97,8 @@ def give_back_after_compiling() -> None:
     """
     import jax
 
-    def after(event: str, seconds: float, **_: object) -> None:
-        if event == COMPILED and seconds > 0.1:
+    def after(event: str, duration_secs: float, **_: object) -> None:
+        if event == COMPILED and duration_secs > 0.1:
             with contextlib.suppress(OSError, AttributeError):  # another system, another library
                 ctypes.CDLL(None).malloc_trim(0)
 

@@ -55,8 +55,8 @@ FAULTS = [
     ),
     *plant(
         "main.py", "test_main.py::test_what_compiling_took_is_given_back",
-        ("if event == COMPILED and seconds > 0.1:", "if event == COMPILED:"),
-        ("if event == COMPILED and seconds > 0.1:", "if seconds > 0.1:"),
+        ("if event == COMPILED and duration_secs > 0.1:", "if event == COMPILED:"),
+        ("if event == COMPILED and duration_secs > 0.1:", "if duration_secs > 0.1:"),
     ),
     *plant(
         "main.py", "test_main.py::test_options_of_the_command_are_those_of_the_session",
