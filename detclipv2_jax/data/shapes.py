@@ -14,6 +14,7 @@ BASE_SHAPES = (
 )
 NOVEL_SHAPES = ("heart", "key", "moon", "boat", "mushroom", "crown", "flower", "hammer")
 BODY, BODY_ALTERNATE, DARK, LIGHT = 1, 2, 3, 4  # palette entries; 0 is transparent
+Outline = list[tuple[int, np.ndarray]]  # (palette entry, polygon) in painting order; x right, y down, within [-1, 1]
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> np.ndarray:
@@ -35,33 +36,33 @@ def _petals(num: int, distance: float, rx: float, ry: float) -> list[np.ndarray]
     return petals
 
 
-def _parts(entry: int, polygons: Sequence[ArrayLike]) -> list[tuple[int, np.ndarray]]:
+def _parts(entry: int, polygons: Sequence[ArrayLike]) -> Outline:
     return [(entry, np.asarray(polygon, float)) for polygon in polygons]
 
 
-def _body(*polygons: ArrayLike) -> list[tuple[int, np.ndarray]]:
+def _body(*polygons: ArrayLike) -> Outline:
     return _parts(BODY, polygons)
 
 
-def _dark(*polygons: ArrayLike) -> list[tuple[int, np.ndarray]]:
+def _dark(*polygons: ArrayLike) -> Outline:
     return _parts(DARK, polygons)
 
 
-def _light(*polygons: ArrayLike) -> list[tuple[int, np.ndarray]]:
+def _light(*polygons: ArrayLike) -> Outline:
     return _parts(LIGHT, polygons)
 
 
-def _hole(*polygons: ArrayLike) -> list[tuple[int, np.ndarray]]:
+def _hole(*polygons: ArrayLike) -> Outline:
     return _parts(0, polygons)
 
 
 @functools.cache
-def outlines() -> dict[str, list[tuple[int, np.ndarray]]]:
-    """Returns each shape as (palette entry, polygon) in painting order; x right, y down, within [-1, 1]."""
-    t = np.linspace(0, 2 * np.pi, 40)
-    heart = np.stack(
-        [16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], 1
-    )
+def outlines() -> dict[str, Outline]:
+    """Returns the outline of each shape."""
+    return _of_base_shapes() | _of_novel_shapes()
+
+
+def _of_base_shapes() -> dict[str, Outline]:
     spokes = np.pi * np.arange(10) / 5 - np.pi / 2
     star = np.stack([np.cos(spokes), np.sin(spokes)], 1) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
     wave = np.linspace(0, 1, 12)
@@ -109,6 +110,15 @@ def outlines() -> dict[str, list[tuple[int, np.ndarray]]]:
         + _body(*(_ellipse(s * 0.4, 0.45, 0.34, 0.4) for s in (-1, 1)))
         + _dark(_ellipse(0, 0.05, 0.11, 0.72))
         + _dark(*([(0, -0.55), (s * 0.32, -0.98), (s * 0.4, -0.9)] for s in (-1, 1))),
+    }
+
+
+def _of_novel_shapes() -> dict[str, Outline]:
+    t = np.linspace(0, 2 * np.pi, 40)
+    heart = np.stack(
+        [16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], 1
+    )
+    return {
         "heart": _body(heart / 17.0),
         "key": _body(_ellipse(-0.52, 0, 0.46, 0.46), _box(-0.15, -0.12, 0.98, 0.12))
         + _hole(_ellipse(-0.52, 0, 0.22, 0.22))
