@@ -3,8 +3,8 @@
   python -m detclipv2_jax.preflight --config=configs/swin_t.py --topology=v5e:4x8 [--topology=h100:8]
 
 Topologies are v4, v5e, v5p or v6e with the shape of the slice, or a100_40gb, a100_80gb, h100, h200, b200, l4, a10g,
-rtx4080, rtx4090 or rtx5090 with the number of GPUs (h100:8, rtx4090:1). TPU programs need `pip install libtpu`, those
-for GPUs `pip install jax-cuda13-plugin jax-cuda13-pjrt`; neither needs the accelerator.
+rtx4080, rtx4090 or rtx5090 with the number of GPUs (h100:8, rtx4090:1). Programs need the compiler of the installed
+jax, and no accelerator: `pip install 'jax[tpu]==VERSION'`, `pip install jax-cuda13-{plugin,pjrt}==VERSION`.
 Each program is compiled by a process of its own, one after the other, and kept by the hash of what was lowered.
 
 Prints, in Markdown, what is wrong with the data, and the memory, arithmetic, traffic and least time of every step, from
