@@ -283,7 +283,9 @@ def _of_sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
                     f"config.{kind}.canvases has {canvas}; allowed: (height, width) in multiples of 32, "
                     "the stride of the backbone"
                 )
-            elif len(found := canvases.sizes(canvas, short_side=short, num_scales=scales)) > len(set(found)):
+                continue
+            some = min(scales, sum(canvas) // 32)  # there are no more that differ
+            if len(found := canvases.sizes(canvas, short_side=short, num_scales=some)) > len(set(found)):
                 yield (
                     f"config.{kind}.num_scales is {scales}, but in multiples of 32 that makes {canvas} to "
                     f"{', '.join(map(str, found))}; allowed: 0, fewer, or a wider range of config.{kind}.short_side, "

@@ -450,7 +450,7 @@ EDGES = [
     ("detection.short_side", [(64, 64), (32, 64)], [(64, 32), (0, 64), (64,), 64, ("a", "b")]),
     ("eval.short_side", [1, 64], [0, -1]),
     ("detection.canvases eval.canvases", [((64, 96),), ((32, 32), (64, 96))], [((64, 112),), ((0, 32),), ((32,),)]),
-    ("detection.num_scales image_text.num_scales", [0, 1], [-1, 9]),
+    ("detection.num_scales image_text.num_scales", [0, 1], [-1, 9, 10**12]),
     ("detection.images eval.annotations", ["a", "/a", "gs://bucket/b"], ["hf://a", "https://b"]),
     ("scenes.folder", ["", "a"], ["gs://bucket/b", "hf://a"]),
     ("name closing", ["hf://a"], []),

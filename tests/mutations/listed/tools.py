@@ -26,7 +26,7 @@ FAULTS = [
     ),
     *plant(
         "validation.py", "test_config.py",
-        ("num_scales=scales)) > len(set(found))", "num_scales=scales)) < len(set(found))"),
+        ("num_scales=some)) > len(set(found))", "num_scales=some)) < len(set(found))"),
         ("else max(section.num_scales, 0)", "else section.num_scales"),
         ("if values[size] % max(values[parts], 1):", "if False:"),
         ("section.batch_size % (num_devices * chunks):", "section.batch_size % num_devices:", "::test_batches_must_divide_over_devices_and_chunks"),
